@@ -1,0 +1,29 @@
+"""Every error a user can meet. Each message says what is wrong, where, and what to do next."""
+
+
+class FxmergeError(Exception):
+    """Base class of all errors raised by fxmerge."""
+
+
+class CaptureError(FxmergeError, RuntimeError):
+    """No route could turn a model into a graph."""
+
+
+class ArchitectureMismatchError(FxmergeError, ValueError):
+    """The models to be merged or aligned do not have the same architecture."""
+
+
+class NonFiniteError(FxmergeError, ValueError):
+    """A weight or an activation is NaN or infinite."""
+
+
+class LoaderError(FxmergeError, ValueError):
+    """The calibration data is empty, or its batches do not fit the model."""
+
+
+class OptionError(FxmergeError, ValueError):
+    """An argument is outside of its range."""
+
+
+class PermutationError(FxmergeError, ValueError):
+    """A permutation and the state dict or symmetry it is used with do not belong together."""

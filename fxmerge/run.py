@@ -1,0 +1,127 @@
+"""Running a captured program on other parameters and on batches of data, node by node."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from fxmerge.capture import Args, Program
+from fxmerge.errors import LoaderError
+
+Call = tuple[Args, dict[str, Any]]
+Inputs = Callable[[Any], Call]
+
+
+class Runner(fx.Interpreter):
+    """Runs the ATen graph of a program.
+
+    A subclass may override `run_node`; what a node computes does not depend on where the program's own
+    parameters are, only on the `state` given to `call`.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph, garbage_collect_values=True)
+        self.program = program
+        self.state: Mapping[str, Tensor] = {}
+        self.sources = [program.source(n) for n in program.graph.graph.nodes if n.op == "placeholder"]
+
+    def call(self, state: Mapping[str, Tensor], args: Args, kwargs: Mapping[str, Any]) -> Any:
+        """Runs the program with the parameters and buffers in `state` (others as captured).
+
+        Raises:
+            LoaderError: if the inputs are not structured as in the example that the program was captured with.
+        """
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        expected = self.program.exported.call_spec.in_spec
+        if spec != expected:
+            raise LoaderError(
+                f"A batch gives the inputs {_outline(args, kwargs)}, structured differently from the example that the model "
+                "was captured with. Make all batches alike, or pass inputs=batch -> (args, kwargs)."
+            )
+        inputs = iter(leaves)
+        values = []
+        for kind, name in self.sources:
+            if kind == "input":
+                values.append(next(inputs))
+            elif kind == "parameter":
+                values.append(state.get(name, self.program.parameters[name]))
+            else:
+                values.append(state.get(name, self.program.constants[name]))
+        with torch.no_grad():
+            return self.run(*values)
+
+
+def _outline(args: Args, kwargs: Mapping[str, Any]) -> str:
+    def one(value: Any) -> str:
+        return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+    return ", ".join([*map(one, args), *(f"{k}={one(v)}" for k, v in kwargs.items())]) or "nothing"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Calibration data: a loader, and how its batches become inputs of the model."""
+
+    loader: Iterable[Any]
+    inputs: Inputs
+    device: torch.device | None = None
+    progress: bool | None = None
+
+    def batches(self, what: str) -> Iterator[Call]:
+        """The inputs of every batch, with a progress bar named `what`."""
+        disable = None if self.progress is None else not self.progress
+        for batch in tqdm(self.loader, desc=what, disable=disable, leave=False):
+            args, kwargs = self.inputs(batch)
+            yield self._place(tuple(args)), self._place(dict(kwargs))
+
+    def first(self) -> Call:
+        """The inputs of the first batch.
+
+        Raises:
+            LoaderError: if there is none.
+        """
+        for batch in self.loader:
+            args, kwargs = self.inputs(batch)
+            return self._place(tuple(args)), self._place(dict(kwargs))
+        raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
+
+    def _place(self, values: Any) -> Any:
+        if self.device is None:
+            return values
+        return pytree.tree_map(lambda v: v.to(self.device) if isinstance(v, Tensor) else v, values)
+
+
+def batch_inputs(model: nn.Module) -> Inputs:
+    """How the batches of a loader are passed to a model by default.
+
+    A tensor is the only argument; of a tuple or list the first entry holds the inputs and the rest is
+    not used; a mapping is passed by keyword, without keys that the model's forward does not take.
+    """
+    forward = model.forward
+    parameters = inspect.signature(forward).parameters.values()
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters}
+
+    def inputs(batch: Any) -> Call:
+        if isinstance(batch, Mapping):
+            return (), {k: v for k, v in batch.items() if takes_any or k in names}
+        if isinstance(batch, (tuple, list)) and batch:
+            first = batch[0]
+            if isinstance(first, (tuple, list)):
+                return tuple(first), {}
+            return inputs(first)
+        if isinstance(batch, Tensor):
+            return (batch,), {}
+        raise LoaderError(
+            f"A batch is a {type(batch).__name__}; expected a tensor, a tuple (inputs, targets) or a dict of inputs. "
+            "Pass inputs=batch -> (args, kwargs) for anything else."
+        )
+
+    return inputs

@@ -1,0 +1,413 @@
+"""From the unit graph to equivalence classes: which units may be exchanged, and inside of what.
+
+Equal units are contracted, colour refinement finds the units that look alike, and what the classes
+say of each other (two partitions of one class are related like two columns of one tensor) is
+recorded in the unit graph, until nothing new follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import networkx as nx
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from fxmerge.symmetry.labels import Pairs, meet
+from fxmerge.symmetry.propagate import Axis, AxisUnits
+from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph
+
+Hashes = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Role:
+    """One parameter axis on which every unit of a class has one index.
+
+    Attributes:
+        axis: parameter and dimension.
+        raw: for every unit of the class, which of the units that the axis started with it is.
+    """
+
+    axis: Axis
+    raw: Ids
+
+
+@dataclass(frozen=True)
+class UnitClass:
+    """Units that can be exchanged.
+
+    Attributes:
+        size: how many units there are.
+        roles: the parameter axes that the units index.
+        parents: classes in which the units are nested, with each unit's parent unit.
+        fixed: for every unit, a number that must not change when it moves (zeros where nothing is fixed).
+    """
+
+    size: int
+    roles: tuple[Role, ...]
+    parents: tuple[tuple[int, Ids], ...]
+    fixed: Ids
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The classes, parents before children, and for the pinned raw units of every axis the reason."""
+
+    classes: tuple[UnitClass, ...]
+    pinned: dict[Axis, dict[str, Ids]]
+
+
+def resolve(units: UnitGraph, axes: dict[Axis, AxisUnits]) -> Resolution:
+    """Finds the equivalence classes. Facts that follow from others are added to `units`."""
+    while True:
+        state = _State(units, axes)
+        if not state.close():
+            return state.classes()
+
+
+def _mix(x: NDArray[np.int64] | Hashes) -> Hashes:
+    """SplitMix64's finalizer: a hash of each number."""
+    z = x.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _concatenate(pairs: list[tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
+    none = [np.zeros(0, np.int64)]
+    return np.concatenate([a for a, _ in pairs] or none), np.concatenate([b for _, b in pairs] or none)
+
+
+class _State:
+    """The unit graph with equal units contracted, its colours, and the maps from class to class."""
+
+    def __init__(self, units: UnitGraph, axes: dict[Axis, AxisUnits]) -> None:
+        self.units, self.axes = units, axes
+        self.unit = self._contract()
+        self.count = int(self.unit.max()) + 1
+        self.first = np.zeros(self.count, np.int64)
+        self.first[self.unit[::-1]] = np.arange(units.size)[::-1]
+        self.raw = {axis: np.unique(a.ids) for axis, a in axes.items()}
+        self.child, self.parent = self._memberships()
+        self.pinned = self._pinned()
+        self.colour = self._refine()
+        self.order = np.argsort(self.colour, kind="stable")
+        self.starts = np.searchsorted(self.colour[self.order], np.arange(int(self.colour.max()) + 2))
+        self.maps = self._maps()
+
+    # ------------------------------------------------------------------ contraction and colours
+
+    def _contract(self) -> Ids:
+        a, b = _concatenate(self.units.equal)
+        graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(self.units.size,) * 2)
+        return connected_components(graph, directed=False)[1].astype(np.int64)
+
+    def _memberships(self) -> tuple[Ids, Ids]:
+        child, parent = _concatenate(self.units.member)
+        code = np.unique(self.unit[child] * self.count + self.unit[parent])
+        child, parent = code // self.count, code % self.count
+        real = child != parent
+        return child[real], parent[real]
+
+    def _pinned(self) -> NDArray[np.bool_]:
+        pinned = np.zeros(self.count, bool)
+        for ids, _ in self.units.pinned:
+            pinned[self.unit[ids]] = True
+        while True:  # A block with a member that stays where it is stays where it is.
+            up = self.parent[pinned[self.child] & ~pinned[self.parent]]
+            if not len(up):
+                return pinned
+            pinned[up] = True
+
+    def _refine(self) -> Ids:
+        """Stable colours: what axes a unit indexes, then what its members and blocks look like."""
+        colour = np.zeros(self.count, np.uint64)
+        for number, raw in enumerate(self.raw.values()):
+            np.add.at(colour, self.unit[raw], _mix(np.array([number]))[0])
+        tags = np.flatnonzero(self.pinned[self.unit] & ~self._is_raw())
+        np.add.at(colour, self.unit[tags], _mix(self.units.origin(tags) + (1 << 40)))
+        colour[self.pinned] = _mix(colour[self.pinned] + np.uint64(1))
+        known = 0
+        while True:
+            found, colours = np.unique(colour, return_inverse=True)
+            if len(found) == known:
+                return colours.astype(np.int64)
+            known = len(found)
+            mixed, new = _mix(colour), _mix(colour)
+            np.add.at(new, self.child, _mix(mixed[self.parent] ^ np.uint64(0x5555)))
+            np.add.at(new, self.parent, _mix(mixed[self.child] ^ np.uint64(0x3333)))
+            colour = new
+
+    def _is_raw(self) -> NDArray[np.bool_]:
+        is_raw = np.zeros(self.units.size, bool)
+        for raw in self.raw.values():
+            is_raw[raw] = True
+        return is_raw
+
+    def members(self, colour: int) -> Ids:
+        return self.order[self.starts[colour] : self.starts[colour + 1]]
+
+    def _maps(self) -> dict[int, dict[int, Ids]]:
+        """For each class and each class of its blocks: every member's block, in the order of `members`."""
+        maps: dict[int, dict[int, Ids]] = {}
+        colours = int(self.colour.max()) + 1
+        code = self.colour[self.child] * colours + self.colour[self.parent]
+        rank = np.empty(self.count, np.int64)
+        rank[self.order] = np.arange(self.count)
+        order = np.lexsort((rank[self.child], code))
+        codes, starts = np.unique(code[order], return_index=True)
+        for c, edges in zip(codes, np.split(order, starts)[1:], strict=True):
+            maps.setdefault(int(c // colours), {})[int(c % colours)] = self.parent[edges]
+        return maps
+
+    # ------------------------------------------------------------------ what follows
+
+    def close(self) -> bool:
+        """Adds what the classes say of each other to the unit graph; True if there was anything new."""
+        if self._merge_blocks():
+            return True
+        new = False
+        for cycle in nx.strongly_connected_components(self._class_graph()):
+            if len(cycle) > 1:
+                new |= self._pin([self._ids(c) for c in cycle], "blocks contain each other")
+        for c, parents in self.maps.items():
+            if self.pinned[self.members(c)[0]]:
+                continue
+            for p, block in list(parents.items()):
+                if len(block) != len(self.members(c)):
+                    new |= self._pin([self._ids(c), self.first[block]], "a unit is a member of two blocks of one kind")
+                    del parents[p]
+                elif len(self.members(p)) == len(block):
+                    self.units.equate(self._ids(c), self.first[block])
+                    new = True
+        if new:
+            return True
+        for c, parents in self.maps.items():
+            if not self.pinned[self.members(c)[0]]:
+                for (p, a), (q, b) in combinations(parents.items(), 2):
+                    new |= self._relate(p, a, q, b)
+        if new:
+            return True
+        return any([self._check_product(c) for c in self.maps]) | self._check_roles()
+
+    def _merge_blocks(self) -> bool:
+        """Blocks with the same members are one block; True if there were any."""
+        members = np.zeros(self.count, np.uint64)
+        np.add.at(members, self.parent, _mix(self.child))
+        blocks = np.unique(self.parent)
+        _, first, group = np.unique(members[blocks], return_index=True, return_inverse=True)
+        self.units.equate(self.first[blocks], self.first[blocks[first[group]]])
+        return len(first) < len(blocks)
+
+    def _class_graph(self) -> nx.DiGraph[int]:
+        graph: nx.DiGraph[int] = nx.DiGraph()
+        graph.add_edges_from((c, p) for c, parents in self.maps.items() for p in parents)
+        return graph
+
+    def _ids(self, colour: int) -> Ids:
+        return self.first[self.members(colour)]
+
+    def _pin(self, ids: list[Ids], reason: str) -> bool:
+        """Pins what is not pinned yet; True if there was any."""
+        loose = np.concatenate([i[~self.pinned[self.unit[i]]] for i in ids])
+        self.units.pin(np.unique(loose), reason)
+        return bool(len(loose))
+
+    def _relate(self, p: int, a: Ids, q: int, b: Ids) -> bool:
+        """Relates two partitions of one class, given as the blocks that its units are members of."""
+        if len(self.members(p)) == 1 or len(self.members(q)) == 1:
+            return False
+        if self.pinned[a[0]] and self.pinned[b[0]]:
+            return False
+        if self.pinned[a[0]]:
+            p, a, q, b = q, b, p, a
+        met = meet(torch.from_numpy(a), torch.from_numpy(b))
+        if met is None or met.independent:
+            return False
+        if self.pinned[b[0]]:
+            return self._relate_pinned(p, met)
+        if not met.complete.all():
+            return self._pin([self.first[met.a], self.first[met.b]], "two kinds of block overlap irregularly")
+        if (met.b_count == 1).all():
+            if (met.a_count == 1).all():
+                self.units.equate(self.first[met.a[np.argsort(met.a_part)]], self.first[met.b[np.argsort(met.b_part)]])
+                return True
+            return self._include(met.a, met.b[np.argsort(met.b_part)][met.a_part])
+        if (met.a_count == 1).all():
+            return self._include(met.b, met.a[np.argsort(met.a_part)][met.b_part])
+        if any(self._same_blocks(p, met.a, met.a_part, s) for s in set(self.maps.get(p, {})) & set(self.maps.get(q, {}))):
+            return False
+        block = self.units.fresh(len(met.a_count), ("block", "overlap"))
+        self.units.include(self.first[met.a], block[met.a_part])
+        self.units.include(self.first[met.b], block[met.b_part])
+        return True
+
+    def _relate_pinned(self, p: int, met: Pairs) -> bool:
+        """Blocks p that meet different pinned units stay with those."""
+        broken = ~met.complete | (met.a_count == 1)
+        if self._pin([self.first[met.a[broken[met.a_part]]]], "blocks hold different fixed positions"):
+            return True
+        if any(self.pinned[self.members(s)[0]] and self._same_blocks(p, met.a, met.a_part, s) for s in self.maps.get(p, {})):
+            return False
+        block = self.units.fresh(len(met.a_count), ("block", "fixed positions"))
+        self.units.pin(block, "blocks hold different fixed positions")
+        self.units.include(self.first[met.a], block[met.a_part])
+        return True
+
+    def _include(self, child: Ids, parent: Ids) -> bool:
+        code = self.child * self.count + self.parent
+        new = ~np.isin(child * self.count + parent, code)
+        self.units.include(self.first[child[new]], self.first[parent[new]])
+        return bool(new.any())
+
+    def _same_blocks(self, p: int, unit: Ids, part: Ids, s: int) -> bool:
+        """Whether the units of class p are in one block of class s just where they are in one part."""
+        block = np.zeros(self.count, np.int64)
+        block[self.members(p)] = self.maps[p][s]
+        pairs = len(np.unique(np.stack([block[unit], part]), axis=1).T)
+        return pairs == len(np.unique(part)) == len(np.unique(block[unit]))
+
+    # ------------------------------------------------------------------ the structure of a class
+
+    def blocks(self, c: int) -> tuple[dict[int, Ids], Ids]:
+        """The free classes in which class c is nested, without those that follow from others, and the joint
+        number of all pinned units that its units are members of."""
+        parents = {p: b for p, b in self.maps.get(c, {}).items() if len(self.members(p)) > 1}
+        fixed = np.zeros(len(self.members(c)), np.int64)
+        for b in parents.values():
+            if self.pinned[b[0]]:
+                fixed = np.unique(np.stack([fixed, b]), axis=1, return_inverse=True)[1].reshape(-1)
+        free = {p: b for p, b in parents.items() if not self.pinned[b[0]]}
+        implied = {s for p in free for s in self.maps.get(p, {})}
+        return {p: b for p, b in free.items() if p not in implied}, fixed
+
+    def _check_product(self, c: int) -> bool:
+        """Pins a class whose units are not spread evenly over all combinations of their blocks."""
+        if self.pinned[self.members(c)[0]]:
+            return False
+        free, fixed = self.blocks(c)
+        if not free:
+            return False
+        columns = [*free.values(), fixed]
+        table = np.stack([np.unique(b, return_inverse=True)[1].reshape(-1) for b in columns])
+        rows, count = np.unique(table, axis=1, return_counts=True)
+        even = count.min() == count.max()
+        if even and len(columns) > 2:
+            even = rows.shape[1] == _combinations(rows)
+        ids = [self._ids(c), *(self.first[np.unique(b)] for b in free.values())]
+        return not even and self._pin(ids, "units are spread unevenly over their blocks")
+
+    @cached_property
+    def _on_axes(self) -> dict[int, list[tuple[Axis, Ids]]]:
+        """For every class, the raw units of it on each axis."""
+        found: dict[int, list[tuple[Axis, Ids]]] = {}
+        for axis, raw in self.raw.items():
+            colour = self.colour[self.unit[raw]]
+            for c in np.unique(colour):
+                found.setdefault(int(c), []).append((axis, raw[colour == c]))
+        return found
+
+    def _roles(self, c: int) -> list[Role] | None:
+        """The axes that class c indexes; None if it is unclear which index of a unit is which."""
+        members = self.members(c)
+        roles = []
+        for axis, raw in self._on_axes.get(c, []):
+            kinds = np.zeros(len(raw), np.uint64) if len(raw) == len(members) else self._kinds[raw]
+            for kind in np.unique(kinds):
+                some = raw[kinds == kind]
+                some = some[np.argsort(self.unit[some])]
+                if not np.array_equal(self.unit[some], np.sort(members)):
+                    return None
+                roles.append(Role(axis, some[np.argsort(np.argsort(members))]))
+        return roles
+
+    @cached_property
+    def _kinds(self) -> Hashes:
+        """Tells raw units of one axis apart by what each was found equal to, and a member of, by itself."""
+        kind = np.zeros(self.units.size, np.uint64)
+        child, parent = _concatenate(self.units.member)
+        block = self.unit[parent]
+        np.add.at(kind, child, _mix(np.where(self.pinned[block], block + self.count, self.colour[block])))
+        a, b = _concatenate(self.units.equal)
+        # Which equality it was tells two neighbours of one origin apart.
+        sizes = [len(x) for x, _ in self.units.equal]
+        tag = np.repeat(np.arange(len(sizes)), sizes).astype(np.uint64) * np.uint64(2)
+        origin = _mix(self.units.origin(np.arange(self.units.size)))
+        for _ in range(3):
+            new = _mix(kind)
+            np.add.at(new, a, _mix(kind[b] + origin[b] + tag))
+            np.add.at(new, b, _mix(kind[a] + origin[a] + tag + np.uint64(1)))
+            kind = new
+        return kind
+
+    def _check_roles(self) -> bool:
+        new = False
+        for c in range(int(self.colour.max()) + 1):
+            if len(self.members(c)) > 1 and not self.pinned[self.members(c)[0]] and self._roles(c) is None:
+                new |= self._pin([self._ids(c)], "a unit has several indices on one axis that look alike")
+        return new
+
+    # ------------------------------------------------------------------ the result
+
+    def classes(self) -> Resolution:
+        movable = [
+            c
+            for c in range(int(self.colour.max()) + 1)
+            if len(self.members(c)) > 1 and not self.pinned[self.members(c)[0]]
+        ]
+        free = {c: self.blocks(c) for c in movable}
+        graph: nx.DiGraph[int] = nx.DiGraph()
+        graph.add_nodes_from(sorted(movable, key=lambda c: int(self._ids(c).min())))
+        graph.add_edges_from((p, c) for c in movable for p in free[c][0])
+        order = list(nx.lexicographical_topological_sort(graph, key=lambda c: int(self._ids(c).min())))
+        number = {c: i for i, c in enumerate(order)}
+        position = np.zeros(self.count, np.int64)
+        for c in order:
+            position[self.members(c)] = np.arange(len(self.members(c)))
+        classes = []
+        for c in order:
+            parents, fixed = free[c]
+            nested = tuple(sorted((number[p], position[b]) for p, b in parents.items()))
+            classes.append(UnitClass(len(fixed), tuple(self._roles(c) or ()), nested, fixed))
+        return Resolution(tuple(classes), self._reasons(np.isin(self.colour, movable)))
+
+    def _reasons(self, movable: NDArray[np.bool_]) -> dict[Axis, dict[str, Ids]]:
+        """For every axis, the raw units that do not move, by the first reason given for each."""
+        reasons = list(dict.fromkeys(reason for _, reason in self.units.pinned))
+        why = np.full(self.count, len(reasons), np.int64)
+        for ids, reason in reversed(self.units.pinned):
+            why[self.unit[ids]] = reasons.index(reason)
+        why[self.unit[NOTHING]] = len(reasons)
+        while True:  # A block takes over the reason of its pinned member.
+            open_ = (why[self.parent] == len(reasons)) & (why[self.child] < len(reasons))
+            if not open_.any():
+                break
+            why[self.parent[open_]] = why[self.child[open_]]
+        names = [*reasons, "nothing to exchange it with"]
+        pinned: dict[Axis, dict[str, Ids]] = {}
+        for axis, raw in self.raw.items():
+            still = raw[~movable[self.unit[raw]]]
+            for r in np.unique(why[self.unit[still]]):
+                pinned.setdefault(axis, {})[names[r]] = still[why[self.unit[still]] == r]
+        return pinned
+
+
+def _combinations(rows: Ids) -> int:
+    """How many combinations of values are pairwise together in some row of the table."""
+    sizes = rows.max(axis=1) + 1
+    if np.prod(sizes.astype(float)) > 1e7:
+        return -1
+    allowed = np.ones(tuple(sizes), bool)
+    for i, j in combinations(range(len(rows)), 2):
+        together = np.zeros((sizes[i], sizes[j]), bool)
+        together[rows[i], rows[j]] = True
+        shape = [1] * len(rows)
+        shape[i], shape[j] = int(sizes[i]), int(sizes[j])
+        allowed &= together.reshape(shape)
+    return int(allowed.sum())

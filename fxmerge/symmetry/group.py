@@ -1,0 +1,333 @@
+"""The symmetry of a model: its equivalence classes and the permutation group that they generate."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from fxmerge.capture import Args, Kwargs, Program, capture_program
+from fxmerge.symmetry.classes import UnitClass, resolve
+from fxmerge.symmetry.permutation import AxisLayout, Permutation, build_image
+from fxmerge.symmetry.propagate import Axis, AxisUnits, propagate
+from fxmerge.symmetry.units import Ids
+
+FREE, NESTED, PRODUCT, SPLIT, PINNED = "free", "nested", "product", "split", "pinned"
+
+Choice = Callable[[int, Ids, Ids], Ids]
+"""(class number, units, places) -> the place of each unit; all of shape (combinations of parents, units)."""
+
+
+@dataclass(frozen=True)
+class ClassAxis:
+    """A parameter axis that the units of a class index.
+
+    Attributes:
+        parameter: name in the model's state dict.
+        dim: dimension of the parameter.
+        indices: for every unit of the class, its index along the dimension.
+        rows: the dimensions whose rows have units of their own along this axis (empty for most axes).
+    """
+
+    parameter: str
+    dim: int
+    indices: Ids
+    rows: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        size = len(self.indices)
+        start, step = int(self.indices[0]), int(self.indices[1] - self.indices[0]) if size > 1 else 1
+        if not np.array_equal(self.indices, start + step * np.arange(size)):
+            return f"{self.parameter}[{self.dim}]@{len(np.unique(self.indices))} indices"
+        return f"{self.parameter}[{self.dim}]" + (f"@{start}:{start + size}" if start else "")
+
+
+@dataclass(frozen=True)
+class EquivalenceClass:
+    """Units of a model that may be exchanged with each other.
+
+    Attributes:
+        name: unique within the symmetry: the first axis that the class indexes.
+        size: number of units.
+        structure: "free" (any permutation), "nested" (within the units of one parent class, or along
+            with them), "product" (tied across several parents), "split" (within fixed subsets) or "pinned".
+        axes: the parameter axes that the units index; none for a block such as an attention head.
+        parents: names of the classes in which the units are nested.
+        why: for a pinned class, the node and the reason; else empty.
+    """
+
+    name: str
+    size: int
+    structure: str
+    axes: tuple[ClassAxis, ...]
+    parents: tuple[str, ...] = ()
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """The coordinate permutations of a model's parameters that leave its function unchanged.
+
+    Made by `find_symmetry`.
+
+    Attributes:
+        units: the movable classes in the form that the algorithms use, parents before children.
+        layout: where the units lie on the parameters.
+        stuck: for every axis, the indices that do not move, by reason.
+        unknown: how often each op without a rule occurs.
+        demoted: names of classes that `verify` found unsound and turned to the identity.
+        error: the largest relative output error that `verify` measured, None before.
+        aliases: other names of tied parameters.
+    """
+
+    units: tuple[UnitClass, ...]
+    layout: tuple[AxisLayout, ...]
+    stuck: Mapping[Axis, Mapping[str, Ids]]
+    unknown: Mapping[str, int] = field(default_factory=dict)
+    demoted: tuple[str, ...] = ()
+    error: float | None = None
+
+    # ---------------------------------------------------------------------- description
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the movable classes, in the order of `units`."""
+        own: list[str] = []
+        children: dict[int, int] = {}
+        for number, c in reversed(list(enumerate(self.units))):
+            for parent, _ in c.parents:
+                children[parent] = number
+        for number, c in enumerate(self.units):
+            first, depth = number, 0
+            while not self.units[first].roles and first in children:
+                first, depth = children[first], depth + 1
+            axis = self.units[first].roles[0].axis if self.units[first].roles else ("?", 0)
+            own.append("blocks of " * depth + f"{axis[0]}[{axis[1]}]")
+        seen: Counter[str] = Counter()
+        for i, name in enumerate(own):
+            seen[name] += 1
+            if seen[name] > 1:
+                own[i] = f"{name}#{seen[name]}"
+        return tuple(own)
+
+    @cached_property
+    def classes(self) -> tuple[EquivalenceClass, ...]:
+        """All classes: the movable ones, parents before children, then the pinned axes."""
+        index = {(a.parameter, a.dim): a for a in self.layout}
+        movable = []
+        for number, c in enumerate(self.units):
+            axes = []
+            for axis in index.values():
+                rows = tuple(d for d in axis.dims if d != axis.dim)
+                axes += [ClassAxis(axis.parameter, axis.dim, axis.index[s], rows) for n, s in axis.roles if n == number]
+            parents = tuple(self.names[p] for p, _ in c.parents)
+            movable.append(EquivalenceClass(self.names[number], c.size, _structure(c), tuple(axes), parents))
+        pinned = [
+            EquivalenceClass(f"{name}[{dim}]", len(ids), PINNED, (ClassAxis(name, dim, ids),), (), why)
+            for (name, dim), reasons in self.stuck.items()
+            for why, ids in reasons.items()
+        ]
+        return (*movable, *pinned)
+
+    @cached_property
+    def graph(self) -> nx.DiGraph[str]:
+        """The movable classes, with an edge from every class to each class in which it is nested.
+
+        Node attributes: `size`, `structure`, `axes`.
+        """
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        for c in self.classes:
+            if c.structure != PINNED:
+                graph.add_node(c.name, size=c.size, structure=c.structure, axes=c.axes)
+                graph.add_edges_from((c.name, parent) for parent in c.parents)
+        return graph
+
+    def __str__(self) -> str:
+        lines = []
+        for number, c in enumerate(self.classes[: len(self.units)]):
+            count, each = _combinations(self.units[number])
+            order = {1: ""}.get(each, f"{each}!") + (f"^{count}" if count > 1 and each > 1 else "")
+            axes = ", ".join(map(str, c.axes[:4])) + (f", … ({len(c.axes)} axes)" if len(c.axes) > 4 else "")
+            inside = f" in ({', '.join(c.parents)})" if c.parents else ""
+            lines.append(f"{c.name}: {c.size} {c.structure}{inside}, {order or 'moves with its parents'}  <- {axes or 'no axis of its own'}")
+        reasons = Counter(c.why for c in self.classes[len(self.units) :])
+        lines += [f"pinned: {c.name}, {c.size} indices: {c.why}" for c in self.classes[len(self.units) :] if reasons[c.why]]
+        lines += [f"no rule: {op} ({count}x)" for op, count in self.unknown.items()]
+        lines += [f"demoted: {name} failed verification" for name in self.demoted]
+        return "\n".join(lines)
+
+    # ---------------------------------------------------------------------- the group
+
+    def log_order(self) -> float:
+        """Natural logarithm of the number of permutations of parameter entries in the group."""
+        return float(sum(n * math.lgamma(k + 1) for n, k in map(_combinations, self.units)))
+
+    def identity(self) -> Permutation:
+        """The permutation that moves nothing."""
+        return Permutation(self.layout, tuple(np.arange(c.size) for c in self.units))
+
+    def sample(self, generator: torch.Generator | None = None) -> Permutation:
+        """A uniformly distributed element of the group.
+
+        Arguments:
+            generator: source of randomness, on the CPU; torch's default one if None.
+        """
+
+        def choose(_: int, units: Ids, places: Ids) -> Ids:
+            order = torch.rand(units.shape, dtype=torch.float64, generator=generator).argsort(dim=1).numpy()
+            return np.take_along_axis(places, order, axis=1)
+
+        return self.build(choose)
+
+    def build(self, choose: Choice) -> Permutation:
+        """The group element whose free choices are made by `choose`, parents before children."""
+        images: list[Ids] = []
+        for number, c in enumerate(self.units):
+            images.append(self.class_image(number, images, lambda u, p, n=number: choose(n, u, p)))  # type: ignore[misc]
+        return Permutation(self.layout, tuple(images))
+
+    def class_image(self, number: int, images: Sequence[Ids], choose: Callable[[Ids, Ids], Ids]) -> Ids:
+        """Where the units of one class go, given where the units of its parents go."""
+        c = self.units[number]
+        key = np.stack([*(at for _, at in c.parents), c.fixed], axis=1)
+
+        def moved(rows: Ids) -> Ids:
+            columns = [images[p][rows[:, i]] for i, (p, _) in enumerate(c.parents)]
+            return np.stack([*columns, rows[:, -1]], axis=1)
+
+        return build_image(c.size, key, moved, choose)
+
+    def restrict(self, p: Permutation, classes: Iterable[int]) -> Permutation:
+        """An element that is p on the classes given and on all their ancestors, and elsewhere moves units
+        only as their parents make necessary."""
+        kept = set(classes)
+        for number in sorted(kept, reverse=True):
+            kept |= self.ancestors(number)
+        images: list[Ids] = []
+        for number in range(len(self.units)):
+            images.append(p.images[number] if number in kept else self.class_image(number, images, lambda u, q: q))
+        return Permutation(self.layout, tuple(images))
+
+    def ancestors(self, number: int) -> set[int]:
+        """The classes in which a class is nested, directly or not."""
+        found: set[int] = set()
+        for parent, _ in self.units[number].parents:
+            found |= {parent} | self.ancestors(parent)
+        return found
+
+    def demote(self, numbers: Iterable[int]) -> Symmetry:
+        """The symmetry in which some classes, and all that are nested in them, no longer move.
+
+        A class is nested in others only through its units, so its parents cannot move without it: they
+        are demoted too.
+        """
+        gone = set(numbers)
+        while True:
+            more = {n for n in range(len(self.units)) if n not in gone and self.ancestors(n) & gone}
+            more |= {a for n in gone for a in self.ancestors(n)} - gone
+            if not more:
+                break
+            gone |= more
+        number = {n: i for i, n in enumerate(n for n in range(len(self.units)) if n not in gone)}
+        units = tuple(
+            replace(c, parents=tuple((number[p], at) for p, at in c.parents)) for n, c in enumerate(self.units) if n in number
+        )
+        layout = tuple(replace(a, roles=tuple((number[n], s) for n, s in a.roles if n in number)) for a in self.layout)
+        stuck = {axis: dict(reasons) for axis, reasons in self.stuck.items()}
+        for a in self.layout:
+            for n, s in a.roles:
+                if n in gone:
+                    stuck.setdefault((a.parameter, a.dim), {})[f"{self.names[n]} failed verification"] = a.index[s]
+        layout = tuple(a for a in layout if a.roles)
+        return Symmetry(units, layout, stuck, self.unknown, (*self.demoted, *(self.names[n] for n in sorted(gone))), self.error)
+
+    def verify(
+        self,
+        model: nn.Module,
+        args: Args,
+        kwargs: Kwargs | None = None,
+        trials: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Symmetry:
+        """Proves the group on the module itself; see `fxmerge.symmetry.verify.verify`."""
+        from fxmerge.symmetry.verify import verify
+
+        return verify(self, model, args, kwargs, trials=trials, generator=generator)
+
+
+def find_symmetry(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> Symmetry:
+    """Infers which coordinate permutations of a model's parameters leave its function unchanged.
+
+    Arguments:
+        model: any module that torch.export can capture; it is not modified.
+        args: example inputs, as the model's forward takes them.
+        kwargs: example inputs by keyword.
+
+    Returns:
+        The equivalence classes of parameter axes, and the group that they generate.
+
+    Raises:
+        CaptureError: if the model cannot be captured as a graph.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> symmetry = fxmerge.find_symmetry(mlp, (torch.zeros(1, 2),))
+        >>> print(symmetry)
+        0.weight[0]: 3 free, 3!  <- 0.weight[0], 0.bias[0], 2.weight[1]
+        pinned: 0.weight[1], 2 indices: linear
+    """
+    return symmetry_of(capture_program(model, args, kwargs))
+
+
+def symmetry_of(program: Program) -> Symmetry:
+    """The symmetry of a captured program."""
+    found = propagate(program)
+    resolution = resolve(found.units, found.axes)
+    layout, local = [], {}
+    names: dict[str, list[str]] = {}
+    for alias, name in program.aliases.items():
+        names.setdefault(name, []).append(alias)
+    for axis, units in found.axes.items():
+        raw, slot = np.unique(units.ids, return_inverse=True)
+        local[axis] = raw
+        roles = tuple(
+            (number, np.searchsorted(raw, r.raw)) for number, c in enumerate(resolution.classes) for r in c.roles if r.axis == axis
+        )
+        if roles:
+            shape = tuple(program.parameters[axis[0]].shape)
+            aliases = tuple(a for a in names[axis[0]] if a != axis[0])
+            layout.append(AxisLayout(axis[0], aliases, shape, axis[1], units.dims, slot.reshape(units.ids.shape), roles))
+    stuck: dict[Axis, dict[str, Ids]] = {
+        axis: {why: _indices(found.axes[axis], axis[1], ids) for why, ids in reasons.items()}
+        for axis, reasons in resolution.pinned.items()
+    }
+    return Symmetry(resolution.classes, tuple(layout), stuck, {str(op): n for op, n in found.unknown.items()})
+
+
+def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:
+    return np.unique(np.nonzero(np.isin(axis.ids, ids))[axis.dims.index(dim)])
+
+
+def _combinations(c: UnitClass) -> tuple[int, int]:
+    """How many combinations of parents and fixed positions a class has, and how many units are in each."""
+    key = np.stack([*(at for _, at in c.parents), c.fixed], axis=1)
+    count = len(np.unique(key, axis=0))
+    return count, c.size // count
+
+
+def _structure(c: UnitClass) -> str:
+    if not c.parents:
+        return SPLIT if c.fixed.any() else FREE
+    return NESTED if len(c.parents) == 1 and not c.fixed.any() else PRODUCT
+
+

@@ -1,0 +1,192 @@
+"""Walks an ATen graph and labels every tensor in it, filling a unit graph on the way."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxmerge.capture import Program
+from fxmerge.symmetry import rules
+from fxmerge.symmetry.labels import Labels, Shape, inert, pin, relate, spread
+from fxmerge.symmetry.units import Ids, UnitGraph
+
+logger = logging.getLogger(__name__)
+
+Axis = tuple[str, int]
+"""A parameter's name and one of its dimensions."""
+
+
+@dataclass
+class AxisUnits:
+    """The units of one parameter axis.
+
+    `ids` has one dimension for each entry of `dims`: the axis itself, and every other dimension whose
+    rows are used apart from each other, so that the axis has separate units for each block of rows.
+    """
+
+    dims: tuple[int, ...]
+    ids: Ids
+
+
+@dataclass
+class Propagation:
+    """What a walk over a program found: its units, the ops without a rule, and the labels of every node."""
+
+    program: Program
+    units: UnitGraph
+    axes: dict[Axis, AxisUnits]
+    unknown: Counter[Any] = field(default_factory=Counter)
+    labels: dict[str, Labels] = field(default_factory=dict)
+
+
+def propagate(program: Program) -> Propagation:
+    """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
+    those parameters split whose rows are used apart."""
+    splits: dict[Axis, Ids] = {}
+    while True:
+        found = _Walk(program, splits).run_all()
+        simpler = program.decompose(found.unknown) if found.unknown else None
+        if simpler is not None:
+            program = simpler
+            continue
+        more = _rows_used_apart(found, splits)
+        if not more:
+            return found
+        splits = splits | more
+
+
+def _rows_used_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Axis, Ids]:
+    """For every axis whose rows are used apart, the block that each row belongs to."""
+    if not found.units.rows:
+        return {}
+    movable = np.ones(found.units.size, bool)
+    for ids, _ in found.units.pinned:
+        movable[ids] = False
+    blocks = np.zeros(found.units.size, np.int64)
+    for number, (ids, groups) in enumerate(found.units.rows, start=1):
+        code = np.zeros(found.units.size, np.int64)
+        code[ids] = number + (groups - groups.min()) * len(found.units.rows)
+        blocks = np.unique(blocks * (int(code.max()) + 1) + code, return_inverse=True)[1]
+    by_parameter = defaultdict(list)
+    for (name, dim), axis in found.axes.items():
+        if movable[axis.ids].any():
+            by_parameter[name].append(dim)
+    splits = {}
+    for (name, dim), axis in found.axes.items():
+        row = blocks[np.moveaxis(axis.ids, axis.dims.index(dim), 0).reshape(axis.ids.shape[axis.dims.index(dim)], -1)[:, 0]]
+        if (name, dim) not in known and len(np.unique(row)) > 1 and set(by_parameter[name]) - {dim}:
+            splits[name, dim] = np.unique(row, return_inverse=True)[1]
+    return splits
+
+
+class _Walk(fx.Interpreter):
+    """One walk over the graph. Nodes hold `Labels`, or the values of what does not depend on the inputs or
+    parameters, which is computed as it stands."""
+
+    def __init__(self, program: Program, splits: Mapping[Axis, Ids]) -> None:
+        super().__init__(program.graph, garbage_collect_values=True)
+        self.program, self.splits = program, splits
+        self.found = Propagation(program, UnitGraph(), {})
+
+    def run_all(self) -> Propagation:
+        with torch.no_grad():
+            self.run(*(None for n in self.module.graph.nodes if n.op == "placeholder"))
+        return self.found
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "placeholder":
+            value = self._placeholder(n)
+        elif n.op == "output":
+            value = self._output(n)
+        elif n.op == "call_function":
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            value = self._call(n, args, kwargs)
+        else:
+            value = super().run_node(n)
+        if isinstance(value, Labels):
+            self.found.labels[n.name] = value
+        return value
+
+    def _placeholder(self, n: fx.Node) -> Any:
+        shape = shape_of(n)
+        kind, name = self.program.source(n)
+        if kind == "parameter":
+            return self._parameter(name, shape)
+        if kind == "constant":
+            return self.program.constants[name]
+        return inert(shape) if isinstance(n.meta["val"], Tensor) else n.meta["val"]
+
+    def _parameter(self, name: str, shape: Shape) -> Labels:
+        units = self.found.units
+        split = [d for d in range(len(shape)) if (name, d) in self.splits]
+        columns: list[Tensor] = []
+        for dim in range(len(shape)):
+            if shape[dim] < 2:
+                continue
+            if (name, dim) not in self.found.axes:
+                others = [d for d in split if d != dim and (dim not in split or d < dim)]
+                counts = [int(self.splits[name, d].max()) + 1 for d in others]
+                ids = units.fresh(int(np.prod(counts)) * shape[dim], ("axis", name, dim)).reshape(*counts, shape[dim])
+                for i, d in enumerate(others):
+                    ids = np.take(ids, self.splits[name, d], axis=i)
+                dims = sorted((*others, dim))
+                order = [(*others, dim).index(d) for d in dims]
+                self.found.axes[name, dim] = AxisUnits(tuple(dims), np.ascontiguousarray(ids.transpose(order)))
+            axis = self.found.axes[name, dim]
+            columns.append(spread(torch.from_numpy(axis.ids), shape, axis.dims))
+        for a, b in combinations(columns, 2):
+            relate(units, a, b, f"{name}: rows used apart")
+        return Labels(shape, tuple(columns), parameter=name)
+
+    def _call(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        if not any(isinstance(v, Labels) for v in pytree.tree_leaves((args, kwargs), is_leaf=_is_labels)):
+            return n.target(*args, **kwargs)  # type: ignore[operator]
+        if n.meta.get("val") is None and not n.users:
+            return None
+        if not isinstance(n.meta.get("val"), (Tensor, tuple, list)):
+            return concrete(n.meta.get("val"))
+        if n.target is operator.getitem:
+            return args[0][args[1]]
+        used = frozenset(u.args[1] for u in n.users if u.target is operator.getitem and u.users)
+        site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used)
+        rule = rules.find_rule(n.target)
+        if rule is not None:
+            return rule(site, *args, **kwargs)
+        self.found.unknown[n.target] += 1
+        for v in pytree.tree_leaves((args, kwargs), is_leaf=_is_labels):
+            if isinstance(v, Labels):
+                pin(self.found.units, v, f"{n.name}: no rule for {n.target}")
+        return [inert(s) for s in site.shape] if isinstance(site.shape, list) else inert(site.shape)
+
+    def _output(self, n: fx.Node) -> None:
+        for node in self.program.outputs(n):
+            value = self.env[node]
+            if isinstance(value, Labels):
+                pin(self.found.units, value, "output")
+
+
+def _is_labels(value: Any) -> bool:
+    return isinstance(value, Labels)
+
+
+def concrete(size: Any) -> Any:
+    """The number that a symbolic size stood for when the graph was captured."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def shape_of(n: fx.Node) -> Any:
+    """The shape of a node's output, or a list of shapes where it has several."""
+    value = n.meta["val"]
+    if isinstance(value, (tuple, list)):
+        return [tuple(concrete(s) for s in v.shape) if isinstance(v, Tensor) else () for v in value]
+    return tuple(concrete(s) for s in value.shape) if isinstance(value, Tensor) else ()

@@ -1,0 +1,28 @@
+"""Propagation rules, one module per family of ops. Without a module its ops are pinned, and nothing else changes."""
+
+from fxmerge.symmetry.rules import (
+    attention,
+    contraction,
+    elementwise,
+    indexing,
+    movement,
+    normalization,
+    pooling,
+    reduction,
+)
+from fxmerge.symmetry.rules.registry import Site, Value, find_rule, rule
+
+__all__ = [
+    "Site",
+    "Value",
+    "attention",
+    "contraction",
+    "elementwise",
+    "find_rule",
+    "indexing",
+    "movement",
+    "normalization",
+    "pooling",
+    "reduction",
+    "rule",
+]

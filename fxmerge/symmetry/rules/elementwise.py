@@ -1,0 +1,55 @@
+"""Ops that act on every position by itself, with broadcasting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxmerge.symmetry.labels import Labels, inert
+from fxmerge.symmetry.rules.registry import Site, rule
+
+
+@rule("pointwise", "where", "masked_fill", "floor_divide", "__and__", "__or__", "__xor__")
+def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
+    """Joins all operands. Serves every op that torch tags as pointwise."""
+    operands = [at.labels(a) for a in (*args, *kwargs.values()) if isinstance(a, (Labels, Tensor))]
+    result = operands[0].expand(at.shape)
+    for operand in operands[1:]:
+        result = at.join(result, operand)
+    return result
+
+
+@rule(
+    *("_to_copy", "to", "clone", "alias", "detach", "contiguous", "lift_fresh_copy", "lift_fresh", "type_as"),
+    *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "native_dropout"),
+    *("_conj", "resolve_conj", "_conj_physical", "resolve_neg"),
+)
+def identity(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
+    """Copies, casts, and dropout in eval mode."""
+    return x
+
+
+@rule("copy")
+def copy(at: Site, x: Labels | Tensor, source: Labels | Tensor, *args: Any, **kwargs: Any) -> Labels:
+    return at.labels(source).expand(at.shape)
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+def filled(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels | Tensor:
+    """A constant in the shape, not with the values, of its operand."""
+    if any(isinstance(a, Labels) for a in (*args, *kwargs.values())):
+        return Labels(at.shape)
+    filled: Tensor = at.target(torch.empty(x.shape), *args, **kwargs)
+    return filled
+
+
+@rule("fill")
+def fill(at: Site, x: Labels, value: Labels | Tensor | float) -> Labels:
+    return at.labels(value).expand(at.shape)
+
+
+@rule("bernoulli", "rand_like", "randn_like", "randint_like", "normal", "multinomial")
+def random(at: Site, *args: Any, **kwargs: Any) -> Labels:
+    return inert(at.shape)

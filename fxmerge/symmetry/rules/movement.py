@@ -1,0 +1,142 @@
+"""Ops that rearrange or assemble positions: the op itself is run on the columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxmerge.symmetry.labels import Labels, Shape, move, prune, shrink, support
+from fxmerge.symmetry.rules.registry import Site, rule
+from fxmerge.symmetry.units import NOTHING
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze")
+def view(at: Site, x: Labels, *args: Any) -> Labels:
+    return x.reshape(at.shape)
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
+    return x.expand(at.shape)
+
+
+@rule(
+    *("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "mT", "adjoint"),
+    *("select", "slice", "narrow", "diagonal", "flip", "fliplr", "flipud", "roll", "rot90", "unfold"),
+    *("repeat", "repeat_interleave", "tile", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+    *("native_channel_shuffle", "im2col", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
+    *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided"),
+)
+def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
+    def op(column: Tensor) -> Tensor:
+        try:
+            return at.target(column, *args, **kwargs)
+        except (NotImplementedError, RuntimeError):  # No integer kernel; unit numbers are exact in float64.
+            return at.target(column.double(), *args, **kwargs).long()
+
+    return move(at.units, x, op, at.shape, at.name)
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split")
+def split(at: Site, x: Labels, *args: Any, **kwargs: Any) -> list[Labels]:
+    def piece(i: int) -> Callable[[Tensor], Tensor]:
+        return lambda column: at.target(column, *args, **kwargs)[i]
+
+    return [move(at.units, x, piece(i), shape, f"{at.name}[{i}]") for i, shape in enumerate(at.shape)]
+
+
+@rule("tril", "triu")
+def triangle(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
+    """A product with a constant mask over the last two dimensions."""
+    return at.join(x, at.target(torch.ones(x.shape[-2:]), *args, **kwargs))
+
+
+def assemble(
+    at: Site, parts: Sequence[Labels | Tensor], combine: Callable[[list[Tensor]], Tensor], dims: Sequence[int]
+) -> Labels:
+    """The labels of a tensor put together from parts by `combine`, which acts along `dims` only.
+
+    A column of the result takes one column of each part; positions from a part that has none of its
+    kind get the unit `NOTHING`. An inert column tells the parts apart, since one unit, or equal
+    constants, may come in through two of them; parts that are the same constant are alike.
+    """
+    labels = [at.labels(p) for p in parts]
+
+    def kind(column: Tensor) -> tuple[int, ...]:
+        return tuple(d for d in support(column) if d not in dims)
+
+    def build(pieces: list[Tensor]) -> Tensor:
+        used = set(dims).union(*(support(p) for p in pieces))
+        for d in range(pieces[0].ndim):
+            if d not in used:
+                pieces = [p.narrow(d, 0, 1) for p in pieces]
+        return shrink(combine(pieces).expand(at.shape))
+
+    def gather(columns: list[tuple[Tensor, ...]], fill: int, *, apart: bool) -> list[Tensor]:
+        built = []
+        for k in dict.fromkeys(kind(c) for part in columns for c in part):
+            alike = [[c for c in part if kind(c) == k] for part in columns]
+            for i in range(max(map(len, alike))):
+                pieces, base = [], 0
+                for label, part in zip(labels, alike, strict=True):
+                    piece = part[i] if i < len(part) else torch.full((1,) * label.ndim, fill).expand(label.shape)
+                    pieces.append(piece + base if apart and any(d in support(piece) for d in dims) else piece)
+                    base += int(piece.max()) + 1 if piece.numel() else 0
+                built.append(build(pieces))
+        return [c for c in built if support(c)]
+
+    columns = gather([x.columns for x in labels], NOTHING, apart=False)
+    factors = gather([x.inert for x in labels], 0, apart=True)
+    uniform: dict[object, int] = {}
+    marks = [torch.full((1,) * x.ndim, uniform.setdefault(_value(p), len(uniform))) for p, x in zip(parts, labels, strict=True)]
+    factors.append(build([m.expand(x.shape) for m, x in zip(marks, labels, strict=True)]))
+    return Labels(at.shape, tuple(columns), prune([f for f in factors if support(f)]))
+
+
+def _value(part: Labels | Tensor) -> object:
+    """The value of a constant part that has only one, else something equal to itself only."""
+    if isinstance(part, Tensor) and part.numel() and bool((part == part.reshape(-1)[0]).all()):
+        return part.reshape(-1)[0].item()
+    return object()
+
+
+@rule("cat", "concat", "concatenate")
+def cat(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
+    parts = [t for t in tensors if tuple(t.shape) != (0,)]
+    dim %= len(at.shape)
+    return assemble(at, parts, lambda columns: torch.cat(columns, dim), [dim])
+
+
+@rule("stack")
+def stack(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
+    dim %= len(at.shape)
+    one: Shape = (*at.shape[:dim], 1, *at.shape[dim + 1 :])
+    return cat(at, [t.reshape(one) for t in tensors], dim)
+
+
+@rule("constant_pad_nd", "pad")
+def pad(at: Site, x: Labels, widths: Sequence[int], *args: Any) -> Labels:
+    """Constant padding is a cat with constants, a negative width a slice; other modes are movements."""
+    mode, value = (args[0], (*args[1:], None)[0]) if args and isinstance(args[0], str) else ("constant", (*args, 0)[0])
+    if mode != "constant":
+        return movement(at, x, list(widths), *args)
+    for i in range(len(widths) // 2):
+        dim = x.ndim - 1 - i
+        for width, after in ((widths[2 * i], False), (widths[2 * i + 1], True)):
+            shape = (*x.shape[:dim], x.shape[dim] + width, *x.shape[dim + 1 :])
+            if width < 0:
+                start = 0 if after else -width
+                x = move(at.units, x, lambda c, d=dim, s=start, n=shape[dim]: c.narrow(d, s, n), shape, at.name)
+            elif width > 0:
+                filler = torch.full((1,) * x.ndim, float(value or 0)).expand(*x.shape[:dim], width, *x.shape[dim + 1 :])
+                site = Site(at.units, at.name, at.target, shape)
+                x = cat(site, [x, filler] if after else [filler, x], dim)
+    return x
+
+
+@rule("slice_scatter", "select_scatter")
+def scatter_slice(at: Site, x: Labels | Tensor, source: Labels | Tensor, dim: int = 0, *args: Any) -> Labels:
+    return assemble(at, [x, source], lambda c: at.target(c[0], c[1], dim, *args), [dim % len(at.shape)])

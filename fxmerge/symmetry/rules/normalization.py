@@ -1,0 +1,95 @@
+"""Normalizations and softmax: a reduction joined back to its input, then an affine map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxmerge.symmetry.labels import Labels, reduce
+from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule
+
+Operand = Labels | Tensor
+
+
+def normalize(at: Site, x: Labels, dims: Sequence[int]) -> Labels:
+    return at.join(x, reduce(at.units, x, dims, at.name, keepdim=True), x.shape)
+
+
+def _affine(at: Site, x: Labels, *vectors: Operand | None, dim: int = 1) -> Labels:
+    """x joined with vectors that lie along `dim`."""
+    for v in vectors:
+        if v is not None:
+            x = at.join(x, v.reshape((*v.shape, *(1,) * (x.ndim - dim - 1))))
+    return x
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax")
+def softmax(at: Site, x: Labels, dim: int, *args: Any, **kwargs: Any) -> Labels:
+    return normalize(at, x, [dim])
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(
+    at: Site, x: Labels, shape: Sequence[int], weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
+) -> Labels:
+    y = normalize(at, x, range(-len(shape), 0))
+    return _affine(at, y, weight, bias if isinstance(bias, (Labels, Tensor)) else None, dim=x.ndim - 1)
+
+
+@rule("native_layer_norm", "_fused_rms_norm")
+def native_layer_norm(at: Site, x: Labels, shape: Sequence[int], *affine: Any, **kwargs: Any) -> list[Labels]:
+    statistics = reduce(at.units, x, range(-len(shape), 0), at.name, keepdim=True)
+    y = Site(at.units, at.name, at.target, at.shape[0])
+    return [layer_norm(y, x, shape, *affine), *(statistics for _ in at.shape[1:])]
+
+
+@rule("group_norm")
+def group_norm(
+    at: Site, x: Labels, groups: int, weight: Operand | None = None, bias: Operand | None = None, *args: Any
+) -> Labels:
+    batch, channels, *space = x.shape
+    grouped = x.reshape((batch, groups, channels // groups, *space))
+    y = normalize(at, grouped, range(2, grouped.ndim)).reshape(x.shape)
+    return _affine(at, y, weight, bias)
+
+
+@rule("native_group_norm")
+def native_group_norm(at: Site, x: Labels, weight: Any, bias: Any, n: int, c: int, s: int, groups: int, *args: Any) -> list[Labels]:
+    y = group_norm(at, x, groups, weight, bias)
+    grouped = x.reshape((n, groups, c // groups, s))
+    statistics = reduce(at.units, grouped, (2, 3), at.name)
+    return [y, statistics, statistics]
+
+
+@rule("instance_norm")
+def instance_norm(
+    at: Site, x: Labels, weight: Any, bias: Any, mean: Any, var: Any, from_input: bool, *args: Any
+) -> Labels:
+    y = normalize(at, x, range(2, x.ndim)) if from_input else _affine(at, x, mean, var)
+    return _affine(at, y, weight, bias)
+
+
+@rule("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm")
+def batch_norm(at: Site, x: Labels, weight: Any, bias: Any, mean: Any, var: Any, training: Any, *args: Any) -> Any:
+    if training is True:
+        y = normalize(at, x, [0, *range(2, x.ndim)])
+    else:
+        y = _affine(at, x, mean, var)
+    y = _affine(at, y, weight, bias)
+    return [y, *(Labels(shape) for shape in at.shape[1:])] if isinstance(at.shape, list) else y
+
+
+@rule("_native_batch_norm_legit")
+def batch_norm_of_batch(at: Site, x: Labels, weight: Any, bias: Any, *args: Any) -> list[Labels]:
+    y = _affine(at, normalize(at, x, [0, *range(2, x.ndim)]), weight, bias)
+    return [y, *(Labels(shape) for shape in at.shape[1:])]
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(at: Site, v: Labels, g: Labels, dim: int = 0) -> Any:
+    """v scaled to the norms g, which are taken over every dimension but `dim`."""
+    others = [d for d in normalize_dims(None, v.ndim) if d != dim % v.ndim]
+    y = at.join(normalize(at, v, others), g, v.shape)
+    return [y, g] if isinstance(at.shape, list) else y

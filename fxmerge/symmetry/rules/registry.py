@@ -1,0 +1,81 @@
+"""One registry of propagation rules: from an op's name to the function that labels its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxmerge.symmetry.labels import Labels, Shape, constant, join
+from fxmerge.symmetry.units import UnitGraph
+
+Value = Any
+"""What a node holds during propagation: `Labels`, a constant (tensor or scalar), or a sequence of these."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a rule is applied: the unit graph it writes to, the node's name and op, and the shape of its output.
+
+    Where the op has several outputs, `shape` is a list of shapes, and `used` tells which of them are read.
+    """
+
+    units: UnitGraph
+    name: str
+    target: Any
+    shape: Any
+    used: frozenset[int] = frozenset()
+
+    def labels(self, value: Labels | Tensor | float) -> Labels:
+        """The labels of an operand, which may be a constant."""
+        if isinstance(value, Labels):
+            return value
+        return constant(value) if isinstance(value, Tensor) else Labels(())
+
+    def join(self, x: Labels, y: Labels | Tensor | None, shape: Shape | None = None) -> Labels:
+        """`fxmerge.symmetry.labels.join` after broadcasting both to `shape` (by default that of x)."""
+        if y is None:
+            return x
+        shape = x.shape if shape is None else shape
+        return join(self.units, x.expand(shape), self.labels(y).expand(shape), self.name)
+
+
+Rule = Callable[..., Value]
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for all overloads of the named ops (`"linear"` means `aten::linear`).
+
+    A rule takes a `Site` and the op's own arguments, in which every tensor is either `Labels` or,
+    if it is a constant, a `torch.Tensor`; it returns the `Labels` of the output.
+    """
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            _RULES[name if "::" in name else f"aten::{name}"] = function
+        return function
+
+    return register
+
+
+def find_rule(target: Any) -> Rule | None:
+    """The rule for an op, or None if there is none."""
+    name = getattr(getattr(target, "_schema", None), "name", None)
+    if name in _RULES:
+        return _RULES[name]
+    if torch.Tag.pointwise in getattr(target, "tags", ()):
+        return _RULES["aten::pointwise"]
+    return None
+
+
+def normalize_dims(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
+    """Dims of a reduction as non-negative numbers; None or an empty list means all of them."""
+    if isinstance(dims, int):
+        dims = [dims]
+    if not dims:
+        return list(range(ndim))
+    return [d % ndim for d in dims] if ndim else []

@@ -1,0 +1,72 @@
+"""The unit graph while it grows: units, equalities, memberships and pins.
+
+A *unit* is the smallest thing that may move: one index of one parameter axis, or a block of other
+units. Rules never loop over units; they hand over arrays of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+NOTHING = 0
+"""The unit of positions that carry no unit of a column: constants and inputs beside moving units in one cat."""
+
+
+@dataclass
+class UnitGraph:
+    """Facts about units, appended by the rules and resolved once, by `fxmerge.symmetry.classes`.
+
+    Units are numbered from 0 in the order of their creation; each creation has an `origin`, which
+    is the parameter axis of its units, or the graph node for which the units were made.
+    """
+
+    starts: list[int] = field(default_factory=list)
+    origins: list[Hashable] = field(default_factory=list)
+    size: int = 0
+    equal: list[tuple[Ids, Ids]] = field(default_factory=list)
+    member: list[tuple[Ids, Ids]] = field(default_factory=list)
+    pinned: list[tuple[Ids, str]] = field(default_factory=list)
+    rows: list[tuple[Ids, Ids]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pin(self.fresh(1, "nothing"), "no unit")
+
+    def fresh(self, count: int, origin: Hashable) -> Ids:
+        """Makes `count` new units."""
+        self.starts.append(self.size)
+        self.origins.append(origin)
+        self.size += count
+        return np.arange(self.size - count, self.size, dtype=np.int64)
+
+    def origin(self, ids: Ids) -> Ids:
+        """For each unit, the number of the creation that it comes from."""
+        return (np.searchsorted(self.starts, ids, side="right") - 1).astype(np.int64)
+
+    def equate(self, a: Ids, b: Ids) -> None:
+        """Unit `a[i]` moves exactly as unit `b[i]` does, for all i."""
+        self.equal.append((a, b))
+
+    def include(self, child: Ids, parent: Ids) -> None:
+        """Where unit `child[i]` goes, its block `parent[i]` goes too, for all i."""
+        self.member.append((child, parent))
+
+    def pin(self, ids: Ids, reason: str) -> None:
+        """None of these units may move."""
+        if len(ids):
+            self.pinned.append((ids, reason))
+
+    def use_apart(self, ids: Ids, groups: Ids) -> None:
+        """The parameter rows `ids[i]` are used together with the rows of the same group only."""
+        self.rows.append((ids, groups))
+
+    def segment(self, ids: Ids, reason: str) -> None:
+        """The units `ids` are told apart from all others, but may move among themselves."""
+        tag = self.fresh(1, ("segment", reason))
+        self.pin(tag, reason)
+        self.include(ids, np.broadcast_to(tag, ids.shape))
