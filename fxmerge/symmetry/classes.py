@@ -20,9 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from fxmerge.symmetry.labels import Pairs, meet
 from fxmerge.symmetry.propagate import Axis, AxisUnits
-from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph
-
-Hashes = NDArray[np.uint64]
+from fxmerge.symmetry.units import NOTHING, Hashes, Ids, UnitGraph, mix
 
 
 @dataclass(frozen=True)
@@ -65,18 +63,15 @@ class Resolution:
 
 def resolve(units: UnitGraph, axes: dict[Axis, AxisUnits]) -> Resolution:
     """Finds the equivalence classes. Facts that follow from others are added to `units`."""
+    used = np.zeros(units.size, bool)
+    for ids in units.used:
+        used[ids] = True
+    for axis in axes.values():
+        units.pin(np.unique(axis.ids[~used[axis.ids]]), "not used for the example inputs")
     while True:
         state = _State(units, axes)
         if not state.close():
             return state.classes()
-
-
-def _mix(x: NDArray[np.int64] | Hashes) -> Hashes:
-    """SplitMix64's finalizer: a hash of each number."""
-    z = x.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _concatenate(pairs: list[tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
@@ -129,19 +124,19 @@ class _State:
         """Stable colours: what axes a unit indexes, then what its members and blocks look like."""
         colour = np.zeros(self.count, np.uint64)
         for number, raw in enumerate(self.raw.values()):
-            np.add.at(colour, self.unit[raw], _mix(np.array([number]))[0])
+            np.add.at(colour, self.unit[raw], mix(np.array([number]))[0])
         tags = np.flatnonzero(self.pinned[self.unit] & ~self._is_raw())
-        np.add.at(colour, self.unit[tags], _mix(self.units.origin(tags) + (1 << 40)))
-        colour[self.pinned] = _mix(colour[self.pinned] + np.uint64(1))
+        np.add.at(colour, self.unit[tags], mix(self.units.origin(tags) + (1 << 40)))
+        colour[self.pinned] = mix(colour[self.pinned] + np.uint64(1))
         known = 0
         while True:
             found, colours = np.unique(colour, return_inverse=True)
             if len(found) == known:
                 return colours.astype(np.int64)
             known = len(found)
-            mixed, new = _mix(colour), _mix(colour)
-            np.add.at(new, self.child, _mix(mixed[self.parent] ^ np.uint64(0x5555)))
-            np.add.at(new, self.parent, _mix(mixed[self.child] ^ np.uint64(0x3333)))
+            mixed, new = mix(colour), mix(colour)
+            np.add.at(new, self.child, mix(mixed[self.parent] ^ np.uint64(0x5555)))
+            np.add.at(new, self.parent, mix(mixed[self.child] ^ np.uint64(0x3333)))
             colour = new
 
     def _is_raw(self) -> NDArray[np.bool_]:
@@ -199,7 +194,7 @@ class _State:
     def _merge_blocks(self) -> bool:
         """Blocks with the same members are one block; True if there were any."""
         members = np.zeros(self.count, np.uint64)
-        np.add.at(members, self.parent, _mix(self.child))
+        np.add.at(members, self.parent, mix(self.child))
         blocks = np.unique(self.parent)
         _, first, group = np.unique(members[blocks], return_index=True, return_inverse=True)
         self.units.equate(self.first[blocks], self.first[blocks[first[group]]])
@@ -332,17 +327,16 @@ class _State:
         """Tells raw units of one axis apart by what each was found equal to, and a member of, by itself."""
         kind = np.zeros(self.units.size, np.uint64)
         child, parent = _concatenate(self.units.member)
-        block = self.unit[parent]
-        np.add.at(kind, child, _mix(np.where(self.pinned[block], block + self.count, self.colour[block])))
+        np.add.at(kind, child, mix(mix(self.colour[self.unit[parent]]) + self.units.origin(parent).view(np.uint64)))
         a, b = _concatenate(self.units.equal)
         # Which equality it was tells two neighbours of one origin apart.
         sizes = [len(x) for x, _ in self.units.equal]
         tag = np.repeat(np.arange(len(sizes)), sizes).astype(np.uint64) * np.uint64(2)
-        origin = _mix(self.units.origin(np.arange(self.units.size)))
+        origin = mix(self.units.origin(np.arange(self.units.size)))
         for _ in range(3):
-            new = _mix(kind)
-            np.add.at(new, a, _mix(kind[b] + origin[b] + tag))
-            np.add.at(new, b, _mix(kind[a] + origin[a] + tag + np.uint64(1)))
+            new = mix(kind)
+            np.add.at(new, a, mix(kind[b] + origin[b] + tag))
+            np.add.at(new, b, mix(kind[a] + origin[a] + tag + np.uint64(1)))
             kind = new
         return kind
 

@@ -18,7 +18,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph
+from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, mix
 
 Shape = tuple[int, ...]
 
@@ -225,7 +225,11 @@ def relate(units: UnitGraph, a: Tensor, b: Tensor, reason: str) -> str:
     same_a = _contain(units, met.a, met.a_part, met.b[_first(met.b_part, one_b)], one_b)
     same_b = _contain(units, met.b, met.b_part, met.a[_first(met.a_part, one_a)], one_a & ~one_b)
     many = ~one_a & ~one_b
-    _block(units, met, many & met.complete, pinned=False, reason=reason)
+    if many.any():
+        block = np.zeros(len(many), np.int64)
+        block[many] = units.fresh(int(many.sum()), ("block", reason))
+        for ids, part in ((met.a, met.a_part), (met.b, met.b_part)):
+            units.include(ids[many[part]], block[part[many[part]]])
     broken = many & ~met.complete
     units.pin(met.a[broken[met.a_part]], f"{reason}: units meet in an irregular pattern")
     units.pin(met.b[broken[met.b_part]], f"{reason}: units meet in an irregular pattern")
@@ -261,33 +265,30 @@ def _contain(units: UnitGraph, child: Ids, part: Ids, parent: Ids, where: np.nda
     return bool(lone.all())
 
 
-def _block(units: UnitGraph, met: Pairs, where: np.ndarray, *, pinned: bool, reason: str) -> None:
-    """In the components `where`, the units of both columns are members of one new block."""
-    if not where.any():
-        return
-    block = np.zeros(len(where), np.int64)
-    block[where] = units.fresh(int(where.sum()), ("block", reason))
-    in_a, in_b = where[met.a_part], where[met.b_part]
-    units.include(met.a[in_a], block[met.a_part[in_a]])
-    if pinned:
-        units.pin(block[where], reason)
-    else:
-        units.include(met.b[in_b], block[met.b_part[in_b]])
-
-
 def relate_inert(units: UnitGraph, column: Tensor, factors: Sequence[Tensor], reason: str) -> bool:
-    """Pins what a unit column shares with inert columns; True if they say all that the column says."""
+    """Tells units apart that meet different inert positions; True if that pins every one of them."""
     dims = support(column)
     joint = joint_column([f for f in factors if any(d in dims for d in support(f))])
     if joint is None:
         return False
-    met = meet(column, joint)
-    if met is None or met.independent:
+    shared = [d for d in dims if d in support(joint)]
+    size = math.prod(column.shape[d] for d in shared)
+    rows = core(joint, shared + [d for d in support(joint) if d not in shared]).reshape(size, -1).numpy()
+    place = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1, 1)
+    ids, unit = np.unique(core(column, shared + [d for d in dims if d not in shared]).numpy(), return_inverse=True)
+    meetings, times = np.unique(unit.reshape(size, -1) * size + place, return_counts=True)
+    # What a unit meets, and how often, as one number.
+    seen = np.zeros(len(ids), np.uint64)
+    np.add.at(seen, meetings // size, mix(meetings % size + mix(times).view(np.int64)))
+    _, part, count = np.unique(seen, return_inverse=True, return_counts=True)
+    if len(count) == 1:
         return False
-    alone = met.a_count == 1
-    units.pin(met.a[alone[met.a_part]], reason)
-    _block(units, met, ~alone & met.complete, pinned=True, reason=reason)
-    units.pin(met.a[~met.complete[met.a_part]], f"{reason}: units meet in an irregular pattern")
+    alone = count[part] == 1
+    units.pin(ids[alone], reason)
+    if not alone.all():
+        block = units.fresh(len(count), ("block", reason))
+        units.pin(block, reason)
+        units.include(ids[~alone], block[part[~alone]])
     return bool(alone.all())
 
 
@@ -426,6 +427,8 @@ def move(units: UnitGraph, x: Labels, op: Callable[[Tensor], Tensor], shape: Sha
                 units.segment(kept, reason)
                 if x.parameter is not None:
                     units.use_apart(kept, np.full(len(kept), units.size, np.int64))
+                    if not support(moved):
+                        units.use(kept)
     return Labels(shape, _varying(columns), _varying(map(op, x.inert)), x.parameter)
 
 

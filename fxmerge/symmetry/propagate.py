@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.capture import Program
 from fxmerge.symmetry import rules
-from fxmerge.symmetry.labels import Labels, Shape, inert, pin, relate, spread
+from fxmerge.symmetry.labels import Labels, Shape, core, inert, pin, relate, spread, support
 from fxmerge.symmetry.units import Ids, UnitGraph
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class _Walk(fx.Interpreter):
         return Labels(shape, tuple(columns), parameter=name)
 
     def _call(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
-        if not any(isinstance(v, Labels) for v in pytree.tree_leaves((args, kwargs), is_leaf=_is_labels)):
+        if not _labels_in((args, kwargs)):
             return n.target(*args, **kwargs)  # type: ignore[operator]
         if n.meta.get("val") is None and not n.users:
             return None
@@ -161,22 +161,34 @@ class _Walk(fx.Interpreter):
         site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used)
         rule = rules.find_rule(n.target)
         if rule is not None:
-            return rule(site, *args, **kwargs)
+            value = rule(site, *args, **kwargs)
+            moved = {v.parameter for v in _labels_in(value)}
+            for v in _labels_in((args, kwargs)):
+                if v.parameter not in moved:
+                    self._use(v)
+            return value
         self.found.unknown[n.target] += 1
-        for v in pytree.tree_leaves((args, kwargs), is_leaf=_is_labels):
-            if isinstance(v, Labels):
-                pin(self.found.units, v, f"{n.name}: no rule for {n.target}")
+        for v in _labels_in((args, kwargs)):
+            self._use(v)
+            pin(self.found.units, v, f"{n.name}: no rule for {n.target}")
         return [inert(s) for s in site.shape] if isinstance(site.shape, list) else inert(site.shape)
 
     def _output(self, n: fx.Node) -> None:
         for node in self.program.outputs(n):
             value = self.env[node]
             if isinstance(value, Labels):
+                self._use(value)
                 pin(self.found.units, value, "output")
 
+    def _use(self, x: Labels) -> None:
+        if x.parameter is not None:
+            for column in x.columns:
+                self.found.units.use(np.unique(core(column, support(column)).numpy()))
 
-def _is_labels(value: Any) -> bool:
-    return isinstance(value, Labels)
+
+def _labels_in(value: Any) -> list[Labels]:
+    leaves = pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, Labels))
+    return [v for v in leaves if isinstance(v, Labels)]
 
 
 def concrete(size: Any) -> Any:

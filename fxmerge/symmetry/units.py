@@ -13,9 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
 
 NOTHING = 0
 """The unit of positions that carry no unit of a column: constants and inputs beside moving units in one cat."""
+
+
+def mix(x: Ids | Hashes) -> Hashes:
+    """A hash of each number (the finalizer of SplitMix64)."""
+    z = x.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 @dataclass
@@ -33,6 +42,7 @@ class UnitGraph:
     member: list[tuple[Ids, Ids]] = field(default_factory=list)
     pinned: list[tuple[Ids, str]] = field(default_factory=list)
     rows: list[tuple[Ids, Ids]] = field(default_factory=list)
+    used: list[Ids] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pin(self.fresh(1, "nothing"), "no unit")
@@ -60,6 +70,10 @@ class UnitGraph:
         """None of these units may move."""
         if len(ids):
             self.pinned.append((ids, reason))
+
+    def use(self, ids: Ids) -> None:
+        """These units of parameters reach an op that computes with them."""
+        self.used.append(ids)
 
     def use_apart(self, ids: Ids, groups: Ids) -> None:
         """The parameter rows `ids[i]` are used together with the rows of the same group only."""
