@@ -1,2 +1,19 @@
-from fxmerge.capture import capture
-from fxmerge.symmetry.group import find_symmetry, Symmetry
+"""fxmerge merges independently trained PyTorch networks, training-free, for any architecture."""
+
+from fxmerge.capture import capture as capture
+from fxmerge.errors import ArchitectureMismatchError as ArchitectureMismatchError
+from fxmerge.errors import CaptureError as CaptureError
+from fxmerge.errors import FxmergeError as FxmergeError
+from fxmerge.errors import LoaderError as LoaderError
+from fxmerge.errors import NonFiniteError as NonFiniteError
+from fxmerge.errors import OptionError as OptionError
+from fxmerge.errors import PermutationError as PermutationError
+from fxmerge.merge import align as align
+from fxmerge.merge import merge as merge
+from fxmerge.merge import merge_many as merge_many
+from fxmerge.symmetry.group import EquivalenceClass as EquivalenceClass
+from fxmerge.symmetry.group import Symmetry as Symmetry
+from fxmerge.symmetry.group import find_symmetry as find_symmetry
+from fxmerge.symmetry.permutation import Permutation as Permutation
+
+__version__ = "0.1.0"

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs 
         >>> [node.op for node in gm.graph.nodes]
         ['placeholder', 'call_module', 'call_module', 'output']
     """
-    return _skeleton(model, args, dict(kwargs or {}))[0]
+    return _skeleton(model, args, dict(kwargs or {}), _Exported(model, args, dict(kwargs or {})))[0]
 
 
 def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> Program:
@@ -113,8 +114,9 @@ def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs:
             args, kwargs = model.example_inputs
         module, route, exported = model.module(), "exported program", model
     else:
-        module, route = _skeleton(model, args, kwargs)
-        exported = _export(model, args, kwargs)
+        lazily = _Exported(model, args, kwargs)
+        module, route = _skeleton(model, args, kwargs, lazily)
+        exported = lazily.program
     with _quiet():
         exported = exported.run_decompositions({})
     persistent = {**exported.state_dict}
@@ -137,14 +139,28 @@ def _identity(tensor: Tensor) -> Any:
     return storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
-def _skeleton(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs) -> tuple[fx.GraphModule, str]:
+class _Exported:
+    """A module exported at most once, when first asked for."""
+
+    def __init__(self, model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        assert isinstance(self.model, nn.Module)
+        return _export(self.model, self.args, self.kwargs)
+
+
+def _skeleton(
+    model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, exported: _Exported
+) -> tuple[fx.GraphModule, str]:
     if isinstance(model, ExportedProgram):
         return _as_graph_module(model.module()), "exported program"
     if isinstance(model, fx.GraphModule):
         return copy.deepcopy(model).eval(), "kept"
     routes: dict[str, Callable[[], fx.GraphModule]] = {
         "symbolic_trace": lambda: fx.symbolic_trace(copy.deepcopy(model).eval()),
-        "torch.export": lambda: _as_graph_module(_export(model, args, kwargs).module()),
+        "torch.export": lambda: _as_graph_module(exported.program.module()),
     }
     failures = []
     for name, route in routes.items():
@@ -173,7 +189,7 @@ def _check_same(model: nn.Module, module: nn.Module, args: Args, kwargs: Kwargs)
     """A trace may have baked in what it should not have: compare outputs, where there are inputs to do so."""
     if not args and not kwargs:
         return
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         expected, got = model(*args, **kwargs), module(*args, **kwargs)
     for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
         if isinstance(a, Tensor) and a.device.type != "meta":
@@ -183,7 +199,7 @@ def _check_same(model: nn.Module, module: nn.Module, args: Args, kwargs: Kwargs)
 def _export(model: nn.Module, args: Args, kwargs: Kwargs) -> ExportedProgram:
     """Exports with a dynamic batch dimension, or, where that fails, at the shapes of the example."""
     failures = []
-    with _evaluating(model):
+    with evaluating(model):
         for dynamic in (True, False):
             example = _at_least_two(args, kwargs) if dynamic else (args, dict(kwargs))
             shapes = pytree.tree_map(_batch_dim, example) if dynamic else (None, None)
@@ -227,7 +243,7 @@ def _at_least_two(args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode for a while, every submodule put back as it was."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()

@@ -54,8 +54,14 @@ class Runner(fx.Interpreter):
                 values.append(state.get(name, self.program.parameters[name]))
             else:
                 values.append(state.get(name, self.program.constants[name]))
-        with torch.no_grad():
-            return self.run(*values)
+        try:
+            with torch.no_grad():
+                return self.run(*values)
+        except RuntimeError as error:
+            raise LoaderError(
+                f"A batch with the inputs {_outline(args, kwargs)} does not fit the captured model: {str(error).splitlines()[0]}. "
+                "Make all batches alike, but for their size, or pass inputs=batch -> (args, kwargs)."
+            ) from error
 
 
 def _outline(args: Args, kwargs: Mapping[str, Any]) -> str:

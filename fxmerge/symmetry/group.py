@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from fxmerge.capture import Args, Kwargs, Program, capture_program
 from fxmerge.symmetry.classes import UnitClass, resolve
 from fxmerge.symmetry.permutation import AxisLayout, Permutation, build_image
-from fxmerge.symmetry.propagate import Axis, AxisUnits, propagate
+from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate
 from fxmerge.symmetry.units import Ids
 
 FREE, NESTED, PRODUCT, SPLIT, PINNED = "free", "nested", "product", "split", "pinned"
@@ -224,6 +224,34 @@ class Symmetry:
             found |= {parent} | self.ancestors(parent)
         return found
 
+    @cached_property
+    def choices(self) -> tuple[int, ...]:
+        """The classes with a choice of their own: those whose units do not just move along with their parents."""
+        return tuple(n for n, c in enumerate(self.units) if _combinations(c)[1] > 1)
+
+    @cached_property
+    def views(self) -> dict[int, tuple[tuple[int, Ids], ...]]:
+        """For every class with a choice, where its units show: in the class itself, and in each class that
+        only moves along with it, as the units of that class in the order (own units, units of the other per own)."""
+        shown: dict[int, list[tuple[int, Ids]]] = {n: [(n, np.arange(c.size)[:, None])] for n, c in enumerate(self.units)}
+        for number in reversed(range(len(self.units))):
+            if number not in self.choices:
+                for parent, _ in self.units[number].parents:
+                    own = self.arranged(number, parent)[:, :, 0]
+                    shown[parent] += [(n, view[own].reshape(len(own), -1)) for n, view in shown[number]]
+        return {n: tuple(shown[n]) for n in self.choices}
+
+    def arranged(self, number: int, parent: int) -> Ids:
+        """The units of a class by parent, by the combination of all else that they are nested in, and by rank:
+        shape (parent units, combinations, units in each)."""
+        c = self.units[number]
+        own = next(at for p, at in c.parents if p == parent)
+        key = np.stack([own, *(at for p, at in c.parents if p != parent), c.fixed], axis=1)
+        rows, row = np.unique(key, axis=0, return_inverse=True)
+        order = np.argsort(row.reshape(-1), kind="stable")
+        parents = len(np.unique(own))
+        return order.reshape(parents, len(rows) // parents, -1)
+
     def demote(self, numbers: Iterable[int]) -> Symmetry:
         """The symmetry in which some classes, and all that are nested in them, no longer move.
 
@@ -286,11 +314,11 @@ def find_symmetry(model: nn.Module | ExportedProgram, args: Args = (), kwargs: K
         0.weight[0]: 3 free, 3!  <- 0.weight[0], 0.bias[0], 2.weight[1]
         pinned: 0.weight[1], 2 indices: linear
     """
-    return symmetry_of(capture_program(model, args, kwargs))
+    return analyse(capture_program(model, args, kwargs))[1]
 
 
-def symmetry_of(program: Program) -> Symmetry:
-    """The symmetry of a captured program."""
+def analyse(program: Program) -> tuple[Propagation, Symmetry]:
+    """The labels of a captured program, and its symmetry."""
     found = propagate(program)
     resolution = resolve(found.units, found.axes)
     layout, local = [], {}
@@ -307,11 +335,13 @@ def symmetry_of(program: Program) -> Symmetry:
             shape = tuple(program.parameters[axis[0]].shape)
             aliases = tuple(a for a in names[axis[0]] if a != axis[0])
             layout.append(AxisLayout(axis[0], aliases, shape, axis[1], units.dims, slot.reshape(units.ids.shape), roles))
+    # Rows move before the axes whose units lie apart by rows.
+    layout.sort(key=lambda a: len(a.dims))
     stuck: dict[Axis, dict[str, Ids]] = {
         axis: {why: _indices(found.axes[axis], axis[1], ids) for why, ids in reasons.items()}
         for axis, reasons in resolution.pinned.items()
     }
-    return Symmetry(resolution.classes, tuple(layout), stuck, {str(op): n for op, n in found.unknown.items()})
+    return found, Symmetry(resolution.classes, tuple(layout), stuck, {str(op): n for op, n in found.unknown.items()})
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:

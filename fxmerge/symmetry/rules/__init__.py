@@ -10,13 +10,14 @@ from fxmerge.symmetry.rules import (
     pooling,
     reduction,
 )
-from fxmerge.symmetry.rules.registry import Site, Value, find_rule, rule
+from fxmerge.symmetry.rules.registry import Site, Value, contracts, find_rule, rule
 
 __all__ = [
     "Site",
     "Value",
     "attention",
     "contraction",
+    "contracts",
     "elementwise",
     "find_rule",
     "indexing",

@@ -57,7 +57,7 @@ def _use_apart(at: Site, x: Labels, dims: Sequence[int]) -> None:
             at.units.use_apart(core(column, used).reshape(-1).numpy(), core(groups.expand(x.shape), used).reshape(-1).numpy())
 
 
-@rule("einsum")
+@rule("einsum", contracts=True)
 def einsum(at: Site, equation: str, operands: Sequence[Operand], **kwargs: Any) -> Labels:
     left, _, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
@@ -74,7 +74,7 @@ def einsum(at: Site, equation: str, operands: Sequence[Operand], **kwargs: Any) 
     return contract(at, operands, full, out.replace("...", dots))
 
 
-@rule("linear")
+@rule("linear", contracts=True)
 def linear(at: Site, x: Operand, weight: Operand, bias: Operand | None = None) -> Labels:
     batch = string.ascii_lowercase[: len(x.shape) - 1]
     if len(weight.shape) == 1:
@@ -82,7 +82,7 @@ def linear(at: Site, x: Operand, weight: Operand, bias: Operand | None = None) -
     return at.join(contract(at, [x, weight], [batch + "I", "OI"], batch + "O"), bias)
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner_product")
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner_product", contracts=True)
 def matmul(at: Site, a: Operand, b: Operand, *args: Any, **kwargs: Any) -> Labels:
     batch = string.ascii_lowercase[: max(len(a.shape), len(b.shape), 2) - 2]
     term_a = "K" if len(a.shape) == 1 else batch[len(batch) - len(a.shape) + 2 :] + "MK"
@@ -90,20 +90,20 @@ def matmul(at: Site, a: Operand, b: Operand, *args: Any, **kwargs: Any) -> Label
     return contract(at, [a, b], [term_a, term_b], batch + "M" * (len(a.shape) > 1) + "N" * (len(b.shape) > 1))
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm")
+@rule("addmm", "baddbmm", "addmv", "addbmm", contracts=True)
 def addmm(at: Site, bias: Operand, a: Operand, b: Operand, **kwargs: Any) -> Labels:
     if at.target._schema.name == "aten::addbmm":
         return at.join(contract(at, [a, b], ["bMK", "bKN"], "MN"), bias)
     return at.join(matmul(at, a, b), bias)
 
 
-@rule("bilinear")
+@rule("bilinear", contracts=True)
 def bilinear(at: Site, x: Operand, y: Operand, weight: Operand, bias: Operand | None = None) -> Labels:
     batch = string.ascii_lowercase[: len(x.shape) - 1]
     return at.join(contract(at, [x, y, weight], [batch + "I", batch + "J", "OIJ"], batch + "O"), bias)
 
 
-@rule("conv1d", "conv2d", "conv3d")
+@rule("conv1d", "conv2d", "conv3d", contracts=True)
 def conv(
     at: Site,
     x: Operand,
@@ -120,7 +120,7 @@ def conv(
     return _convolve(at, at.labels(x), w, "goi", bias, still=_is_point(kernel, stride, padding))
 
 
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", contracts=True)
 def conv_transpose(
     at: Site,
     x: Operand,
@@ -138,7 +138,7 @@ def conv_transpose(
     return _convolve(at, at.labels(x), w, "gio", bias, still=_is_point(kernel, stride, padding))
 
 
-@rule("convolution")
+@rule("convolution", contracts=True)
 def convolution(
     at: Site,
     x: Operand,

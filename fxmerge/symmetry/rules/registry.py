@@ -45,18 +45,23 @@ class Site:
 
 Rule = Callable[..., Value]
 _RULES: dict[str, Rule] = {}
+_CONTRACTIONS: set[str] = set()
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str, contracts: bool = False) -> Callable[[Rule], Rule]:
     """Registers a rule for all overloads of the named ops (`"linear"` means `aten::linear`).
 
     A rule takes a `Site` and the op's own arguments, in which every tensor is either `Labels` or,
-    if it is a constant, a `torch.Tensor`; it returns the `Labels` of the output.
+    if it is a constant, a `torch.Tensor`; it returns the `Labels` of the output. `contracts` says that
+    the ops sum products of their operands, so that they consume the units of these.
     """
 
     def register(function: Rule) -> Rule:
         for name in names:
-            _RULES[name if "::" in name else f"aten::{name}"] = function
+            full = name if "::" in name else f"aten::{name}"
+            _RULES[full] = function
+            if contracts:
+                _CONTRACTIONS.add(full)
         return function
 
     return register
@@ -70,6 +75,11 @@ def find_rule(target: Any) -> Rule | None:
     if torch.Tag.pointwise in getattr(target, "tags", ()):
         return _RULES["aten::pointwise"]
     return None
+
+
+def contracts(target: Any) -> bool:
+    """Whether an op sums products of its operands, as a linear layer does."""
+    return getattr(getattr(target, "_schema", None), "name", None) in _CONTRACTIONS
 
 
 def normalize_dims(dims: int | Sequence[int] | None, ndim: int) -> list[int]:

@@ -1,0 +1,76 @@
+"""Linear assignment, alone and nested: units inside of pairs of parents, then the parents."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.units import Ids
+
+Scores = NDArray[np.float64]
+
+
+def assign(scores: Scores) -> Ids:
+    """The column for every row that maximises the sum of the scores, each column once."""
+    columns: Ids = linear_sum_assignment(scores, maximize=True)[1]
+    return columns
+
+
+def descendants(symmetry: Symmetry, number: int) -> list[int]:
+    """A class and all that are nested in it, parents before children."""
+    return [n for n in range(len(symmetry.units)) if n == number or number in symmetry.ancestors(n)]
+
+
+def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids, ...]:
+    """The best move of a class and of all that are nested in it.
+
+    For every pair of blocks the members' assignments are solved first, at any depth; what they gain
+    is the score of the pair. This is the paper's group match (MuDSC, section 4.3, "group align").
+    Classes outside of the tree stay where they are, so that a class tied across several parents is
+    solved for one parent at a time.
+
+    Arguments:
+        symmetry: the group.
+        root: the class at the root of the tree.
+        own: for classes of the tree, the scores of all pairs (place, unit).
+
+    Returns:
+        For every class of the symmetry, the place of each unit.
+    """
+    tree = descendants(symmetry, root)
+    gain = {n: s.copy() for n, s in own.items()}
+    for n in reversed(tree):
+        if n in gain:
+            for parent, _ in symmetry.units[n].parents:
+                if parent in tree:
+                    lifted = _lift(symmetry.arranged(n, parent), gain[n])
+                    gain[parent] = gain[parent] + lifted if parent in gain else lifted
+    members = set(tree)
+
+    def choose(n: int, units: Ids, places: Ids) -> Ids:
+        if n not in members or n not in gain or units.shape[1] == 1:
+            return places
+        chosen = np.empty_like(places)
+        for t in range(len(units)):
+            unit = assign(gain[n][np.ix_(places[t], units[t])])
+            chosen[t, unit] = places[t]
+        return chosen
+
+    return symmetry.build(choose).images
+
+
+def _lift(arranged: Ids, gain: Scores) -> Scores:
+    """The best total gain of the members of every pair of blocks; `arranged` is (blocks, combinations, members)."""
+    blocks, combinations, members = arranged.shape
+    lifted = np.zeros((blocks, blocks))
+    for c in range(combinations):
+        if members == 1:
+            lifted += gain[np.ix_(arranged[:, c, 0], arranged[:, c, 0])]
+            continue
+        for i in range(blocks):
+            for j in range(blocks):
+                pair = gain[np.ix_(arranged[i, c], arranged[j, c])]
+                lifted[i, j] += pair[np.arange(members), assign(pair)].sum()
+    return lifted

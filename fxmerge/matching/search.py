@@ -1,0 +1,253 @@
+"""The search for the permutation of one model's units that best matches another's: coordinate descent over classes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fxmerge.matching.assignment import Scores, descendants, propose
+from fxmerge.similarity import weights
+from fxmerge.similarity.weights import Slices
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.permutation import Permutation, move_axis
+from fxmerge.symmetry.units import Ids
+
+logger = logging.getLogger(__name__)
+
+MAX_SWEEPS = 100
+
+
+@dataclass(frozen=True)
+class Match:
+    """A permutation that re-expresses a model in the units of another, and how it was found.
+
+    Attributes:
+        permutation: to be applied to the matched model.
+        trace: the objective at the start and after every accepted step; it never falls.
+        quality: per class, the mean similarity of matched units in weight space (cosine of their
+            slices) and in activation space (correlation), where these are known.
+    """
+
+    permutation: Permutation
+    trace: tuple[float, ...]
+    quality: Mapping[str, Mapping[str, float]]
+
+
+@dataclass
+class _Problem:
+    """The objective, and the model as it is permuted so far.
+
+    The objective is  alpha * sum over parameters of entries * cosine(a, permuted b)
+    + (1 - alpha) * sum over classes of entries per unit * sum over units of correlation(a, permuted b),
+    so that a unit's activations weigh as much as all of its weights.
+    """
+
+    symmetry: Symmetry
+    a: Mapping[str, Tensor]
+    b: dict[str, Tensor]
+    correlation: Mapping[int, Tensor]
+    alpha: float
+    images: tuple[Ids, ...]
+    slices: dict[int, list[Slices]] = field(init=False)
+    scales: dict[str, float] = field(init=False)
+    value: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.slices = weights.slices(self.symmetry)
+        names = {axis.parameter for axis in self.symmetry.layout}
+        self.scales = {n: weights.scale(self.a[n], self.b[n]) for n in names}
+        self.value = {n: self._match(n, self.b) for n in names}
+
+    def _match(self, name: str, b: Mapping[str, Tensor]) -> float:
+        return float((self.a[name] * b[name]).sum(dtype=self.a[name].dtype)) * self.scales[name]
+
+    def _alpha(self, number: int) -> float:
+        """Classes that no activation shows are matched by their weights."""
+        return self.alpha if number in self.correlation else 1.0
+
+    def weight(self, number: int) -> float:
+        """The number of parameter entries for each unit of a class."""
+        return float(sum(s.entries for s in self.slices[number])) or 1.0
+
+    def objective(self) -> float:
+        agreed = sum(self.value.values()) * (self.alpha if self.correlation else 1.0)
+        for number, c in self.correlation.items():
+            agreed += (1 - self.alpha) * self.weight(number) * float(self._placed(number, c).diagonal().sum())
+        return float(agreed)
+
+    def _placed(self, number: int, correlation: Tensor) -> Tensor:
+        """Correlations with the columns where the units are now."""
+        return correlation[:, np.argsort(self.images[number])]
+
+    def scores(self, number: int, usable: list[Slices]) -> Scores:
+        """For every (unit of a, unit of b as placed now), what the objective gains from matching them."""
+        alpha = self._alpha(number)
+        size = self.symmetry.units[number].size
+        total = np.zeros((size, size))
+        if alpha > 0 and usable:
+            total += alpha * weights.similarity(self.a, self.b, usable, self.scales).double().cpu().numpy()
+        if alpha < 1:
+            placed = self._placed(number, self.correlation[number])
+            total += (1 - alpha) * self.weight(number) * placed.double().cpu().numpy()
+        return total
+
+    def move(self, step: tuple[Ids, ...]) -> bool:
+        """Takes a step if the objective rises by it."""
+        moved = {n for n, image in enumerate(step) if not np.array_equal(image, np.arange(len(image)))}
+        if not moved:
+            return False
+        b: dict[str, Tensor] = {}
+        for axis in self.symmetry.layout:
+            if any(n in moved for n, _ in axis.roles):
+                source = axis.source(step)
+                if source is not None:
+                    b[axis.parameter] = move_axis(b.get(axis.parameter, self.b[axis.parameter]), axis, source)
+        before = self.objective(), self.b, self.images, self.value
+        self.value = self.value | {name: self._match(name, b) for name in b}
+        self.b = self.b | b
+        self.images = tuple(s[i] for s, i in zip(step, self.images, strict=True))
+        if self.objective() > before[0] + 1e-9 * abs(before[0]) + 1e-12:
+            return True
+        _, self.b, self.images, self.value = before
+        return False
+
+
+def match(
+    symmetry: Symmetry,
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    correlation: Mapping[int, Tensor],
+    *,
+    alpha: float,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Match:
+    """Finds the element of the group that makes b most similar to a.
+
+    The first sweep visits the classes in the order in which evidence reaches them: a class is matched
+    by those of its slices whose other axes are pinned or matched already. From there, or from the
+    identity where that is better, coordinate descent in random order goes on until no step helps.
+    With alpha = 1 this is weight matching (Git Re-Basin, arXiv 2209.04836, algorithm 1), with
+    alpha = 0 activation matching; between, the dual space of MuDSC (arXiv 2403.01753, equation 5).
+
+    Arguments:
+        symmetry: the group to search.
+        a: parameters of the model whose units are taken as they are.
+        b: parameters of the model to permute.
+        correlation: for some classes, the correlations of the units' activations, (units of a, units of b).
+        alpha: weight of the weight-space similarity, in [0, 1].
+        seed: seed of the random order.
+        progress: whether to show a progress bar; None shows it on a terminal.
+    """
+    problem = _Problem(symmetry, _floats(symmetry, a), _floats(symmetry, b), correlation, alpha, symmetry.identity().images)
+    start = problem.b, problem.images, problem.value
+    at_identity = problem.objective()
+    roots = [n for n, c in enumerate(symmetry.units) if not c.parents or not symmetry.ancestors(n)]
+    with tqdm(total=None, desc="matching", disable=None if progress is None else not progress, leave=False) as bar:
+        _first_sweep(problem, roots, bar)
+        if problem.objective() < at_identity:
+            problem.b, problem.images, problem.value = start
+        trace = [problem.objective()]
+        rng = np.random.default_rng(seed)
+        neighbours = _neighbours(problem, roots)
+        stale = set(roots)
+        for _ in range(MAX_SWEEPS):
+            if not stale:
+                break
+            for root in rng.permutation(sorted(stale)).tolist():
+                stale.discard(root)
+                bar.update()
+                if _step(problem, root, problem.slices):
+                    trace.append(problem.objective())
+                    stale |= neighbours[root]
+        else:
+            logger.warning("matching stopped after %d sweeps with steps still to be made", MAX_SWEEPS)
+    return Match(Permutation(symmetry.layout, problem.images), tuple(trace), _quality(problem))
+
+
+def _floats(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that the group moves, at least in float32."""
+    names = {axis.parameter for axis in symmetry.layout}
+    return {n: state[n].detach().float() if state[n].element_size() < 4 else state[n].detach() for n in sorted(names)}
+
+
+def _step(problem: _Problem, root: int, usable: Mapping[int, list[Slices]]) -> bool:
+    symmetry = problem.symmetry
+    own = {n: problem.scores(n, usable[n]) for n in descendants(symmetry, root) if n in symmetry.choices}
+    return problem.move(propose(symmetry, root, own))
+
+
+def _tree_slices(problem: _Problem, root: int) -> list[tuple[int, Slices]]:
+    tree = descendants(problem.symmetry, root)
+    return [(n, s) for n in tree if n in problem.symmetry.choices for s in problem.slices[n]]
+
+
+def _roots_on(problem: _Problem, roots: list[int]) -> dict[tuple[str, int], set[int]]:
+    """For every parameter axis, the roots of the classes on it."""
+    found: dict[tuple[str, int], set[int]] = {}
+    above = {n: ({n} | problem.symmetry.ancestors(n)) & set(roots) for n in range(len(problem.symmetry.units))}
+    for axis in problem.symmetry.layout:
+        found[axis.parameter, axis.dim] = set().union(*(above[n] for n, _ in axis.roles))
+    return found
+
+
+def _neighbours(problem: _Problem, roots: list[int]) -> dict[int, set[int]]:
+    """For every root, the roots (itself included) whose scores change when it moves."""
+    by_parameter: dict[str, set[int]] = {}
+    for (name, _), on in _roots_on(problem, roots).items():
+        by_parameter.setdefault(name, set()).update(on)
+    return {r: set().union({r}, *(on for on in by_parameter.values() if r in on)) for r in roots}
+
+
+def _first_sweep(problem: _Problem, roots: list[int], bar: tqdm[None]) -> None:
+    on_axis = _roots_on(problem, roots)
+    others: dict[int, list[tuple[int, Slices, set[int]]]] = {}
+    for root in roots:
+        others[root] = []
+        for n, s in _tree_slices(problem, root):
+            name, dim = s.axis.parameter, s.axis.dim
+            across: set[int] = set().union(*(on for (m, d), on in on_axis.items() if m == name and d != dim))
+            others[root].append((n, s, across))
+    matched: set[int] = set()
+    while len(matched) < len(roots):
+        evidence = {
+            r: sum(s.entries for _, s, across in others[r] if across <= matched) for r in roots if r not in matched
+        }
+        root = max(evidence, key=lambda r: (evidence[r], -r))
+        usable: dict[int, list[Slices]] = {n: [] for n in problem.symmetry.choices}
+        for n, s, across in others[root]:
+            if across <= matched or not evidence[root]:
+                usable[n].append(s)
+        _jump(problem, root, usable)
+        matched.add(root)
+        bar.update()
+
+
+def _jump(problem: _Problem, root: int, usable: Mapping[int, list[Slices]]) -> None:
+    """A step of the first sweep: the evidence that is not usable yet does not count against it."""
+    symmetry = problem.symmetry
+    own = {n: problem.scores(n, usable[n]) for n in descendants(symmetry, root) if n in symmetry.choices}
+    step = propose(symmetry, root, own)
+    p = Permutation(symmetry.layout, step)
+    problem.b = p.apply(problem.b)
+    problem.images = tuple(s[i] for s, i in zip(step, problem.images, strict=True))
+    problem.value = {name: problem._match(name, problem.b) for name in problem.value}
+
+
+def _quality(problem: _Problem) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for n in problem.symmetry.choices:
+        entry: dict[str, float] = {}
+        if problem.slices[n]:
+            pairs = [(s.of(problem.a[s.axis.parameter]), s.of(problem.b[s.axis.parameter])) for s in problem.slices[n]]
+            dot = sum(float((x * y).sum()) * problem.scales[s.axis.parameter] for s, (x, y) in zip(problem.slices[n], pairs, strict=True))
+            entry["weights"] = dot / (problem.weight(n) * problem.symmetry.units[n].size)
+        if n in problem.correlation:
+            entry["activations"] = float(problem._placed(n, problem.correlation[n]).diagonal().mean())
+        found[problem.symmetry.names[n]] = entry
+    return found

@@ -1,0 +1,308 @@
+"""Merging and aligning: the pipeline of fxmerge from top to bottom."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from fxmerge import validate
+from fxmerge.capture import Args, Kwargs, Program, capture_program, evaluating
+from fxmerge.errors import OptionError
+from fxmerge.matching.search import Match, match
+from fxmerge.rewriting.bake import bake
+from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
+from fxmerge.rewriting.combine import average
+from fxmerge.run import Data, Inputs, batch_inputs
+from fxmerge.similarity.activations import correlations
+from fxmerge.symmetry.group import Symmetry, analyse
+from fxmerge.symmetry.propagate import Propagation
+from fxmerge.validate import Model, name_of
+
+ALPHA = 0.5
+"""Default weight of the weight-space similarity."""
+
+
+def merge(
+    gm_a: Model,
+    gm_b: Model,
+    loader: Iterable[Any] | None = None,
+    *,
+    alpha: float = ALPHA,
+    weights: Sequence[float] = (0.5, 0.5),
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    verify: bool = True,
+    inputs: Inputs | None = None,
+    args: Args = (),
+    kwargs: Kwargs | None = None,
+) -> fx.GraphModule:
+    """Merges two networks of one architecture, trained apart from each other, into one of their size.
+
+    The units of `gm_b` are permuted to match those of `gm_a`, by how alike they are in weight space and
+    in activation space (MuDSC, arXiv 2403.01753), inside the group of permutations that leave the
+    network's function unchanged; the parameters are averaged and BatchNorm statistics re-estimated.
+
+    Arguments:
+        gm_a: any nn.Module, GraphModule or ExportedProgram; neither model is modified.
+        gm_b: a model of the same architecture.
+        loader: calibration data, unlabelled: an iterable of tensors, of tuples (inputs, targets), or of dicts
+            of keyword arguments. It is iterated several times (an iterator is read into a list first).
+            Without it, units are matched by their weights alone and BatchNorm statistics are pooled.
+        alpha: weight of the weight-space similarity, from 0 (activations only) to 1 (weights only).
+        weights: how much each model counts in the average; normalised to sum to one.
+        seed: seed of the random order of the search.
+        device: where to work and where the result is; by default where `gm_a` is.
+        progress: whether to show progress; None shows it on a terminal.
+        verify: whether to prove the inferred symmetry on `gm_a` itself, in float64, before it is used.
+        inputs: turns a batch of the loader into (args, kwargs) of the model, where the default does not fit.
+        args: example inputs, needed only without a loader.
+        kwargs: example inputs by keyword.
+
+    Returns:
+        A GraphModule in eval mode, which needs nothing of fxmerge; its state dict loads into the original
+        class. `.meta["fxmerge"]` tells the classes, the match quality of each, alpha, timings and the
+        verification error.
+
+    Raises:
+        ArchitectureMismatchError: if the models differ in more than the values of their parameters.
+        CaptureError: if the architecture cannot be captured as a graph.
+        LoaderError: if the loader is empty or its batches do not fit.
+        NonFiniteError: if a weight or an activation is NaN or infinite.
+        OptionError: if an argument is out of range.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> def mlp(seed):
+        ...     torch.manual_seed(seed)
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> merged = fxmerge.merge(mlp(0), mlp(1), [torch.randn(16, 4)])
+        >>> merged(torch.zeros(3, 4)).shape
+        torch.Size([3, 2])
+    """
+    return merge_many(
+        (gm_a, gm_b),
+        loader,
+        alpha=alpha,
+        weights=weights,
+        seed=seed,
+        device=device,
+        progress=progress,
+        verify=verify,
+        inputs=inputs,
+        args=args,
+        kwargs=kwargs,
+    )
+
+
+def merge_many(
+    models: Sequence[Model],
+    loader: Iterable[Any] | None = None,
+    *,
+    alpha: float = ALPHA,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    verify: bool = True,
+    inputs: Inputs | None = None,
+    args: Args = (),
+    kwargs: Kwargs | None = None,
+) -> fx.GraphModule:
+    """Merges two or more networks of one architecture; all are aligned to the first.
+
+    Arguments, result and errors are those of `merge`, with one entry of `weights` for each model (equal ones if None).
+
+    Example:
+        >>> import torch, fxmerge
+        >>> models = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)) for _ in range(3)]
+        >>> fxmerge.merge_many(models, [torch.randn(16, 4)]).meta["fxmerge"]["models"]
+        3
+    """
+    models = tuple(models)
+    if len(models) < 2:
+        raise OptionError(f"merge_many takes two or more models, not {len(models)}.")
+    shares = validate.check_weights(weights, len(models))
+    job = _Job.prepare(models, loader, alpha, device, progress, inputs, args, kwargs)
+    with job.evaluating():
+        symmetry = job.symmetry(verify)
+        matches = [job.match(symmetry, other, alpha=alpha, seed=seed) for other in range(1, len(models))]
+        states = [job.states[0], *(m.permutation.apply(s) for m, s in zip(matches, job.states[1:], strict=True))]
+        with job.timed("rewriting"):
+            merged = bake(job.program, average(states, shares, batch_norm_statistics(job.program)))
+        with job.timed("calibration"):
+            if job.data is not None:
+                recalibrate(merged, job.program, job.data)
+    merged.meta["fxmerge"] = job.report(symmetry, matches, alpha) | {"models": len(models), "weights": tuple(shares)}
+    return merged
+
+
+def align(
+    model: Model,
+    to: Model,
+    loader: Iterable[Any] | None = None,
+    *,
+    alpha: float = ALPHA,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    verify: bool = True,
+    inputs: Inputs | None = None,
+    args: Args = (),
+    kwargs: Kwargs | None = None,
+) -> fx.GraphModule:
+    """Re-expresses a model in the units of another of the same architecture; its function stays the same.
+
+    Arguments and errors are those of `merge`: `to` is the model whose units are taken as they are.
+
+    Returns:
+        A GraphModule that computes what `model` computes, with `.meta["fxmerge"]["permutation"]` the
+        `Permutation` that was applied to its parameters.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> aligned = fxmerge.align(mlp, to=mlp, args=(torch.zeros(1, 4),))
+        >>> aligned.meta["fxmerge"]["permutation"].is_identity()
+        True
+    """
+    job = _Job.prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
+    with job.evaluating():
+        symmetry = job.symmetry(verify)
+        found = job.match(symmetry, 1, alpha=alpha, seed=seed)
+        with job.timed("rewriting"):
+            aligned = bake(job.program, found.permutation.apply(job.states[1]))
+    aligned.meta["fxmerge"] = job.report(symmetry, [found], alpha) | {"permutation": found.permutation}
+    return aligned
+
+
+@dataclass
+class _Job:
+    """What the stages of one call share: checked inputs, the captured program, and how long each stage took."""
+
+    models: tuple[Model, ...]
+    states: tuple[dict[str, Tensor], ...]
+    data: Data | None
+    example: tuple[Args, dict[str, Any]]
+    program: Program
+    progress: bool | None
+    found: Propagation | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def prepare(
+        models: tuple[Model, ...],
+        loader: Iterable[Any] | None,
+        alpha: float,
+        device: str | torch.device | None,
+        progress: bool | None,
+        inputs: Inputs | None,
+        args: Args,
+        kwargs: Kwargs | None,
+    ) -> _Job:
+        """Checks everything that can be checked before any work is done, and captures the first model."""
+        validate.check_alpha(alpha)
+        if device is not None:
+            models = tuple(m if isinstance(m, ExportedProgram) else copy.deepcopy(m).to(device) for m in models)
+        states = tuple(dict(m.state_dict()) for m in models)
+        validate.check_states(states)
+        where = next((t.device for t in states[0].values()), torch.device("cpu"))
+        data = None
+        example = tuple(args), dict(kwargs or {})
+        if loader is not None:
+            first = models[0].module() if isinstance(models[0], ExportedProgram) else models[0]
+            if iter(loader) is loader:
+                loader = list(loader)  # An iterator can be read once; every stage reads the data anew.
+            data = Data(loader, inputs or batch_inputs(first), where, progress)
+            example = example if any(example) else data.first()
+        example = example if any(example) else _example_of(models[0])
+        seconds: dict[str, float] = {}
+        job = _Job(models, states, data, example, None, progress, None, seconds)  # type: ignore[arg-type]
+        with job.evaluating():
+            for model in models[:1]:
+                if isinstance(model, nn.Module):
+                    validate.check_batch(model, *example)
+            with job.timed("capture"):
+                job.program = capture_program(models[0], *example)
+            for i, model in enumerate(models[1:], start=1):
+                validate.check_same_function(job.program, model, states[i], *example, i)
+        return job
+
+    def evaluating(self) -> ExitStack:
+        """All models in eval mode for a while."""
+        stack = ExitStack()
+        for model in self.models:
+            if isinstance(model, nn.Module):
+                stack.enter_context(evaluating(model))
+        return stack
+
+    def timed(self, stage: str) -> _Timer:
+        return _Timer(self.seconds, stage)
+
+    def symmetry(self, verify: bool) -> Symmetry:
+        with self.timed("symmetry"):
+            self.found, symmetry = analyse(self.program)
+        if verify:
+            with self.timed("verification"):
+                symmetry = symmetry.verify(self.models[0], *self.example)
+        return symmetry
+
+    def match(self, symmetry: Symmetry, other: int, *, alpha: float, seed: int) -> Match:
+        correlation: Mapping[int, Tensor] = {}
+        if self.data is not None and alpha < 1 and self.found is not None:
+            pair = (self.states[0], self.states[other])
+            with self.timed("activations"):
+                correlation = correlations(self.found, symmetry, pair, self.data, (name_of(0), name_of(other)))
+        with self.timed("matching"):
+            return match(symmetry, self.states[0], self.states[other], correlation, alpha=alpha, seed=seed, progress=self.progress)
+
+    def report(self, symmetry: Symmetry, matches: Sequence[Match], alpha: float) -> dict[str, Any]:
+        return {
+            "classes": symmetry.classes,
+            "demoted": symmetry.demoted,
+            "unknown_ops": dict(symmetry.unknown),
+            "verification_error": symmetry.error,
+            "route": self.program.route,
+            "alpha": alpha if self.data is not None else 1.0,
+            "quality": [dict(m.quality) for m in matches],
+            "objective": [m.trace for m in matches],
+            "seconds": dict(self.seconds),
+        }
+
+
+@dataclass
+class _Timer:
+    """Adds the seconds spent inside to the entry of a stage."""
+
+    seconds: dict[str, float]
+    stage: str
+    began: float = 0.0
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.began
+
+
+def _example_of(model: Model) -> tuple[Args, dict[str, Any]]:
+    """Example inputs that a model carries with it.
+
+    Raises:
+        OptionError: if it carries none.
+    """
+    if isinstance(model, ExportedProgram) and model.example_inputs is not None:
+        return model.example_inputs
+    if isinstance(model, fx.GraphModule):
+        values = [n.meta.get("val") for n in model.graph.nodes if n.op == "placeholder"]
+        if values and all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+            return tuple(torch.randn([int(s) for s in v.shape], dtype=v.dtype) for v in values if v is not None), {}
+    raise OptionError("Without a loader, example inputs are needed to capture the model: pass args=(...) or kwargs={...}.")

@@ -1,0 +1,107 @@
+"""BatchNorm statistics of a merged model: re-estimated over data, or pooled without any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from fxmerge.capture import Program
+from fxmerge.errors import LoaderError
+from fxmerge.run import Data, Runner
+
+_BATCH_NORM = ("aten::_native_batch_norm_legit_no_training", "aten::batch_norm")
+_MEAN, _VARIANCE = 3, 4
+
+
+def batch_norm_statistics(program: Program) -> list[tuple[str, str]]:
+    """Names of the running mean and variance of every normalization by running statistics."""
+    source = dict(zip(program.graph.graph.find_nodes(op="placeholder"), Runner(program).sources, strict=True))
+    pairs = []
+    for node in program.graph.graph.nodes:
+        if _normalizes(node):
+            mean, variance = (source[node.args[i]] for i in (_MEAN, _VARIANCE))
+            if mean[0] == variance[0] == "parameter":
+                pairs.append((mean[1], variance[1]))
+    return list(dict.fromkeys(pairs))
+
+
+def _normalizes(node: fx.Node) -> bool:
+    name = getattr(getattr(node.target, "_schema", None), "name", None)
+    return name in _BATCH_NORM and all(isinstance(node.args[i], fx.Node) for i in (_MEAN, _VARIANCE))
+
+
+def pool(means: Sequence[Tensor], variances: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The moments of a mixture of distributions.
+
+    Arguments:
+        means: one tensor per distribution, all of one shape.
+        variances: likewise.
+        weights: the share of each distribution; they sum to one.
+
+    Returns:
+        The mean of the means, and, by the law of total variance, the mean of the variances plus the
+        variance of the means.
+    """
+    mean = torch.stack([w * m for w, m in zip(weights, means, strict=True)]).sum(0)
+    spread = [w * (v + (m - mean) ** 2) for w, m, v in zip(weights, means, variances, strict=True)]
+    return mean, torch.stack(spread).sum(0)
+
+
+class _Estimator(Runner):
+    """Runs a model with the statistics of each batch, and keeps their cumulative average."""
+
+    def __init__(self, program: Program, statistics: Mapping[str, Tensor]) -> None:
+        super().__init__(program)
+        self.statistics = statistics
+        self.source = {n: name for n, (_, name) in zip(program.graph.graph.find_nodes(op="placeholder"), self.sources, strict=True)}
+        self.batches = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not _normalizes(n) or self.source.get(n.args[_MEAN]) not in self.statistics:  # type: ignore[arg-type]
+            return super().run_node(n)
+        (x, weight, bias, *_), _ = self.fetch_args_kwargs_from_env(n)
+        mean, variance = (self.statistics[self.source[n.args[i]]] for i in (_MEAN, _VARIANCE))  # type: ignore[index]
+        eps = n.args[-1] if n.target is torch.ops.aten._native_batch_norm_legit_no_training.default else n.args[7]
+        if x.numel() == x.shape[1]:
+            raise LoaderError(
+                f"BatchNorm statistics at graph node {n.name!r} cannot be estimated from a batch with one value per "
+                f"channel (input shape {tuple(x.shape)}); use larger batches."
+            )
+        share = 1 / (self.batches + 1)
+        y = functional.batch_norm(x, mean, variance, weight, bias, training=True, momentum=share, eps=eps)
+        return (y, *(x.new_empty(0),) * 2) if isinstance(n.meta["val"], (tuple, list)) else y
+
+
+def recalibrate(module: nn.Module, program: Program, data: Data) -> int:
+    """Re-estimates the BatchNorm statistics of a module over a loader, in place.
+
+    All layers together, as cumulative averages over the batches of each batch's mean and unbiased
+    variance; the rest of the model stays in eval mode.
+
+    Arguments:
+        module: a module with the parameter names of `program`; its running statistics are overwritten.
+        program: the captured program that the module computes.
+        data: calibration batches.
+
+    Returns:
+        The number of layers re-estimated; 0 if the model has none, in which case no data is read.
+    """
+    names = batch_norm_statistics(program)
+    if not names:
+        return 0
+    state = module.state_dict()
+    statistics = {n: torch.zeros_like(state[n]) for pair in names for n in pair}
+    estimator = _Estimator(program, statistics)
+    for args, kwargs in data.batches("BatchNorm statistics"):
+        estimator.call(state, args, kwargs)
+        estimator.batches += 1
+    if not estimator.batches:
+        raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
+    with torch.no_grad():
+        for name, value in statistics.items():
+            state[name].copy_(value)
+    return len(names)

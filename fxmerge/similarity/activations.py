@@ -1,0 +1,181 @@
+"""Activation space: streaming correlation of two models' units on the same inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fxmerge.capture import Program
+from fxmerge.errors import LoaderError, NonFiniteError
+from fxmerge.run import Data, Runner
+from fxmerge.symmetry import rules
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.labels import core, support
+from fxmerge.symmetry.propagate import Propagation
+
+MAX_ROWS = 4096
+"""Rows (samples times places) taken of one activation in one batch; more are subsampled evenly."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """An activation that a contraction consumes, and where it shows the units of one class.
+
+    Attributes:
+        node: name of the graph node that computes it.
+        number: the class.
+        dims: the dimensions along which the units lie.
+        order: for every unit, its positions along these, flattened; shape (units, places per unit).
+    """
+
+    node: str
+    number: int
+    dims: tuple[int, ...]
+    order: Tensor
+
+
+def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
+    """All activations that carry a class's units where a contraction consumes them."""
+    number = np.full(found.units.size, -1)
+    place = np.zeros(found.units.size, np.int64)
+    for n, c in enumerate(symmetry.units):
+        for role in c.roles:
+            number[role.raw], place[role.raw] = n, np.arange(c.size)
+    taps = []
+    for node in _consumed(found.program.graph.graph):
+        labels = found.labels.get(node.name)
+        for column in labels.columns if labels is not None else ():
+            dims = support(column)
+            ids = core(column, dims).reshape(-1).numpy()
+            for n in np.unique(number[ids]):
+                at = np.flatnonzero(number[ids] == n)
+                size = symmetry.units[n].size
+                if n < 0 or len(at) % size or not np.array_equal(np.unique(place[ids[at]]), np.arange(size)):
+                    continue
+                order = at[np.argsort(place[ids[at]], kind="stable")].reshape(size, -1)
+                for owner, views in symmetry.views.items():
+                    for shown, units in views:
+                        if shown == n:
+                            where = torch.from_numpy(order[units].reshape(len(units), -1))
+                            taps.append(Tap(node.name, owner, dims, where))
+    return taps
+
+
+def _consumed(graph: fx.Graph) -> list[fx.Node]:
+    """The operands of contractions, each once, in graph order."""
+    users = [n for n in graph.nodes if n.op == "call_function" and rules.contracts(n.target)]
+    operands = {a for n in users for a in n.all_input_nodes if a.op == "call_function"}
+    return [n for n in graph.nodes if n in operands]
+
+
+class _Tapped(Runner):
+    """Runs a model and keeps what its taps show."""
+
+    def __init__(self, program: Program, taps: Sequence[Tap]) -> None:
+        super().__init__(program)
+        self.wanted = {t.node: t.dims for t in taps}
+        self.seen: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.wanted:
+            self.seen[n.name] = value
+        return value
+
+
+@dataclass
+class _Moments:
+    """Sums over rows of one class's units in two models, in units of the deviations seen in the first batch."""
+
+    rows: int
+    sums: Tensor
+    squares: Tensor
+    products: Tensor
+
+    def correlation(self) -> Tensor:
+        mean = self.sums / self.rows
+        variance = (self.squares / self.rows - mean**2).clamp(min=0)
+        deviation = variance.sqrt()
+        covariance = self.products / self.rows - mean[0][:, None] * mean[1][None, :]
+        scale = deviation[0][:, None] * deviation[1][None, :]
+        # A unit that never varies correlates with nothing.
+        return torch.where(scale > 1e-12, covariance / scale.clamp(min=1e-12), torch.zeros_like(covariance)).float()
+
+
+def correlations(
+    found: Propagation, symmetry: Symmetry, models: Sequence[Mapping[str, Tensor]], data: Data, names: Sequence[str]
+) -> dict[int, Tensor]:
+    """Pearson correlation of all pairs of units of two models, for every class that an activation shows.
+
+    Every activation is standardised by its units' means and deviations on the first batch and then
+    counts alike. Memory does not depend on the number of batches: the product sums of each class.
+
+    Arguments:
+        found: the labelled program.
+        symmetry: its classes.
+        models: two state dicts.
+        data: calibration batches.
+        names: what to call the models in errors.
+
+    Returns:
+        For each class number a tensor of shape (units, units), rows for the first model, in [-1, 1].
+
+    Raises:
+        LoaderError: if the loader is empty.
+        NonFiniteError: if an activation is NaN or infinite.
+    """
+    taps = find_taps(found, symmetry)
+    runner = _Tapped(found.program, taps)
+    first: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    moments: dict[int, _Moments] = {}
+    batches = 0
+    for args, kwargs in data.batches("activations"):
+        batches += 1
+        seen = []
+        for state in models:
+            runner.seen = {}
+            runner.call(state, args, kwargs)
+            seen.append(runner.seen)
+        for i, tap in enumerate(taps):
+            rows = [_rows(seen[m][tap.node], tap) for m in range(2)]
+            for m, x in enumerate(rows):
+                if not torch.isfinite(x).all():
+                    raise NonFiniteError(f"An activation of {names[m]} is NaN or infinite at graph node {tap.node!r}.")
+                if (i, m) not in first:
+                    deviation = x.std(dim=0, correction=0)
+                    first[i, m] = x.mean(dim=0), torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation))
+                rows[m] = (x - first[i, m][0]) * first[i, m][1]
+            _add(moments, tap.number, *rows)
+    if not batches:
+        raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
+    return {number: m.correlation() for number, m in moments.items()}
+
+
+def _rows(value: Tensor, tap: Tap) -> Tensor:
+    """What a tap shows of an activation: shape (rows, units)."""
+    others = [d for d in range(value.ndim) if d not in tap.dims]
+    flat = value.permute(*others, *tap.dims).reshape(math.prod(value.shape[d] for d in others), -1)
+    limit = max(MAX_ROWS // tap.order.shape[1], 1)
+    if len(flat) > limit:
+        flat = flat[torch.linspace(0, len(flat) - 1, limit, device=flat.device).long()]
+    shown = flat[:, tap.order.to(flat.device)]
+    return shown.permute(0, 2, 1).reshape(-1, tap.order.shape[0]).float()
+
+
+def _add(moments: dict[int, _Moments], number: int, x: Tensor, y: Tensor) -> None:
+    sums = torch.stack([x.sum(0), y.sum(0)]).double()
+    squares = torch.stack([x.square().sum(0), y.square().sum(0)]).double()
+    if number not in moments:
+        shape = (x.shape[1], y.shape[1])
+        moments[number] = _Moments(0, torch.zeros_like(sums), torch.zeros_like(sums), sums.new_zeros(shape))
+    m = moments[number]
+    m.rows += len(x)
+    m.sums += sums
+    m.squares += squares
+    m.products += x.T @ y

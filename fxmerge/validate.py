@@ -1,0 +1,108 @@
+"""Checks of what users hand in, before any work is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxmerge.capture import Args, Program
+from fxmerge.errors import ArchitectureMismatchError, LoaderError, NonFiniteError, OptionError
+from fxmerge.run import Runner
+
+Model = nn.Module | ExportedProgram
+
+
+def name_of(i: int) -> str:
+    """What a model is called in messages."""
+    return f"model {chr(ord('A') + i)}" if i < 26 else f"model {i + 1}"
+
+
+def check_alpha(alpha: float) -> None:
+    if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise OptionError(f"alpha is {alpha!r}; it must be a number from 0 (activations only) to 1 (weights only).")
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """The combination weights, normalised to sum to one; equal ones if None."""
+    if weights is None:
+        return [1 / count] * count
+    values = [float(w) for w in weights]
+    if len(values) != count or any(not math.isfinite(w) or w < 0 for w in values) or sum(values) <= 0:
+        raise OptionError(f"weights is {tuple(weights)!r}; give {count} numbers, none negative, at least one positive.")
+    return [w / sum(values) for w in values]
+
+
+def check_states(states: Sequence[Mapping[str, Tensor]]) -> None:
+    """All models must have the same tensors, in one place, with finite values."""
+    for i, state in enumerate(states):
+        devices = {t.device for t in state.values()}
+        if len(devices) > 1:
+            raise OptionError(
+                f"The parameters of {name_of(i)} are on several devices ({', '.join(sorted(map(str, devices)))}); "
+                "move the model to one, or pass device=."
+            )
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise NonFiniteError(f"{bad} entries of {name!r} of {name_of(i)} (shape {tuple(tensor.shape)}) are NaN or infinite.")
+    first = states[0]
+    for i, state in enumerate(states[1:], start=1):
+        for name in [*first, *(n for n in state if n not in first)]:
+            if name not in state or name not in first:
+                owner, other = (0, i) if name in first else (i, 0)
+                raise ArchitectureMismatchError(
+                    f"Parameter {name!r} is in {name_of(owner)} but not in {name_of(other)}; only models of one architecture can be merged."
+                )
+            a, b = first[name], state[name]
+            if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
+                raise ArchitectureMismatchError(
+                    f"Parameter {name!r} is {a.dtype} of shape {tuple(a.shape)} in {name_of(0)} and {b.dtype} of shape "
+                    f"{tuple(b.shape)} in {name_of(i)}; only models of one architecture can be merged."
+                )
+            if not _mergeable(a, b):
+                raise ArchitectureMismatchError(
+                    f"{name!r} holds {a.dtype}, which cannot be averaged, and differs between {name_of(0)} and {name_of(i)}; "
+                    "make it equal in both, or merge models whose weights are floating-point."
+                )
+
+
+def _mergeable(a: Tensor, b: Tensor) -> bool:
+    """Integers are left alone where both models agree; counters, such as of batches seen, may differ."""
+    if a.is_floating_point() or a.is_complex():
+        return not a.is_quantized
+    return a.ndim == 0 or torch.equal(a.cpu(), b.cpu())
+
+
+def check_same_function(program: Program, model: Model, state: Mapping[str, Tensor], args: Args, kwargs: Mapping[str, Any], i: int) -> None:
+    """The first model's graph with another model's parameters must compute what that model computes."""
+    module = model.module() if isinstance(model, ExportedProgram) else model
+    with torch.no_grad():
+        expected = pytree.tree_leaves(module(*args, **kwargs))
+    got = pytree.tree_leaves(Runner(program).call(state, args, kwargs))
+    for a, b in zip(expected, got, strict=False):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            scale = float(a.abs().max()) or 1.0
+            if a.shape != b.shape or not torch.allclose(a / scale, b / scale, rtol=1e-2, atol=1e-3, equal_nan=True):
+                raise ArchitectureMismatchError(
+                    f"{name_of(0)} and {name_of(i)} have equal parameter shapes but compute different functions of them: with the "
+                    f"parameters of {name_of(i)}, the graph of {name_of(0)} gives other outputs (output shape {tuple(b.shape)})."
+                )
+
+
+def check_batch(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> None:
+    """The first batch must fit the model."""
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        shapes = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in pytree.tree_leaves((args, kwargs))]
+        raise LoaderError(
+            f"The first batch does not fit the model: its inputs {shapes} raise {type(error).__name__}: {error}. "
+            "Check the loader, or pass inputs=batch -> (args, kwargs)."
+        ) from error
