@@ -87,12 +87,28 @@ MODELS: dict[str, Factory] = {
     "timm vit_small_patch16_224": _timm("vit_small_patch16_224"),
     "timm resnet50_gn": _timm("resnet50_gn"),
     "timm mixer_s16_224": _timm("mixer_s16_224"),
-    "GPT-2": _transformers("GPT2Config", "GPT2LMHeadModel", "input_ids", n_layer=3, n_embd=96, n_head=6, bos_token_id=0, eos_token_id=0),
+    "GPT-2": _transformers(
+        "GPT2Config", "GPT2LMHeadModel", "input_ids", n_layer=3, n_embd=96, n_head=6, bos_token_id=0, eos_token_id=0
+    ),
     "BERT": _transformers(
-        "BertConfig", "BertForMaskedLM", "input_ids", num_hidden_layers=3, hidden_size=96, num_attention_heads=6, intermediate_size=160
+        "BertConfig",
+        "BertForMaskedLM",
+        "input_ids",
+        num_hidden_layers=3,
+        hidden_size=96,
+        num_attention_heads=6,
+        intermediate_size=160,
     ),
     "T5": _transformers(
-        "T5Config", "T5ForConditionalGeneration", "input_ids", "decoder_input_ids", num_layers=3, d_model=96, num_heads=6, d_kv=16, d_ff=160
+        "T5Config",
+        "T5ForConditionalGeneration",
+        "input_ids",
+        "decoder_input_ids",
+        num_layers=3,
+        d_model=96,
+        num_heads=6,
+        d_kv=16,
+        d_ff=160,
     ),
     "Llama (grouped queries)": _transformers(
         "LlamaConfig",
@@ -123,7 +139,9 @@ def calibration(inputs: Tensor | dict[str, Tensor]) -> list[Tensor | dict[str, T
         for i in range(BATCH):
             coarse = torch.randn(1, inputs.shape[1], *(max(n // 2 ** (i % 6), 1) for n in inputs.shape[2:]))
             picture = nn.functional.interpolate(coarse, size=inputs.shape[2:], mode="nearest")
-            images.append(picture * (0.5 + 2 * torch.rand(())) + torch.randn(1, inputs.shape[1], *(1,) * (inputs.ndim - 2)))
+            images.append(
+                picture * (0.5 + 2 * torch.rand(())) + torch.randn(1, inputs.shape[1], *(1,) * (inputs.ndim - 2))
+            )
         batches.append(torch.cat(images))
     return batches
 
@@ -181,7 +199,7 @@ def run(name: str, factory: Factory) -> dict[str, Any]:
     for label, loader, alpha in (("with data", calibration(inputs), 0.5), ("weights only", None, 1.0)):
         began = time.perf_counter()
         aligned = fxmerge.align(twin, model, loader, alpha=alpha, args=args, kwargs=kwargs, verify=False)
-        wrong = wrong_units(aligned.meta["fxmerge"]["permutation"], planted, symmetry.names)
+        wrong = wrong_units(symmetry.element(aligned.meta["fxmerge"]["images"]), planted, symmetry.names)
         row[label] = "exact" if not wrong else "; ".join(f"{n}: {c} units" for n, c in wrong.items())
         row[f"{label} s"] = f"{time.perf_counter() - began:.1f}"
     return row
@@ -217,7 +235,7 @@ def main() -> int:
         except ImportError as error:
             row = {"model": name, "route": f"not run: {error}"}
         else:
-            failed += bool(row["demoted"]) or float(row["error"]) > 1e-9 or "exact" != row["with data"]
+            failed += bool(row["demoted"]) or float(row["error"]) > 1e-9 or row["with data"] != "exact"
         rows.append(row)
         print(" | ".join(f"{k}: {v}" for k, v in row.items()), flush=True)
     text = f"{machine()}\n\n{table(rows)}\n"

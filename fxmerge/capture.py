@@ -50,7 +50,8 @@ class Program:
 
     @property
     def graph(self) -> fx.GraphModule:
-        return self.exported.graph_module
+        graph: fx.GraphModule = self.exported.graph_module
+        return graph
 
     def decompose(self, ops: Iterable[Any]) -> Program | None:
         """The program with some ops written out in simpler ones; None where torch cannot do so."""
@@ -109,22 +110,18 @@ def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs:
         CaptureError: if no route captures the model, or torch.export cannot.
     """
     kwargs = dict(kwargs or {})
-    if isinstance(model, ExportedProgram):
-        if not args and not kwargs and model.example_inputs is not None:
-            args, kwargs = model.example_inputs
-        module, route, exported = model.module(), "exported program", model
-    else:
-        lazily = _Exported(model, args, kwargs)
-        module, route = _skeleton(model, args, kwargs, lazily)
-        exported = lazily.program
+    if isinstance(model, ExportedProgram) and not args and not kwargs and model.example_inputs is not None:
+        args, kwargs = model.example_inputs
+    lazily = _Exported(model, args, kwargs)
+    module, route = _skeleton(model, args, kwargs, lazily)
+    exported = lazily.program
     with _quiet():
         exported = exported.run_decompositions({})
-    persistent = {**exported.state_dict}
     parameters: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     by_storage: dict[Any, str] = {}
     constants: dict[str, Any] = dict(exported.constants)
-    for name, tensor in persistent.items():
+    for name, tensor in exported.state_dict.items():
         if tensor.is_floating_point() or tensor.is_complex():
             aliases[name] = by_storage.setdefault(_identity(tensor), name)
             parameters.setdefault(aliases[name], tensor)
@@ -140,14 +137,15 @@ def _identity(tensor: Tensor) -> Any:
 
 
 class _Exported:
-    """A module exported at most once, when first asked for."""
+    """A model exported at most once, when first asked for."""
 
     def __init__(self, model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
 
     @cached_property
     def program(self) -> ExportedProgram:
-        assert isinstance(self.model, nn.Module)
+        if isinstance(self.model, ExportedProgram):
+            return self.model
         return _export(self.model, self.args, self.kwargs)
 
 
@@ -155,7 +153,7 @@ def _skeleton(
     model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, exported: _Exported
 ) -> tuple[fx.GraphModule, str]:
     if isinstance(model, ExportedProgram):
-        return _as_graph_module(model.module()), "exported program"
+        return copy.deepcopy(_as_graph_module(model.module())), "exported program"
     if isinstance(model, fx.GraphModule):
         return copy.deepcopy(model).eval(), "kept"
     routes: dict[str, Callable[[], fx.GraphModule]] = {
@@ -171,7 +169,9 @@ def _skeleton(
             return module, name
         except Exception as error:
             logger.debug("%s did not capture %s", name, type(model).__name__, exc_info=True)
-            failures.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+            failures.append(
+                f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            )
     raise CaptureError(
         f"{type(model).__name__} could not be captured as a graph. "
         + " | ".join(failures)
@@ -189,8 +189,12 @@ def _check_same(model: nn.Module, module: nn.Module, args: Args, kwargs: Kwargs)
     """A trace may have baked in what it should not have: compare outputs, where there are inputs to do so."""
     if not args and not kwargs:
         return
-    with torch.no_grad(), evaluating(model):
-        expected, got = model(*args, **kwargs), module(*args, **kwargs)
+    outputs = []
+    for m in (model, module):
+        with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)  # What draws random numbers, draws the same ones.
+            outputs.append(m(*args, **kwargs))
+    expected, got = outputs
     for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
         if isinstance(a, Tensor) and a.device.type != "meta":
             torch.testing.assert_close(b, a, equal_nan=True)

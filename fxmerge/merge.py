@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 from fxmerge import validate
 from fxmerge.capture import Args, Kwargs, Program, capture_program, evaluating
@@ -123,8 +124,10 @@ def merge_many(
 
     Example:
         >>> import torch, fxmerge
-        >>> models = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)) for _ in range(3)]
-        >>> fxmerge.merge_many(models, [torch.randn(16, 4)]).meta["fxmerge"]["models"]
+        >>> def mlp():
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> merged = fxmerge.merge_many([mlp(), mlp(), mlp()], [torch.randn(16, 4)])
+        >>> merged.meta["fxmerge"]["models"]
         3
     """
     models = tuple(models)
@@ -164,15 +167,15 @@ def align(
     Arguments and errors are those of `merge`: `to` is the model whose units are taken as they are.
 
     Returns:
-        A GraphModule that computes what `model` computes, with `.meta["fxmerge"]["permutation"]` the
-        `Permutation` that was applied to its parameters.
+        A GraphModule that computes what `model` computes. `.meta["fxmerge"]["images"]` holds, for every
+        class by name, where each unit of `model` went; `Symmetry.element` makes a `Permutation` of it.
 
     Example:
         >>> import torch, fxmerge
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> aligned = fxmerge.align(mlp, to=mlp, args=(torch.zeros(1, 4),))
-        >>> aligned.meta["fxmerge"]["permutation"].is_identity()
-        True
+        >>> aligned.meta["fxmerge"]["images"]
+        {'0.weight[0]': [0, 1, 2, 3, 4, 5, 6, 7]}
     """
     job = _Job.prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
     with job.evaluating():
@@ -180,7 +183,9 @@ def align(
         found = job.match(symmetry, 1, alpha=alpha, seed=seed)
         with job.timed("rewriting"):
             aligned = bake(job.program, found.permutation.apply(job.states[1]))
-    aligned.meta["fxmerge"] = job.report(symmetry, [found], alpha) | {"permutation": found.permutation}
+    aligned.meta["fxmerge"] = job.report(symmetry, [found], alpha) | {
+        "images": {name: image.tolist() for name, image in zip(symmetry.names, found.permutation.images, strict=True)}
+    }
     return aligned
 
 
@@ -211,29 +216,27 @@ class _Job:
         """Checks everything that can be checked before any work is done, and captures the first model."""
         validate.check_alpha(alpha)
         if device is not None:
-            models = tuple(m if isinstance(m, ExportedProgram) else copy.deepcopy(m).to(device) for m in models)
-        states = tuple(dict(m.state_dict()) for m in models)
+            models = tuple(_to(m, device) for m in models)
+        modules = tuple(m.module() if isinstance(m, ExportedProgram) else m for m in models)
+        states = tuple(dict(m.state_dict()) for m in modules)
         validate.check_states(states)
         where = next((t.device for t in states[0].values()), torch.device("cpu"))
         data = None
         example = tuple(args), dict(kwargs or {})
         if loader is not None:
-            first = models[0].module() if isinstance(models[0], ExportedProgram) else models[0]
             if iter(loader) is loader:
                 loader = list(loader)  # An iterator can be read once; every stage reads the data anew.
-            data = Data(loader, inputs or batch_inputs(first), where, progress)
+            data = Data(loader, inputs or batch_inputs(modules[0]), where, progress)
             example = example if any(example) else data.first()
         example = example if any(example) else _example_of(models[0])
         seconds: dict[str, float] = {}
         job = _Job(models, states, data, example, None, progress, None, seconds)  # type: ignore[arg-type]
         with job.evaluating():
-            for model in models[:1]:
-                if isinstance(model, nn.Module):
-                    validate.check_batch(model, *example)
+            validate.check_batch(modules[0], *example)
             with job.timed("capture"):
                 job.program = capture_program(models[0], *example)
-            for i, model in enumerate(models[1:], start=1):
-                validate.check_same_function(job.program, model, states[i], *example, i)
+            for i in range(1, len(models)):
+                validate.check_same_function(job.program, modules[i], states[i], *example, i)
         return job
 
     def evaluating(self) -> ExitStack:
@@ -262,20 +265,46 @@ class _Job:
             with self.timed("activations"):
                 correlation = correlations(self.found, symmetry, pair, self.data, (name_of(0), name_of(other)))
         with self.timed("matching"):
-            return match(symmetry, self.states[0], self.states[other], correlation, alpha=alpha, seed=seed, progress=self.progress)
+            return match(
+                symmetry,
+                self.states[0],
+                self.states[other],
+                correlation,
+                alpha=alpha,
+                seed=seed,
+                progress=self.progress,
+            )
 
     def report(self, symmetry: Symmetry, matches: Sequence[Match], alpha: float) -> dict[str, Any]:
+        """What `.meta["fxmerge"]` tells: plain data, so that a result can be unpickled without fxmerge."""
         return {
-            "classes": symmetry.classes,
+            "classes": [
+                {
+                    "name": c.name,
+                    "size": c.size,
+                    "structure": c.structure,
+                    "axes": [(axis.parameter, axis.dim) for axis in c.axes],
+                    "parents": list(c.parents),
+                    "why": c.why,
+                }
+                for c in symmetry.classes
+            ],
             "demoted": symmetry.demoted,
             "unknown_ops": dict(symmetry.unknown),
             "verification_error": symmetry.error,
             "route": self.program.route,
             "alpha": alpha if self.data is not None else 1.0,
-            "quality": [dict(m.quality) for m in matches],
+            "quality": [{name: dict(q) for name, q in m.quality.items()} for m in matches],
             "objective": [m.trace for m in matches],
             "seconds": dict(self.seconds),
         }
+
+
+def _to(model: Model, device: str | torch.device) -> Model:
+    """A copy of a model on a device."""
+    if isinstance(model, ExportedProgram):
+        return move_to_device_pass(model, device)
+    return copy.deepcopy(model).to(device)
 
 
 @dataclass
@@ -300,9 +329,12 @@ def _example_of(model: Model) -> tuple[Args, dict[str, Any]]:
         OptionError: if it carries none.
     """
     if isinstance(model, ExportedProgram) and model.example_inputs is not None:
-        return model.example_inputs
+        args, kwargs = model.example_inputs
+        return args, kwargs
     if isinstance(model, fx.GraphModule):
         values = [n.meta.get("val") for n in model.graph.nodes if n.op == "placeholder"]
         if values and all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
             return tuple(torch.randn([int(s) for s in v.shape], dtype=v.dtype) for v in values if v is not None), {}
-    raise OptionError("Without a loader, example inputs are needed to capture the model: pass args=(...) or kwargs={...}.")
+    raise OptionError(
+        "Without a loader, example inputs are needed to capture the model: pass args=(...) or kwargs={...}."
+    )

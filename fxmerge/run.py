@@ -42,8 +42,8 @@ class Runner(fx.Interpreter):
         expected = self.program.exported.call_spec.in_spec
         if spec != expected:
             raise LoaderError(
-                f"A batch gives the inputs {_outline(args, kwargs)}, structured differently from the example that the model "
-                "was captured with. Make all batches alike, or pass inputs=batch -> (args, kwargs)."
+                f"A batch gives the inputs {_outline(args, kwargs)}, structured differently from the example that the "
+                "model was captured with. Make all batches alike, or pass inputs=batch -> (args, kwargs)."
             )
         inputs = iter(leaves)
         values = []
@@ -59,8 +59,9 @@ class Runner(fx.Interpreter):
                 return self.run(*values)
         except RuntimeError as error:
             raise LoaderError(
-                f"A batch with the inputs {_outline(args, kwargs)} does not fit the captured model: {str(error).splitlines()[0]}. "
-                "Make all batches alike, but for their size, or pass inputs=batch -> (args, kwargs)."
+                f"A batch with the inputs {_outline(args, kwargs)} does not fit the captured model: "
+                f"{str(error).splitlines()[0]}. Make all batches alike, but for their size, "
+                "or pass inputs=batch -> (args, kwargs)."
             ) from error
 
 

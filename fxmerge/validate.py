@@ -17,6 +17,8 @@ from fxmerge.run import Runner
 
 Model = nn.Module | ExportedProgram
 
+SAME = "only models of one architecture can be merged."
+
 
 def name_of(i: int) -> str:
     """What a model is called in messages."""
@@ -50,25 +52,27 @@ def check_states(states: Sequence[Mapping[str, Tensor]]) -> None:
         for name, tensor in state.items():
             if tensor.is_floating_point() and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).sum())
-                raise NonFiniteError(f"{bad} entries of {name!r} of {name_of(i)} (shape {tuple(tensor.shape)}) are NaN or infinite.")
+                raise NonFiniteError(
+                    f"{bad} entries of {name!r} of {name_of(i)} (shape {tuple(tensor.shape)}) are NaN or infinite."
+                )
     first = states[0]
     for i, state in enumerate(states[1:], start=1):
         for name in [*first, *(n for n in state if n not in first)]:
             if name not in state or name not in first:
                 owner, other = (0, i) if name in first else (i, 0)
                 raise ArchitectureMismatchError(
-                    f"Parameter {name!r} is in {name_of(owner)} but not in {name_of(other)}; only models of one architecture can be merged."
+                    f"Parameter {name!r} is in {name_of(owner)} but not in {name_of(other)}; {SAME}"
                 )
             a, b = first[name], state[name]
             if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
                 raise ArchitectureMismatchError(
                     f"Parameter {name!r} is {a.dtype} of shape {tuple(a.shape)} in {name_of(0)} and {b.dtype} of shape "
-                    f"{tuple(b.shape)} in {name_of(i)}; only models of one architecture can be merged."
+                    f"{tuple(b.shape)} in {name_of(i)}; {SAME}"
                 )
             if not _mergeable(a, b):
                 raise ArchitectureMismatchError(
-                    f"{name!r} holds {a.dtype}, which cannot be averaged, and differs between {name_of(0)} and {name_of(i)}; "
-                    "make it equal in both, or merge models whose weights are floating-point."
+                    f"{name!r} holds {a.dtype}, which cannot be averaged, and differs between {name_of(0)} and "
+                    f"{name_of(i)}; make it equal in both, or merge models whose weights are floating-point."
                 )
 
 
@@ -79,9 +83,10 @@ def _mergeable(a: Tensor, b: Tensor) -> bool:
     return a.ndim == 0 or torch.equal(a.cpu(), b.cpu())
 
 
-def check_same_function(program: Program, model: Model, state: Mapping[str, Tensor], args: Args, kwargs: Mapping[str, Any], i: int) -> None:
+def check_same_function(
+    program: Program, module: nn.Module, state: Mapping[str, Tensor], args: Args, kwargs: Mapping[str, Any], i: int
+) -> None:
     """The first model's graph with another model's parameters must compute what that model computes."""
-    module = model.module() if isinstance(model, ExportedProgram) else model
     with torch.no_grad():
         expected = pytree.tree_leaves(module(*args, **kwargs))
     got = pytree.tree_leaves(Runner(program).call(state, args, kwargs))
@@ -90,8 +95,9 @@ def check_same_function(program: Program, model: Model, state: Mapping[str, Tens
             scale = float(a.abs().max()) or 1.0
             if a.shape != b.shape or not torch.allclose(a / scale, b / scale, rtol=1e-2, atol=1e-3, equal_nan=True):
                 raise ArchitectureMismatchError(
-                    f"{name_of(0)} and {name_of(i)} have equal parameter shapes but compute different functions of them: with the "
-                    f"parameters of {name_of(i)}, the graph of {name_of(0)} gives other outputs (output shape {tuple(b.shape)})."
+                    f"{name_of(0)} and {name_of(i)} have equal parameter shapes but compute different functions of "
+                    f"them: with the parameters of {name_of(i)}, the graph of {name_of(0)} gives other outputs than "
+                    f"{name_of(i)} itself (output shape {tuple(b.shape)}); {SAME}"
                 )
 
 
@@ -101,7 +107,9 @@ def check_batch(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> None
         with torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:
-        shapes = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in pytree.tree_leaves((args, kwargs))]
+        shapes = [
+            tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in pytree.tree_leaves((args, kwargs))
+        ]
         raise LoaderError(
             f"The first batch does not fit the model: its inputs {shapes} raise {type(error).__name__}: {error}. "
             "Check the loader, or pass inputs=batch -> (args, kwargs)."

@@ -51,7 +51,7 @@ class Residual(nn.Sequential):
     """x + f(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)  # type: ignore[no-any-return]
+        return x + super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Permute(nn.Module):
@@ -127,7 +127,7 @@ class Highway(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate(x).sigmoid()
-        return gate * self.change(x).relu() + (1 - gate) * x
+        return gate * self.change(x).relu() + (1 - gate) * x  # type: ignore[no-any-return]
 
 
 @case("highway")
@@ -224,6 +224,25 @@ def experts_by_bmm() -> tuple[nn.Module, tuple[Any, ...]]:
 @case("experts by einsum")
 def experts_by_einsum() -> tuple[nn.Module, tuple[Any, ...]]:
     return DenseExperts(batched=False), (torch.randn(2, 2),)
+
+
+class BiasedExperts(nn.Module):
+    """Experts with biases, of which every token takes the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.up_bias = nn.Parameter(torch.randn(3, 2, 5)), nn.Parameter(torch.randn(3, 1, 5))
+        self.down, self.down_bias = nn.Parameter(torch.randn(3, 5, 4)), nn.Parameter(torch.randn(3, 1, 4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.baddbmm(self.up_bias, x.expand(3, -1, -1), self.up).relu()
+        return self.head((hidden @ self.down + self.down_bias).relu().mean(0))  # type: ignore[no-any-return]
+
+
+@case("experts with biases")
+def experts_with_biases() -> tuple[nn.Module, tuple[Any, ...]]:
+    return BiasedExperts(), (torch.randn(2, 2),)
 
 
 class Gated(nn.Module):
@@ -399,12 +418,31 @@ def resnext() -> tuple[nn.Module, tuple[Any, ...]]:
     return nn.Sequential(nn.Conv2d(2, 5, 1), nn.ReLU(), block, nn.ReLU(), nn.Conv2d(5, 3, 1)), image(2, 2, 3)
 
 
-@case("groups of different sizes")
+@incomplete(
+    "groups of different sizes",
+    "blocks that overlap irregularly stay where they are; what is missing is the reflection that exchanges them",
+)
 def incommensurate_groups() -> tuple[nn.Module, tuple[Any, ...]]:
     return nn.Sequential(
         *(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 12, 1, groups=2), nn.ReLU()),
         *(nn.Conv2d(12, 6, 1, groups=3), nn.ReLU(), nn.Conv2d(6, 3, 1)),
     ), image(2, 2, 1)
+
+
+class GroupedInputs(nn.Module):
+    """A convolution of which one group sees inputs, which stay where they are, and the other one features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.grouped, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(6, 8, (1, 2), groups=2), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.grouped(torch.cat([x, self.inner(x).relu()], dim=1)).relu())  # type: ignore[no-any-return]
+
+
+@case("grouped convolution of inputs and features")
+def grouped_inputs() -> tuple[nn.Module, tuple[Any, ...]]:
+    return GroupedInputs(), image(3, 1, 3)
 
 
 @case("channel shuffle")
@@ -445,7 +483,7 @@ def shuffle_units() -> tuple[nn.Module, tuple[Any, ...]]:
 class DenseLayer(nn.Module):
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
-        self.norm, self.conv = nn.BatchNorm2d(rows), nn.Conv2d(rows, columns, (1, 2), padding="same", bias=False)
+        self.norm, self.conv = nn.BatchNorm2d(rows), nn.Conv2d(rows, columns, (1, 3), padding="same", bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.conv(self.norm(x).relu())], dim=1)
@@ -529,7 +567,7 @@ def group_norm() -> tuple[nn.Module, tuple[Any, ...]]:
     return nn.Sequential(*layers, nn.Conv2d(4, 5, 1)), image(2, 1, 3)
 
 
-@case("GroupNorms of different sizes in one residual stream")
+@incomplete("GroupNorms of different sizes", "as for groups of different sizes")
 def group_norms() -> tuple[nn.Module, tuple[Any, ...]]:
     blocks = [Residual(nn.GroupNorm(groups, 12), nn.ReLU(), nn.Conv2d(12, 12, 1)) for groups in (2, 3)]
     return nn.Sequential(nn.Conv2d(2, 12, 1), *blocks, nn.Conv2d(12, 5, 1)), image(2, 1, 2)
@@ -550,7 +588,7 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x).permute(0, 2, 3, 1))
-        return x + (self.scale * self.down(F.gelu(self.up(y)))).permute(0, 3, 1, 2)
+        return x + (self.scale * self.down(F.gelu(self.up(y)))).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
 @case("ConvNeXt block")
@@ -625,10 +663,7 @@ class PackedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.fused:
-            y = F.scaled_dot_product_attention(q, k, v)
-        else:
-            y = (q @ k.mT * d**-0.5).softmax(-1) @ v
+        y = F.scaled_dot_product_attention(q, k, v) if self.fused else (q @ k.mT * d**-0.5).softmax(-1) @ v
         return self.out(y.transpose(1, 2).reshape(b, n, d))  # type: ignore[no-any-return]
 
 
@@ -643,7 +678,7 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.position
         return self.head(self.norm(self.mlp(self.attention(x)))[:, 0])  # type: ignore[no-any-return]
 
 
@@ -684,9 +719,7 @@ class GroupedQueries(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.inner(x)
         b, n, _ = h.shape
-        q, k, v = (
-            p(h).view(b, n, heads, -1).transpose(1, 2) for p, heads in ((self.q, 4), (self.k, 2), (self.v, 2))
-        )
+        q, k, v = (p(h).view(b, n, heads, -1).transpose(1, 2) for p, heads in ((self.q, 4), (self.k, 2), (self.v, 2)))
         if not self.native:
             k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.native)
@@ -712,7 +745,7 @@ class RotaryAttention(nn.Module):
         self.inner, self.head = nn.Linear(2, 5), nn.Linear(5, 3)
         self.q, self.k, self.v = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(5, 6)
         self.out = nn.Linear(6, 5)
-        self.q_norm, self.k_norm = (nn.RMSNorm(4), nn.RMSNorm(4)) if norms else (nn.Identity(), nn.Identity())
+        self.q_norm, self.k_norm = (nn.RMSNorm(4) if norms else nn.Identity() for _ in "qk")
 
     def rotate(self, x: Tensor) -> Tensor:
         angle = torch.arange(x.shape[2])[:, None] * torch.tensor([1.0, 0.1])
@@ -822,6 +855,46 @@ def weights_by_head() -> tuple[nn.Module, tuple[Any, ...]]:
     return WeightsByHead(), tokens(2, 2)
 
 
+class BiasByHead(nn.Module):
+    """Attention whose queries get a bias of shape (heads, head dims), and an output weight of three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.qk, self.v, self.head = nn.Linear(2, 5), nn.Linear(5, 12), nn.Linear(5, 9), nn.Linear(5, 4)
+        self.bias, self.out = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3, 3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        b, n, _ = x.shape
+        q, k = self.qk(x).view(b, n, 2, 3, 2).unbind(2)
+        weights = torch.einsum("bqhk,bnhk->bhqn", q + self.bias, k).softmax(-1)
+        y = torch.einsum("bhqn,bnhk->bqhk", weights, self.v(x).view(b, n, 3, 3))
+        return self.head(x + torch.einsum("bqhk,hkd->bqd", y, self.out))  # type: ignore[no-any-return]
+
+
+@case("bias by head")
+def bias_by_head() -> tuple[nn.Module, tuple[Any, ...]]:
+    return BiasByHead(), tokens(2, 2)
+
+
+class JointAxes(nn.Module):
+    """Features that one layer makes as one axis, and the next one takes as two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(3, 6), nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bhk,hkd->bd", self.inner(x).relu().view(-1, 2, 3), self.out)
+
+
+@incomplete(
+    "one axis as two", "the six features can be exchanged at will, which no permutations of the two axes express"
+)
+def joint_axes() -> tuple[nn.Module, tuple[Any, ...]]:
+    return JointAxes(), (torch.randn(1, 3),)
+
+
 class CrossCovariance(nn.Module):
     """Attention between the dimensions of a head, with a temperature for every head."""
 
@@ -873,7 +946,7 @@ class LearntQueries(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inner(x)
-        y = self.attention(self.queries.expand(len(x), -1, -1), x, x, need_weights=False)[0]
+        y = self.attention(self.queries.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0]
         return self.head(y.mean(1))  # type: ignore[no-any-return]
 
 

@@ -17,24 +17,18 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import igraph
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.utils import _pytree as pytree
 
-Grid = NDArray[np.int64]
-"""A tensor written out: the vertex of every entry. (A `torch.Tensor` is a constant, known by value.)"""
-
-Operand = Grid | Tensor | float
-Dims = int | Sequence[int] | None
+from tests.scalars import Dims, Grid, Operand, Scalars
 
 
 def exact_log_order(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> float:
@@ -52,169 +46,12 @@ def exact_log_order(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     Raises:
         NotImplementedError: for an op that cannot be written out, with its name.
     """
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of torch.export, about torch's own recurrent modules.
         exported = torch.export.export(copy.deepcopy(model).eval(), args, dict(kwargs or {}), strict=False)
         program = exported.run_decompositions()
     unrolled = _Unroll(program, [*pytree.tree_leaves((args, dict(kwargs or {})))])
     return math.log(unrolled.scalars.count_automorphisms(unrolled.outputs()))
-
-
-class Scalars:
-    """The graph of scalars. A vertex has a kind and arguments, each with a role (None where order does not matter)."""
-
-    def __init__(self) -> None:
-        self.kinds: list[Hashable] = []
-        self.arguments: list[list[tuple[Hashable, int]]] = []
-        self.values: dict[int, float] = {}
-        self._known: dict[Hashable, int] = {}
-
-    def _vertex(self, key: Hashable, kind: Hashable, arguments: list[tuple[Hashable, int]]) -> int:
-        if key not in self._known:
-            self._known[key] = len(self.kinds)
-            self.kinds.append(kind)
-            self.arguments.append(arguments)
-        return self._known[key]
-
-    def leaf(self, kind: Hashable, entry: int) -> int:
-        """One of several vertices that are told apart by their use only."""
-        return self._vertex(("leaf", kind, entry), kind, [])
-
-    def constant(self, value: float) -> int:
-        # Rounding makes one constant of what float32 arithmetic computes in two ways.
-        value = float(f"{value:.6g}") + 0.0
-        vertex = self._vertex(("constant", value), ("constant", value), [])
-        self.values[vertex] = value
-        return vertex
-
-    def ordered(self, kind: Hashable, arguments: Sequence[int]) -> int:
-        roles = [None] if len(arguments) == 1 else range(len(arguments))
-        return self._vertex((kind, *arguments), (kind, len(arguments)), list(zip(roles, arguments, strict=True)))
-
-    def unordered(self, kind: Hashable, arguments: Iterable[int]) -> int:
-        """A function of the multiset of its arguments."""
-        times = sorted(Counter(arguments).items())
-        shown = [(None if n == 1 else ("times", n), a) for a, n in times]
-        return self._vertex((kind, "unordered", *times), (kind, "unordered"), shown)
-
-    def _split(self, arguments: Iterable[int]) -> tuple[list[float], list[int]]:
-        """The values of the constant arguments, and the others."""
-        known, open_ = [], []
-        for a in arguments:
-            if a in self.values:
-                known.append(self.values[a])
-            else:
-                open_.append(a)
-        return known, open_
-
-    def sum(self, terms: Sequence[int]) -> int:
-        known, open_ = self._split(terms)
-        rest = math.fsum(known)
-        if not open_ or math.isinf(rest):
-            return self.constant(rest)
-        if rest != 0.0:
-            open_.append(self.constant(rest))
-        return open_[0] if len(open_) == 1 else self.unordered("sum", open_)
-
-    def product(self, factors: Sequence[int]) -> int:
-        known, open_ = self._split(factors)
-        rest = math.prod(known)
-        if not open_ or rest == 0.0:
-            return self.constant(rest)
-        if rest != 1.0:
-            open_.append(self.constant(rest))
-        return open_[0] if len(open_) == 1 else self.unordered("product", open_)
-
-    def extreme(self, kind: str, values: Sequence[int]) -> int:
-        """The maximum ("amax") or minimum ("amin")."""
-        known, open_ = self._split(set(values))
-        bound = max(known, default=-math.inf) if kind == "amax" else min(known, default=math.inf)
-        if not open_ or not math.isinf(bound):
-            open_.append(self.constant(bound))
-        return open_[0] if len(open_) == 1 else self.unordered(kind, open_)
-
-    def ratio(self, a: int, b: int) -> int:
-        return a if self.values.get(a) == 0.0 else self.ordered("ratio", [a, b])
-
-    def count_automorphisms(self, outputs: Sequence[int]) -> int:
-        """The number of automorphisms of what the outputs depend on, with the outputs in their places."""
-        depth = self._depths(outputs)
-        places: dict[int, list[int]] = {}
-        for place, vertex in enumerate(outputs):
-            places.setdefault(vertex, []).append(place)
-        number = {vertex: i for i, vertex in enumerate(depth)}
-        # Depths as colours give every edge of the undirected graph its direction back.
-        colours: list[Hashable] = [(self.kinds[v], depth[v], tuple(places.get(v, ()))) for v in number]
-        edges = []
-        for v, i in number.items():
-            for role, a in self.arguments[v]:
-                if role is None:
-                    edges.append((i, number[a]))
-                else:
-                    edges += [(i, len(colours)), (len(colours), number[a])]
-                    colours.append(("role", role))
-        palette: dict[Hashable, int] = {}
-        graph = igraph.Graph(n=len(colours), edges=edges)
-        return int(graph.count_automorphisms(color=[palette.setdefault(c, len(palette)) for c in colours], sh="fs"))
-
-    def _depths(self, outputs: Sequence[int]) -> dict[int, int]:
-        """The height above the leaves of every vertex that an output depends on."""
-        reached, stack = set(outputs), list(outputs)
-        while stack:
-            for _, a in self.arguments[stack.pop()]:
-                if a not in reached:
-                    reached.add(a)
-                    stack.append(a)
-        depth: dict[int, int] = {}
-        for v in sorted(reached):  # Arguments come before what is made of them.
-            depth[v] = 1 + max((depth[a] for _, a in self.arguments[v]), default=0)
-        return depth
-
-    # ------------------------------------------------------------------ whole tensors
-
-    def grid(self, x: Operand) -> Grid:
-        """A tensor, a constant written out if need be."""
-        if isinstance(x, np.ndarray):
-            return x
-        value = torch.as_tensor(x).double()
-        vertices = [self.constant(v) for v in value.reshape(-1).tolist()]
-        return np.array(vertices, np.int64).reshape(tuple(value.shape))
-
-    def map(self, f: Callable[..., int], *operands: Operand) -> Grid:
-        """f at every position, with broadcasting."""
-        grids = np.broadcast_arrays(*map(self.grid, operands))
-        vertices = [f(*at) for at in zip(*(g.reshape(-1).tolist() for g in grids), strict=True)]
-        return np.array(vertices, np.int64).reshape(grids[0].shape)
-
-    def reduce(self, f: Callable[[list[int]], int], x: Grid, dims: Dims = None, keepdim: bool = False) -> Grid:
-        """f of all entries along some dimensions (None or no dimensions: along all)."""
-        chosen = [dims] if isinstance(dims, int) else list(dims or range(x.ndim))
-        gone = sorted(d % x.ndim for d in chosen)
-        kept = [n for d, n in enumerate(x.shape) if d not in gone]
-        rows = np.moveaxis(x, gone, range(x.ndim - len(gone), x.ndim)).reshape(math.prod(kept), -1)
-        result = np.array([f(row) for row in rows.tolist()], np.int64).reshape(kept)
-        return np.expand_dims(result, tuple(gone)) if keepdim else result
-
-    def add(self, *operands: Operand) -> Grid:
-        return self.map(lambda *terms: self.sum(terms), *operands)
-
-    def multiply(self, *operands: Operand) -> Grid:
-        return self.map(lambda *factors: self.product(factors), *operands)
-
-    def mean(self, x: Grid, dims: Dims = None, keepdim: bool = False) -> Grid:
-        return self.reduce(lambda row: self.product([self.sum(row), self.constant(1 / len(row))]), x, dims, keepdim)
-
-    def normalize(self, x: Grid, dims: Dims, detail: Hashable) -> Grid:
-        """Every entry as a function of itself and of all entries along some dimensions, in no order."""
-        everything = self.reduce(lambda row: self.unordered("statistics", row), x, dims, keepdim=True)
-        return self.map(lambda *at: self.ordered(("normalize", detail), at), x, everything)
-
-    def affine(self, x: Grid, scale: Operand | None, shift: Operand | None, dim: int) -> Grid:
-        """scale * x + shift, for vectors along `dim` and the dimensions after it."""
-        for vector, combine in ((scale, self.multiply), (shift, self.add)):
-            if vector is not None:
-                grid = self.grid(vector)
-                x = combine(x, grid.reshape(grid.shape + (1,) * (x.ndim - dim - grid.ndim)))
-        return x
 
 
 # ------------------------------------------------------------------------------------ ops
@@ -234,13 +71,16 @@ def _op(*names: str) -> Callable[[Op], Op]:
 
 
 _MOVEMENTS = frozenset(
-    "view reshape _unsafe_view permute transpose t unsqueeze squeeze expand slice select split split_with_sizes "
-    "unbind chunk repeat repeat_interleave flip roll diagonal as_strided unfold pixel_shuffle pixel_unshuffle "
-    "channel_shuffle clone alias detach _to_copy index index_select gather embedding".split()
+    (
+        *("view", "reshape", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "diagonal"),
+        *("slice", "select", "split", "split_with_sizes", "unbind", "chunk", "flip", "roll", "unfold", "as_strided"),
+        *("repeat", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+        *("clone", "alias", "detach", "_to_copy", "index", "index_select", "gather", "embedding"),
+    )
 )
 """Ops that give out entries of their first argument."""
 
-_ASSEMBLIES = frozenset("cat stack slice_scatter select_scatter constant_pad_nd copy where".split())
+_ASSEMBLIES = frozenset(("cat", "stack", "slice_scatter", "select_scatter", "constant_pad_nd", "copy"))
 """Ops that give out entries of any of their arguments."""
 
 
@@ -269,8 +109,6 @@ def _assemble(s: Scalars, name: str, target: Any, args: tuple[Any, ...]) -> Any:
         fill = s.constant(float(args[2]) if len(args) > 2 else 0.0)
         return _grids(target(*_tensors(args[:2]), fill))
     whole = pytree.tree_map(lambda v: s.grid(v) if isinstance(v, Tensor) else v, args)
-    if name == "where":
-        whole = (args[0], *(s.grid(v) for v in args[1:]))
     return _grids(target(*_tensors(whole)))
 
 
@@ -280,8 +118,17 @@ _PAIRS: dict[str, Callable[[Scalars, int, int], int]] = {
     "maximum": lambda s, a, b: s.extreme("amax", [a, b]),
     "minimum": lambda s, a, b: s.extreme("amin", [a, b]),
     "sub": lambda s, a, b: s.sum([a, s.constant(-s.values[b])]) if b in s.values else s.ordered("sub", [a, b]),
+    "eq": lambda s, a, b: s.equal(a, b),
     "div": lambda s, a, b: s.product([a, s.constant(1 / s.values[b])]) if s.values.get(b) else s.ratio(a, b),
 }
+
+
+def _resample(s: Scalars, target: Any, x: Grid, args: tuple[Any, ...]) -> Grid:
+    """A linear map over space, whose matrix is found by running it on every unit image."""
+    space = math.prod(x.shape[2:])
+    matrix = target(torch.eye(space).reshape(space, 1, *x.shape[2:]), *args)
+    terms = s.multiply(x.reshape(*x.shape[:2], space, 1), matrix.reshape(space, -1))
+    return s.reduce(s.sum, terms, 2).reshape(*x.shape[:2], *matrix.shape[2:])
 
 
 def _pointwise(s: Scalars, name: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
@@ -289,7 +136,11 @@ def _pointwise(s: Scalars, name: str, target: Any, args: tuple[Any, ...], kwargs
         b = args[1] if kwargs.get("alpha", 1) == 1 else s.multiply(args[1], kwargs["alpha"])
         return s.map(lambda *pair: _PAIRS[name](s, *pair), args[0], b)
     is_operand = [isinstance(a, (np.ndarray, Tensor)) for a in args]
-    detail = (name, tuple(None if o else a for a, o in zip(args, is_operand, strict=True)), tuple(sorted(kwargs.items())))
+    detail = (
+        name,
+        tuple(None if o else a for a, o in zip(args, is_operand, strict=True)),
+        tuple(sorted(kwargs.items())),
+    )
 
     def value(*at: int) -> int:
         if all(a in s.values for a in at):
@@ -374,7 +225,7 @@ def _pool(f: Callable[[Scalars, list[int]], int], fill: float) -> Op:
     ) -> Grid:
         # An average pooling has its ceil_mode where a maximum pooling has its dilation.
         gaps = [1] * len(kernel) if isinstance(dilation, (bool, int)) else dilation
-        if dilation is True or flags[:1] == (True,) and isinstance(dilation, list):
+        if dilation is True or (flags[:1] == (True,) and isinstance(dilation, list)):
             raise NotImplementedError("pooling with ceil_mode cannot be written out")
         pads = [padding] * len(kernel) if isinstance(padding, int) else padding
         seen = _windows(_border(s, x, [(p, p) for p in pads], fill), kernel, stride or kernel, gaps)
@@ -406,7 +257,8 @@ def _layer_norm(s: Scalars, x: Grid, shape: Sequence[int], scale: Any, shift: An
 
 @_op("_fused_rms_norm")
 def _rms_norm(s: Scalars, x: Grid, shape: Sequence[int], scale: Any, eps: float | None) -> list[Any]:
-    return _layer_norm(s, x, shape, scale, None, eps or 0.0)[:2]
+    first = x.ndim - len(shape)
+    return [s.affine(s.normalize(x, range(first, x.ndim), eps), scale, None, first), None]
 
 
 @_op("native_group_norm")
@@ -459,14 +311,25 @@ def _variance(s: Scalars, x: Grid, dims: Dims = None, correction: float = 1, kee
     return s.reduce(lambda row: s.unordered(("var", correction), row), x, dims, keepdim)
 
 
-@_op("amax")
-def _amax(s: Scalars, x: Grid, dims: Dims = None, keepdim: bool = False) -> Grid:
+@_op("amax", "any")
+def _maxima(s: Scalars, x: Grid, dims: Dims = None, keepdim: bool = False) -> Grid:
     return s.reduce(lambda row: s.extreme("amax", row), x, dims, keepdim)
 
 
 @_op("amin")
-def _amin(s: Scalars, x: Grid, dims: Dims = None, keepdim: bool = False) -> Grid:
+def _minima(s: Scalars, x: Grid, dims: Dims = None, keepdim: bool = False) -> Grid:
     return s.reduce(lambda row: s.extreme("amin", row), x, dims, keepdim)
+
+
+@_op("where")
+def _where(s: Scalars, condition: Operand, a: Operand, b: Operand) -> Grid:
+    return s.map(s.choice, condition, a, b)
+
+
+@_op("_trilinear")
+def _trilinear(s: Scalars, *args: Any) -> Grid:
+    factors = [np.expand_dims(x, tuple(gaps)) for x, gaps in zip(args[:3], args[3:6], strict=True)]
+    return s.reduce(s.sum, s.multiply(*factors), args[6])
 
 
 @_op("full_like")
@@ -491,7 +354,7 @@ class _Unroll(fx.Interpreter):
         seen = [v for v, spec in zip(values, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
         return [vertex for v in seen if v is not None for vertex in self.scalars.grid(v).reshape(-1).tolist()]
 
-    def _given(self, spec: Any) -> Any:
+    def _given(self, spec: InputSpec) -> Any:
         if spec.kind is InputKind.USER_INPUT:
             value = next(self.inputs)
             if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -521,8 +384,10 @@ class _Unroll(fx.Interpreter):
             return _OPS[name](self.scalars, *args, **kwargs)
         if name in _MOVEMENTS and isinstance(args[0], np.ndarray) and not _is_grid(args[1:]):
             return _move(target, args, kwargs)
-        if name in _ASSEMBLIES and not (name == "where" and _is_grid(args[0])):
+        if name in _ASSEMBLIES:
             return _assemble(self.scalars, name, target, args)
+        if name.startswith("upsample"):
+            return _resample(self.scalars, target, args[0], args[1:])
         if torch.Tag.pointwise in target.tags:
             return _pointwise(self.scalars, name, target, args, kwargs)
         raise NotImplementedError(f"{target} cannot be written out")

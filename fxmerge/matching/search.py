@@ -144,7 +144,9 @@ def match(
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
     """
-    problem = _Problem(symmetry, _floats(symmetry, a), _floats(symmetry, b), correlation, alpha, symmetry.identity().images)
+    problem = _Problem(
+        symmetry, _floats(symmetry, a), _floats(symmetry, b), correlation, alpha, symmetry.identity().images
+    )
     start = problem.b, problem.images, problem.value
     at_identity = problem.objective()
     roots = [n for n, c in enumerate(symmetry.units) if not c.parents or not symmetry.ancestors(n)]
@@ -245,7 +247,10 @@ def _quality(problem: _Problem) -> dict[str, dict[str, float]]:
         entry: dict[str, float] = {}
         if problem.slices[n]:
             pairs = [(s.of(problem.a[s.axis.parameter]), s.of(problem.b[s.axis.parameter])) for s in problem.slices[n]]
-            dot = sum(float((x * y).sum()) * problem.scales[s.axis.parameter] for s, (x, y) in zip(problem.slices[n], pairs, strict=True))
+            dot = sum(
+                float((x * y).sum()) * problem.scales[s.axis.parameter]
+                for s, (x, y) in zip(problem.slices[n], pairs, strict=True)
+            )
             entry["weights"] = dot / (problem.weight(n) * problem.symmetry.units[n].size)
         if n in problem.correlation:
             entry["activations"] = float(problem._placed(n, problem.correlation[n]).diagonal().mean())

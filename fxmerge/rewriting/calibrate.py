@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,23 +58,40 @@ class _Estimator(Runner):
     def __init__(self, program: Program, statistics: Mapping[str, Tensor]) -> None:
         super().__init__(program)
         self.statistics = statistics
-        self.source = {n: name for n, (_, name) in zip(program.graph.graph.find_nodes(op="placeholder"), self.sources, strict=True)}
-        self.batches = 0
+        placeholders = program.graph.graph.find_nodes(op="placeholder")
+        self.names = {n: name for n, (_, name) in zip(placeholders, self.sources, strict=True)}
+        self.seen: Counter[str] = Counter()
 
     def run_node(self, n: fx.Node) -> Any:
-        if not _normalizes(n) or self.source.get(n.args[_MEAN]) not in self.statistics:  # type: ignore[arg-type]
+        mean_name, variance_name = self._statistics_of(n)
+        if mean_name not in self.statistics:
             return super().run_node(n)
-        (x, weight, bias, *_), _ = self.fetch_args_kwargs_from_env(n)
-        mean, variance = (self.statistics[self.source[n.args[i]]] for i in (_MEAN, _VARIANCE))  # type: ignore[index]
-        eps = n.args[-1] if n.target is torch.ops.aten._native_batch_norm_legit_no_training.default else n.args[7]
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        x, weight, bias = args[:3]
         if x.numel() == x.shape[1]:
             raise LoaderError(
                 f"BatchNorm statistics at graph node {n.name!r} cannot be estimated from a batch with one value per "
                 f"channel (input shape {tuple(x.shape)}); use larger batches."
             )
-        share = 1 / (self.batches + 1)
-        y = functional.batch_norm(x, mean, variance, weight, bias, training=True, momentum=share, eps=eps)
+        self.seen[mean_name] += 1
+        y = functional.batch_norm(
+            x,
+            self.statistics[mean_name],
+            self.statistics[variance_name],
+            weight,
+            bias,
+            training=True,
+            momentum=1 / self.seen[mean_name],
+            eps=next(a for a in reversed(args) if type(a) is float),
+        )
         return (y, *(x.new_empty(0),) * 2) if isinstance(n.meta["val"], (tuple, list)) else y
+
+    def _statistics_of(self, n: fx.Node) -> tuple[str, str]:
+        if not _normalizes(n):
+            return "", ""
+        mean, variance = n.args[_MEAN], n.args[_VARIANCE]
+        assert isinstance(mean, fx.Node) and isinstance(variance, fx.Node)
+        return self.names.get(mean, ""), self.names.get(variance, "")
 
 
 def recalibrate(module: nn.Module, program: Program, data: Data) -> int:
@@ -98,8 +116,7 @@ def recalibrate(module: nn.Module, program: Program, data: Data) -> int:
     estimator = _Estimator(program, statistics)
     for args, kwargs in data.batches("BatchNorm statistics"):
         estimator.call(state, args, kwargs)
-        estimator.batches += 1
-    if not estimator.batches:
+    if not estimator.seen:
         raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
     with torch.no_grad():
         for name, value in statistics.items():

@@ -149,7 +149,10 @@ def correlations(
                     raise NonFiniteError(f"An activation of {names[m]} is NaN or infinite at graph node {tap.node!r}.")
                 if (i, m) not in first:
                     deviation = x.std(dim=0, correction=0)
-                    first[i, m] = x.mean(dim=0), torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation))
+                    first[i, m] = (
+                        x.mean(dim=0),
+                        torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation)),
+                    )
                 rows[m] = (x - first[i, m][0]) * first[i, m][1]
             _add(moments, tap.number, *rows)
     if not batches:

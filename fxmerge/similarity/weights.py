@@ -69,7 +69,9 @@ def scale(a: Tensor, b: Tensor) -> float:
     return a.numel() / norms if norms > 0 else 0.0
 
 
-def similarity(a: Mapping[str, Tensor], b: Mapping[str, Tensor], where: list[Slices], scales: Mapping[str, float]) -> Tensor:
+def similarity(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], where: list[Slices], scales: Mapping[str, float]
+) -> Tensor:
     """The scaled inner products of all pairs of units of two models.
 
     Returns:

@@ -101,7 +101,8 @@ class _State:
     def _contract(self) -> Ids:
         a, b = _concatenate(self.units.equal)
         graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(self.units.size,) * 2)
-        return connected_components(graph, directed=False)[1].astype(np.int64)
+        unit: Ids = connected_components(graph, directed=False)[1].astype(np.int64)
+        return unit
 
     def _memberships(self) -> tuple[Ids, Ids]:
         child, parent = _concatenate(self.units.member)
@@ -189,7 +190,7 @@ class _State:
                     new |= self._relate(p, a, q, b)
         if new:
             return True
-        return any([self._check_product(c) for c in self.maps]) | self._check_roles()
+        return any(self._check_product(c) for c in self.maps) | self._check_roles()
 
     def _merge_blocks(self) -> bool:
         """Blocks with the same members are one block; True if there were any."""
@@ -236,7 +237,9 @@ class _State:
             return self._include(met.a, met.b[np.argsort(met.b_part)][met.a_part])
         if (met.a_count == 1).all():
             return self._include(met.b, met.a[np.argsort(met.a_part)][met.b_part])
-        if any(self._same_blocks(p, met.a, met.a_part, s) for s in set(self.maps.get(p, {})) & set(self.maps.get(q, {}))):
+        if any(
+            self._same_blocks(p, met.a, met.a_part, s) for s in set(self.maps.get(p, {})) & set(self.maps.get(q, {}))
+        ):
             return False
         block = self.units.fresh(len(met.a_count), ("block", "overlap"))
         self.units.include(self.first[met.a], block[met.a_part])
@@ -248,7 +251,9 @@ class _State:
         broken = ~met.complete | (met.a_count == 1)
         if self._pin([self.first[met.a[broken[met.a_part]]]], "blocks hold different fixed positions"):
             return True
-        if any(self.pinned[self.members(s)[0]] and self._same_blocks(p, met.a, met.a_part, s) for s in self.maps.get(p, {})):
+        if any(
+            self.pinned[self.members(s)[0]] and self._same_blocks(p, met.a, met.a_part, s) for s in self.maps.get(p, {})
+        ):
             return False
         block = self.units.fresh(len(met.a_count), ("block", "fixed positions"))
         self.units.pin(block, "blocks hold different fixed positions")
@@ -283,10 +288,18 @@ class _State:
         return {p: b for p, b in free.items() if p not in implied}, fixed
 
     def _check_product(self, c: int) -> bool:
-        """Pins a class whose units are not spread evenly over all combinations of their blocks."""
+        """Pins a class whose units are not spread evenly over all combinations of their blocks.
+
+        Where only the fixed positions hold different numbers of units, they tell the units apart.
+        """
         if self.pinned[self.members(c)[0]]:
             return False
         free, fixed = self.blocks(c)
+        together = np.bincount(fixed)[fixed]
+        if together.min() < together.max():
+            for size in np.unique(together):
+                self.units.segment(self._ids(c)[together == size], "fixed positions hold different numbers of units")
+            return True
         if not free:
             return False
         columns = [*free.values(), fixed]

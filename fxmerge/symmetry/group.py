@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -16,6 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxmerge.capture import Args, Kwargs, Program, capture_program
+from fxmerge.errors import PermutationError
 from fxmerge.symmetry.classes import UnitClass, resolve
 from fxmerge.symmetry.permutation import AxisLayout, Permutation, build_image
 from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate
@@ -42,13 +42,6 @@ class ClassAxis:
     dim: int
     indices: Ids
     rows: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        size = len(self.indices)
-        start, step = int(self.indices[0]), int(self.indices[1] - self.indices[0]) if size > 1 else 1
-        if not np.array_equal(self.indices, start + step * np.arange(size)):
-            return f"{self.parameter}[{self.dim}]@{len(np.unique(self.indices))} indices"
-        return f"{self.parameter}[{self.dim}]" + (f"@{start}:{start + size}" if start else "")
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ class Symmetry:
         for number, c in reversed(list(enumerate(self.units))):
             for parent, _ in c.parents:
                 children[parent] = number
-        for number, c in enumerate(self.units):
+        for number in range(len(self.units)):
             first, depth = number, 0
             while not self.units[first].roles and first in children:
                 first, depth = children[first], depth + 1
@@ -152,18 +145,34 @@ class Symmetry:
         return graph
 
     def __str__(self) -> str:
+        movable, pinned = self.classes[: len(self.units)], self.classes[len(self.units) :]
+        letters = [_letters(n) for n in range(len(movable))]
         lines = []
-        for number, c in enumerate(self.classes[: len(self.units)]):
-            count, each = _combinations(self.units[number])
-            order = {1: ""}.get(each, f"{each}!") + (f"^{count}" if count > 1 and each > 1 else "")
-            axes = ", ".join(map(str, c.axes[:4])) + (f", … ({len(c.axes)} axes)" if len(c.axes) > 4 else "")
-            inside = f" in ({', '.join(c.parents)})" if c.parents else ""
-            lines.append(f"{c.name}: {c.size} {c.structure}{inside}, {order or 'moves with its parents'}  <- {axes or 'no axis of its own'}")
-        reasons = Counter(c.why for c in self.classes[len(self.units) :])
-        lines += [f"pinned: {c.name}, {c.size} indices: {c.why}" for c in self.classes[len(self.units) :] if reasons[c.why]]
+        for n, c in enumerate(movable):
+            unit = self.units[n]
+            count, each = _combinations(unit)
+            inside = [letters[p] for p, _ in unit.parents] + ["fixed"] * bool(unit.fixed.any())
+            moves = (
+                f"{each}!" + (f"^{count}" if count > 1 else "") if each > 1 else "moves with " + " and ".join(inside)
+            )
+            where = f" in {' x '.join(inside)}" if inside else ""
+            pattern = letters[n] if not inside else f"({' '.join([*inside, *([letters[n]] if each > 1 else [])])})"
+            axes = [self._pattern(axis, pattern) for axis in c.axes[:4]]
+            more = [f"... ({len(c.axes)} axes)"] if len(c.axes) > 4 else []
+            lines.append(
+                f"{letters[n]}: {c.size} units{where}, {moves} | {', '.join(axes + more) or 'blocks of other units'}"
+            )
+        lines += [f"pinned: {c.name}, {c.size} indices: {c.why}" for c in pinned]
         lines += [f"no rule: {op} ({count}x)" for op, count in self.unknown.items()]
         lines += [f"demoted: {name} failed verification" for name in self.demoted]
         return "\n".join(lines)
+
+    def _pattern(self, axis: ClassAxis, pattern: str) -> str:
+        """An axis as in `weight(_ a)`: the class's letter in its dimension."""
+        shape = next(a.shape for a in self.layout if (a.parameter, a.dim) == (axis.parameter, axis.dim))
+        dims = " ".join(pattern if d == axis.dim else "_" for d in range(len(shape)))
+        span = f"[{axis.indices.min()}:{axis.indices.max() + 1}]" if len(axis.indices) < shape[axis.dim] else ""
+        return f"{axis.parameter}({dims}){span}"
 
     # ---------------------------------------------------------------------- the group
 
@@ -174,6 +183,20 @@ class Symmetry:
     def identity(self) -> Permutation:
         """The permutation that moves nothing."""
         return Permutation(self.layout, tuple(np.arange(c.size) for c in self.units))
+
+    def element(self, images: Mapping[str, Sequence[int]]) -> Permutation:
+        """The group element that sends unit i of each class to the place `images[class name][i]`.
+
+        Raises:
+            PermutationError: if a class is missing, or its image is not a permutation of its units.
+        """
+        arrays = []
+        for name, c in zip(self.names, self.units, strict=True):
+            image = np.asarray(images.get(name, ()), np.int64)
+            if not np.array_equal(np.sort(image), np.arange(c.size)):
+                raise PermutationError(f"The image of class {name!r} is not a permutation of its {c.size} units.")
+            arrays.append(image)
+        return Permutation(self.layout, tuple(arrays))
 
     def sample(self, generator: torch.Generator | None = None) -> Permutation:
         """A uniformly distributed element of the group.
@@ -191,7 +214,7 @@ class Symmetry:
     def build(self, choose: Choice) -> Permutation:
         """The group element whose free choices are made by `choose`, parents before children."""
         images: list[Ids] = []
-        for number, c in enumerate(self.units):
+        for number, _c in enumerate(self.units):
             images.append(self.class_image(number, images, lambda u, p, n=number: choose(n, u, p)))  # type: ignore[misc]
         return Permutation(self.layout, tuple(images))
 
@@ -233,7 +256,9 @@ class Symmetry:
     def views(self) -> dict[int, tuple[tuple[int, Ids], ...]]:
         """For every class with a choice, where its units show: in the class itself, and in each class that
         only moves along with it, as the units of that class in the order (own units, units of the other per own)."""
-        shown: dict[int, list[tuple[int, Ids]]] = {n: [(n, np.arange(c.size)[:, None])] for n, c in enumerate(self.units)}
+        shown: dict[int, list[tuple[int, Ids]]] = {
+            n: [(n, np.arange(c.size)[:, None])] for n, c in enumerate(self.units)
+        }
         for number in reversed(range(len(self.units))):
             if number not in self.choices:
                 for parent, _ in self.units[number].parents:
@@ -267,7 +292,9 @@ class Symmetry:
             gone |= more
         number = {n: i for i, n in enumerate(n for n in range(len(self.units)) if n not in gone)}
         units = tuple(
-            replace(c, parents=tuple((number[p], at) for p, at in c.parents)) for n, c in enumerate(self.units) if n in number
+            replace(c, parents=tuple((number[p], at) for p, at in c.parents))
+            for n, c in enumerate(self.units)
+            if n in number
         )
         layout = tuple(replace(a, roles=tuple((number[n], s) for n, s in a.roles if n in number)) for a in self.layout)
         stuck = {axis: dict(reasons) for axis, reasons in self.stuck.items()}
@@ -276,11 +303,13 @@ class Symmetry:
                 if n in gone:
                     stuck.setdefault((a.parameter, a.dim), {})[f"{self.names[n]} failed verification"] = a.index[s]
         layout = tuple(a for a in layout if a.roles)
-        return Symmetry(units, layout, stuck, self.unknown, (*self.demoted, *(self.names[n] for n in sorted(gone))), self.error)
+        return Symmetry(
+            units, layout, stuck, self.unknown, (*self.demoted, *(self.names[n] for n in sorted(gone))), self.error
+        )
 
     def verify(
         self,
-        model: nn.Module,
+        model: nn.Module | ExportedProgram,
         args: Args,
         kwargs: Kwargs | None = None,
         trials: int = 1,
@@ -311,7 +340,7 @@ def find_symmetry(model: nn.Module | ExportedProgram, args: Args = (), kwargs: K
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
         >>> symmetry = fxmerge.find_symmetry(mlp, (torch.zeros(1, 2),))
         >>> print(symmetry)
-        0.weight[0]: 3 free, 3!  <- 0.weight[0], 0.bias[0], 2.weight[1]
+        a: 3 units, 3! | 0.weight(a _), 0.bias(a), 2.weight(_ a)
         pinned: 0.weight[1], 2 indices: linear
     """
     return analyse(capture_program(model, args, kwargs))[1]
@@ -329,12 +358,17 @@ def analyse(program: Program) -> tuple[Propagation, Symmetry]:
         raw, slot = np.unique(units.ids, return_inverse=True)
         local[axis] = raw
         roles = tuple(
-            (number, np.searchsorted(raw, r.raw)) for number, c in enumerate(resolution.classes) for r in c.roles if r.axis == axis
+            (number, np.searchsorted(raw, r.raw))
+            for number, c in enumerate(resolution.classes)
+            for r in c.roles
+            if r.axis == axis
         )
         if roles:
             shape = tuple(program.parameters[axis[0]].shape)
             aliases = tuple(a for a in names[axis[0]] if a != axis[0])
-            layout.append(AxisLayout(axis[0], aliases, shape, axis[1], units.dims, slot.reshape(units.ids.shape), roles))
+            layout.append(
+                AxisLayout(axis[0], aliases, shape, axis[1], units.dims, slot.reshape(units.ids.shape), roles)
+            )
     # Rows move before the axes whose units lie apart by rows.
     layout.sort(key=lambda a: len(a.dims))
     stuck: dict[Axis, dict[str, Ids]] = {
@@ -355,9 +389,12 @@ def _combinations(c: UnitClass) -> tuple[int, int]:
     return count, c.size // count
 
 
+def _letters(n: int) -> str:
+    """a to z, then aa, ab, and so on."""
+    return (_letters(n // 26 - 1) if n >= 26 else "") + chr(ord("a") + n % 26)
+
+
 def _structure(c: UnitClass) -> str:
     if not c.parents:
         return SPLIT if c.fixed.any() else FREE
     return NESTED if len(c.parents) == 1 and not c.fixed.any() else PRODUCT
-
-

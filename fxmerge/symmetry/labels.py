@@ -53,9 +53,7 @@ class Labels:
 
 def support(column: Tensor) -> tuple[int, ...]:
     """The dimensions on which a column depends."""
-    return tuple(
-        d for d, (n, s) in enumerate(zip(column.shape, column.stride(), strict=True)) if n > 1 and s != 0
-    )
+    return tuple(d for d, (n, s) in enumerate(zip(column.shape, column.stride(), strict=True)) if n > 1 and s != 0)
 
 
 def axis_column(shape: Shape, dim: int) -> Tensor:
@@ -231,8 +229,8 @@ def relate(units: UnitGraph, a: Tensor, b: Tensor, reason: str) -> str:
         for ids, part in ((met.a, met.a_part), (met.b, met.b_part)):
             units.include(ids[many[part]], block[part[many[part]]])
     broken = many & ~met.complete
-    units.pin(met.a[broken[met.a_part]], f"{reason}: units meet in an irregular pattern")
-    units.pin(met.b[broken[met.b_part]], f"{reason}: units meet in an irregular pattern")
+    for ids, part in ((met.a, met.a_part), (met.b, met.b_part)):
+        units.pin(ids[broken[part]], f"{reason}: units meet in an irregular pattern", final=False)
     # Where the finer column's units all equal the coarser one's, the coarser, smaller one says as much.
     if bool(one_b.all()):
         return "b" if same_a and len(support(b)) < len(support(a)) else "a"
@@ -284,7 +282,8 @@ def relate_inert(units: UnitGraph, column: Tensor, factors: Sequence[Tensor], re
     if len(count) == 1:
         return False
     alone = count[part] == 1
-    units.pin(ids[alone], reason)
+    # A position elsewhere than along the column may tell rows of a parameter apart, rather than these units.
+    units.pin(ids[alone], reason, final=set(support(joint)) <= set(dims))
     if not alone.all():
         block = units.fresh(len(count), ("block", reason))
         units.pin(block, reason)
@@ -316,14 +315,29 @@ def join(units: UnitGraph, x: Labels, y: Labels, reason: str) -> Labels:
             finer = relate(units, a, b, reason)
             if finer == "a":
                 keep_y[j] = False
+                rows_apart(units, y, b, set(support(a)) - set(support(b)))
             elif finer == "b":
                 keep_x[i] = False
+                rows_apart(units, x, a, set(support(b)) - set(support(a)))
     for columns, keep, factors in ((x.columns, keep_x, y.inert), (y.columns, keep_y, x.inert)):
         for i, column in enumerate(columns):
             if relate_inert(units, column, factors, reason):
                 keep[i] = False
-    columns = [c for c, k in zip(x.columns + y.columns, keep_x + keep_y, strict=True) if k]
-    return Labels(x.shape, tuple(columns), prune(x.inert + y.inert))
+    kept = tuple(c for c, k in zip(x.columns + y.columns, keep_x + keep_y, strict=True) if k)
+    return Labels(x.shape, kept, prune(x.inert + y.inert))
+
+
+def rows_apart(units: UnitGraph, x: Labels, column: Tensor, dims: set[int]) -> None:
+    """Of a tensor whose column means other units at other places along `dims`: where the column is an axis of a
+    parameter, and the places are an earlier axis of it, the rows of the latter are used apart."""
+    axis = units.axis(np.unique(core(column, support(column)).numpy()))
+    for rows in x.columns:
+        along = support(rows)
+        if axis is not None and along and dims.issuperset(along):
+            ids = np.unique(core(rows, along).numpy())
+            earlier = units.axis(ids)
+            if earlier is not None and earlier[0] == axis[0] and earlier[1] < axis[1]:
+                units.use_apart(ids, ids)
 
 
 def prune(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:

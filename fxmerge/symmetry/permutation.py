@@ -99,7 +99,9 @@ class Permutation:
         moved = dict(state_dict)
         for axis in self.layout:
             if axis.parameter not in moved:
-                raise PermutationError(f"The state dict has no parameter {axis.parameter!r}, which the permutation moves.")
+                raise PermutationError(
+                    f"The state dict has no parameter {axis.parameter!r}, which the permutation moves."
+                )
             if tuple(moved[axis.parameter].shape) != axis.shape:
                 raise PermutationError(
                     f"Parameter {axis.parameter!r} has shape {tuple(moved[axis.parameter].shape)}, "
@@ -139,7 +141,8 @@ class Permutation:
     def save(self, path: str | Path) -> None:
         """Writes the permutation, and all that is needed to apply it, to an .npz file."""
         axes = [
-            {k: getattr(a, k) for k in ("parameter", "aliases", "shape", "dim", "dims")} | {"roles": [n for n, _ in a.roles]}
+            {k: getattr(a, k) for k in ("parameter", "aliases", "shape", "dim", "dims")}
+            | {"roles": [n for n, _ in a.roles]}
             for a in self.layout
         ]
         arrays = {f"image{i}": image for i, image in enumerate(self.images)}
@@ -177,9 +180,7 @@ class Permutation:
             raise PermutationError(f"{path} does not hold a permutation saved by fxmerge: {error}") from error
 
 
-def build_image(
-    size: int, key: Ids, moved_key: Callable[[Ids], Ids], choose: Callable[[Ids, Ids], Ids]
-) -> Ids:
+def build_image(size: int, key: Ids, moved_key: Callable[[Ids], Ids], choose: Callable[[Ids, Ids], Ids]) -> Ids:
     """Where the units of a class go, one combination of parents at a time.
 
     Arguments:

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ def _rows_used_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Axis
     if not found.units.rows:
         return {}
     movable = np.ones(found.units.size, bool)
-    for ids, _ in found.units.pinned:
+    for ids in found.units.final:
         movable[ids] = False
     blocks = np.zeros(found.units.size, np.int64)
     for number, (ids, groups) in enumerate(found.units.rows, start=1):
@@ -83,7 +83,9 @@ def _rows_used_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Axis
             by_parameter[name].append(dim)
     splits = {}
     for (name, dim), axis in found.axes.items():
-        row = blocks[np.moveaxis(axis.ids, axis.dims.index(dim), 0).reshape(axis.ids.shape[axis.dims.index(dim)], -1)[:, 0]]
+        row = blocks[
+            np.moveaxis(axis.ids, axis.dims.index(dim), 0).reshape(axis.ids.shape[axis.dims.index(dim)], -1)[:, 0]
+        ]
         if (name, dim) not in known and len(np.unique(row)) > 1 and set(by_parameter[name]) - {dim}:
             splits[name, dim] = np.unique(row, return_inverse=True)[1]
     return splits
@@ -100,14 +102,15 @@ class _Walk(fx.Interpreter):
 
     def run_all(self) -> Propagation:
         with torch.no_grad():
-            self.run(*(None for n in self.module.graph.nodes if n.op == "placeholder"))
+            self.run(*(None for _ in self.program.graph.graph.find_nodes(op="placeholder")))
         return self.found
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "placeholder":
             value = self._placeholder(n)
         elif n.op == "output":
-            value = self._output(n)
+            self._output(n)
+            value = None
         elif n.op == "call_function":
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             value = self._call(n, args, kwargs)
@@ -157,7 +160,7 @@ class _Walk(fx.Interpreter):
             return concrete(n.meta.get("val"))
         if n.target is operator.getitem:
             return args[0][args[1]]
-        used = frozenset(u.args[1] for u in n.users if u.target is operator.getitem and u.users)
+        used = frozenset(cast(int, u.args[1]) for u in n.users if u.target is operator.getitem and u.users)
         site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used)
         rule = rules.find_rule(n.target)
         if rule is not None:

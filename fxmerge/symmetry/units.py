@@ -6,8 +6,8 @@ units. Rules never loop over units; they hand over arrays of them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,8 @@ def mix(x: Ids | Hashes) -> Hashes:
     z = x.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    mixed: Hashes = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 @dataclass
@@ -36,18 +37,19 @@ class UnitGraph:
     """
 
     starts: list[int] = field(default_factory=list)
-    origins: list[Hashable] = field(default_factory=list)
+    origins: list[tuple[Any, ...]] = field(default_factory=list)
     size: int = 0
     equal: list[tuple[Ids, Ids]] = field(default_factory=list)
     member: list[tuple[Ids, Ids]] = field(default_factory=list)
     pinned: list[tuple[Ids, str]] = field(default_factory=list)
+    final: list[Ids] = field(default_factory=list)
     rows: list[tuple[Ids, Ids]] = field(default_factory=list)
     used: list[Ids] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.pin(self.fresh(1, "nothing"), "no unit")
+        self.pin(self.fresh(1, ("nothing",)), "no unit")
 
-    def fresh(self, count: int, origin: Hashable) -> Ids:
+    def fresh(self, count: int, origin: tuple[Any, ...]) -> Ids:
         """Makes `count` new units."""
         self.starts.append(self.size)
         self.origins.append(origin)
@@ -58,6 +60,12 @@ class UnitGraph:
         """For each unit, the number of the creation that it comes from."""
         return (np.searchsorted(self.starts, ids, side="right") - 1).astype(np.int64)
 
+    def axis(self, ids: Ids) -> tuple[str, int] | None:
+        """The parameter axis on which all these units are, None if there is no such."""
+        origins = {self.origins[i] for i in np.unique(self.origin(ids))}
+        origin = origins.pop()
+        return origin[1:] if not origins and origin[0] == "axis" else None
+
     def equate(self, a: Ids, b: Ids) -> None:
         """Unit `a[i]` moves exactly as unit `b[i]` does, for all i."""
         self.equal.append((a, b))
@@ -66,10 +74,12 @@ class UnitGraph:
         """Where unit `child[i]` goes, its block `parent[i]` goes too, for all i."""
         self.member.append((child, parent))
 
-    def pin(self, ids: Ids, reason: str) -> None:
-        """None of these units may move."""
+    def pin(self, ids: Ids, reason: str, *, final: bool = True) -> None:
+        """None of these units may move; not final where separate units for each row might."""
         if len(ids):
             self.pinned.append((ids, reason))
+            if final:
+                self.final.append(ids)
 
     def use(self, ids: Ids) -> None:
         """These units of parameters reach an op that computes with them."""

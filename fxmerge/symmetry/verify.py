@@ -108,8 +108,9 @@ class _Probe:
     def __init__(
         self, model: nn.Module | ExportedProgram, args: Args, kwargs: dict[str, Any], generator: torch.Generator
     ) -> None:
-        module = model.module() if isinstance(model, ExportedProgram) else copy.deepcopy(model).eval()
-        self.module = module.double()
+        # The module of an exported program shares its tensors with the program.
+        module = copy.deepcopy(model.module() if isinstance(model, ExportedProgram) else model)
+        self.module = (module if isinstance(model, ExportedProgram) else module.eval()).double()
         self.inputs: tuple[Args, dict[str, Any]] = pytree.tree_map(_double, (tuple(args), kwargs))
         self.state = {name: _perturb(t, generator) for name, t in self.module.state_dict(keep_vars=True).items()}
         _share(self.state, self.module.state_dict(keep_vars=True))
@@ -117,7 +118,8 @@ class _Probe:
 
     def _run(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         self.module.load_state_dict(dict(state))
-        with torch.no_grad(), _InDouble():
+        with torch.no_grad(), torch.random.fork_rng(devices=()), _InDouble():  # type: ignore[no-untyped-call]
+            torch.manual_seed(0)  # What draws random numbers, draws the same ones every time.
             outputs = pytree.tree_leaves(self.module(*self.inputs[0], **self.inputs[1]))
         return [o.detach().clone() for o in outputs if isinstance(o, Tensor)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from typing import Any
 
 from torch import Tensor
 
@@ -44,5 +43,5 @@ def _repeat_heads(x: Labels, heads: int) -> Labels:
     """Every key and value head serves a run of neighbouring query heads."""
     *batch, own, tokens, dims = x.shape
     shared = (*batch, own, heads // own, tokens, dims)
-    spread: Any = x.reshape((*batch, own, 1, tokens, dims)).expand(shared)
+    spread = x.reshape((*batch, own, 1, tokens, dims)).expand(shared)
     return spread.reshape((*batch, heads, tokens, dims))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from fxmerge.symmetry.labels import Labels, axis_column, core, inert, pin, reduce, support
+from fxmerge.symmetry.labels import Labels, Shape, axis_column, core, inert, pin, reduce, rows_apart, support
 from fxmerge.symmetry.rules.registry import Site, rule
 
 Operand = Labels | Tensor
@@ -29,6 +30,12 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
         others = "".join(t for j, t in enumerate(terms) if j != i)
         if x.parameter is not None:
             _use_apart(at, x, [d for d, letter in enumerate(term) if letter in out and letter in others])
+        for t in [*terms[:i], *terms[i + 1 :]]:
+            shared = {d for d, letter in enumerate(term) if letter in t}
+            for column in x.columns:
+                dims = support(column)
+                if shared.issuperset(dims) and all(term[d] not in out for d in dims):
+                    rows_apart(at.units, x, column, shared.difference(dims))
         result = at.join(result, _align(x, term, space, shape))
     return reduce(at.units, result, range(len(out), len(space)), at.name)
 
@@ -54,7 +61,9 @@ def _use_apart(at: Site, x: Labels, dims: Sequence[int]) -> None:
             used = support(column)
             groups = sum(axis_column(x.shape, d) * int(np.prod(x.shape[d + 1 :])) for d in along)
             assert isinstance(groups, Tensor)
-            at.units.use_apart(core(column, used).reshape(-1).numpy(), core(groups.expand(x.shape), used).reshape(-1).numpy())
+            at.units.use_apart(
+                core(column, used).reshape(-1).numpy(), core(groups.expand(x.shape), used).reshape(-1).numpy()
+            )
 
 
 @rule("einsum", contracts=True)
@@ -168,7 +177,8 @@ def _is_point(kernel: Sequence[int], stride: Any, padding: Any) -> bool:
 def _convolve(at: Site, x: Labels, w: Labels, order: str, bias: Operand | None, *, still: bool) -> Labels:
     """Contracts x with a weight of shape (groups, `order[1]`, `order[2]`, *kernel)."""
     spatial, groups = w.ndim - 3, w.shape[0]
-    w = pin(at.units, w, f"{at.name}: kernel position", range(3, w.ndim))
+    # Not pinned: a group may move, and takes the positions in its kernels along.
+    w = replace(at.join(w, inert(w.shape, range(3, w.ndim))), parameter=w.parameter)
     lead, channels = x.shape[: -spatial - 1], x.shape[-spatial - 1]
     n, letters, taps = "n" * len(lead), "XYZ"[:spatial], "PQR"[:spatial]
     if still:
@@ -177,7 +187,7 @@ def _convolve(at: Site, x: Labels, w: Labels, order: str, bias: Operand | None, 
     else:
         # Every place of the output sees a window of its own, so of space it is only known that places differ.
         x = pin(at.units, x, f"{at.name}: space", range(x.ndim - spatial, x.ndim))
-        here = (..., *(0,) * spatial)
+        here: tuple[Any, ...] = (..., *(0,) * spatial)
         x = x.map(lambda c: c[here], (*lead, channels)).reshape((*lead, groups, channels // groups))
         y = contract(at, [x, w], [n + "gi", order + taps], n + "go").reshape((*at.shape[:-spatial], *(1,) * spatial))
         y = at.join(y, inert(at.shape, range(len(at.shape) - spatial, len(at.shape))), at.shape)

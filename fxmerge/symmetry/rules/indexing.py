@@ -16,8 +16,8 @@ Index = Labels | Tensor
 
 @rule("index", "_unsafe_index")
 def index(at: Site, x: Labels | Tensor, indices: Sequence[Index | None]) -> Labels:
-    if all(i is None or isinstance(i, Tensor) for i in indices):
-        chosen = [i if i is None else i.to("cpu") for i in indices]
+    if not any(isinstance(i, Labels) for i in indices):
+        chosen = [i.to("cpu") if isinstance(i, Tensor) else None for i in indices]
         return move(at.units, at.labels(x), lambda c: torch.ops.aten.index(c, chosen), at.shape, at.name)
     dims = [d for d, i in enumerate(indices) if i is not None]
     rank = max(len(i.shape) for i in indices if i is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,10 +33,12 @@ def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
 )
 def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     def op(column: Tensor) -> Tensor:
+        moved: Tensor
         try:
-            return at.target(column, *args, **kwargs)
+            moved = at.target(column, *args, **kwargs)
         except (NotImplementedError, RuntimeError):  # No integer kernel; unit numbers are exact in float64.
-            return at.target(column.double(), *args, **kwargs).long()
+            moved = at.target(column.double(), *args, **kwargs).long()
+        return moved
 
     return move(at.units, x, op, at.shape, at.name)
 
@@ -91,7 +94,10 @@ def assemble(
     columns = gather([x.columns for x in labels], NOTHING, apart=False)
     factors = gather([x.inert for x in labels], 0, apart=True)
     uniform: dict[object, int] = {}
-    marks = [torch.full((1,) * x.ndim, uniform.setdefault(_value(p), len(uniform))) for p, x in zip(parts, labels, strict=True)]
+    marks = [
+        torch.full((1,) * x.ndim, uniform.setdefault(_value(p), len(uniform)))
+        for p, x in zip(parts, labels, strict=True)
+    ]
     factors.append(build([m.expand(x.shape) for m, x in zip(marks, labels, strict=True)]))
     return Labels(at.shape, tuple(columns), prune([f for f in factors if support(f)]))
 
@@ -125,15 +131,18 @@ def pad(at: Site, x: Labels, widths: Sequence[int], *args: Any) -> Labels:
         return movement(at, x, list(widths), *args)
     for i in range(len(widths) // 2):
         dim = x.ndim - 1 - i
-        for width, after in ((widths[2 * i], False), (widths[2 * i + 1], True)):
-            shape = (*x.shape[:dim], x.shape[dim] + width, *x.shape[dim + 1 :])
-            if width < 0:
-                start = 0 if after else -width
-                x = move(at.units, x, lambda c, d=dim, s=start, n=shape[dim]: c.narrow(d, s, n), shape, at.name)
-            elif width > 0:
-                filler = torch.full((1,) * x.ndim, float(value or 0)).expand(*x.shape[:dim], width, *x.shape[dim + 1 :])
-                site = Site(at.units, at.name, at.target, shape)
-                x = cat(site, [x, filler] if after else [filler, x], dim)
+        before, after = widths[2 * i], widths[2 * i + 1]
+        if before < 0 or after < 0:
+            kept = x.shape[dim] + min(before, 0) + min(after, 0)
+            shape = (*x.shape[:dim], kept, *x.shape[dim + 1 :])
+            x = move(at.units, x, partial(torch.narrow, dim=dim, start=max(-before, 0), length=kept), shape, at.name)
+        if before > 0 or after > 0:
+            # In one cat, so that the constants on both sides are alike.
+            one = torch.full((1,) * x.ndim, float(value or 0))
+            fill = [one.expand(*x.shape[:dim], max(n, 0), *x.shape[dim + 1 :]) for n in (before, after)]
+            parts = [p for p in (fill[0], x, fill[1]) if p.shape[dim]]
+            shape = (*x.shape[:dim], sum(p.shape[dim] for p in parts), *x.shape[dim + 1 :])
+            x = cat(Site(at.units, at.name, at.target, shape), parts, dim)
     return x
 
 

@@ -56,7 +56,9 @@ def group_norm(
 
 
 @rule("native_group_norm")
-def native_group_norm(at: Site, x: Labels, weight: Any, bias: Any, n: int, c: int, s: int, groups: int, *args: Any) -> list[Labels]:
+def native_group_norm(
+    at: Site, x: Labels, weight: Any, bias: Any, n: int, c: int, s: int, groups: int, *args: Any
+) -> list[Labels]:
     y = group_norm(at, x, groups, weight, bias)
     grouped = x.reshape((n, groups, c // groups, s))
     statistics = reduce(at.units, grouped, (2, 3), at.name)
@@ -73,10 +75,7 @@ def instance_norm(
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm")
 def batch_norm(at: Site, x: Labels, weight: Any, bias: Any, mean: Any, var: Any, training: Any, *args: Any) -> Any:
-    if training is True:
-        y = normalize(at, x, [0, *range(2, x.ndim)])
-    else:
-        y = _affine(at, x, mean, var)
+    y = normalize(at, x, [0, *range(2, x.ndim)]) if training is True else _affine(at, x, mean, var)
     y = _affine(at, y, weight, bias)
     return [y, *(Labels(shape) for shape in at.shape[1:])] if isinstance(at.shape, list) else y
 

@@ -13,7 +13,7 @@ def _over_space(at: Site, x: Labels, shape: tuple[int, ...], spatial: int) -> La
     """Every place of the output sees some places of the input: of space it is only known that places differ."""
     space = range(len(shape) - spatial, len(shape))
     pinned = pin(at.units, x, f"{at.name}: space", space)
-    here = (..., *(slice(0, 1),) * spatial)
+    here: tuple[Any, ...] = (..., *(slice(0, 1),) * spatial)
     flat = pinned.map(lambda c: c[here], (*x.shape[: x.ndim - spatial], *(1,) * spatial))
     return at.join(flat, inert(shape, space), shape)
 

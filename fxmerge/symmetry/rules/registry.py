@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,11 +44,12 @@ class Site:
 
 
 Rule = Callable[..., Value]
+R = TypeVar("R", bound=Rule)
 _RULES: dict[str, Rule] = {}
 _CONTRACTIONS: set[str] = set()
 
 
-def rule(*names: str, contracts: bool = False) -> Callable[[Rule], Rule]:
+def rule(*names: str, contracts: bool = False) -> Callable[[R], R]:
     """Registers a rule for all overloads of the named ops (`"linear"` means `aten::linear`).
 
     A rule takes a `Site` and the op's own arguments, in which every tensor is either `Labels` or,
@@ -56,7 +57,7 @@ def rule(*names: str, contracts: bool = False) -> Callable[[Rule], Rule]:
     the ops sum products of their operands, so that they consume the units of these.
     """
 
-    def register(function: Rule) -> Rule:
+    def register(function: R) -> R:
         for name in names:
             full = name if "::" in name else f"aten::{name}"
             _RULES[full] = function

@@ -1,0 +1,80 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxmerge
+from fxmerge.capture import capture_program
+
+
+class Branches(nn.Module):
+    """Symbolic tracing fails on its control flow, torch.export does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] == 3:
+            x = self.linear(x)
+        return x.flatten(1) if x.ndim > 2 else x
+
+
+class DataDependent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+def test_a_graph_module_is_kept() -> None:
+    gm = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    captured = fxmerge.capture(gm)
+    assert [n.op for n in captured.graph.nodes] == [n.op for n in gm.graph.nodes]
+    assert captured is not gm
+
+
+def test_symbolic_trace_comes_first_and_keeps_the_modules() -> None:
+    captured = fxmerge.capture(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (torch.zeros(1, 2),))
+    assert isinstance(captured.get_submodule("1"), nn.ReLU)
+
+
+@pytest.mark.parametrize("example", [1, 2])
+def test_export_takes_what_tracing_cannot_at_any_batch_size(example: int) -> None:
+    model = Branches()
+    captured = fxmerge.capture(model, (torch.randn(example, 3),))
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 3)
+        torch.testing.assert_close(captured(x), model(x))
+    assert set(captured.state_dict()) == set(model.state_dict())
+
+
+def test_an_exported_program_is_captured_with_its_own_example() -> None:
+    program = torch.export.export(nn.Linear(2, 3).eval(), (torch.zeros(4, 2),))
+    assert set(fxmerge.capture(program).state_dict()) == {"weight", "bias"}
+    assert capture_program(program).route == "exported program"
+
+
+def test_the_error_names_every_route() -> None:
+    with pytest.raises(fxmerge.CaptureError, match=r"symbolic_trace: .*torch\.export: .*branches"):
+        fxmerge.capture(DataDependent(), (torch.ones(2),))
+
+
+def test_the_model_is_not_changed() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout()).train()
+    before = copy.deepcopy(model.state_dict())
+    capture_program(model, (torch.randn(4, 2),))
+    assert all(m.training for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_tied_parameters_are_one() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    program = capture_program(model, (torch.zeros(2, 3),))
+    assert program.aliases["2.weight"] == program.aliases["0.weight"]
+    assert len(program.parameters) == 3
+
+
+def test_the_meta_device() -> None:
+    model = nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Linear(50, 2)).to("meta")
+    assert fxmerge.find_symmetry(model, (torch.zeros(2, 3, device="meta"),)).classes[0].size == 50

@@ -1,0 +1,107 @@
+import pytest
+import torch
+from torch import nn
+
+import fxmerge
+from fxmerge.capture import capture_program
+from fxmerge.rewriting.bake import bake
+from fxmerge.rewriting.calibrate import batch_norm_statistics, pool, recalibrate
+from fxmerge.rewriting.combine import average
+from fxmerge.run import Data, batch_inputs
+
+
+def bn_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.Flatten()
+    )
+
+
+def test_recalibration_equals_batch_norm_in_train_mode() -> None:
+    model = bn_net().eval()
+    batches = [torch.randn(4, 3, 7, 7) * 3 + 1 for _ in range(3)]
+    program = capture_program(model, (batches[0],))
+    merged = bake(program, model.state_dict())
+    assert recalibrate(merged, program, Data(batches, batch_inputs(model))) == 2
+    for m in model:
+        if isinstance(m, nn.BatchNorm2d):
+            m.reset_running_stats()
+            m.momentum = None
+            m.train()
+    with torch.no_grad():
+        for x in batches:
+            model(x)
+    expected = model.state_dict()
+    for name, value in merged.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(value, expected[name])
+    assert not any(m.training for m in merged.modules())
+
+
+def test_recalibration_of_a_model_that_was_exported() -> None:
+    model = bn_net().eval()
+    exported = torch.export.export(model, (torch.randn(4, 3, 7, 7),))
+    batches = [torch.randn(4, 3, 7, 7) * 3 + 1 for _ in range(2)]
+    results = []
+    for source in (model, exported):
+        program = capture_program(source, (batches[0],))
+        merged = bake(program, model.state_dict())
+        recalibrate(merged, program, Data(batches, batch_inputs(model)))
+        results.append(merged.state_dict())
+    for name, value in results[0].items():
+        if "running" in name:
+            torch.testing.assert_close(value, results[1][name])
+
+
+def test_pooled_moments_are_those_of_the_pooled_data() -> None:
+    x, y = torch.randn(1000, 3) * 2 + 1, torch.randn(1000, 3) - 3
+    mean, variance = pool(
+        [x.mean(0), y.mean(0)], [x.var(0, correction=0), y.var(0, correction=0)], [0.5, 0.5]
+    )
+    both = torch.cat([x, y])
+    torch.testing.assert_close(mean, both.mean(0))
+    torch.testing.assert_close(variance, both.var(0, correction=0))
+
+
+def test_the_average_pools_statistics_and_keeps_counters_and_dtypes() -> None:
+    state = {
+        "w": torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+        "mean": torch.tensor([0.0, 0.0]),
+        "var": torch.tensor([1.0, 1.0]),
+        "n": torch.tensor(7),
+    }
+    other = {"w": torch.tensor([3.0, 2.0], dtype=torch.bfloat16), "mean": torch.tensor([2.0, 0.0])}
+    merged = average([state, state | other], [0.5, 0.5], [("mean", "var")])
+    assert merged["w"].tolist() == [2.0, 2.0]
+    assert merged["w"].dtype is torch.bfloat16
+    assert merged["mean"].tolist() == [1.0, 0.0]
+    assert merged["var"].tolist() == [2.0, 1.0]
+    assert merged["n"] == 7
+
+
+def test_batch_norm_statistics_are_found_in_the_graph() -> None:
+    names = batch_norm_statistics(capture_program(bn_net(), (torch.randn(2, 3, 7, 7),)))
+    assert names == [("1.running_mean", "1.running_var"), ("4.running_mean", "4.running_var")]
+
+
+def test_one_value_per_channel_cannot_be_estimated() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    program = capture_program(model, (torch.randn(2, 3),))
+    merged = bake(program, model.state_dict())
+    with pytest.raises(fxmerge.LoaderError, match="use larger batches"):
+        recalibrate(merged, program, Data([torch.randn(1, 3)], batch_inputs(model)))
+
+
+def test_parameters_that_the_graph_does_not_use_are_kept() -> None:
+    class Extra(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(2, 3), nn.Sequential(nn.Linear(2, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.used(x)
+            return out
+
+    model = Extra()
+    merged = bake(capture_program(model, (torch.zeros(1, 2),)), model.state_dict())
+    Extra().load_state_dict(merged.state_dict())

@@ -1,0 +1,108 @@
+"""Bad input gets one clear error, before any work."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+
+
+def mlp(width: int = 4, activation: nn.Module | None = None) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, width), activation or nn.ReLU(), nn.Linear(width, 2))
+
+
+X = torch.randn(5, 3)
+
+
+def spoiled(name: str, value: float) -> nn.Sequential:
+    model = mlp()
+    with torch.no_grad():
+        model.get_parameter(name)[0] = value
+    return model
+
+
+class Counted(nn.Module):
+    def __init__(self, table: list[int]) -> None:
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("table", torch.tensor(table))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x[:, self.table])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (mlp(), mlp(5), r"'0\.weight' is torch\.float32 of shape \(4, 3\) in model A and .*\(5, 3\) in model B"),
+        (mlp(), nn.Sequential(nn.Linear(3, 4)), r"'2\.weight' is in model A but not in model B"),
+        (nn.Sequential(nn.Linear(3, 4)), mlp(), r"'2\.weight' is in model B but not in model A"),
+        (mlp(), mlp(activation=nn.Sigmoid()), "compute different functions"),
+        (Counted([0, 1, 2]), Counted([2, 1, 0]), r"'table' holds torch\.int64, .* differs between model A and model B"),
+    ],
+)
+def test_architectures_that_differ(a: nn.Module, b: nn.Module, message: str) -> None:
+    with pytest.raises(fxmerge.ArchitectureMismatchError, match=message):
+        fxmerge.merge(a, b, [X])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float) -> None:
+    with pytest.raises(fxmerge.NonFiniteError, match=r"of '2\.bias' of model B \(shape \(2,\)\) are NaN or infinite"):
+        fxmerge.merge(mlp(), spoiled("2.bias", value), [X])
+
+
+def test_activations_that_are_not_finite() -> None:
+    with pytest.raises(fxmerge.NonFiniteError, match="An activation of model A is NaN or infinite at graph node"):
+        fxmerge.merge(mlp(), mlp(), [X, torch.full((5, 3), float("nan"))])
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), "half"])
+def test_alpha_out_of_range(alpha: Any) -> None:
+    with pytest.raises(fxmerge.OptionError, match="from 0 .* to 1"):
+        fxmerge.merge(mlp(), mlp(), [X], alpha=alpha)
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, -1), (0, 0), (float("nan"), 1)])
+def test_combination_weights(weights: tuple[float, ...]) -> None:
+    with pytest.raises(fxmerge.OptionError, match="give 2 numbers"):
+        fxmerge.merge(mlp(), mlp(), [X], weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([], "The loader is empty"),
+        ([torch.randn(5, 7)], r"The first batch does not fit the model: its inputs \[\(5, 7\)\]"),
+        (["text"], "A batch is a str"),
+        ([X, torch.randn(5, 7)], r"A batch with the inputs \(5, 7\) does not fit"),
+    ],
+)
+def test_loaders(loader: list[Any], message: str) -> None:
+    with pytest.raises(fxmerge.LoaderError, match=message):
+        fxmerge.merge(mlp(), mlp(), loader)
+
+
+def test_without_data_an_example_is_needed() -> None:
+    with pytest.raises(fxmerge.OptionError, match="pass args="):
+        fxmerge.merge(mlp(), mlp())
+
+
+def test_one_model_is_not_enough() -> None:
+    with pytest.raises(fxmerge.OptionError, match="two or more models, not 1"):
+        fxmerge.merge_many([mlp()], [X])
+
+
+def test_parameters_on_several_devices() -> None:
+    model = mlp()
+    model[2].to("meta")
+    with pytest.raises(fxmerge.OptionError, match="model A are on several devices"):
+        fxmerge.merge(model, mlp(), [X])
+
+
+def test_equal_integer_buffers_are_left_alone() -> None:
+    merged = fxmerge.merge(Counted([0, 2, 1]), Counted([0, 2, 1]), [X])
+    assert merged.state_dict()["table"].tolist() == [0, 2, 1]

@@ -1,0 +1,95 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+
+
+def chain() -> nn.Sequential:
+    layers = [nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)]
+    return nn.Sequential(*layers)
+
+
+def test_a_sound_symmetry_passes_to_rounding() -> None:
+    model, x = chain(), torch.randn(4, 3)
+    verified = fxmerge.find_symmetry(model, (x,)).verify(model, (x,), trials=3)
+    assert verified.demoted == ()
+    assert verified.error is not None and verified.error < 1e-12
+
+
+def test_an_unsound_class_is_found_demoted_and_named() -> None:
+    model, x = chain(), torch.randn(4, 3)
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    # Let the second class forget that it is also on the third layer's columns.
+    broken = tuple(
+        replace(a, roles=()) if (a.parameter, a.dim) == ("4.weight", 1) else a for a in symmetry.layout
+    )
+    unsound = replace(symmetry, layout=tuple(a for a in broken if a.roles))
+    verified = unsound.verify(model, (x,))
+    assert verified.demoted == ("2.weight[0]",)
+    assert {c.name for c in verified.classes if c.structure != "pinned"} == {"0.weight[0]", "4.weight[0]"}
+    assert verified.error is not None and verified.error < 1e-12
+    assert "demoted: 2.weight[0]" in str(verified)
+
+
+def test_what_initialisation_makes_constant_does_not_hide_a_wrong_permutation() -> None:
+    """A fresh BatchNorm has all means 0 and variances 1: permuting or not permuting them looks the same."""
+    model, x = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).eval(), torch.randn(4, 3)
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    layout = tuple(a for a in symmetry.layout if a.parameter != "1.running_var")
+    assert len(layout) < len(symmetry.layout)
+    assert replace(symmetry, layout=layout).verify(model, (x,)).demoted == ("0.weight[0]",)
+
+
+def test_a_model_that_casts_to_lower_precision_is_verified_in_float64() -> None:
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 50), nn.Linear(50, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).to(torch.float32)
+            return self.b((h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype))
+
+    model, x = Casts(), torch.randn(4, 3)
+    verified = fxmerge.find_symmetry(model, (x,)).verify(model, (x,))
+    assert verified.error is not None and verified.error < 1e-13
+
+
+def test_a_model_that_draws_random_numbers_is_verified_with_the_same_ones() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x))) + torch.rand_like(x[:, :2])
+
+    model, x = Noisy(), torch.randn(4, 3)
+    verified = fxmerge.find_symmetry(model, (x,)).verify(model, (x,))
+    assert verified.demoted == ()
+    assert verified.error is not None and verified.error < 1e-12
+
+
+def test_a_model_that_is_not_deterministic_is_refused() -> None:
+    class Counts(nn.Sequential):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    model, x = chain(), torch.randn(4, 3)
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    with pytest.raises(fxmerge.FxmergeError, match="different outputs for the same inputs"):
+        symmetry.verify(Counts(*model), (x,))
+
+
+def test_the_model_is_not_changed() -> None:
+    model, x = chain(), torch.randn(4, 3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fxmerge.find_symmetry(model, (x,)).verify(model, (x,))
+    assert all(np.array_equal(v, before[k]) and v.dtype is torch.float32 for k, v in model.state_dict().items())
