@@ -166,7 +166,8 @@ def _skeleton(
             with _quiet():
                 module = route()
                 _check_same(model, module, args, kwargs)
-            return module, name
+            fixed = name == "torch.export" and _has_fixed_batch(exported.program)
+            return module, f"{name} (fixed batch)" if fixed else name
         except Exception as error:
             logger.debug("%s did not capture %s", name, type(model).__name__, exc_info=True)
             failures.append(
@@ -209,17 +210,28 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs) -> ExportedProgram:
             shapes = pytree.tree_map(_batch_dim, example) if dynamic else (None, None)
             try:
                 with torch.no_grad(), _quiet():
-                    return torch.export.export(
+                    program = torch.export.export(
                         model,
                         example[0],
                         example[1],
                         dynamic_shapes=_by_name(model, *shapes) if dynamic else None,
                         strict=False,
                     )
+                    if dynamic:
+                        program.module()(*args, **kwargs)  # Refuses a batch size that was baked in.
+                    return program
             except Exception as error:
                 logger.debug("torch.export failed (dynamic batch: %s)", dynamic, exc_info=True)
                 failures.append(error)
     raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {failures[-1]}") from failures[-1]
+
+
+def _has_fixed_batch(program: ExportedProgram) -> bool:
+    """Whether no input has a dynamic batch dimension, though some could have."""
+    names = set(program.graph_signature.user_inputs)
+    values = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder") if n.name in names]
+    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
+    return bool(sizes) and all(isinstance(s, int) or s.node.maybe_as_int() is not None for s in sizes)
 
 
 def _by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:

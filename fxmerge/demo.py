@@ -122,7 +122,7 @@ class Recipe:
 
 RECIPES: dict[Arch, Recipe] = {
     "cnn": Recipe(CNN, epochs=15, learning_rate=3e-3, weight_decay=0.05),
-    "vit": Recipe(ViT, epochs=120, learning_rate=2e-3, weight_decay=0.05),
+    "vit": Recipe(ViT, epochs=80, learning_rate=4e-3, weight_decay=0.05),
 }
 
 

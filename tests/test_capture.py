@@ -48,6 +48,20 @@ def test_export_takes_what_tracing_cannot_at_any_batch_size(example: int) -> Non
     assert set(captured.state_dict()) == set(model.state_dict())
 
 
+class Specialises(Branches):
+    """A model that torch.export captures for one batch size only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.ones(len(x), 1)
+
+
+@pytest.mark.parametrize("example", [1, 3])
+def test_a_batch_size_that_is_baked_in_is_that_of_the_example_and_reported(example: int) -> None:
+    program = capture_program(Specialises(), (torch.randn(example, 3),))
+    assert program.route == "torch.export (fixed batch)"
+    assert program.module(torch.randn(example, 3)).shape == (example, 4)
+
+
 def test_an_exported_program_is_captured_with_its_own_example() -> None:
     program = torch.export.export(nn.Linear(2, 3).eval(), (torch.zeros(4, 2),))
     assert set(fxmerge.capture(program).state_dict()) == {"weight", "bias"}
