@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from invariance import calibration, machine, table
 from torch import Tensor
 
 from fxmerge.capture import capture_program
@@ -22,7 +23,6 @@ from fxmerge.matching.search import match
 from fxmerge.run import Data, Runner, batch_inputs
 from fxmerge.similarity.activations import correlations
 from fxmerge.symmetry.group import analyse
-from invariance import calibration, machine, table
 
 REPEATS = 3
 

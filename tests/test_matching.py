@@ -1,4 +1,4 @@
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_the_objective_never_falls() -> None:
     b = {k: torch.randn_like(v) for k, v in a.items()}
     trace = match(symmetry, a, b, {}, alpha=1.0).trace
     assert len(trace) > 1
-    assert all(x < y for x, y in zip(trace, trace[1:], strict=False))
+    assert all(x < y for x, y in pairwise(trace))
 
 
 def test_the_same_seed_gives_the_same_permutation() -> None:

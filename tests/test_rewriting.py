@@ -55,9 +55,7 @@ def test_recalibration_of_a_model_that_was_exported() -> None:
 
 def test_pooled_moments_are_those_of_the_pooled_data() -> None:
     x, y = torch.randn(1000, 3) * 2 + 1, torch.randn(1000, 3) - 3
-    mean, variance = pool(
-        [x.mean(0), y.mean(0)], [x.var(0, correction=0), y.var(0, correction=0)], [0.5, 0.5]
-    )
+    mean, variance = pool([x.mean(0), y.mean(0)], [x.var(0, correction=0), y.var(0, correction=0)], [0.5, 0.5])
     both = torch.cat([x, y])
     torch.testing.assert_close(mean, both.mean(0))
     torch.testing.assert_close(variance, both.var(0, correction=0))

@@ -62,7 +62,7 @@ def test_activations_that_are_not_finite() -> None:
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), "half"])
 def test_alpha_out_of_range(alpha: Any) -> None:
-    with pytest.raises(fxmerge.OptionError, match="from 0 .* to 1"):
+    with pytest.raises(fxmerge.OptionError, match=r"from 0 .* to 1"):
         fxmerge.merge(mlp(), mlp(), [X], alpha=alpha)
 
 

@@ -24,9 +24,7 @@ def test_an_unsound_class_is_found_demoted_and_named() -> None:
     model, x = chain(), torch.randn(4, 3)
     symmetry = fxmerge.find_symmetry(model, (x,))
     # Let the second class forget that it is also on the third layer's columns.
-    broken = tuple(
-        replace(a, roles=()) if (a.parameter, a.dim) == ("4.weight", 1) else a for a in symmetry.layout
-    )
+    broken = tuple(replace(a, roles=()) if (a.parameter, a.dim) == ("4.weight", 1) else a for a in symmetry.layout)
     unsound = replace(symmetry, layout=tuple(a for a in broken if a.roles))
     verified = unsound.verify(model, (x,))
     assert verified.demoted == ("2.weight[0]",)

@@ -302,6 +302,8 @@ class _State:
             return True
         if not free:
             return False
+        if any([self._segment_by_fixed(p, block, fixed) for p, block in free.items()]):
+            return True
         columns = [*free.values(), fixed]
         table = np.stack([np.unique(b, return_inverse=True)[1].reshape(-1) for b in columns])
         rows, count = np.unique(table, axis=1, return_counts=True)
@@ -310,6 +312,18 @@ class _State:
             even = rows.shape[1] == _combinations(rows)
         ids = [self._ids(c), *(self.first[np.unique(b)] for b in free.values())]
         return not even and self._pin(ids, "units are spread unevenly over their blocks")
+
+    def _segment_by_fixed(self, p: int, block: Ids, fixed: Ids) -> bool:
+        """Tells blocks apart that could be exchanged but hold members at different fixed positions."""
+        pairs = np.unique(np.stack([block, fixed]), axis=1)
+        seen = np.zeros(self.count, np.uint64)
+        np.add.at(seen, pairs[0], mix(pairs[1]))
+        members, own = self.members(p), self.blocks(p)[1]
+        if len(np.unique(np.stack([own.astype(np.uint64), seen[members]]), axis=1).T) == len(np.unique(own)):
+            return False
+        for positions in np.unique(seen[members]):
+            self.units.segment(self.first[members[seen[members] == positions]], "blocks hold different fixed positions")
+        return True
 
     @cached_property
     def _on_axes(self) -> dict[int, list[tuple[Axis, Ids]]]:

@@ -126,6 +126,8 @@ def reshape(column: Tensor, shape: Shape) -> Tensor:
 
 def view_groups(old: Shape, new: Shape) -> list[tuple[range, range]]:
     """The finest runs of dimensions of `old` and of `new` that hold the same entries."""
+    if math.prod(old) != math.prod(new):
+        raise ValueError(f"a tensor of shape {old} cannot be viewed as {new}")
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         a, b, m, n = i, j, 1, 1
@@ -139,8 +141,6 @@ def view_groups(old: Shape, new: Shape) -> list[tuple[range, range]]:
             else:
                 n, j = n * new[j], j + 1
         groups.append((range(a, i), range(b, j)))
-    if math.prod(old) != math.prod(new):
-        raise ValueError(f"a tensor of shape {old} cannot be viewed as {new}")
     return groups
 
 

@@ -1,0 +1,150 @@
+"""The label calculus on bare columns, without a network."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxmerge.symmetry.labels import (
+    Labels,
+    axis_column,
+    constant,
+    inert,
+    join,
+    move,
+    pin,
+    reduce,
+    relate,
+    reshape,
+    shrink,
+    spread,
+    support,
+    view_groups,
+)
+from fxmerge.symmetry.units import UnitGraph
+
+
+def column(units: UnitGraph, shape: tuple[int, ...], *dims: int) -> Tensor:
+    """Fresh units, one for every position along `dims`."""
+    sizes = [shape[d] for d in dims]
+    ids = units.fresh(int(torch.tensor(sizes).prod()), ("axis", str(units.size), 0))
+    return spread(torch.from_numpy(ids).reshape(sizes), shape, dims)
+
+
+def test_a_column_takes_the_memory_of_its_support() -> None:
+    c = axis_column((1000, 1000, 7), 2)
+    assert c.untyped_storage().nbytes() == 7 * 8
+    assert support(c) == (2,)
+
+
+def test_equal_partitions_are_equated() -> None:
+    units = UnitGraph()
+    a, b = column(units, (4, 3), 1), column(units, (4, 3), 1)
+    relate(units, a, b, "op")
+    ((x, y),) = (pair for pair in units.equal if len(pair[0]))
+    assert sorted(zip(x.tolist(), y.tolist(), strict=True)) == list(zip(a[0].tolist(), b[0].tolist(), strict=True))
+
+
+def test_a_finer_partition_is_kept_and_its_units_are_members() -> None:
+    units = UnitGraph()
+    a = column(units, (6,), 0)
+    b = column(units, (3,), 0).repeat_interleave(2)
+    assert relate(units, a, b, "op") == "a"
+    ((child, parent),) = (pair for pair in units.member if len(pair[0]))
+    assert sorted(zip(child.tolist(), parent.tolist(), strict=True)) == list(zip(a.tolist(), b.tolist(), strict=True))
+
+
+def test_columns_along_different_dims_say_nothing_of_each_other() -> None:
+    units = UnitGraph()
+    assert relate(units, column(units, (4, 3), 0), column(units, (4, 3), 1), "op") == ""
+    assert not units.equal
+    assert not units.member
+
+
+def test_after_a_flatten_columns_are_compared_by_value() -> None:
+    """The batch is inert, and shares a dimension with the heads once both are flattened."""
+    units = UnitGraph()
+    heads = reshape(column(units, (2, 3), 1), (6,))
+    batch = reshape(axis_column((2, 3), 0), (6,))
+    pins = len(units.pinned)
+    join(units, Labels((6,), (heads,)), Labels((6,), (), (batch,)), "op")
+    assert len(units.pinned) == pins
+
+
+def test_an_irregular_meeting_is_pinned() -> None:
+    units = UnitGraph()
+    a, b = column(units, (3,), 0), column(units, (3,), 0)
+    relate(units, a[torch.tensor([0, 0, 1, 2])], b[torch.tensor([0, 1, 1, 2])], "op")
+    assert {int(i) for ids, why in units.pinned for i in ids if "irregular" in why} == {
+        *a[:2].tolist(),
+        *b[:2].tolist(),
+    }
+
+
+def test_reducing_members_away_leaves_their_blocks() -> None:
+    units = UnitGraph()
+    x = Labels((4, 3, 2), (column(units, (4, 3, 2), 1, 2),))
+    y = reduce(units, x, [2], "sum")
+    assert y.shape == (4, 3)
+    assert support(y.columns[0]) == (1,)
+    assert len(y.columns[0][0].unique()) == 3
+
+
+def test_a_sliding_window_is_not_a_block_structure() -> None:
+    units = UnitGraph()
+    windows = Labels((5,), (column(units, (5,), 0),))
+    windows = move(units, windows, lambda c: c.unfold(0, 2, 1), (4, 2), "unfold")
+    reduce(units, windows, [1], "sum")
+    assert any("overlapping" in why for _, why in units.pinned)
+
+
+def test_units_left_behind_are_told_apart_from_those_taken() -> None:
+    units = UnitGraph()
+    x = Labels((5,), (column(units, (5,), 0),))
+    move(units, x, lambda c: c[:3], (3,), "slice")
+    ((child, parent),) = units.member
+    assert child.tolist() == x.columns[0][:3].tolist()
+    assert len(set(parent.tolist())) == 1
+
+
+def test_pinning_makes_the_dimension_inert() -> None:
+    units = UnitGraph()
+    x = Labels((4, 3), (column(units, (4, 3), 1),))
+    y = pin(units, x, "why", [1])
+    assert y.columns == ()
+    assert [support(f) for f in y.inert] == [(1,)]
+
+
+def test_equal_constants_are_alike() -> None:
+    (factor,) = constant(torch.tensor([[1.0, 2.0, 1.0]]).expand(4, 3)).inert
+    assert support(factor) == (1,)
+    assert factor[0, 0] == factor[0, 2] != factor[0, 1]
+    assert constant(torch.ones(3, 4)).inert == ()
+
+
+def test_shrink_finds_the_dimensions_that_do_not_matter() -> None:
+    assert support(shrink(axis_column((4, 3), 1).contiguous())) == (1,)
+
+
+def test_inert_labels_every_dimension() -> None:
+    assert [support(f) for f in inert((2, 1, 3)).inert] == [(0,), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "groups"),
+    [
+        ((2, 12), (2, 3, 4), [((0,), (0,)), ((1,), (1, 2))]),
+        ((2, 3, 4), (2, 12), [((0,), (0,)), ((1, 2), (1,))]),
+        ((2, 3, 1), (2, 3), [((0,), (0,)), ((1,), (1,)), ((2,), ())]),
+        ((6, 4), (4, 6), [((0, 1), (0, 1))]),
+        ((2, 3, 4, 5), (6, 20), [((0, 1), (0,)), ((2, 3), (1,))]),
+    ],
+)
+def test_view_groups(
+    old: tuple[int, ...], new: tuple[int, ...], groups: list[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> None:
+    assert [(tuple(a), tuple(b)) for a, b in view_groups(old, new)] == groups
+
+
+def test_a_view_must_keep_the_number_of_entries() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 3\) cannot be viewed as \(5,\)"):
+        view_groups((2, 3), (5,))

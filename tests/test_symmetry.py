@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+
+
+def test_one_line_for_every_class_and_pin() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    assert str(fxmerge.find_symmetry(net, (torch.zeros(1, 3, 2, 2),))).splitlines() == [
+        "a: 3 units, 3! | blocks of other units",
+        "b: 6 units in a, 2!^3 | 0.weight((a b) _ _ _), 0.bias((a b)), 1.weight((a b)), 1.bias((a b)), ... (5 axes)",
+        "pinned: 0.weight[1], 3 indices: conv2d",
+        "pinned: 3.weight[0], 2 indices: output",
+        "pinned: 3.bias[0], 2 indices: output",
+    ]
+
+
+def test_classes_and_graph() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    symmetry = fxmerge.find_symmetry(net, (torch.zeros(1, 3, 2, 2),))
+    blocks, channels = symmetry.classes[:2]
+    assert (blocks.size, blocks.structure, blocks.axes) == (3, "free", ())
+    assert (channels.size, channels.structure, channels.parents) == (6, "nested", (blocks.name,))
+    assert [(a.parameter, a.dim) for a in channels.axes] == [
+        ("0.weight", 0),
+        ("0.bias", 0),
+        ("1.weight", 0),
+        ("1.bias", 0),
+        ("3.weight", 1),
+    ]
+    assert list(symmetry.graph.edges) == [(channels.name, blocks.name)]
+    assert symmetry.graph.nodes[channels.name]["size"] == 6
+    assert {c.why for c in symmetry.classes[2:]} == {"conv2d", "output"}
+
+
+class Sorts(nn.Module):
+    """Sorting has no rule, and cannot be written out in ops that have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 5), nn.Linear(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.c(torch.relu(self.b(torch.sort(self.a(x), dim=-1).values)))
+        return out
+
+
+def test_an_op_without_a_rule_pins_what_it_touches_and_is_named() -> None:
+    model, x = Sorts(), torch.randn(4, 3)
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    assert symmetry.unknown == {"aten.sort.default": 1}
+    assert [c.name for c in symmetry.classes if c.structure != "pinned"] == ["b.weight[0]"]
+    assert "pinned: a.weight[0], 5 indices: sort: no rule for aten.sort.default" in str(symmetry)
+    assert "no rule: aten.sort.default (1x)" in str(symmetry)
+    assert symmetry.verify(model, (x,)).demoted == ()
+
+
+def test_an_op_without_a_rule_is_written_out_where_torch_can() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Hardswish(), nn.Linear(5, 2))
+    symmetry = fxmerge.find_symmetry(model, (torch.randn(4, 3),))
+    assert symmetry.unknown == {}
+    assert symmetry.classes[0].size == 5
+
+
+def test_parameters_that_the_example_does_not_use_do_not_count() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(9, 4), nn.Embedding(50, 4)
+            self.unused, self.out = nn.Linear(4, 7), nn.Linear(4, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.out(torch.relu(self.tokens(ids) + self.places(torch.arange(ids.shape[1]))))
+            return out
+
+    symmetry = fxmerge.find_symmetry(Positions(), (torch.randint(9, (2, 6)),))
+    assert [c.size for c in symmetry.classes if c.structure != "pinned"] == [4]
+    assert any("not used for the example inputs" in c.why for c in symmetry.classes)
+
+
+@pytest.mark.parametrize("names", ["demoted", "error"])
+def test_nothing_is_claimed_before_verification(names: str) -> None:
+    symmetry = fxmerge.find_symmetry(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    assert not getattr(symmetry, names)
