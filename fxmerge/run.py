@@ -30,7 +30,9 @@ class Runner(fx.Interpreter):
         super().__init__(program.graph, garbage_collect_values=True)
         self.program = program
         self.state: Mapping[str, Tensor] = {}
-        self.sources = [program.source(n) for n in program.graph.graph.nodes if n.op == "placeholder"]
+        placeholders = program.graph.graph.find_nodes(op="placeholder")
+        self.sources = [program.source(n) for n in placeholders]
+        self.examples = [n.meta["val"] for n in placeholders]
 
     def call(self, state: Mapping[str, Tensor], args: Args, kwargs: Mapping[str, Any]) -> Any:
         """Runs the program with the parameters and buffers in `state` (others as captured).
@@ -47,9 +49,10 @@ class Runner(fx.Interpreter):
             )
         inputs = iter(leaves)
         values = []
-        for kind, name in self.sources:
+        for (kind, name), example in zip(self.sources, self.examples, strict=True):
             if kind == "input":
                 values.append(next(inputs))
+                _check_shape(name, values[-1], example)
             elif kind == "parameter":
                 values.append(state.get(name, self.program.parameters[name]))
             else:
@@ -63,6 +66,18 @@ class Runner(fx.Interpreter):
                 f"{str(error).splitlines()[0]}. Make all batches alike, but for their size, "
                 "or pass inputs=batch -> (args, kwargs)."
             ) from error
+
+
+def _check_shape(name: str, value: Any, example: Any) -> None:
+    """A graph may have sizes baked in, and compute something else, in silence, for others."""
+    if isinstance(value, Tensor) and isinstance(example, Tensor):
+        sizes = [s if isinstance(s, int) else s.node.maybe_as_int() for s in example.shape]
+        if len(sizes) != value.ndim or any(s not in (None, n) for s, n in zip(sizes, value.shape, strict=True)):
+            takes = ", ".join("any" if size is None else str(size) for size in sizes)
+            raise LoaderError(
+                f"Input {name!r} of a batch has shape {tuple(value.shape)} and does not fit the captured model, "
+                f"which takes ({takes}). Make all batches alike, but for their size, or pass inputs=batch -> (args, kwargs)."
+            )
 
 
 def _outline(args: Args, kwargs: Mapping[str, Any]) -> str:

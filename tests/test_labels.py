@@ -4,22 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry.labels import (
-    Labels,
-    axis_column,
-    constant,
-    inert,
-    join,
-    move,
-    pin,
-    reduce,
-    relate,
-    reshape,
-    shrink,
-    spread,
-    support,
-    view_groups,
-)
+from fxmerge.symmetry.columns import axis_column, reshape, shrink, spread, support, view_groups
+from fxmerge.symmetry.labels import Labels, constant, inert, join, move, pin, reduce
+from fxmerge.symmetry.relate import relate
 from fxmerge.symmetry.units import UnitGraph
 
 

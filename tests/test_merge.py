@@ -188,3 +188,21 @@ def test_bfloat16_models_keep_their_dtype() -> None:
     a, b = (settled(s).bfloat16() for s in (0, 1))
     merged = fxmerge.merge(a, b, [x.bfloat16() for x in data()])
     assert merged.state_dict()["stem.weight"].dtype is torch.bfloat16
+
+
+class Recurrent(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.cell, self.out = nn.LSTM(3, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.cell(x)[0][:, -1])
+        return out
+
+
+def test_a_graph_written_out_for_one_length_is_not_run_at_another() -> None:
+    merged = fxmerge.merge(Recurrent(0), Recurrent(1), [torch.randn(4, 5, 3), torch.randn(2, 5, 3)])
+    assert merged(torch.randn(3, 5, 3)).shape == (3, 2)
+    with pytest.raises(fxmerge.LoaderError, match=r"has shape \(4, 7, 3\) .* takes \(any, 5, 3\)"):
+        fxmerge.merge(Recurrent(0), Recurrent(1), [torch.randn(4, 5, 3), torch.randn(4, 7, 3)])

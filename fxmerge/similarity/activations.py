@@ -15,8 +15,8 @@ from fxmerge.capture import Program
 from fxmerge.errors import LoaderError, NonFiniteError
 from fxmerge.run import Data, Runner
 from fxmerge.symmetry import rules
+from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.labels import core, support
 from fxmerge.symmetry.propagate import Propagation
 
 MAX_ROWS = 4096

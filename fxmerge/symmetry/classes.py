@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from fxmerge.symmetry.labels import Pairs, meet
 from fxmerge.symmetry.propagate import Axis, AxisUnits
+from fxmerge.symmetry.relate import Pairs, meet
 from fxmerge.symmetry.units import NOTHING, Hashes, Ids, UnitGraph, mix
 
 
@@ -302,7 +302,7 @@ class _State:
             return True
         if not free:
             return False
-        if any([self._segment_by_fixed(p, block, fixed) for p, block in free.items()]):
+        if any(self._segment_by_fixed(p, block, fixed) for p, block in free.items()):
             return True
         columns = [*free.values(), fixed]
         table = np.stack([np.unique(b, return_inverse=True)[1].reshape(-1) for b in columns])

@@ -14,13 +14,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, mix
-
-Shape = tuple[int, ...]
+from fxmerge.symmetry.columns import Shape, axis_column, core, reshape, shrink, spread, support
+from fxmerge.symmetry.relate import relate, relate_inert
+from fxmerge.symmetry.units import UnitGraph
 
 
 @dataclass(frozen=True)
@@ -51,21 +49,6 @@ class Labels:
         return self if shape == self.shape else replace(self.map(lambda c: c.expand(shape), shape), parameter=None)
 
 
-def support(column: Tensor) -> tuple[int, ...]:
-    """The dimensions on which a column depends."""
-    return tuple(d for d, (n, s) in enumerate(zip(column.shape, column.stride(), strict=True)) if n > 1 and s != 0)
-
-
-def axis_column(shape: Shape, dim: int) -> Tensor:
-    """The column that numbers the positions along one dimension."""
-    return spread(torch.arange(shape[dim]), shape, (dim,))
-
-
-def spread(ids: Tensor, shape: Shape, dims: Sequence[int]) -> Tensor:
-    """Lays `ids`, whose dimensions are `dims` of the result, out over `shape`."""
-    return ids.reshape([shape[d] if d in dims else 1 for d in range(len(shape))]).expand(shape)
-
-
 def inert(shape: Shape, dims: Iterable[int] | None = None) -> Labels:
     """A tensor without units, whose values differ along `dims` (by default all)."""
     dims = range(len(shape)) if dims is None else dims
@@ -85,226 +68,8 @@ def constant(value: Tensor) -> Labels:
     return Labels(tuple(value.shape), (), (spread(ids, tuple(value.shape), dims),))
 
 
-def core(column: Tensor, dims: Sequence[int]) -> Tensor:
-    """The column along `dims`, at the first position of every other dimension."""
-    kept = [d for d in range(column.ndim) if d in dims]
-    flat = column[tuple(slice(None) if d in dims else 0 for d in range(column.ndim))]
-    return flat.permute([kept.index(d) for d in dims])
-
-
-def shrink(column: Tensor) -> Tensor:
-    """The same column with stride 0 along every dimension on which it is constant."""
-    small = column
-    for d, n in enumerate(column.shape):
-        if n > 1 and column.stride(d) == 0:
-            small = small.narrow(d, 0, 1)
-    for d in support(small):
-        first = small.narrow(d, 0, 1)
-        # The last slice differs from the first in almost every column that depends on d at all.
-        if torch.equal(first, small.narrow(d, -1, 1)) and bool((small == first).all()):
-            small = first
-    return small.expand(column.shape)
-
-
 def _varying(columns: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple(c for c in map(shrink, columns) if support(c))
-
-
-def reshape(column: Tensor, shape: Shape) -> Tensor:
-    """`column.reshape(shape)`, made dense only along the view groups on which the column depends."""
-    inner: list[int] = []
-    narrow = column
-    for old, new in view_groups(tuple(column.shape), shape):
-        if any(d in support(column) for d in old):
-            inner += [shape[d] for d in new]
-        else:
-            for d in old:
-                narrow = narrow.narrow(d, 0, 1)
-            inner += [1] * len(new)
-    return narrow.reshape(inner).expand(shape)
-
-
-def view_groups(old: Shape, new: Shape) -> list[tuple[range, range]]:
-    """The finest runs of dimensions of `old` and of `new` that hold the same entries."""
-    if math.prod(old) != math.prod(new):
-        raise ValueError(f"a tensor of shape {old} cannot be viewed as {new}")
-    groups, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        a, b, m, n = i, j, 1, 1
-        if i < len(old):
-            m, i = old[i], i + 1
-        elif j < len(new):
-            n, j = new[j], j + 1
-        while m != n:
-            if m < n:
-                m, i = m * old[i], i + 1
-            else:
-                n, j = n * new[j], j + 1
-        groups.append((range(a, i), range(b, j)))
-    return groups
-
-
-# ------------------------------------------------------------------------------------ relate
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Which units of two columns meet, as the connected components of their meetings."""
-
-    a: Ids
-    b: Ids
-    a_part: Ids
-    b_part: Ids
-    a_count: Ids
-    b_count: Ids
-    complete: np.ndarray
-
-    @property
-    def independent(self) -> bool:
-        return len(self.a_count) == 1 and bool(self.complete[0])
-
-
-def _components(count: int, rows: Ids, cols: Ids) -> tuple[int, Ids]:
-    graph = coo_matrix((np.ones(len(rows), np.int8), (rows, cols)), shape=(count, count))
-    parts, part = connected_components(graph, directed=False)
-    return int(parts), part.astype(np.int64)
-
-
-def meet(a: Tensor, b: Tensor) -> Pairs | None:
-    """The meetings of two columns of one shape, or None where they share no dimension."""
-    dims_a, dims_b = support(a), support(b)
-    shared = [d for d in dims_a if d in dims_b]
-    if not shared:
-        return None
-    size = math.prod(a.shape[d] for d in shared)
-    at = core(a, shared + [d for d in dims_a if d not in shared]).reshape(size, -1).numpy()
-    bt = core(b, shared + [d for d in dims_b if d not in shared]).reshape(size, -1).numpy()
-    a_ids, at_inv = np.unique(at, return_inverse=True)
-    b_ids, bt_inv = np.unique(bt, return_inverse=True)
-    at, bt = at_inv.reshape(size, -1), bt_inv.reshape(size, -1)
-    na, nb = len(a_ids), len(b_ids)
-    if at.shape[1] == bt.shape[1] == 1:
-        pairs = np.unique(at[:, 0] * nb + bt[:, 0])
-        parts, part = _components(na + nb, pairs // nb, na + pairs % nb)
-        full_a = full_b = None
-    else:
-        # Through the positions, without listing the pairs: a unit - position - b unit.
-        position = np.arange(size)[:, None]
-        pa, pb = np.unique(at * size + position), np.unique(bt * size + position)
-        rows = np.concatenate([pa // size, na + pb // size])
-        cols = na + nb + np.concatenate([pa % size, pb % size])
-        parts, part = _components(na + nb + size, rows, cols)
-        places = np.bincount(part[na + nb :], minlength=parts)
-        full_a = np.bincount(part[pa // size], minlength=parts), places
-        full_b = np.bincount(part[na + pb // size], minlength=parts), places
-    a_part, b_part = part[:na], part[na : na + nb]
-    a_count, b_count = np.bincount(a_part, minlength=parts), np.bincount(b_part, minlength=parts)
-    if full_a is None or full_b is None:
-        complete = np.bincount(a_part[pairs // nb], minlength=parts) == a_count * b_count
-    else:
-        # A component is complete where every position sees all of its units on one side.
-        complete = (full_a[0] == a_count * full_a[1]) | (full_b[0] == b_count * full_b[1])
-    complete |= (a_count == 1) | (b_count == 1)
-    return Pairs(a_ids, b_ids, a_part, b_part, a_count, b_count, complete)
-
-
-def relate(units: UnitGraph, a: Tensor, b: Tensor, reason: str) -> str:
-    """Records what two unit columns of one tensor say of each other.
-
-    Returns:
-        "a" if column b can be told from column a, "b" if a can be told from b, "" if both are needed.
-    """
-    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
-        return "a"
-    met = meet(a, b)
-    if met is None or met.independent:
-        return ""
-    one_a, one_b = met.a_count == 1, met.b_count == 1
-    same_a = _contain(units, met.a, met.a_part, met.b[_first(met.b_part, one_b)], one_b)
-    same_b = _contain(units, met.b, met.b_part, met.a[_first(met.a_part, one_a)], one_a & ~one_b)
-    many = ~one_a & ~one_b
-    if many.any():
-        block = np.zeros(len(many), np.int64)
-        block[many] = units.fresh(int(many.sum()), ("block", reason))
-        for ids, part in ((met.a, met.a_part), (met.b, met.b_part)):
-            units.include(ids[many[part]], block[part[many[part]]])
-    broken = many & ~met.complete
-    for ids, part in ((met.a, met.a_part), (met.b, met.b_part)):
-        units.pin(ids[broken[part]], f"{reason}: units meet in an irregular pattern", final=False)
-    # Where the finer column's units all equal the coarser one's, the coarser, smaller one says as much.
-    if bool(one_b.all()):
-        return "b" if same_a and len(support(b)) < len(support(a)) else "a"
-    if bool(one_a.all()):
-        return "a" if same_b and len(support(a)) < len(support(b)) else "b"
-    return ""
-
-
-def _first(part: Ids, where: np.ndarray) -> Ids:
-    """For every component in `where`, the index of its only unit (0 for the others)."""
-    first = np.zeros(len(where), np.int64)
-    index = np.flatnonzero(where[part])
-    first[part[index]] = index
-    return first
-
-
-def _contain(units: UnitGraph, child: Ids, part: Ids, parent: Ids, where: np.ndarray) -> bool:
-    """In the components `where`, each child is a member of the component's parent.
-
-    A child that is alone of its origin in its parent moves exactly as the parent does. True if all are.
-    """
-    child, part = child[where[part]], part[where[part]]
-    if not len(child):
-        return True
-    kind = part * (len(units.starts) + 1) + units.origin(child)
-    _, inverse, count = np.unique(kind, return_inverse=True, return_counts=True)
-    lone = (count[inverse] == 1) & (parent[part] != NOTHING) & (child != NOTHING)
-    units.equate(child[lone], parent[part[lone]])
-    units.include(child[~lone], parent[part[~lone]])
-    return bool(lone.all())
-
-
-def relate_inert(units: UnitGraph, column: Tensor, factors: Sequence[Tensor], reason: str) -> bool:
-    """Tells units apart that meet different inert positions; True if that pins every one of them."""
-    dims = support(column)
-    joint = joint_column([f for f in factors if any(d in dims for d in support(f))])
-    if joint is None:
-        return False
-    shared = [d for d in dims if d in support(joint)]
-    size = math.prod(column.shape[d] for d in shared)
-    rows = core(joint, shared + [d for d in support(joint) if d not in shared]).reshape(size, -1).numpy()
-    place = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1, 1)
-    ids, unit = np.unique(core(column, shared + [d for d in dims if d not in shared]).numpy(), return_inverse=True)
-    meetings, times = np.unique(unit.reshape(size, -1) * size + place, return_counts=True)
-    # What a unit meets, and how often, as one number.
-    seen = np.zeros(len(ids), np.uint64)
-    np.add.at(seen, meetings // size, mix(meetings % size + mix(times).view(np.int64)))
-    _, part, count = np.unique(seen, return_inverse=True, return_counts=True)
-    if len(count) == 1:
-        return False
-    alone = count[part] == 1
-    # A position elsewhere than along the column may tell rows of a parameter apart, rather than these units.
-    units.pin(ids[alone], reason, final=set(support(joint)) <= set(dims))
-    if not alone.all():
-        block = units.fresh(len(count), ("block", reason))
-        units.pin(block, reason)
-        units.include(ids[~alone], block[part[~alone]])
-    return bool(alone.all())
-
-
-def joint_column(factors: Sequence[Tensor]) -> Tensor | None:
-    """The common refinement of some columns: positions are alike if they are in all of them."""
-    if len(factors) < 2:
-        return factors[0] if factors else None
-    dims = sorted({d for f in factors for d in support(f)})
-    shape = tuple(factors[0].shape)
-    code = np.zeros([shape[d] for d in dims], np.int64)
-    for f in factors:
-        ids = core(f, dims).numpy()
-        code = np.unique(code, return_inverse=True)[1].reshape(code.shape) * (int(ids.max()) + 1) + ids
-    return spread(torch.from_numpy(code), shape, dims)
-
-
-# ------------------------------------------------------------------------ join, reduce, move, pin
 
 
 def join(units: UnitGraph, x: Labels, y: Labels, reason: str) -> Labels:

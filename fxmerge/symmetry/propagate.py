@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.capture import Program
 from fxmerge.symmetry import rules
-from fxmerge.symmetry.labels import Labels, Shape, core, inert, pin, relate, spread, support
+from fxmerge.symmetry.columns import Shape, core, spread, support
+from fxmerge.symmetry.labels import Labels, inert, pin
+from fxmerge.symmetry.relate import relate
 from fxmerge.symmetry.units import Ids, UnitGraph
 
 logger = logging.getLogger(__name__)

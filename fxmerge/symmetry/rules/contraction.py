@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fxmerge.symmetry.labels import Labels, Shape, axis_column, core, inert, pin, reduce, rows_apart, support
+from fxmerge.symmetry.columns import Shape, axis_column, core, support
+from fxmerge.symmetry.labels import Labels, inert, pin, reduce, rows_apart
 from fxmerge.symmetry.rules.registry import Site, rule
 
 Operand = Labels | Tensor

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry.labels import Labels, Shape, move, prune, shrink, support
+from fxmerge.symmetry.columns import Shape, shrink, support
+from fxmerge.symmetry.labels import Labels, move, prune
 from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import NOTHING
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry.labels import Labels, Shape, constant, join
+from fxmerge.symmetry.columns import Shape
+from fxmerge.symmetry.labels import Labels, constant, join
 from fxmerge.symmetry.units import UnitGraph
 
 Value = Any
