@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -134,16 +134,15 @@ def merge_many(
     if len(models) < 2:
         raise OptionError(f"merge_many takes two or more models, not {len(models)}.")
     shares = validate.check_weights(weights, len(models))
-    job = _Job.prepare(models, loader, alpha, device, progress, inputs, args, kwargs)
-    with job.evaluating():
-        symmetry = job.symmetry(verify)
-        matches = [job.match(symmetry, other, alpha=alpha, seed=seed) for other in range(1, len(models))]
+    job = _prepare(models, loader, alpha, device, progress, inputs, args, kwargs)
+    found, symmetry = job.symmetry(verify)
+    matches = [job.match(found, symmetry, other, alpha=alpha, seed=seed) for other in range(1, len(models))]
+    with job.timed("rewriting"):
         states = [job.states[0], *(m.permutation.apply(s) for m, s in zip(matches, job.states[1:], strict=True))]
-        with job.timed("rewriting"):
-            merged = bake(job.program, average(states, shares, batch_norm_statistics(job.program)))
+        merged = bake(job.program, average(states, shares, batch_norm_statistics(job.program)))
+    if job.data is not None:
         with job.timed("calibration"):
-            if job.data is not None:
-                recalibrate(merged, job.program, job.data)
+            recalibrate(merged, job.program, job.data)
     merged.meta["fxmerge"] = job.report(symmetry, matches, alpha) | {"models": len(models), "weights": tuple(shares)}
     return merged
 
@@ -177,14 +176,13 @@ def align(
         >>> aligned.meta["fxmerge"]["images"]
         {'0.weight[0]': [0, 1, 2, 3, 4, 5, 6, 7]}
     """
-    job = _Job.prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
-    with job.evaluating():
-        symmetry = job.symmetry(verify)
-        found = job.match(symmetry, 1, alpha=alpha, seed=seed)
-        with job.timed("rewriting"):
-            aligned = bake(job.program, found.permutation.apply(job.states[1]))
-    aligned.meta["fxmerge"] = job.report(symmetry, [found], alpha) | {
-        "images": {name: image.tolist() for name, image in zip(symmetry.names, found.permutation.images, strict=True)}
+    job = _prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
+    found, symmetry = job.symmetry(verify)
+    matched = job.match(found, symmetry, 1, alpha=alpha, seed=seed)
+    with job.timed("rewriting"):
+        aligned = bake(job.program, matched.permutation.apply(job.states[1]))
+    aligned.meta["fxmerge"] = job.report(symmetry, [matched], alpha) | {
+        "images": {name: image.tolist() for name, image in zip(symmetry.names, matched.permutation.images, strict=True)}
     }
     return aligned
 
@@ -193,87 +191,34 @@ def align(
 class _Job:
     """What the stages of one call share: checked inputs, the captured program, and how long each stage took."""
 
-    models: tuple[Model, ...]
+    model: Model
     states: tuple[dict[str, Tensor], ...]
     data: Data | None
     example: tuple[Args, dict[str, Any]]
     program: Program
     progress: bool | None
-    found: Propagation | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
 
-    @staticmethod
-    def prepare(
-        models: tuple[Model, ...],
-        loader: Iterable[Any] | None,
-        alpha: float,
-        device: str | torch.device | None,
-        progress: bool | None,
-        inputs: Inputs | None,
-        args: Args,
-        kwargs: Kwargs | None,
-    ) -> _Job:
-        """Checks everything that can be checked before any work is done, and captures the first model."""
-        validate.check_alpha(alpha)
-        if device is not None:
-            models = tuple(_to(m, device) for m in models)
-        modules = tuple(m.module() if isinstance(m, ExportedProgram) else m for m in models)
-        states = tuple(dict(m.state_dict()) for m in modules)
-        validate.check_states(states)
-        where = next((t.device for t in states[0].values()), torch.device("cpu"))
-        data = None
-        example = tuple(args), dict(kwargs or {})
-        if loader is not None:
-            if iter(loader) is loader:
-                loader = list(loader)  # An iterator can be read once; every stage reads the data anew.
-            data = Data(loader, inputs or batch_inputs(modules[0]), where, progress)
-            example = example if any(example) else data.first()
-        example = example if any(example) else _example_of(models[0])
-        seconds: dict[str, float] = {}
-        job = _Job(models, states, data, example, None, progress, None, seconds)  # type: ignore[arg-type]
-        with job.evaluating():
-            validate.check_batch(modules[0], *example)
-            with job.timed("capture"):
-                job.program = capture_program(models[0], *example)
-            for i in range(1, len(models)):
-                validate.check_same_function(job.program, modules[i], states[i], *example, i)
-        return job
+    def timed(self, stage: str) -> AbstractContextManager[None]:
+        return _timed(self.seconds, stage)
 
-    def evaluating(self) -> ExitStack:
-        """All models in eval mode for a while."""
-        stack = ExitStack()
-        for model in self.models:
-            if isinstance(model, nn.Module):
-                stack.enter_context(evaluating(model))
-        return stack
-
-    def timed(self, stage: str) -> _Timer:
-        return _Timer(self.seconds, stage)
-
-    def symmetry(self, verify: bool) -> Symmetry:
+    def symmetry(self, verify: bool) -> tuple[Propagation, Symmetry]:
         with self.timed("symmetry"):
-            self.found, symmetry = analyse(self.program)
+            found, symmetry = analyse(self.program)
         if verify:
             with self.timed("verification"):
-                symmetry = symmetry.verify(self.models[0], *self.example)
-        return symmetry
+                symmetry = symmetry.verify(self.model, *self.example)
+        return found, symmetry
 
-    def match(self, symmetry: Symmetry, other: int, *, alpha: float, seed: int) -> Match:
+    def match(self, found: Propagation, symmetry: Symmetry, other: int, *, alpha: float, seed: int) -> Match:
+        """The match of another model with the first."""
+        a, b = self.states[0], self.states[other]
         correlation: Mapping[int, Tensor] = {}
-        if self.data is not None and alpha < 1 and self.found is not None:
-            pair = (self.states[0], self.states[other])
+        if self.data is not None and alpha < 1:
             with self.timed("activations"):
-                correlation = correlations(self.found, symmetry, pair, self.data, (name_of(0), name_of(other)))
+                correlation = correlations(found, symmetry, (a, b), self.data, (name_of(0), name_of(other)))
         with self.timed("matching"):
-            return match(
-                symmetry,
-                self.states[0],
-                self.states[other],
-                correlation,
-                alpha=alpha,
-                seed=seed,
-                progress=self.progress,
-            )
+            return match(symmetry, a, b, correlation, alpha=alpha, seed=seed, progress=self.progress)
 
     def report(self, symmetry: Symmetry, matches: Sequence[Match], alpha: float) -> dict[str, Any]:
         """What `.meta["fxmerge"]` tells: plain data, so that a result can be unpickled without fxmerge."""
@@ -300,6 +245,45 @@ class _Job:
         }
 
 
+def _prepare(
+    models: tuple[Model, ...],
+    loader: Iterable[Any] | None,
+    alpha: float,
+    device: str | torch.device | None,
+    progress: bool | None,
+    inputs: Inputs | None,
+    args: Args,
+    kwargs: Kwargs | None,
+) -> _Job:
+    """Checks everything that can be checked before any work is done, and captures the first model."""
+    validate.check_alpha(alpha)
+    if device is not None:
+        models = tuple(_to(m, device) for m in models)
+    modules = tuple(m.module() if isinstance(m, ExportedProgram) else m for m in models)
+    states = tuple(dict(m.state_dict()) for m in modules)
+    validate.check_states(states)
+    example = tuple(args), dict(kwargs or {})
+    data = None
+    if loader is not None:
+        if iter(loader) is loader:
+            loader = list(loader)  # An iterator can be read once; every stage reads the data anew.
+        where = next((t.device for t in states[0].values()), torch.device("cpu"))
+        data = Data(loader, inputs or batch_inputs(modules[0]), where, progress)
+        example = example if any(example) else data.first()
+    example = example if any(example) else _example_of(models[0])
+    seconds: dict[str, float] = {}
+    with ExitStack() as stack:
+        for model in models:
+            if isinstance(model, nn.Module):
+                stack.enter_context(evaluating(model))
+        validate.check_batch(modules[0], *example)
+        with _timed(seconds, "capture"):
+            program = capture_program(models[0], *example)
+        for i in range(1, len(models)):
+            validate.check_same_function(program, modules[i], states[i], *example, i)
+    return _Job(models[0], states, data, example, program, progress, seconds)
+
+
 def _to(model: Model, device: str | torch.device) -> Model:
     """A copy of a model on a device."""
     if isinstance(model, ExportedProgram):
@@ -307,19 +291,12 @@ def _to(model: Model, device: str | torch.device) -> Model:
     return copy.deepcopy(model).to(device)
 
 
-@dataclass
-class _Timer:
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     """Adds the seconds spent inside to the entry of a stage."""
-
-    seconds: dict[str, float]
-    stage: str
-    began: float = 0.0
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.began
+    began = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
 def _example_of(model: Model) -> tuple[Args, dict[str, Any]]:

@@ -76,7 +76,8 @@ def _check_shape(name: str, value: Any, example: Any) -> None:
             takes = ", ".join("any" if size is None else str(size) for size in sizes)
             raise LoaderError(
                 f"Input {name!r} of a batch has shape {tuple(value.shape)} and does not fit the captured model, "
-                f"which takes ({takes}). Make all batches alike, but for their size, or pass inputs=batch -> (args, kwargs)."
+                f"which takes ({takes}). Make all batches alike, but for their size, or pass "
+                "inputs=batch -> (args, kwargs)."
             )
 
 

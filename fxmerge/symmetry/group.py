@@ -79,7 +79,6 @@ class Symmetry:
         unknown: how often each op without a rule occurs.
         demoted: names of classes that `verify` found unsound and turned to the identity.
         error: the largest relative output error that `verify` measured, None before.
-        aliases: other names of tied parameters.
     """
 
     units: tuple[UnitClass, ...]
