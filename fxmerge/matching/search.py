@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -64,7 +65,7 @@ class _Problem:
         self.value = {n: self._match(n, self.b) for n in names}
 
     def _match(self, name: str, b: Mapping[str, Tensor]) -> float:
-        return float((self.a[name] * b[name]).sum(dtype=self.a[name].dtype)) * self.scales[name]
+        return float((self.a[name] * b[name]).sum(dtype=torch.float64)) * self.scales[name]
 
     def _alpha(self, number: int) -> float:
         """Classes that no activation shows are matched by their weights."""
@@ -76,13 +77,14 @@ class _Problem:
 
     def objective(self) -> float:
         agreed = sum(self.value.values()) * (self.alpha if self.correlation else 1.0)
-        for number, c in self.correlation.items():
-            agreed += (1 - self.alpha) * self.weight(number) * float(self._placed(number, c).diagonal().sum())
+        for number in self.correlation:
+            agreed += (1 - self.alpha) * self.weight(number) * float(self.agreement(number).sum())
         return float(agreed)
 
-    def _placed(self, number: int, correlation: Tensor) -> Tensor:
-        """Correlations with the columns where the units are now."""
-        return correlation[:, np.argsort(self.images[number])]
+    def agreement(self, number: int) -> Tensor:
+        """For every unit of a, its correlation with the unit of b that is in its place now."""
+        correlation, units = self.correlation[number], torch.from_numpy(np.argsort(self.images[number]))
+        return correlation[torch.arange(len(units)), units]
 
     def scores(self, number: int, usable: list[Slices]) -> Scores:
         """For every (unit of a, unit of b as placed now), what the objective gains from matching them."""
@@ -92,29 +94,40 @@ class _Problem:
         if alpha > 0 and usable:
             total += alpha * weights.similarity(self.a, self.b, usable, self.scales).double().cpu().numpy()
         if alpha < 1:
-            placed = self._placed(number, self.correlation[number])
+            placed = self.correlation[number][:, np.argsort(self.images[number])]
             total += (1 - alpha) * self.weight(number) * placed.double().cpu().numpy()
         return total
 
-    def move(self, step: tuple[Ids, ...]) -> bool:
-        """Takes a step if the objective rises by it."""
+    def take(self, step: Sequence[Ids]) -> None:
+        """Moves the units of b."""
         moved = {n for n, image in enumerate(step) if not np.array_equal(image, np.arange(len(image)))}
-        if not moved:
-            return False
         b: dict[str, Tensor] = {}
         for axis in self.symmetry.layout:
             if any(n in moved for n, _ in axis.roles):
-                source = axis.source(step)
+                source = axis.source(tuple(step))
                 if source is not None:
                     b[axis.parameter] = move_axis(b.get(axis.parameter, self.b[axis.parameter]), axis, source)
-        before = self.objective(), self.b, self.images, self.value
         self.value = self.value | {name: self._match(name, b) for name in b}
         self.b = self.b | b
         self.images = tuple(s[i] for s, i in zip(step, self.images, strict=True))
-        if self.objective() > before[0] + 1e-9 * abs(before[0]) + 1e-12:
+
+    def improve(self, step: Sequence[Ids]) -> bool:
+        """Moves the units of b if the objective rises by it."""
+        before, at = self.objective(), self.position
+        self.take(step)
+        if self.objective() > before + 1e-9 * abs(before):
             return True
-        _, self.b, self.images, self.value = before
+        self.position = at
         return False
+
+    @property
+    def position(self) -> tuple[dict[str, Tensor], tuple[Ids, ...], dict[str, float]]:
+        """Where the units of b are, to come back to."""
+        return self.b, self.images, self.value
+
+    @position.setter
+    def position(self, at: tuple[dict[str, Tensor], tuple[Ids, ...], dict[str, float]]) -> None:
+        self.b, self.images, self.value = at
 
 
 def match(
@@ -147,13 +160,12 @@ def match(
     problem = _Problem(
         symmetry, _floats(symmetry, a), _floats(symmetry, b), correlation, alpha, symmetry.identity().images
     )
-    start = problem.b, problem.images, problem.value
-    at_identity = problem.objective()
-    roots = [n for n, c in enumerate(symmetry.units) if not c.parents or not symmetry.ancestors(n)]
+    identity, at_identity = problem.position, problem.objective()
+    roots = [n for n, c in enumerate(symmetry.units) if not c.parents]
     with tqdm(total=None, desc="matching", disable=None if progress is None else not progress, leave=False) as bar:
         _first_sweep(problem, roots, bar)
         if problem.objective() < at_identity:
-            problem.b, problem.images, problem.value = start
+            problem.position = identity
         trace = [problem.objective()]
         rng = np.random.default_rng(seed)
         neighbours = _neighbours(problem, roots)
@@ -164,7 +176,7 @@ def match(
             for root in rng.permutation(sorted(stale)).tolist():
                 stale.discard(root)
                 bar.update()
-                if _step(problem, root, problem.slices):
+                if problem.improve(_best(problem, root, problem.slices)):
                     trace.append(problem.objective())
                     stale |= neighbours[root]
         else:
@@ -178,10 +190,11 @@ def _floats(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return {n: state[n].detach().float() if state[n].element_size() < 4 else state[n].detach() for n in sorted(names)}
 
 
-def _step(problem: _Problem, root: int, usable: Mapping[int, list[Slices]]) -> bool:
+def _best(problem: _Problem, root: int, usable: Mapping[int, list[Slices]]) -> Sequence[Ids]:
+    """The best move of a class and all that are nested in it, by the slices that are usable."""
     symmetry = problem.symmetry
     own = {n: problem.scores(n, usable[n]) for n in descendants(symmetry, root) if n in symmetry.choices}
-    return problem.move(propose(symmetry, root, own))
+    return propose(symmetry, root, own)
 
 
 def _tree_slices(problem: _Problem, root: int) -> list[tuple[int, Slices]]:
@@ -225,20 +238,10 @@ def _first_sweep(problem: _Problem, roots: list[int], bar: tqdm[None]) -> None:
         for n, s, across in others[root]:
             if across <= matched or not evidence[root]:
                 usable[n].append(s)
-        _jump(problem, root, usable)
+        # What is not usable yet does not count against the move.
+        problem.take(_best(problem, root, usable))
         matched.add(root)
         bar.update()
-
-
-def _jump(problem: _Problem, root: int, usable: Mapping[int, list[Slices]]) -> None:
-    """A step of the first sweep: the evidence that is not usable yet does not count against it."""
-    symmetry = problem.symmetry
-    own = {n: problem.scores(n, usable[n]) for n in descendants(symmetry, root) if n in symmetry.choices}
-    step = propose(symmetry, root, own)
-    p = Permutation(symmetry.layout, step)
-    problem.b = p.apply(problem.b)
-    problem.images = tuple(s[i] for s, i in zip(step, problem.images, strict=True))
-    problem.value = {name: problem._match(name, problem.b) for name in problem.value}
 
 
 def _quality(problem: _Problem) -> dict[str, dict[str, float]]:
@@ -246,13 +249,12 @@ def _quality(problem: _Problem) -> dict[str, dict[str, float]]:
     for n in problem.symmetry.choices:
         entry: dict[str, float] = {}
         if problem.slices[n]:
-            pairs = [(s.of(problem.a[s.axis.parameter]), s.of(problem.b[s.axis.parameter])) for s in problem.slices[n]]
-            dot = sum(
-                float((x * y).sum()) * problem.scales[s.axis.parameter]
-                for s, (x, y) in zip(problem.slices[n], pairs, strict=True)
-            )
+            dot = 0.0
+            for s in problem.slices[n]:
+                name = s.axis.parameter
+                dot += float((s.of(problem.a[name]) * s.of(problem.b[name])).sum()) * problem.scales[name]
             entry["weights"] = dot / (problem.weight(n) * problem.symmetry.units[n].size)
         if n in problem.correlation:
-            entry["activations"] = float(problem._placed(n, problem.correlation[n]).diagonal().mean())
+            entry["activations"] = float(problem.agreement(n).mean())
         found[problem.symmetry.names[n]] = entry
     return found
