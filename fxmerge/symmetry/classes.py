@@ -68,8 +68,9 @@ def resolve(units: UnitGraph, axes: dict[Axis, AxisUnits]) -> Resolution:
         used[ids] = True
     for axis in axes.values():
         units.pin(np.unique(axis.ids[~used[axis.ids]]), "not used for the example inputs")
+    told = len(units.equal), len(units.member)
     while True:
-        state = _State(units, axes)
+        state = _State(units, axes, told)
         if not state.close():
             return state.classes()
 
@@ -82,8 +83,10 @@ def _concatenate(pairs: list[tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
 class _State:
     """The unit graph with equal units contracted, its colours, and the maps from class to class."""
 
-    def __init__(self, units: UnitGraph, axes: dict[Axis, AxisUnits]) -> None:
+    def __init__(self, units: UnitGraph, axes: dict[Axis, AxisUnits], told: tuple[int, int]) -> None:
         self.units, self.axes = units, axes
+        # What the rules said, of single units; what was concluded since is said of whole contracted ones.
+        self.told_equal, self.told_member = units.equal[: told[0]], units.member[: told[1]]
         self.unit = self._contract()
         self.count = int(self.unit.max()) + 1
         self.first = np.zeros(self.count, np.int64)
@@ -129,6 +132,11 @@ class _State:
         tags = np.flatnonzero(self.pinned[self.unit] & ~self._is_raw())
         np.add.at(colour, self.unit[tags], mix(self.units.origin(tags) + (1 << 40)))
         colour[self.pinned] = mix(colour[self.pinned] + np.uint64(1))
+        if self._several.any():
+            # A member of one of several alike that became one unit is a member of that one, not of the others.
+            child, parent = self._members_of_several
+            pairs = np.unique(np.stack([self.unit[child].astype(np.uint64), self._places[parent]]), axis=1)
+            np.add.at(colour, pairs[0].astype(np.int64), mix(pairs[1]))
         known = 0
         while True:
             found, colours = np.unique(colour, return_inverse=True)
@@ -139,6 +147,50 @@ class _State:
             np.add.at(new, self.child, mix(mixed[self.parent] ^ np.uint64(0x5555)))
             np.add.at(new, self.parent, mix(mixed[self.child] ^ np.uint64(0x3333)))
             colour = new
+
+    @cached_property
+    def _several(self) -> NDArray[np.bool_]:
+        """The units that became one with another of their own creation."""
+        code = self.unit * (len(self.units.starts) + 1) + self.units.origin(np.arange(self.units.size))
+        _, inverse, count = np.unique(code, return_inverse=True, return_counts=True)
+        several: NDArray[np.bool_] = (count[inverse] > 1) & ~self._is_tag
+        return several
+
+    @cached_property
+    def _is_tag(self) -> NDArray[np.bool_]:
+        """The units that are no more than names of fixed positions, and lie on no column."""
+        tag = np.array([origin[0] in ("segment", "fixed") for origin in self.units.origins])
+        is_tag: NDArray[np.bool_] = tag[self.units.origin(np.arange(self.units.size))]
+        return is_tag
+
+    @cached_property
+    def _places(self) -> Hashes:
+        """What tells such units apart: how they were tied, or, where they do not move, which they are."""
+        places: Hashes = self._kinds.copy()
+        still = self.pinned[self.unit]
+        places[still] = mix(np.flatnonzero(still))
+        return places
+
+    @cached_property
+    def _members_of_several(self) -> tuple[Ids, Ids]:
+        child, parent = _concatenate(self.told_member)
+        some = self._several[parent] & (self.unit[child] != self.unit[parent])
+        return child[some], parent[some]
+
+    def _check_places(self) -> bool:
+        """Pins units made of several that nothing tells apart, though they have different members."""
+        child, parent = self._members_of_several
+        if not len(child):
+            return False
+        pairs = np.unique(np.stack([self.unit[child], parent]), axis=1)
+        members = np.zeros(self.units.size, np.uint64)
+        np.add.at(members, pairs[1], mix(pairs[0]))
+        some = np.flatnonzero(self._several & ~self.pinned[self.unit])
+        origin = self.units.origin(some)
+        alike = np.stack([self.unit[some].astype(np.uint64), origin.astype(np.uint64), self._places[some]])
+        _, first, group = np.unique(alike, axis=1, return_index=True, return_inverse=True)
+        differ = members[some] != members[some[first[group.reshape(-1)]]]
+        return self._pin([some[differ]], "equal units that look alike have different members")
 
     def _is_raw(self) -> NDArray[np.bool_]:
         is_raw = np.zeros(self.units.size, bool)
@@ -166,7 +218,7 @@ class _State:
 
     def close(self) -> bool:
         """Adds what the classes say of each other to the unit graph; True if there was anything new."""
-        if self._merge_blocks():
+        if self._check_places() or self._merge_blocks():
             return True
         new = False
         for cycle in nx.strongly_connected_components(self._class_graph()):
@@ -179,6 +231,8 @@ class _State:
                 if len(block) != len(self.members(c)):
                     new |= self._pin([self._ids(c), self.first[block]], "a unit is a member of two blocks of one kind")
                     del parents[p]
+                elif len(self.members(p)) == len(block) and self.pinned[block[0]]:
+                    new |= self._pin([self._ids(c)], "each is alone at a fixed position")
                 elif len(self.members(p)) == len(block):
                     self.units.equate(self._ids(c), self.first[block])
                     new = True
@@ -193,10 +247,25 @@ class _State:
         return any(self._check_product(c) for c in self.maps) | self._check_roles()
 
     def _merge_blocks(self) -> bool:
-        """Blocks with the same members are one block; True if there were any."""
+        """Blocks with the same members are one block; True if there were any.
+
+        Not so two of one creation: their members are parts of units that have become one, and tell them apart
+        (unless they are no more than the names of fixed positions).
+        """
         members = np.zeros(self.count, np.uint64)
         np.add.at(members, self.parent, mix(self.child))
+        raw = np.unique(_concatenate(self.units.member)[1])
+        made = np.unique(
+            np.stack([members[self.unit[raw]], self.units.origin(raw).astype(np.uint64), self.unit[raw]]), axis=1
+        )
+        _, kind, count = np.unique(made[:2], axis=1, return_inverse=True, return_counts=True)
+        twins = np.zeros(self.count, bool)
+        twins[made[2, count[kind.reshape(-1)] > 1].astype(np.int64)] = True
+        twins &= np.bincount(self.unit[~self._is_tag], minlength=self.count) > 0
         blocks = np.unique(self.parent)
+        if self._pin([self.first[blocks[twins[blocks]]]], "two blocks of one kind have the same members"):
+            return True
+        blocks = blocks[~twins[blocks]]
         _, first, group = np.unique(members[blocks], return_index=True, return_inverse=True)
         self.units.equate(self.first[blocks], self.first[blocks[first[group]]])
         return len(first) < len(blocks)
@@ -255,7 +324,7 @@ class _State:
             self.pinned[self.members(s)[0]] and self._same_blocks(p, met.a, met.a_part, s) for s in self.maps.get(p, {})
         ):
             return False
-        block = self.units.fresh(len(met.a_count), ("block", "fixed positions"))
+        block = self.units.fresh(len(met.a_count), ("fixed", "fixed positions"))
         self.units.pin(block, "blocks hold different fixed positions")
         self.units.include(self.first[met.a], block[met.a_part])
         return True
@@ -353,11 +422,11 @@ class _State:
     def _kinds(self) -> Hashes:
         """Tells raw units of one axis apart by what each was found equal to, and a member of, by itself."""
         kind = np.zeros(self.units.size, np.uint64)
-        child, parent = _concatenate(self.units.member)
-        np.add.at(kind, child, mix(mix(self.colour[self.unit[parent]]) + self.units.origin(parent).view(np.uint64)))
-        a, b = _concatenate(self.units.equal)
+        child, parent = _concatenate(self.told_member)
+        np.add.at(kind, child, mix(self.units.origin(parent)))
+        a, b = _concatenate(self.told_equal)
         # Which equality it was tells two neighbours of one origin apart.
-        sizes = [len(x) for x, _ in self.units.equal]
+        sizes = [len(x) for x, _ in self.told_equal]
         tag = np.repeat(np.arange(len(sizes)), sizes).astype(np.uint64) * np.uint64(2)
         origin = mix(self.units.origin(np.arange(self.units.size)))
         for _ in range(3):

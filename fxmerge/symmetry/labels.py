@@ -75,6 +75,7 @@ def _varying(columns: Iterable[Tensor]) -> tuple[Tensor, ...]:
 def join(units: UnitGraph, x: Labels, y: Labels, reason: str) -> Labels:
     """The labels of `f(x, y)` for a pointwise f of two tensors of one shape."""
     keep_x, keep_y = [True] * len(x.columns), [True] * len(y.columns)
+    told: list[Tensor] = []
     for i, a in enumerate(x.columns):
         for j, b in enumerate(y.columns):
             finer = relate(units, a, b, reason)
@@ -87,9 +88,11 @@ def join(units: UnitGraph, x: Labels, y: Labels, reason: str) -> Labels:
     for columns, keep, factors in ((x.columns, keep_x, y.inert), (y.columns, keep_y, x.inert)):
         for i, column in enumerate(columns):
             if relate_inert(units, column, factors, reason):
+                # The units no longer move, but still tell positions apart that are inert alike.
                 keep[i] = False
+                told.append(column)
     kept = tuple(c for c, k in zip(x.columns + y.columns, keep_x + keep_y, strict=True) if k)
-    return Labels(x.shape, kept, prune(x.inert + y.inert))
+    return Labels(x.shape, kept, prune((*x.inert, *y.inert, *told)))
 
 
 def rows_apart(units: UnitGraph, x: Labels, column: Tensor, dims: set[int]) -> None:
@@ -199,15 +202,13 @@ def move(units: UnitGraph, x: Labels, op: Callable[[Tensor], Tensor], shape: Sha
     """
     columns = [op(column) for column in x.columns]
     for column, moved in zip(x.columns, columns, strict=True):
-        before, after = core(column, support(column)), core(moved, support(moved))
-        if after.numel() < before.numel():
-            kept = np.unique(after.numpy())
-            if len(kept) < len(np.unique(before.numpy())):
-                units.segment(kept, reason)
-                if x.parameter is not None:
-                    units.use_apart(kept, np.full(len(kept), units.size, np.int64))
-                    if not support(moved):
-                        units.use(kept)
+        kept = np.unique(core(moved, support(moved)).numpy())
+        if len(kept) < len(np.unique(core(column, support(column)).numpy())):
+            units.segment(kept, reason)
+            if x.parameter is not None:
+                units.use_apart(kept, np.full(len(kept), units.size, np.int64))
+                if not support(moved):
+                    units.use(kept)
     return Labels(shape, _varying(columns), _varying(map(op, x.inert)), x.parameter)
 
 

@@ -153,7 +153,7 @@ def relate_inert(units: UnitGraph, column: Tensor, factors: Sequence[Tensor], re
     # A position elsewhere than along the column may tell rows of a parameter apart, rather than these units.
     units.pin(ids[alone], reason, final=set(support(joint)) <= set(dims))
     if not alone.all():
-        block = units.fresh(len(count), ("block", reason))
+        block = units.fresh(len(count), ("fixed", reason))
         units.pin(block, reason)
         units.include(ids[~alone], block[part[~alone]])
     return bool(alone.all())

@@ -92,7 +92,7 @@ def linear(at: Site, x: Operand, weight: Operand, bias: Operand | None = None) -
     return at.join(contract(at, [x, weight], [batch + "I", "OI"], batch + "O"), bias)
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner_product", contracts=True)
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", contracts=True)
 def matmul(at: Site, a: Operand, b: Operand, *args: Any, **kwargs: Any) -> Labels:
     batch = string.ascii_lowercase[: max(len(a.shape), len(b.shape), 2) - 2]
     term_a = "K" if len(a.shape) == 1 else batch[len(batch) - len(a.shape) + 2 :] + "MK"

@@ -41,8 +41,8 @@ def filled(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels | Tensor:
     """A constant in the shape, not with the values, of its operand."""
     if any(isinstance(a, Labels) for a in (*args, *kwargs.values())):
         return Labels(at.shape)
-    filled: Tensor = at.target(torch.empty(x.shape), *args, **kwargs)
-    return filled
+    filled: Tensor = at.target(torch.zeros(x.shape), *args, **kwargs)
+    return torch.zeros_like(filled) if "empty" in at.target._schema.name else filled
 
 
 @rule("fill")

@@ -75,6 +75,8 @@ def instance_norm(
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm")
 def batch_norm(at: Site, x: Labels, weight: Any, bias: Any, mean: Any, var: Any, training: Any, *args: Any) -> Any:
+    if training is True and isinstance(at.shape, list):
+        return batch_norm_of_batch(at, x, weight, bias)
     y = normalize(at, x, [0, *range(2, x.ndim)]) if training is True else _affine(at, x, mean, var)
     y = _affine(at, y, weight, bias)
     return [y, *(Labels(shape) for shape in at.shape[1:])] if isinstance(at.shape, list) else y
@@ -82,8 +84,10 @@ def batch_norm(at: Site, x: Labels, weight: Any, bias: Any, mean: Any, var: Any,
 
 @rule("_native_batch_norm_legit")
 def batch_norm_of_batch(at: Site, x: Labels, weight: Any, bias: Any, *args: Any) -> list[Labels]:
-    y = _affine(at, normalize(at, x, [0, *range(2, x.ndim)]), weight, bias)
-    return [y, *(Labels(shape) for shape in at.shape[1:])]
+    over = [0, *range(2, x.ndim)]
+    statistics = reduce(at.units, x, over, at.name)
+    y = _affine(at, normalize(at, x, over), weight, bias)
+    return [y, *(statistics if shape == statistics.shape else Labels(shape) for shape in at.shape[1:])]
 
 
 @rule("_weight_norm", "_weight_norm_interface")
