@@ -229,8 +229,12 @@ class _State:
                 continue
             for p, block in list(parents.items()):
                 if len(block) != len(self.members(c)):
-                    new |= self._pin([self._ids(c), self.first[block]], "a unit is a member of two blocks of one kind")
+                    part = self._fixed_blocks(c, p) if self.pinned[block[0]] else None
                     del parents[p]
+                    if part is not None:
+                        new |= self._tell_apart(c, part)
+                        continue
+                    new |= self._pin([self._ids(c), self.first[block]], "a unit is a member of two blocks of one kind")
                 elif len(self.members(p)) == len(block) and self.pinned[block[0]]:
                     new |= self._pin([self._ids(c)], "each is alone at a fixed position")
                 elif len(self.members(p)) == len(block):
@@ -245,6 +249,35 @@ class _State:
         if new:
             return True
         return any(self._check_product(c) for c in self.maps) | self._check_roles()
+
+    def _fixed_blocks(self, c: int, p: int) -> Ids | None:
+        """For every unit of class c, a number for the fixed blocks of class p that its parts are members of.
+
+        None where it is unclear which part is a member of which.
+        """
+        child, parent = _concatenate(self.told_member)
+        own = (self.colour[self.unit[child]] == c) & (self.colour[self.unit[parent]] == p)
+        child, block = child[own], self.unit[parent[own]]
+        raw = np.unique(child)
+        kinds = np.stack([self.unit[raw].astype(np.uint64), self._kinds[raw]])
+        told = len(np.unique(np.stack([self.unit[child], block]), axis=1).T)
+        if np.unique(kinds, axis=1).shape[1] < len(raw) or told < len(self.maps[c].get(p, ())):
+            return None
+        pairs = np.unique(np.stack([child, block]), axis=1)
+        seen = np.zeros(self.count, np.uint64)
+        np.add.at(seen, self.unit[pairs[0]], mix(self._kinds[pairs[0]] + mix(pairs[1])))
+        return np.unique(seen[self.members(c)], return_inverse=True)[1].astype(np.int64)
+
+    def _tell_apart(self, c: int, part: Ids) -> bool:
+        """Members of a class in different parts are not exchanged; True if that is new."""
+        members = self.members(c)
+        known = (q for q, block in self.maps[c].items() if self.pinned[block[0]] and len(block) == len(members))
+        if part.max() == 0 or any(self._same_blocks(c, members, part, q) for q in known):
+            return False
+        tag = self.units.fresh(int(part.max()) + 1, ("fixed", "members of fixed blocks"))
+        self.units.pin(tag, "members of fixed blocks")
+        self.units.include(self._ids(c), tag[part])
+        return True
 
     def _merge_blocks(self) -> bool:
         """Blocks with the same members are one block; True if there were any.
