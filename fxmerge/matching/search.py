@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 MAX_SWEEPS = 100
 
+TOLERANCE = 2e-4
+"""A step that raises the objective by a smaller share than this is taken, but is no reason to try its
+neighbours again."""
+
 
 @dataclass(frozen=True)
 class Match:
@@ -144,7 +148,8 @@ def match(
 
     The first sweep visits the classes in the order in which evidence reaches them: a class is matched
     by those of its slices whose other axes are pinned or matched already. From there, or from the
-    identity where that is better, coordinate descent in random order goes on until no step helps.
+    identity where that is better, coordinate descent in random order goes on until no step
+    helps by more than `TOLERANCE`.
     With alpha = 1 this is weight matching (Git Re-Basin, arXiv 2209.04836, algorithm 1), with
     alpha = 0 activation matching; between, the dual space of MuDSC (arXiv 2403.01753, equation 5).
 
@@ -178,7 +183,8 @@ def match(
                 bar.update()
                 if problem.improve(_best(problem, root, problem.slices)):
                     trace.append(problem.objective())
-                    stale |= neighbours[root]
+                    if trace[-1] - trace[-2] > TOLERANCE * abs(trace[-2]):
+                        stale |= neighbours[root]
         else:
             logger.warning("matching stopped after %d sweeps with steps still to be made", MAX_SWEEPS)
     return Match(Permutation(symmetry.layout, problem.images), tuple(trace), _quality(problem))

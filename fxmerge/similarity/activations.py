@@ -19,8 +19,9 @@ from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation
 
-MAX_ROWS = 4096
-"""Rows (samples times places) taken of one activation in one batch; more are subsampled evenly."""
+MAX_ENTRIES = 2**20
+"""Entries (samples times places times units) taken of one activation in one batch; rows above that are
+subsampled evenly, so that the statistics of a class of n units cost no more than n * 2**20 multiplications."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _rows(value: Tensor, tap: Tap) -> Tensor:
     """What a tap shows of an activation: shape (rows, units)."""
     others = [d for d in range(value.ndim) if d not in tap.dims]
     flat = value.permute(*others, *tap.dims).reshape(math.prod(value.shape[d] for d in others), -1)
-    limit = max(MAX_ROWS // tap.order.shape[1], 1)
+    limit = max(MAX_ENTRIES // tap.order.numel(), 2)
     if len(flat) > limit:
         flat = flat[torch.linspace(0, len(flat) - 1, limit, device=flat.device).long()]
     shown = flat[:, tap.order.to(flat.device)]
