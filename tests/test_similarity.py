@@ -7,7 +7,7 @@ import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.run import Data, batch_inputs
 from fxmerge.similarity import weights
-from fxmerge.similarity.activations import MAX_ENTRIES, correlations, find_taps
+from fxmerge.similarity.activations import MAX_ROWS, correlations, find_taps
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
 
@@ -55,7 +55,7 @@ def test_a_unit_that_never_varies_correlates_with_nothing() -> None:
 
 def test_rows_are_subsampled_above_the_limit() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    x = torch.randn(MAX_ENTRIES, 3)
+    x = torch.randn(3 * MAX_ROWS, 3)
     found, symmetry = analysed(model, x)
     state = model.state_dict()
     got = correlations(found, symmetry, (state, state), Data([x], batch_inputs(model)), ("A", "B"))[0]

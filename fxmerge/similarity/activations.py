@@ -19,9 +19,9 @@ from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation
 
-MAX_ENTRIES = 2**20
-"""Entries (samples times places times units) taken of one activation in one batch; rows above that are
-subsampled evenly, so that the statistics of a class of n units cost no more than n * 2**20 multiplications."""
+MAX_ROWS, MAX_ENTRIES = 4096, 2**20
+"""Rows (samples times places) and entries (rows times units) taken of one activation in one batch; rows above
+that are subsampled evenly, so that the statistics of a class of n units cost at most n * 2**20 multiplications."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ class _Moments:
     products: Tensor
 
     def correlation(self) -> Tensor:
+        """The correlations, in place of the sums."""
         mean = self.sums / self.rows
-        variance = (self.squares / self.rows - mean**2).clamp(min=0)
-        deviation = variance.sqrt()
-        covariance = self.products / self.rows - mean[0][:, None] * mean[1][None, :]
-        scale = deviation[0][:, None] * deviation[1][None, :]
+        deviation = (self.squares / self.rows - mean**2).clamp(min=0).sqrt()
         # A unit that never varies correlates with nothing.
-        return torch.where(scale > 1e-12, covariance / scale.clamp(min=1e-12), torch.zeros_like(covariance)).float()
+        scale = torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation))
+        covariance = self.products.div_(self.rows).addr_(mean[0], mean[1], alpha=-1)
+        return covariance.mul_(scale[0][:, None]).mul_(scale[1]).float()
 
 
 def correlations(
@@ -165,7 +165,7 @@ def _rows(value: Tensor, tap: Tap) -> Tensor:
     """What a tap shows of an activation: shape (rows, units)."""
     others = [d for d in range(value.ndim) if d not in tap.dims]
     flat = value.permute(*others, *tap.dims).reshape(math.prod(value.shape[d] for d in others), -1)
-    limit = max(MAX_ENTRIES // tap.order.numel(), 2)
+    limit = max(min(MAX_ROWS // tap.order.shape[1], MAX_ENTRIES // tap.order.numel()), 2)
     if len(flat) > limit:
         flat = flat[torch.linspace(0, len(flat) - 1, limit, device=flat.device).long()]
     shown = flat[:, tap.order.to(flat.device)]

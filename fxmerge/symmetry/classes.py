@@ -443,7 +443,7 @@ class _State:
         roles = []
         for axis, raw in self._on_axes.get(c, []):
             kinds = np.zeros(len(raw), np.uint64) if len(raw) == len(members) else self._kinds[raw]
-            for kind in np.unique(kinds):
+            for kind in dict.fromkeys(kinds.tolist()):
                 some = raw[kinds == kind]
                 some = some[np.argsort(self.unit[some])]
                 if not np.array_equal(self.unit[some], np.sort(members)):
