@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxmerge.capture import Args, Kwargs, Program, capture_program
+from fxmerge.capture import Args, Kwargs, capture_program
 from fxmerge.errors import PermutationError
+from fxmerge.program import Program
 from fxmerge.symmetry.classes import UnitClass, resolve
 from fxmerge.symmetry.permutation import AxisLayout, Permutation, build_image
 from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate

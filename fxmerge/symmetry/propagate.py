@@ -6,7 +6,7 @@ import logging
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxmerge.capture import Program
+from fxmerge.program import Program
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import Shape, core, spread, support
 from fxmerge.symmetry.labels import Labels, inert, pin
@@ -57,9 +57,9 @@ def propagate(program: Program) -> Propagation:
     splits: dict[Axis, Ids] = {}
     while True:
         found = _Walk(program, splits).run_all()
-        simpler = program.decompose(found.unknown) if found.unknown else None
+        simpler = program.aten.decompose(found.unknown) if found.unknown else None
         if simpler is not None:
-            program = simpler
+            program = replace(program, aten=simpler)
             continue
         more = _rows_used_apart(found, splits)
         if not more:
@@ -124,7 +124,7 @@ class _Walk(fx.Interpreter):
 
     def _placeholder(self, n: fx.Node) -> Any:
         shape = shape_of(n)
-        kind, name = self.program.source(n)
+        kind, name = self.program.sources[n]
         if kind == "parameter":
             return self._parameter(name, shape)
         if kind == "constant":
