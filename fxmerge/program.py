@@ -31,6 +31,7 @@ class AtenGraph:
         inputs: how the inputs are nested in (args, kwargs).
         state: the tensors of the model's state dict.
         constants: the values of all other placeholders that are not inputs.
+        example: the inputs that it was captured with, as (args, kwargs).
         exported: the exported program that the graph is from, if it is from one.
     """
 
@@ -40,6 +41,7 @@ class AtenGraph:
     inputs: pytree.TreeSpec
     state: Mapping[str, Tensor]
     constants: Mapping[str, Any]
+    example: Any = None
     exported: ExportedProgram | None = None
 
     @classmethod
@@ -51,7 +53,8 @@ class AtenGraph:
         )
         outputs = tuple(spec.kind is OutputKind.USER_OUTPUT for spec in exported.graph_signature.output_specs)
         spec, state, constants = exported.call_spec.in_spec, exported.state_dict, exported.constants
-        return cls(exported.graph_module, sources, outputs, spec, state, constants, exported)
+        example = exported.example_inputs
+        return cls(exported.graph_module, sources, outputs, spec, state, constants, example, exported)
 
     def decompose(self, ops: Iterable[Any]) -> AtenGraph | None:
         """The graph with some ops written out in simpler ones; None where torch cannot do so."""

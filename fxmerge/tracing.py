@@ -56,7 +56,8 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple
     outputs = (True,) * nested[0].num_leaves
     _Record(graph).run(*(tensors[n].detach() for n in names), *leaves)
     constants = {n: t for n, t in tensors.items() if n not in state}
-    traced = AtenGraph(graph, tuple(sources), outputs, inputs, state, constants)
+    example = tuple(args), dict(kwargs)
+    traced = AtenGraph(graph, tuple(sources), outputs, inputs, state, constants, example)
     return _with_attributes(model, graph, names, nested[0], inputs), traced
 
 

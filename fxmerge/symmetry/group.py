@@ -77,7 +77,8 @@ class Symmetry:
         units: the movable classes in the form that the algorithms use, parents before children.
         layout: where the units lie on the parameters.
         stuck: for every axis, the indices that do not move, by reason.
-        unknown: how often each op without a rule occurs.
+        unknown: how often each op occurs that has no rule, so that what it touches is pinned.
+        probed: how often each op occurs that has no rule, and whose behaviour was found by numeric trials.
         demoted: names of classes that `verify` found unsound and turned to the identity.
         error: the largest relative output error that `verify` measured, None before.
     """
@@ -86,6 +87,7 @@ class Symmetry:
     layout: tuple[AxisLayout, ...]
     stuck: Mapping[Axis, Mapping[str, Ids]]
     unknown: Mapping[str, int] = field(default_factory=dict)
+    probed: Mapping[str, int] = field(default_factory=dict)
     demoted: tuple[str, ...] = ()
     error: float | None = None
 
@@ -164,6 +166,7 @@ class Symmetry:
             )
         lines += [f"pinned: {c.name}, {c.size} indices: {c.why}" for c in pinned]
         lines += [f"no rule: {op} ({count}x)" for op, count in self.unknown.items()]
+        lines += [f"probed: {op} ({count}x)" for op, count in self.probed.items()]
         lines += [f"demoted: {name} failed verification" for name in self.demoted]
         return "\n".join(lines)
 
@@ -303,9 +306,8 @@ class Symmetry:
                 if n in gone:
                     stuck.setdefault((a.parameter, a.dim), {})[f"{self.names[n]} failed verification"] = a.index[s]
         layout = tuple(a for a in layout if a.roles)
-        return Symmetry(
-            units, layout, stuck, self.unknown, (*self.demoted, *(self.names[n] for n in sorted(gone))), self.error
-        )
+        demoted = (*self.demoted, *(self.names[n] for n in sorted(gone)))
+        return replace(self, units=units, layout=layout, stuck=stuck, demoted=demoted)
 
     def verify(
         self,
@@ -375,7 +377,8 @@ def analyse(program: Program) -> tuple[Propagation, Symmetry]:
         axis: {why: _indices(found.axes[axis], axis[1], ids) for why, ids in reasons.items()}
         for axis, reasons in resolution.pinned.items()
     }
-    return found, Symmetry(resolution.classes, tuple(layout), stuck, {str(op): n for op, n in found.unknown.items()})
+    unknown, probed = ({str(op): n for op, n in ops.items()} for ops in (found.unknown, found.probed))
+    return found, Symmetry(resolution.classes, tuple(layout), stuck, unknown, probed)
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:

@@ -8,6 +8,7 @@ from fxmerge.symmetry.rules import (
     movement,
     normalization,
     pooling,
+    recurrent,
     reduction,
 )
 from fxmerge.symmetry.rules.registry import Site, Value, contracts, find_rule, rule
@@ -24,6 +25,7 @@ __all__ = [
     "movement",
     "normalization",
     "pooling",
+    "recurrent",
     "reduction",
     "rule",
 ]
