@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import resource
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ import torch
 from invariance import machine, table
 from models import FAMILIES, find_factory, is_installed, list_models
 from models.timm_models import write_listing
-from torch import nn
 
 from fxmerge.capture import Program, capture_program
 from fxmerge.symmetry.group import Symmetry, analyse
@@ -53,14 +52,19 @@ SHORT = (
 )
 TOLERANCE = 1e-9
 STAGES = ("construct", "capture", "infer", "verify")
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Every model runs in a process of its own, forked from one in which torch is imported already."""
 
 
 # ---------------------------------------------------------------------- one model, in the worker
 
 
-def work(name: str, path: Path) -> None:
+def work(name: str, path: Path, log: Path) -> None:
     """Runs one model. The row is written after every stage, so that what was found outlives a killed process."""
+    with log.open("wb") as out:
+        os.dup2(out.fileno(), sys.stdout.fileno())
+        os.dup2(out.fileno(), sys.stderr.fileno())
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -73,7 +77,6 @@ def work(name: str, path: Path) -> None:
 
     try:
         note("construct")
-        _warm_up()
         model, args, kwargs = find_factory(name)()
         note("capture", parameters=sum(p.numel() for p in model.parameters()))
         began = time.perf_counter()
@@ -93,13 +96,6 @@ def work(name: str, path: Path) -> None:
 def _package(family: str) -> str:
     package = FAMILIES[family][0]
     return f"{package} {version(package)}"
-
-
-def _warm_up() -> None:
-    """The first capture and inference import parts of torch, which is no property of a model."""
-    program = capture_program(nn.Sequential(nn.Linear(2, 2)), (torch.zeros(2, 2),))
-    capture_program(program.exported)
-    analyse(program)
 
 
 def describe(program: Program, found: Propagation, symmetry: Symmetry) -> Row:
@@ -149,7 +145,7 @@ class Worker:
     """A process that runs one model, and where it writes its row."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: ForkServerProcess
     path: Path
     log: Path
     began: float
@@ -158,29 +154,15 @@ class Worker:
     @classmethod
     def start(cls, name: str, folder: Path, number: int) -> Worker:
         path, log = folder / f"{number}.json", folder / f"{number}.log"
-        root = str(Path(__file__).resolve().parent.parent)
-        single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        environment = {
-            **os.environ,
-            **single,
-            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-            "HF_HUB_OFFLINE": "1",
-        }
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, __file__, "--worker", name, str(path)],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+        process = CONTEXT.Process(target=work, args=(name, path, log))
+        process.start()
         return cls(name, process, path, log, time.monotonic())
 
     def poll(self, timeout: float, memory: float) -> Row | None:
         """The row, when the process has ended or has been ended because it went beyond a limit."""
-        if self.process.poll() is not None:
+        if not self.process.is_alive():
             return self._row(None)
-        self.peak = max(self.peak, _resident(self.process.pid))
+        self.peak = max(self.peak, _resident(self.process.pid or 0))
         if time.monotonic() - self.began > timeout:
             return self._row(f"took more than {timeout:g} seconds")
         if self.peak > memory * 1024:
@@ -188,9 +170,8 @@ class Worker:
         return None
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.kill()
+        self.process.join()
 
     def _row(self, limit: str | None) -> Row:
         self.stop()
@@ -200,7 +181,7 @@ class Worker:
             row = {"name": self.name, "family": self.name.partition("/")[0], "stage": "construct"}
         if row["stage"] != "done" and "failure" not in row:
             last = (self.log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-            row["failure"] = limit or f"process ended with code {self.process.returncode}: {last}"[:2000]
+            row["failure"] = limit or f"process ended with code {self.process.exitcode}: {last}"[:2000]
         row["peak_mib"] = max(row.get("peak_mib", 0), self.peak)
         return row
 
@@ -216,6 +197,9 @@ def _resident(pid: int) -> int:
 
 def run_all(names: Iterable[str], jobs: int, timeout: float, memory: float) -> Iterator[Row]:
     """The rows of models in the order in which they end."""
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    CONTEXT.set_forkserver_preload(["models.preload"])
     waiting = list(enumerate(names))[::-1]
     running: list[Worker] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -360,11 +344,7 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="run nothing, only report on the results file")
     parser.add_argument("--list", action="store_true", help="print the names of the models")
     parser.add_argument("--list-timm", action="store_true", help="write benchmarks/models/timm.txt anew")
-    parser.add_argument("--worker", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        work(options.worker[0], Path(options.worker[1]))
-        return 0
     if options.list_timm:
         write_listing()
         return 0
