@@ -259,11 +259,14 @@ def report(rows: Sequence[Row]) -> str:
             parts += [f"## {family}", table([_line(r) for r in done])]
     failed = [r for r in sorted(rows, key=lambda r: str(r["name"])) if "failure" in r]
     if failed:
-        lines = [
-            {"model": r["name"], "stage": r["stage"], "reason": r["failure"][:300].replace("|", "\\|")} for r in failed
-        ]
+        lines = [{"model": r["name"], "stage": r["stage"], "reason": _essence(r["failure"])} for r in failed]
         parts += ["## Failed", table(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _essence(failure: str) -> str:
+    """What an error says, in one cell; of the ways to capture a model, why torch.export failed."""
+    return failure.rpartition("torch.export: ")[2].partition(" Pass example inputs")[0][:300].replace("|", "\\|")
 
 
 def _summary(family: str, rows: Sequence[Row]) -> Row:

@@ -15,9 +15,9 @@ LATENT, TEXT = (2, 4, 16, 16), (2, 7, 20)
 def diffusers() -> dict[str, Factory]:
     """Denoisers with and without conditions, and autoencoders."""
     time = torch.tensor([3, 5])
-    small = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
+    small: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
     down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
-    crossed = {
+    crossed: dict[str, Any] = {
         **small,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -25,14 +25,14 @@ def diffusers() -> dict[str, Factory]:
         "attention_head_dim": 4,
         "sample_size": 16,
     }
-    coded = {
+    coded: dict[str, Any] = {
         "block_out_channels": (16, 32),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
         "latent_channels": 4,
         "norm_num_groups": 4,
     }
-    heads = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 2, "sample_size": 16}
+    heads: dict[str, Any] = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 2, "sample_size": 16}
     latent, text = torch.randn(LATENT), torch.randn(TEXT)
     return {
         "UNet2DModel": _model(

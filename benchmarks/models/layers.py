@@ -28,7 +28,7 @@ class _Head(nn.Module):
 def torch_nn() -> dict[str, Factory]:
     """Recurrent layers, transformers, attention with every option, and layers that no model above has."""
     models: dict[str, Factory] = {}
-    recurrent = {
+    recurrent: dict[str, dict[str, Any]] = {
         "": {},
         " bidirectional": {"bidirectional": True},
         " stacked": {"num_layers": 3},
@@ -47,8 +47,13 @@ def torch_nn() -> dict[str, Factory]:
     for cell in ("LSTMCell", "GRUCell", "RNNCell"):
         models[cell] = _headed(cell, 6, (BATCH, 5), input_size=5, hidden_size=6)
     source, target = (BATCH, SOURCE, 16), (BATCH, TIME, 16)
-    block = {"d_model": 16, "nhead": 4, "dim_feedforward": 24, "batch_first": True}
-    for label, more in {"": {}, " norm first": {"norm_first": True}, " gelu": {"activation": "gelu"}}.items():
+    block: dict[str, Any] = {"d_model": 16, "nhead": 4, "dim_feedforward": 24, "batch_first": True}
+    variants: dict[str, dict[str, Any]] = {
+        "": {},
+        " norm first": {"norm_first": True},
+        " gelu": {"activation": "gelu"},
+    }
+    for label, more in variants.items():
         models["TransformerEncoderLayer" + label] = _headed("TransformerEncoderLayer", 16, target, **block, **more)
         models["TransformerDecoderLayer" + label] = _headed(
             "TransformerDecoderLayer", 16, target, source, **block, **more

@@ -34,7 +34,8 @@ def _timm(name: str) -> Factory:
     def make() -> Example:
         from timm import create_model, models
 
-        channels, side, _ = models.get_pretrained_cfg(name, allow_unregistered=False).input_size
+        config = models.get_pretrained_cfg(name)
+        channels, side, _ = config.input_size if config is not None else (3, SMALLER[0], SMALLER[0])
         for smaller in SMALLER if side > SIDE else ():
             options: tuple[dict[str, Any], ...] = ({"img_size": smaller}, {})
             for more in options:

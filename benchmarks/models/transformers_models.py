@@ -13,8 +13,8 @@ CLIP: Shapes = {"pixel_values": (2, 4, 3, 32, 32)}
 AUDIO: Shapes = {"input_values": (2, 4000)}
 BOTH: Shapes = {"input_ids": (2, 12), "pixel_values": (2, 3, 64, 64)}
 
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-TEXT = {
+SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+TEXT: dict[str, Any] = {
     **SPECIAL,
     "vocab_size": 100,
     "hidden_size": 48,
@@ -23,9 +23,15 @@ TEXT = {
     "intermediate_size": 80,
     "max_position_embeddings": 64,
 }
-GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 12}
-EXPERTS = {**GROUPED, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
-SEQ2SEQ = {
+GROUPED: dict[str, Any] = {**TEXT, "num_key_value_heads": 2, "head_dim": 12}
+EXPERTS: dict[str, Any] = {
+    **GROUPED,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+}
+SEQ2SEQ: dict[str, Any] = {
     **SPECIAL,
     "vocab_size": 100,
     "d_model": 48,
@@ -38,9 +44,25 @@ SEQ2SEQ = {
     "max_position_embeddings": 64,
     "forced_eos_token_id": None,
 }
-T5 = {**SPECIAL, "vocab_size": 100, "d_model": 48, "d_kv": 10, "d_ff": 80, "num_layers": 2, "num_heads": 4}
-N_LAYER = {**SPECIAL, "vocab_size": 100, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 80}
-PATCHES = {
+T5: dict[str, Any] = {
+    **SPECIAL,
+    "vocab_size": 100,
+    "d_model": 48,
+    "d_kv": 10,
+    "d_ff": 80,
+    "num_layers": 2,
+    "num_heads": 4,
+}
+N_LAYER: dict[str, Any] = {
+    **SPECIAL,
+    "vocab_size": 100,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "n_inner": 80,
+}
+PATCHES: dict[str, Any] = {
     "hidden_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -49,9 +71,9 @@ PATCHES = {
     "patch_size": 16,
     "num_channels": 3,
 }
-STAGES = {"image_size": 64, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "num_channels": 3}
-WINDOWS = {"image_size": 64, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
-WAVE = {
+STAGES: dict[str, Any] = {"image_size": 64, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "num_channels": 3}
+WINDOWS: dict[str, Any] = {"image_size": 64, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+WAVE: dict[str, Any] = {
     **TEXT,
     "conv_dim": [16, 24],
     "conv_stride": [5, 4],
@@ -60,12 +82,12 @@ WAVE = {
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
 }
-TOWERS = {
+TOWERS: dict[str, Any] = {
     "text_config": {**TEXT, "projection_dim": 20},
     "vision_config": {**PATCHES, "projection_dim": 20},
     "projection_dim": 20,
 }
-SERIES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2], "num_time_features": 1}
+SERIES: dict[str, Any] = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2], "num_time_features": 1}
 SERIES_INPUTS: Shapes = {
     "past_values": (2, 14),
     "past_time_features": (2, 14, 1),
@@ -172,7 +194,13 @@ def _encoders() -> dict[str, Factory]:
 
 def _decoders() -> dict[str, Factory]:
     lm = "ForCausalLM"
-    latent = {"q_lora_rank": 20, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 10, "v_head_dim": 14}
+    latent: dict[str, Any] = {
+        "q_lora_rank": 20,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 10,
+        "v_head_dim": 14,
+    }
     models = {
         "GPT-2": _model("GPT2", "LMHeadModel", IDS, **N_LAYER),
         "GPT": _model("OpenAIGPT", "LMHeadModel", IDS, **N_LAYER),
@@ -370,7 +398,7 @@ def _seq2seq() -> dict[str, Factory]:
 
 def _speech() -> dict[str, Factory]:
     generation = "ForConditionalGeneration"
-    stepped = {"input_features": (2, 8, 40), "decoder_input_ids": (2, 9)}
+    stepped: dict[str, Any] = {"input_features": (2, 8, 40), "decoder_input_ids": (2, 9)}
     models = {
         "Whisper": _model(
             "Whisper",
@@ -463,8 +491,20 @@ def _vision() -> dict[str, Factory]:
     }
     models = {name: _model(prefix, classifier, IMAGE, **PATCHES) for name, prefix in patches.items()}
     models |= {name: _model(prefix, classifier, IMAGE, **STAGES, num_stages=4) for name, prefix in stages.items()}
-    resnet = {"model_type": "resnet", **STAGES, "embedding_size": 16, "layer_type": "basic", "out_features": ["stage4"]}
-    detr = {**SEQ2SEQ, "num_queries": 5, "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+    resnet: dict[str, Any] = {
+        "model_type": "resnet",
+        **STAGES,
+        "embedding_size": 16,
+        "layer_type": "basic",
+        "out_features": ["stage4"],
+    }
+    detr: dict[str, Any] = {
+        **SEQ2SEQ,
+        "num_queries": 5,
+        "use_timm_backbone": False,
+        "use_pretrained_backbone": False,
+        "backbone": None,
+    }
     return models | {
         "DINOv3": _model("DINOv3ViT", "Model", IMAGE, **PATCHES, num_register_tokens=2),
         "Swin": _model("Swin", classifier, IMAGE, **WINDOWS),
