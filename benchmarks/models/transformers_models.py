@@ -166,7 +166,13 @@ def _encoders() -> dict[str, Factory]:
             is_decoder=True,
         ),
         "CANINE": _model(
-            "Canine", "Model", IDS, **TEXT, num_hash_buckets=50, downsampling_rate=2, local_transformer_stride=4
+            "Canine",
+            "ForTokenClassification",
+            IDS,
+            **TEXT,
+            num_hash_buckets=50,
+            downsampling_rate=2,
+            local_transformer_stride=4,
         ),
         "Perceiver": _model(
             "Perceiver",
@@ -185,7 +191,9 @@ def _encoders() -> dict[str, Factory]:
         ),
         "LUKE": _model("Luke", lm, IDS, **TEXT, entity_vocab_size=20, entity_emb_size=16),
         "LayoutLM": _model("LayoutLM", lm, IDS, **TEXT, max_2d_position_embeddings=64),
-        "LiLT": _model("Lilt", "Model", IDS, **TEXT, max_2d_position_embeddings=64, channel_shrink_ratio=2),
+        "LiLT": _model(
+            "Lilt", "ForTokenClassification", IDS, **TEXT, max_2d_position_embeddings=64, channel_shrink_ratio=2
+        ),
         "MRA": _model("Mra", lm, {"input_ids": (2, 64)}, **TEXT),
         "X-MOD": _model("Xmod", lm, IDS, **TEXT, languages=["en_XX", "de_DE"], default_language="en_XX"),
         "YOSO": _model("Yoso", lm, IDS, **TEXT, use_expectation=True),
@@ -299,6 +307,8 @@ def _decoders() -> dict[str, Factory]:
         "XGLM": _model(
             "XGLM", lm, IDS, **TEXT, d_model=48, num_layers=2, attention_heads=4, ffn_dim=80, max_position_embedding=64
         ),
+        "Mixtral batched": _model("Mixtral", lm, IDS, **EXPERTS, experts_implementation="batched_mm"),
+        "Qwen3-MoE batched": _model("Qwen3Moe", lm, IDS, **EXPERTS, experts_implementation="batched_mm"),
         "StableLM": _model("StableLm", lm, IDS, **{**GROUPED, "hidden_size": 64, "head_dim": 16}),
         "dots.llm1": _model(
             "Dots1", lm, IDS, **EXPERTS, n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1
@@ -509,7 +519,7 @@ def _vision() -> dict[str, Factory]:
         "DINOv3": _model("DINOv3ViT", "Model", IMAGE, **PATCHES, num_register_tokens=2),
         "Swin": _model("Swin", classifier, IMAGE, **WINDOWS),
         "Swin V2": _model("Swinv2", classifier, IMAGE, **WINDOWS),
-        "Donut-Swin": _model("DonutSwin", "Model", IMAGE, **WINDOWS),
+        "Donut-Swin": _model("DonutSwin", "ForImageClassification", IMAGE, **WINDOWS),
         "Swin2SR": _model("Swin2SR", "ForImageSuperResolution", IMAGE, **{**WINDOWS, "image_size": 64}),
         "SegFormer": _model(
             "Segformer",
