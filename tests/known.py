@@ -26,6 +26,8 @@ def excuses(recipe: Recipe) -> list[str]:
         "groups that do not nest": len(groups) > 1,
         "two axes as one": bool(ops & {"flatten", "unflatten", "shuffle", "pixel_shuffle", "pixel_unshuffle"}),
         "rows of a parameter that are reduced": "parameter" in ops,
-        "padding": "pad" in ops or any(o in ("conv", "deconv") for o in ops),
+        "space that is padded": "pad" in ops,
+        "ops without a rule": bool(kinds & {("cell", "gru"), ("cell", "lstm")}),
+        "experts whose outputs are used apart": "experts" in ops,
     }
     return [why for why, holds in found.items() if holds]

@@ -55,4 +55,41 @@ REGRESSIONS: dict[str, tuple[str, Recipe]] = {
         INCOMPLETE,
         Recipe(((1, 2),), (("repeat", (0,), (1, "repeat")), ("linear", (1,), ("p6", 2, False))), (2,)),
     ),
+    "units padded, then a convolution": (
+        UNSOUND,
+        Recipe(
+            ((1, 2, 3),),
+            (
+                ("conv", (0,), ("p1", 4, 1, 1, 1, 0)),
+                ("pad", (1,), (2, 1)),
+                ("conv", (2,), ("p2", 2, 2, 1, 1, 0)),
+            ),
+            (3,),
+        ),
+    ),
+    "units padded, then pooled": (
+        UNSOUND,
+        Recipe(
+            ((1, 2, 3),),
+            (
+                ("conv", (0,), ("p1", 4, 1, 1, 1, 0)),
+                ("pad", (1,), (2, 1)),
+                ("pool", (2,), ("max",)),
+                ("conv", (3,), ("p2", 2, 1, 1, 1, 0)),
+            ),
+            (4,),
+        ),
+    ),
+    "GRU cell": (
+        INCOMPLETE,
+        Recipe(((1, 2),), (("cell", (0,), ("p2", 3, "gru")), ("linear", (1,), ("p9", 2, False))), (2,)),
+    ),
+    "LSTM cell": (
+        INCOMPLETE,
+        Recipe(((1, 2),), (("cell", (0,), ("p2", 3, "lstm")), ("linear", (1,), ("p9", 2, False))), (2,)),
+    ),
+    "experts, outputs used apart": (
+        INCOMPLETE,
+        Recipe(((1, 3),), (("experts", (0,), ("p3", 2, 2, False)), ("cumsum", (1,), (1,))), (2,)),
+    ),
 }
