@@ -744,7 +744,7 @@ def cell(net: Network, x: Tensor, name: str, hidden: int, kind: str) -> Tensor:
 
 # ------------------------------------------------------------------------------------ drawing
 
-LIMIT = 1500
+LIMIT = 1000
 """The largest cost of a recipe that is drawn."""
 
 _RARE = ("mask", "table", "cumsum", "pixel_shuffle", "pixel_unshuffle", "repeat", "expand", "cell", "tied")
@@ -775,7 +775,7 @@ def _draw(rng: Random) -> Recipe:
         out = d.size(3, 6)
         d.add("linear", (0,), (d.name("linear", shape[-1], out, False), out, False))
     every = [*_PROPOSE, *(k for k in _PROPOSE if k not in _RARE), *_COMMON]
-    wanted, tries = rng.randint(2, 8), 0
+    wanted, tries = rng.randint(2, 6), 0
     while len(d.steps) < wanted and tries < 40:
         tries += 1
         d.propose(rng.choice(every))

@@ -92,4 +92,8 @@ REGRESSIONS: dict[str, tuple[str, Recipe]] = {
         INCOMPLETE,
         Recipe(((1, 3),), (("experts", (0,), ("p3", 2, 2, False)), ("cumsum", (1,), (1,))), (2,)),
     ),
+    "taps of a kernel": (
+        INCOMPLETE,
+        Recipe(((1, 2, 2),), (("deconv", (0,), ("p2", 1, 2, 1, 2, 0)), ("linear", (1,), ("p3", 1, False))), (2,)),
+    ),
 }

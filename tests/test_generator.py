@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 from tests.generator import Recipe, build, random_recipe
-from tests.hunt import CRASH, EXACT, INCOMPLETE, UNSOUND, UNUSED, examine, shorten
-from tests.known import excuses
+from tests.hunt import CRASH, EXACT, INCOMPLETE, UNSOUND, UNUSED, examine, excuses, shorten
 from tests.regressions import REGRESSIONS
 
 recipes = st.builds(random_recipe, st.randoms(use_true_random=False))
@@ -33,7 +32,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @settings(
-    max_examples=int(os.environ.get("FXMERGE_EXAMPLES", "120")),
+    max_examples=int(os.environ.get("FXMERGE_EXAMPLES", "80")),
     derandomize=True,
     deadline=None,
     database=None,
