@@ -103,9 +103,9 @@ class _Cost(TorchDispatchMode):
 def cost(recipe: Recipe) -> int:
     """An estimate of how many scalar operations a recipe writes out to."""
     model, args = build(recipe)
-    with torch.no_grad(), _Cost() as counted:
+    with torch.no_grad(), _Cost() as counted:  # type: ignore[no-untyped-call]
         model(*args)
-    return counted.total
+    return int(counted.total)
 
 
 class Draft:
