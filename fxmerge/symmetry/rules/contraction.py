@@ -28,10 +28,12 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
     shape = tuple(size[letter] for letter in space)
     result = Labels(shape)
     for i, (x, term) in enumerate(zip(labels, terms, strict=True)):
-        others = "".join(t for j, t in enumerate(terms) if j != i)
+        others = [*terms[:i], *terms[i + 1 :]]
         if x.parameter is not None:
-            _use_apart(at, x, [d for d, letter in enumerate(term) if letter in out and letter in others])
-        for t in [*terms[:i], *terms[i + 1 :]]:
+            # Not so where the other operand has nothing else in common: a bias.
+            batch = {a for t in others if len(set(t) & set(term)) > 1 for a in t if a in out}
+            _use_apart(at, x, [d for d, letter in enumerate(term) if letter in batch])
+        for t in others:
             shared = {d for d, letter in enumerate(term) if letter in t}
             for column in x.columns:
                 dims = support(column)
