@@ -14,5 +14,5 @@ from fxmerge.symmetry.group import analyse
 
 torch.set_num_threads(1)
 _traced = capture_program(nn.Sequential(nn.Linear(2, 2)), (torch.zeros(2, 2),))
-_exported = capture_program(_traced.exported)
+_exported = capture_program(_traced.aten.exported)
 analyse(_exported)
