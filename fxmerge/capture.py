@@ -93,10 +93,12 @@ class _Views:
 
     @cached_property
     def analysed(self) -> AtenGraph:
-        """The graph to analyse: all that the model may do, or, where torch.export fails, what it does here."""
+        """The graph to analyse: all that the model may do, or, where torch.export fails or leaves sizes open that
+        depend on values, what it does here."""
         try:
             with quiet():
-                return AtenGraph.of(self.exported.run_decompositions({}))
+                graph = AtenGraph.of(self.exported.run_decompositions({}))
+            return graph if isinstance(self.model, ExportedProgram) or not graph.has_open_sizes else self.path[1]
         except Exception as error:
             if isinstance(self.model, ExportedProgram):
                 raise

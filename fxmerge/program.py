@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch._decomp import get_decompositions
 from torch.export import ExportedProgram
@@ -55,6 +56,13 @@ class AtenGraph:
         spec, state, constants = exported.call_spec.in_spec, exported.state_dict, exported.constants
         example = exported.example_inputs
         return cls(exported.graph_module, sources, outputs, spec, state, constants, example, exported)
+
+    @cached_property
+    def has_open_sizes(self) -> bool:
+        """Whether the size of some tensor, or some number, depends on the values of the inputs."""
+        values = pytree.tree_leaves([n.meta.get("val") for n in self.module.graph.nodes])
+        sizes = [s for v in values for s in (v.shape if isinstance(v, Tensor) else [v])]
+        return any(isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)) and s.node.hint is None for s in sizes)
 
     def decompose(self, ops: Iterable[Any]) -> AtenGraph | None:
         """The graph with some ops written out in simpler ones; None where torch cannot do so."""

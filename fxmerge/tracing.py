@@ -44,8 +44,8 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple
         nested[:] = [spec]
         return tuple(results)
 
-    # One attention op for every device and shape: the one that is written out.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    # The ops that every device has, in place of those for some.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
         graph = make_fx(
             torch.func.functionalize(run),
             tracing_mode="real",

@@ -171,6 +171,8 @@ class _Walk(fx.Interpreter):
             return args[0][args[1]]
         used = frozenset(cast(int, u.args[1]) for u in n.users if u.target is operator.getitem and u.users)
         site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used)
+        if getattr(getattr(n.target, "_schema", None), "is_mutable", False):
+            return self._write(n, args, kwargs)
         value = self._apply_rule(site, n, args, kwargs)
         if value is not NotImplemented:
             moved = {v.parameter for v in _labels_in(value)}
@@ -189,6 +191,18 @@ class _Walk(fx.Interpreter):
         for v in _labels_in((args, kwargs)):
             pin(self.found.units, v, f"{n.name}: no rule for {n.target}")
         return [inert(s) for s in site.shape] if isinstance(site.shape, list) else inert(site.shape)
+
+    def _write(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        """An op in place, which a trace leaves where it writes to a constant: all that it reads is pinned, and of what
+        it writes to, and what that is a view of, it is only known that positions differ."""
+        for v in _labels_in((args, kwargs)):
+            self._use(v)
+            pin(self.found.units, v, f"{n.name}: written in place")
+        node: Any = n
+        while isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor):
+            self.env[node] = inert(shape_of(node))
+            node = node.args[0] if node.args else None
+        return inert(shape_of(n))
 
     def _apply_rule(self, site: rules.Site, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """What the op's rule gives; NotImplemented if there is none, or it does not serve this call."""

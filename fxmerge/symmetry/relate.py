@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -39,12 +40,35 @@ def _components(count: int, rows: Ids, cols: Ids) -> tuple[int, Ids]:
     return int(parts), part.astype(np.int64)
 
 
+def _without_repeats(a: Tensor, b: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Both columns without slices along `dims` that repeat the one before: they tell nothing new of what meets."""
+    for d in dims:
+        n = a.shape[d]
+        if n > 2 and all(torch.equal(c.select(d, -1), c.select(d, -2)) for c in (a, b)):
+            new = torch.ones(n, dtype=torch.bool)
+            new[1:] = False
+            for c in (a, b):
+                moved = core(c, (d, *(e for e in support(c) if e != d))).reshape(n, -1)
+                new[1:] |= (moved[1:] != moved[:-1]).any(1)
+            kept = new.nonzero().reshape(-1)
+            a, b = (_select(c, d, kept) for c in (a, b))
+    return a, b
+
+
+def _select(column: Tensor, dim: int, kept: Tensor) -> Tensor:
+    """The column at some positions along a dimension, with stride 0 where it had it."""
+    shape = (*column.shape[:dim], len(kept), *column.shape[dim + 1 :])
+    thin = column[tuple(slice(None) if d in support(column) else slice(0, 1) for d in range(column.ndim))]
+    return (thin.index_select(dim, kept) if thin.shape[dim] > 1 else thin).expand(shape)
+
+
 def meet(a: Tensor, b: Tensor) -> Pairs | None:
     """The meetings of two columns of one shape, or None where they share no dimension."""
     dims_a, dims_b = support(a), support(b)
     shared = [d for d in dims_a if d in dims_b]
     if not shared:
         return None
+    a, b = _without_repeats(a, b, shared)
     size = math.prod(a.shape[d] for d in shared)
     at = core(a, shared + [d for d in dims_a if d not in shared]).reshape(size, -1).numpy()
     bt = core(b, shared + [d for d in dims_b if d not in shared]).reshape(size, -1).numpy()

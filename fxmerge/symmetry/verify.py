@@ -120,8 +120,9 @@ class _Probe:
         self.expected = self._run(self.state)
 
     def _run(self, state: Mapping[str, Tensor]) -> list[Tensor]:
-        self.module.load_state_dict(dict(state))
         with torch.no_grad(), torch.random.fork_rng(devices=()), _InDouble():  # type: ignore[no-untyped-call]
+            for name, tensor in self.module.state_dict(keep_vars=True).items():
+                tensor.copy_(state[name])
             torch.manual_seed(0)  # What draws random numbers, draws the same ones every time.
             outputs = pytree.tree_leaves(self.module(*self.inputs[0], **self.inputs[1]))
         return [o.detach().clone() for o in outputs if isinstance(o, Tensor)]
@@ -161,13 +162,38 @@ def _share(state: dict[str, Tensor], module: Mapping[str, Tensor]) -> None:
 
 
 class _InDouble(TorchDispatchMode):
-    """Turns what a model casts to a lower precision by itself into float64."""
+    """Turns what a model casts to a lower precision by itself into float64, the default while it lasts."""
 
     lower = (torch.float32, torch.float16, torch.bfloat16)
+
+    def __enter__(self) -> _InDouble:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self.default)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def raised(value: Any) -> Any:
             return torch.float64 if isinstance(value, torch.dtype) and value in self.lower else value
 
         args, kwargs = pytree.tree_map(raised, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _WRITTEN_OUT.get(func, func)(*args, **kwargs)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """`torch._grouped_mm`, which has no float64 kernel, for the rows of a that end at `offs`, one matrix b for each."""
+    if offs is None or a.ndim != 2 or b.ndim != 3:
+        raise NotImplementedError("grouped_mm is written out for 2-dimensional rows and stacked matrices only")
+    ends = offs.tolist()
+    out = a.new_zeros(len(a), b.shape[-1])
+    for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        out[start:end] = a[start:end] @ b[i]
+    return out
+
+
+_WRITTEN_OUT = {torch.ops.aten._grouped_mm.default: _grouped_mm}
+"""Ops that torch has no float64 kernel for."""

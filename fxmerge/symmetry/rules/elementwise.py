@@ -11,7 +11,10 @@ from fxmerge.symmetry.labels import Labels, inert
 from fxmerge.symmetry.rules.registry import Site, rule
 
 
-@rule("pointwise", "where", "masked_fill", "floor_divide", "__and__", "__or__", "__xor__")
+@rule(
+    *("pointwise", "where", "masked_fill", "floor_divide", "__and__", "__or__", "__xor__", "multiply", "divide"),
+    *("subtract", "true_divide", "log_sigmoid", "absolute", "negative", "square", "polar"),
+)
 def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     """Joins all operands. Serves every op that torch tags as pointwise."""
     operands = [at.labels(a) for a in (*args, *kwargs.values()) if isinstance(a, (Labels, Tensor))]

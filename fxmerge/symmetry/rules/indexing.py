@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry.labels import Labels, inert, move, pin
+from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce
 from fxmerge.symmetry.rules.registry import Site, rule
 
 Index = Labels | Tensor
@@ -20,9 +21,7 @@ def index(at: Site, x: Labels | Tensor, indices: Sequence[Index | None]) -> Labe
         chosen = [i.to("cpu") if isinstance(i, Tensor) else None for i in indices]
         return move(at.units, at.labels(x), lambda c: torch.ops.aten.index(c, chosen), at.shape, at.name)
     dims = [d for d, i in enumerate(indices) if i is not None]
-    rank = max(len(i.shape) for i in indices if i is not None)
-    first = dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
-    return _look_up(at, at.labels(x), dims, list(range(first, first + rank)))
+    return _look_up(at, at.labels(x), dims, [at.labels(i) for i in indices if i is not None])
 
 
 @rule("index_select")
@@ -35,13 +34,17 @@ def embedding(at: Site, weight: Labels | Tensor, chosen: Index, *args: Any, **kw
     return index(at, weight, [chosen])
 
 
-def _look_up(at: Site, x: Labels, dims: Sequence[int], out: Sequence[int]) -> Labels:
-    """`dims` of x, indexed by data, are replaced by the dimensions `out` of the result."""
+def _look_up(at: Site, x: Labels, dims: Sequence[int], chosen: Sequence[Labels]) -> Labels:
+    """`dims` of x, indexed by data, are replaced by the dimensions of the indices, which say where values differ."""
     x = pin(at.units, x, f"{at.name}: indexed by data", dims)
-    one = tuple(0 if d in dims else slice(None) for d in range(x.ndim))
-    rest = tuple(1 if d in out else n for d, n in enumerate(at.shape))
-    looked = x.map(lambda c: c[one].reshape(rest).expand(at.shape), at.shape)
-    return at.join(Labels(at.shape, looked.columns, looked.inert), inert(at.shape, out))
+    rank = max(len(i.shape) for i in chosen)
+    first = dims[0] if list(dims) == list(range(dims[0], dims[-1] + 1)) else 0
+    after = len(at.shape) - first - rank
+    rest = tuple(1 if first <= d < first + rank else n for d, n in enumerate(at.shape))
+    y = reduce(at.units, x, dims, at.name).reshape(rest).expand(at.shape)
+    for i in chosen:
+        y = at.join(y, i.reshape((*i.shape, *(1,) * after)))
+    return y
 
 
 @rule("gather")
@@ -51,11 +54,56 @@ def gather(at: Site, x: Labels | Tensor, dim: int, chosen: Index, **kwargs: Any)
     if isinstance(chosen, Tensor):
         fixed = chosen.to("cpu")
         return move(at.units, labels, lambda c: torch.gather(c, dim, fixed), at.shape, at.name)
-    labels = pin(at.units, labels, f"{at.name}: indexed by data", [dim])
-    first = torch.zeros(at.shape, dtype=torch.int64)
-    taken = move(at.units, labels, lambda c: torch.gather(c, dim, first), at.shape, at.name)
-    return at.join(taken, inert(at.shape, [dim, *_varying_dims(chosen)]))
+    # Of the other dimensions, only the first so many positions are read.
+    read = (*at.shape[:dim], labels.shape[dim], *at.shape[dim + 1 :])
+    part = tuple(slice(0, n) for n in read)
+    seen = move(at.units, labels, lambda c: c[part], read, at.name)
+    taken = reduce(at.units, pin(at.units, seen, f"{at.name}: indexed by data", [dim]), [dim], at.name, keepdim=True)
+    return at.join(taken, chosen, at.shape)
 
 
-def _varying_dims(x: Labels) -> list[int]:
-    return [d for d, n in enumerate(x.shape) if n > 1]
+@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce")
+def scatter(
+    at: Site,
+    x: Labels | Tensor,
+    dim: int,
+    chosen: Index,
+    source: Labels | Tensor | float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> Labels:
+    """Of x, and of what is written into it along `dim` at places given by data, the other dimensions move on."""
+    x, chosen, source = at.labels(x), at.labels(chosen), at.labels(source)
+    dim %= max(x.ndim, 1)
+    reason = f"{at.name}: indexed by data"
+    y = pin(at.units, x, reason, [dim])
+    written = [source] if chosen.ndim < x.ndim else [source, chosen]
+    pin(at.units, chosen, reason, [dim] if chosen.ndim == x.ndim else None)
+    for part in written:
+        if part.ndim == x.ndim:
+            part = reduce(at.units, pin(at.units, part, reason, [dim]), [dim], at.name, keepdim=True)
+            if any(n not in (1, m) for n, m in zip(part.shape, x.shape, strict=True)):
+                part = replace(pin(at.units, part, reason), shape=x.shape, columns=(), inert=())
+                y = pin(at.units, y, reason)
+        y = at.join(y, part)
+    return at.join(y, inert(at.shape, [dim]))
+
+
+@rule("index_put", "_unsafe_index_put")
+def index_put(
+    at: Site, x: Labels | Tensor, indices: Sequence[Index | None], values: Labels | Tensor, accumulate: bool = False
+) -> Labels:
+    """As a scatter: the leading dimensions, which are indexed, stay, and the others move on."""
+    labels, source = at.labels(x), at.labels(values)
+    reason = f"{at.name}: indexed by data"
+    chosen = [at.labels(i) for i in indices if i is not None]
+    for i in chosen:
+        pin(at.units, i, reason)
+    # An index of numbers stands for one dimension, a mask for as many as it has.
+    count = max(len(indices), *(i.ndim for i in chosen))
+    if any(i is None for i in indices) or source.shape[source.ndim - labels.ndim + count :] != labels.shape[count:]:
+        count = labels.ndim
+    y = pin(at.units, labels, reason, range(count))
+    lead = range(source.ndim - labels.ndim + count)
+    written = reduce(at.units, pin(at.units, source, reason, lead), lead, at.name)
+    return at.join(at.join(y, written), inert(at.shape, range(count)))

@@ -54,13 +54,55 @@ def argument(at: Site, x: Labels, dim: int | None = None, *args: Any, **kwargs: 
     return inert(at.shape)
 
 
-@rule("cumsum", "cumprod", "logcumsumexp", "diff")
-def in_order(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
-    """The result depends on the order along the dimension."""
-    if at.target._schema.name == "aten::diff":
-        dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
-    else:
-        dim = args[0] if args else kwargs["dim"]
-    pinned = pin(at.units, x, f"{at.name}: order along the dimension", [dim])
-    index = (slice(None),) * (dim % x.ndim) + (slice(0, at.shape[dim]),)
-    return at.join(pinned.map(lambda c: c[index], at.shape), inert(at.shape, [dim % x.ndim]))
+@rule("topk", "sort", "msort", "argsort")
+def order(at: Site, x: Labels, *args: Any, dim: int = -1, **kwargs: Any) -> Any:
+    """Sorted values forget where they were, which the indices tell."""
+    name, shapes = at.target._schema.name, at.shape if isinstance(at.shape, list) else [at.shape]
+    dim = next((a for a in args[name == "aten::topk" :] if isinstance(a, int) and not isinstance(a, bool)), dim) % max(
+        x.ndim, 1
+    )
+    if 1 in at.used or name == "aten::argsort":
+        x = pin(at.units, x, f"{at.name}: index along the dimension", [dim])
+    ordered = at.join(reduce(at.units, x, [dim], at.name, keepdim=True), inert(shapes[0], [dim]), shapes[0])
+    return [ordered] * len(shapes) if isinstance(at.shape, list) else ordered
+
+
+@rule("aminmax")
+def extremes(at: Site, x: Labels, dim: Dims = None, keepdim: bool = False) -> list[Labels]:
+    return [reduce_to(at, x, dim, shape) for shape in at.shape]
+
+
+@rule("histc", "bincount", "nonzero", "unique", "_unique2", "unique_consecutive")
+def unordered(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Any:
+    """Values become places: nothing moves on."""
+    pin(at.units, x, f"{at.name}: values become places")
+    return [inert(s) for s in at.shape] if isinstance(at.shape, list) else inert(at.shape)
+
+
+def _in_order(at: Site, x: Labels, dims: Sequence[int], shape: tuple[int, ...]) -> Labels:
+    """Of dimensions along which the order matters, it is only known that the result differs."""
+    dims = normalize_dims(dims, x.ndim)
+    pinned = pin(at.units, x, f"{at.name}: order along the dimension", dims)
+    return at.join(reduce(at.units, pinned, dims, at.name, keepdim=True), inert(shape, dims), shape)
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff")
+def cumulative(at: Site, x: Labels, *args: Any, dim: int = -1, **kwargs: Any) -> Any:
+    position = int(at.target._schema.name == "aten::diff")
+    dim = args[position] if len(args) > position else dim
+    if isinstance(at.shape, list):
+        return [_in_order(at, x, [dim], shape) for shape in at.shape]
+    return _in_order(at, x, [dim], at.shape)
+
+
+@rule("_fft_c2c", "_fft_r2c", "_fft_c2r")
+def fourier(at: Site, x: Labels, dims: Sequence[int], *args: Any) -> Labels:
+    return _in_order(at, x, dims, at.shape)
+
+
+@rule("view_as_real", "view_as_complex")
+def complex_parts(at: Site, x: Labels) -> Labels:
+    """The real and the imaginary part lie along a last dimension, and stay there."""
+    if len(at.shape) > x.ndim:
+        return at.join(x.reshape((*x.shape, 1)), inert(at.shape, [-1 % len(at.shape)]), at.shape)
+    return reduce(at.units, pin(at.units, x, f"{at.name}: complex parts", [-1]), [-1], at.name)
