@@ -51,12 +51,12 @@ class Propagation:
     labels: dict[str, Labels] = field(default_factory=dict)
 
 
-def propagate(program: Program) -> Propagation:
+def propagate(program: Program, find_rule: rules.Lookup = rules.find_rule) -> Propagation:
     """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
     those parameters split whose rows are used apart."""
     splits: dict[Axis, Ids] = {}
     while True:
-        found = _Walk(program, splits).run_all()
+        found = _Walk(program, splits, find_rule).run_all()
         simpler = program.decompose(found.unknown) if found.unknown else None
         if simpler is not None:
             program = simpler
@@ -97,9 +97,9 @@ class _Walk(fx.Interpreter):
     """One walk over the graph. Nodes hold `Labels`, or the values of what does not depend on the inputs or
     parameters, which is computed as it stands."""
 
-    def __init__(self, program: Program, splits: Mapping[Axis, Ids]) -> None:
+    def __init__(self, program: Program, splits: Mapping[Axis, Ids], find_rule: rules.Lookup) -> None:
         super().__init__(program.graph, garbage_collect_values=True)
-        self.program, self.splits = program, splits
+        self.program, self.splits, self.find_rule = program, splits, find_rule
         self.found = Propagation(program, UnitGraph(), {})
 
     def run_all(self) -> Propagation:
@@ -108,6 +108,7 @@ class _Walk(fx.Interpreter):
         return self.found
 
     def run_node(self, n: fx.Node) -> Any:
+        self.found.units.node = n.name
         if n.op == "placeholder":
             value = self._placeholder(n)
         elif n.op == "output":
@@ -164,7 +165,7 @@ class _Walk(fx.Interpreter):
             return args[0][args[1]]
         used = frozenset(cast(int, u.args[1]) for u in n.users if u.target is operator.getitem and u.users)
         site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used)
-        rule = rules.find_rule(n.target)
+        rule = self.find_rule(n.target)
         if rule is not None:
             value = rule(site, *args, **kwargs)
             moved = {v.parameter for v in _labels_in(value)}

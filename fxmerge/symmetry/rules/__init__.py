@@ -10,9 +10,11 @@ from fxmerge.symmetry.rules import (
     pooling,
     reduction,
 )
-from fxmerge.symmetry.rules.registry import Site, Value, contracts, find_rule, rule
+from fxmerge.symmetry.rules.registry import Lookup, Rule, Site, Value, contracts, find_rule, rule
 
 __all__ = [
+    "Lookup",
+    "Rule",
     "Site",
     "Value",
     "attention",
