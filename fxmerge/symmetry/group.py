@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -263,6 +264,46 @@ class Symmetry:
         from fxmerge.symmetry.verify import verify
 
         return verify(self, model, args, kwargs, trials=trials, generator=generator)
+
+    # ---------------------------------------------------------------------- the spec
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Writes the symmetry as a text that can be read, kept, compared and edited.
+
+        Arguments:
+            path: a file to write it to, too.
+
+        Returns:
+            JSON, from which `from_json` makes the same symmetry.
+        """
+        from fxmerge.symmetry.spec import to_json
+
+        text = to_json(self)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @staticmethod
+    def from_json(source: str | Path) -> Symmetry:
+        """Reads a symmetry that `to_json` wrote, and that may have been edited since.
+
+        Arguments:
+            source: the text itself, or the path of a file with it.
+
+        Raises:
+            SpecError: if the text is no such description, or describes no group.
+            OptionError: if its `pin` names no parameter.
+
+        Example:
+            >>> import torch, fxmerge
+            >>> mlp = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+            >>> text = fxmerge.find_symmetry(mlp, (torch.zeros(1, 2),)).to_json()
+            >>> fxmerge.Symmetry.from_json(text).to_json() == text
+            True
+        """
+        from fxmerge.symmetry.readspec import from_json
+
+        return from_json(source)
 
 
 def find_symmetry(
