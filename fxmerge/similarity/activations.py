@@ -60,10 +60,10 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
         for column in labels.columns if labels is not None else ():
             dims = support(column)
             ids = core(column, dims).reshape(-1).numpy()
-            for n in np.unique(number[ids]):
+            for n in np.unique(number[ids[number[ids] >= 0]]):
                 at = np.flatnonzero(number[ids] == n)
                 size = symmetry.units[n].size
-                if n < 0 or len(at) % size or not np.array_equal(np.unique(place[ids[at]]), np.arange(size)):
+                if len(at) % size or not np.array_equal(np.unique(place[ids[at]]), np.arange(size)):
                     continue
                 order = at[np.argsort(place[ids[at]], kind="stable")].reshape(size, -1)
                 for owner, views in symmetry.views.items():

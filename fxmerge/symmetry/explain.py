@@ -42,7 +42,7 @@ class Chain:
         start: the axis, such as "layer.weight[0]"; in `because`, the blocks.
         count: how many of its indices, or how many of the blocks.
         steps: the fewest ties that lead from there to units that were pinned; none where its own were.
-        node: the graph node that pinned them, or "conclusion"; empty if they were pinned on request, or not used.
+        node: the graph node that pinned them, or "conclusion"; empty if they were on request, or not used.
         op: the op of that node.
         reason: the reason that the symmetry gives.
         because: where the reason is a conclusion, the chain of the blocks that hold these units in place.
@@ -86,7 +86,10 @@ def explain(
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
         >>> for chain in fxmerge.explain(mlp, (torch.zeros(1, 2),), pin=["0.bias"]):
         ...     print(chain)
-        0.weight[0] (3 indices) <- linear: 0.bias[0] <- pinned: pinned on request
+        0.weight[0] (3 indices) <- linear: 0.bias[0] <- pinned: on request
+        0.weight[1] (2 indices) <- pinned: linear
+        0.bias[0] (3 indices) <- pinned: on request
+        2.weight[1] (3 indices) <- linear_1: 0.weight[0] <- linear: 0.bias[0] <- pinned: on request
     """
     return chains(*analyse(capture_program(model, args, kwargs), pin, rules))
 

@@ -21,7 +21,7 @@ Pin = str | tuple[str, int]
 Rules = Mapping[Any, Callable[..., Any]]
 """Rules by op: a name such as "mylib::op", an overload packet, or one overload."""
 
-REQUESTED = "pinned on request"
+REQUESTED = "on request"
 """The reason given for axes that a user pinned."""
 
 
