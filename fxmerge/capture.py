@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._decomp import get_decompositions
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import CaptureError
+from fxmerge.program import AtenGraph, Program, quiet
+from fxmerge.tracing import trace_around, trace_path
 
 logger = logging.getLogger(__name__)
 
@@ -26,62 +25,12 @@ Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Program:
-    """A captured model: what is emitted, and what is analysed, tied by parameter name.
-
-    Attributes:
-        module: the GraphModule to rewrite.
-        graph: the ATen graph to analyse; its placeholders are parameters, buffers, constants and inputs.
-        exported: the exported program that `graph` belongs to.
-        route: how `module` was captured.
-        parameters: the tensors that may be permuted: parameters and persistent floating-point buffers,
-            each storage under one name.
-        aliases: every name of such a tensor, mapped to the name that stands for it.
-        constants: all other tensors of the program.
-    """
-
-    module: fx.GraphModule
-    exported: ExportedProgram
-    route: str
-    parameters: Mapping[str, Tensor]
-    aliases: Mapping[str, str]
-    constants: Mapping[str, Any]
-
-    @property
-    def graph(self) -> fx.GraphModule:
-        graph: fx.GraphModule = self.exported.graph_module
-        return graph
-
-    def decompose(self, ops: Iterable[Any]) -> Program | None:
-        """The program with some ops written out in simpler ones; None where torch cannot do so."""
-        table = get_decompositions(list(ops))
-        if not table:
-            return None
-        with _quiet():
-            return replace(self, exported=self.exported.run_decompositions(dict(table)))
-
-    def source(self, node: fx.Node) -> tuple[str, str]:
-        """What a placeholder stands for: ("parameter" | "constant" | "input", name)."""
-        spec = next(s for s in self.exported.graph_signature.input_specs if s.arg.name == node.name)
-        if spec.kind is InputKind.USER_INPUT:
-            return "input", node.name
-        name = str(spec.target)
-        return ("parameter", self.aliases[name]) if name in self.aliases else ("constant", name)
-
-    def outputs(self, node: fx.Node) -> Iterator[fx.Node]:
-        """The nodes that the user sees as outputs."""
-        specs = self.exported.graph_signature.output_specs
-        for arg, spec in zip(node.args[0], specs, strict=True):  # type: ignore[arg-type]
-            if isinstance(arg, fx.Node) and spec.kind is OutputKind.USER_OUTPUT:
-                yield arg
-
-
 def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> fx.GraphModule:
     """Captures a model as a GraphModule that computes the same function.
 
     A GraphModule is kept as it is; else `torch.fx.symbolic_trace` is tried, which keeps the code
-    readable, then `torch.export` with a dynamic batch dimension.
+    readable, then `torch.export` with a dynamic batch dimension, then symbolic tracing around the submodules that
+    cannot be traced. What depends on the values of its inputs is captured along the path that the example takes.
 
     Arguments:
         model: any module, GraphModule or ExportedProgram; it is not modified.
@@ -100,7 +49,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs 
         >>> [node.op for node in gm.graph.nodes]
         ['placeholder', 'call_module', 'call_module', 'output']
     """
-    return _skeleton(model, args, dict(kwargs or {}), _Exported(model, args, dict(kwargs or {})))[0]
+    return _skeleton(_Views(model, args, dict(kwargs or {})))[0]
 
 
 def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> Program:
@@ -112,73 +61,98 @@ def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs:
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram) and not args and not kwargs and model.example_inputs is not None:
         args, kwargs = model.example_inputs
-    lazily = _Exported(model, args, kwargs)
-    module, route = _skeleton(model, args, kwargs, lazily)
-    exported = lazily.program
-    with _quiet():
-        exported = exported.run_decompositions({})
-    parameters: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    by_storage: dict[Any, str] = {}
-    constants: dict[str, Any] = dict(exported.constants)
-    for name, tensor in exported.state_dict.items():
-        if tensor.is_floating_point() or tensor.is_complex():
-            aliases[name] = by_storage.setdefault(_identity(tensor), name)
-            parameters.setdefault(aliases[name], tensor)
-        else:
-            constants[name] = tensor
-    return Program(module, exported, route, parameters, aliases, constants)
+    views = _Views(model, args, kwargs)
+    module, route = _skeleton(views)
+    return Program(module, views.analysed, route)
 
 
-def _identity(tensor: Tensor) -> Any:
-    """Equal for two tensors that are the same view of the same memory."""
-    storage = tensor.untyped_storage()
-    return storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
-
-
-class _Exported:
-    """A model exported at most once, when first asked for."""
+class _Views:
+    """What a model looks like to torch.export, and run on its example: each found at most once, when asked for."""
 
     def __init__(self, model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
+        self.failure: Exception | None = None
 
     @cached_property
-    def program(self) -> ExportedProgram:
+    def exported(self) -> ExportedProgram:
         if isinstance(self.model, ExportedProgram):
             return self.model
-        return _export(self.model, self.args, self.kwargs)
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return _export(self.model, self.args, self.kwargs)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    @cached_property
+    def path(self) -> tuple[fx.GraphModule, AtenGraph]:
+        assert isinstance(self.model, nn.Module)
+        with evaluating(self.model), quiet():
+            return trace_path(self.model, self.args, self.kwargs)
+
+    @cached_property
+    def analysed(self) -> AtenGraph:
+        """The graph to analyse: all that the model may do, or, where torch.export fails, what it does here."""
+        try:
+            with quiet():
+                return AtenGraph.of(self.exported.run_decompositions({}))
+        except Exception as error:
+            if isinstance(self.model, ExportedProgram):
+                raise
+            logger.debug("torch.export failed", exc_info=True)
+            try:
+                return self.path[1]
+            except Exception as second:
+                raise CaptureError(
+                    f"{type(self.model).__name__} cannot be analysed. torch.export: {_first_line(error)} | "
+                    f"make_fx: {_first_line(second)}. Pass example inputs that the model accepts as args and kwargs."
+                ) from second
 
 
-def _skeleton(
-    model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, exported: _Exported
-) -> tuple[fx.GraphModule, str]:
+def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
+    model = views.model
     if isinstance(model, ExportedProgram):
         return copy.deepcopy(_as_graph_module(model.module())), "exported program"
     if isinstance(model, fx.GraphModule):
         return copy.deepcopy(model).eval(), "kept"
     routes: dict[str, Callable[[], fx.GraphModule]] = {
         "symbolic_trace": lambda: fx.symbolic_trace(copy.deepcopy(model).eval()),
-        "torch.export": lambda: _as_graph_module(exported.program.module()),
+        "torch.export": lambda: _as_graph_module(views.exported.module()),
+        "symbolic_trace (leaf modules)": lambda: trace_around(model).eval(),
+        "make_fx": lambda: views.path[0],
     }
     failures = []
     for name, route in routes.items():
         try:
-            with _quiet():
+            with quiet():
                 module = route()
-                _check_same(model, module, args, kwargs)
-            fixed = name == "torch.export" and _has_fixed_batch(exported.program)
-            return module, f"{name} (fixed batch)" if fixed else name
+                _check_same(model, module, views.args, views.kwargs)
         except Exception as error:
             logger.debug("%s did not capture %s", name, type(model).__name__, exc_info=True)
-            failures.append(
-                f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            failures.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
+            continue
+        if name == "torch.export" and _has_fixed_batch(views.exported):
+            name = "torch.export (fixed batch)"
+        if name == "make_fx":
+            name = "make_fx (path of the example)"
+            logger.warning(
+                "%s depends on the values of its inputs (%s): the GraphModule follows the path that the example takes. "
+                "Load its state dict into the original class to run it on other inputs.",
+                type(model).__name__,
+                failures[1],
             )
+        return module, name
     raise CaptureError(
         f"{type(model).__name__} could not be captured as a graph. "
         + " | ".join(failures)
-        + ". Pass example inputs that the model accepts as args and kwargs; if it branches on the values of tensors, "
-        "capture the part that does not."
+        + ". Pass example inputs that the model accepts as args and kwargs; if its code depends on the values of "
+        "tensors, capture the part that does not."
     )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _as_graph_module(module: nn.Module) -> fx.GraphModule:
@@ -188,8 +162,8 @@ def _as_graph_module(module: nn.Module) -> fx.GraphModule:
 
 def _check_same(model: nn.Module, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """A trace may have baked in what it should not have: compare outputs, where there are inputs to do so."""
-    if (not args and not kwargs) or any(p.is_meta for p in model.parameters()):
-        return  # On the meta device there are no values; a model may not even run on it, though it can be exported.
+    if (not args and not kwargs) or any(t.device.type == "meta" for t in model.parameters()):
+        return
     outputs = []
     for m in (model, module):
         with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=()):
@@ -209,7 +183,7 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs) -> ExportedProgram:
             example = _at_least_two(args, kwargs) if dynamic else (args, dict(kwargs))
             shapes = pytree.tree_map(_batch_dim, example) if dynamic else (None, None)
             try:
-                with torch.no_grad(), _quiet():
+                with torch.no_grad(), quiet():
                     program = torch.export.export(
                         model,
                         example[0],
@@ -238,8 +212,6 @@ def _by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:
     """Dynamic shapes as torch.export wants them: one entry for each argument, by name where given by name."""
     if not kwargs:
         return tuple(args)
-    import inspect
-
     names = list(inspect.signature(model.forward).parameters)
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
@@ -268,11 +240,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings that capture by other libraries' means gives about their own internals."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -15,9 +15,10 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from fxmerge import validate
-from fxmerge.capture import Args, Kwargs, Program, capture_program, evaluating
+from fxmerge.capture import Args, Kwargs, capture_program, evaluating
 from fxmerge.errors import OptionError
 from fxmerge.matching.search import Match, match
+from fxmerge.program import Program
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from fxmerge.capture import Args, Program
+from fxmerge.capture import Args
 from fxmerge.errors import LoaderError
+from fxmerge.program import Program
 
 Call = tuple[Args, dict[str, Any]]
 Inputs = Callable[[Any], Call]
@@ -31,7 +32,7 @@ class Runner(fx.Interpreter):
         self.program = program
         self.state: Mapping[str, Tensor] = {}
         placeholders = program.graph.graph.find_nodes(op="placeholder")
-        self.sources = [program.source(n) for n in placeholders]
+        self.sources = [program.sources[n] for n in placeholders]
         self.examples = [n.meta["val"] for n in placeholders]
 
     def call(self, state: Mapping[str, Tensor], args: Args, kwargs: Mapping[str, Any]) -> Any:
@@ -41,7 +42,7 @@ class Runner(fx.Interpreter):
             LoaderError: if the inputs are not structured as in the example that the program was captured with.
         """
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        expected = self.program.exported.call_spec.in_spec
+        expected = self.program.aten.inputs
         if spec != expected:
             raise LoaderError(
                 f"A batch gives the inputs {_outline(args, kwargs)}, structured differently from the example that the "

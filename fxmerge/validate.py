@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxmerge.capture import Args, Program
+from fxmerge.capture import Args
 from fxmerge.errors import ArchitectureMismatchError, LoaderError, NonFiniteError, OptionError
+from fxmerge.program import Program
 from fxmerge.run import Runner
 
 Model = nn.Module | ExportedProgram

@@ -21,11 +21,6 @@ class Branches(nn.Module):
         return x.flatten(1) if x.ndim > 2 else x
 
 
-class DataDependent(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 1 if x.sum() > 0 else x - 1
-
-
 def test_a_graph_module_is_kept() -> None:
     gm = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     captured = fxmerge.capture(gm)
@@ -68,9 +63,67 @@ def test_an_exported_program_is_captured_with_its_own_example() -> None:
     assert capture_program(program).route == "exported program"
 
 
+class Raises(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("no way")
+
+
 def test_the_error_names_every_route() -> None:
-    with pytest.raises(fxmerge.CaptureError, match=r"symbolic_trace: .*torch\.export: .*branches"):
-        fxmerge.capture(DataDependent(), (torch.ones(2),))
+    with pytest.raises(fxmerge.CaptureError) as error:
+        fxmerge.capture(Raises(), (torch.ones(2),))
+    for route in ("symbolic_trace: ", "torch.export: ", r"symbolic_trace (leaf modules): ", "make_fx: "):
+        assert f"{route}" in str(error.value)
+    assert str(error.value).count("no way") == 4
+
+
+class DataDependent(nn.Module):
+    """A branch on values, an operation in place, a buffer that is not saved, and inputs and outputs that are nested."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+    def forward(self, xs: list[Tensor], *, shift: Tensor) -> dict[str, Tensor]:
+        h = self.inner(xs[0] + shift).relu_()
+        h = h * self.scale if h.sum() > 0 else h - 1
+        return {"y": self.outer(h)}
+
+
+def test_what_depends_on_values_is_captured_along_the_path_of_the_example(caplog: pytest.LogCaptureFixture) -> None:
+    model, args, kwargs = DataDependent(), ([torch.randn(4, 3)],), {"shift": torch.ones(3)}
+    program = capture_program(model, args, kwargs)
+    assert program.route == "make_fx (path of the example)"
+    assert "depends on the values of its inputs" in caplog.text
+    torch.testing.assert_close(program.module(*args, **kwargs), model(*args, **kwargs))
+    assert set(program.module.state_dict()) == set(model.state_dict())
+    symmetry = fxmerge.find_symmetry(model, args, kwargs)
+    assert [c.size for c in symmetry.classes if c.structure == "free"] == [5]
+    assert symmetry.verify(model, args, kwargs).demoted == ()
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(3, 3), OnValues()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.first(x))  # type: ignore[no-any-return]
+
+
+class OnValues(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+def test_a_submodule_that_depends_on_values_is_left_whole() -> None:
+    model = Outer()
+    program = capture_program(model, (torch.ones(2, 3),))
+    assert program.route == "symbolic_trace (leaf modules)"
+    for x in (torch.randn(5, 3), torch.randn(5, 3)):
+        torch.testing.assert_close(program.module(x), model(x))
 
 
 def test_the_model_is_not_changed() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from fxmerge.capture import Program
+from fxmerge.program import Program
 
 
 def bake(program: Program, state: Mapping[str, Tensor]) -> fx.GraphModule:

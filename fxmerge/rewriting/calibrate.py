@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fxmerge.capture import Program
 from fxmerge.errors import LoaderError
+from fxmerge.program import Program
 from fxmerge.run import Data, Runner
 
 _BATCH_NORM = ("aten::_native_batch_norm_legit_no_training", "aten::batch_norm")
@@ -20,11 +20,10 @@ _MEAN, _VARIANCE = 3, 4
 
 def batch_norm_statistics(program: Program) -> list[tuple[str, str]]:
     """Names of the running mean and variance of every normalization by running statistics."""
-    source = dict(zip(program.graph.graph.find_nodes(op="placeholder"), Runner(program).sources, strict=True))
     pairs = []
     for node in program.graph.graph.nodes:
         if _normalizes(node):
-            mean, variance = (source[node.args[i]] for i in (_MEAN, _VARIANCE))
+            mean, variance = (program.sources[node.args[i]] for i in (_MEAN, _VARIANCE))
             if mean[0] == variance[0] == "parameter":
                 pairs.append((mean[1], variance[1]))
     return list(dict.fromkeys(pairs))

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxmerge.capture import Program
 from fxmerge.errors import LoaderError, NonFiniteError
+from fxmerge.program import Program
 from fxmerge.run import Data, Runner
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import core, support

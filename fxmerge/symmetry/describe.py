@@ -30,6 +30,7 @@ def describe(symmetry: Symmetry) -> str:
         lines.append(f"{letter}: {c.size} units{where}, {moves} | {', '.join(axes + more) or 'blocks of other units'}")
     lines += [f"pinned: {c.name}, {c.size} indices: {c.why}" for c in pinned]
     lines += [f"no rule: {op} ({count}x)" for op, count in symmetry.unknown.items()]
+    lines += [f"probed: {op} ({count}x)" for op, count in symmetry.probed.items()]
     lines += [f"demoted: {name} failed verification" for name in symmetry.demoted]
     return "\n".join(lines)
 

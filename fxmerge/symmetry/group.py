@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxmerge.capture import Args, Kwargs, Program, capture_program
+from fxmerge.capture import Args, Kwargs, capture_program
 from fxmerge.errors import PermutationError
+from fxmerge.program import Program
 from fxmerge.symmetry.classes import Role, UnitClass, resolve
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
 from fxmerge.symmetry.permutation import AxisLayout, Permutation, build_image
@@ -77,7 +78,8 @@ class Symmetry:
         units: the movable classes in the form that the algorithms use, parents before children.
         layout: where the units lie on the parameters.
         stuck: for every axis, the indices that do not move, by reason.
-        unknown: how often each op without a rule occurs.
+        unknown: how often each op occurs that has no rule, so that what it touches is pinned.
+        probed: how often each op occurs that has no rule, and whose behaviour was found by numeric trials.
         demoted: names of classes that `verify` found unsound and turned to the identity.
         error: the largest relative output error that `verify` measured, None before.
     """
@@ -86,6 +88,7 @@ class Symmetry:
     layout: tuple[AxisLayout, ...]
     stuck: Mapping[Axis, Mapping[str, Ids]]
     unknown: Mapping[str, int] = field(default_factory=dict)
+    probed: Mapping[str, int] = field(default_factory=dict)
     demoted: tuple[str, ...] = ()
     error: float | None = None
 
@@ -375,7 +378,8 @@ def analyse(program: Program, pin: Iterable[Pin] = (), rules: Rules | None = Non
         axis: {why: _indices(found.axes[axis], axis[1], ids) for why, ids in reasons.items()}
         for axis, reasons in resolution.pinned.items()
     }
-    return found, Symmetry(classes, tuple(layout), stuck, {str(op): n for op, n in found.unknown.items()})
+    unknown, probed = ({str(op): n for op, n in ops.items()} for ops in (found.unknown, found.probed))
+    return found, Symmetry(classes, tuple(layout), stuck, unknown, probed)
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:

@@ -6,7 +6,7 @@ import logging
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, cast
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxmerge.capture import Program
+from fxmerge.program import Program
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import Shape, core, spread, support
 from fxmerge.symmetry.labels import Labels, inert, pin
+from fxmerge.symmetry.probe import Prober
 from fxmerge.symmetry.relate import relate
 from fxmerge.symmetry.units import Ids, UnitGraph
 
@@ -42,12 +43,14 @@ class AxisUnits:
 
 @dataclass
 class Propagation:
-    """What a walk over a program found: its units, the ops without a rule, and the labels of every node."""
+    """What a walk over a program found: its units, how often each op was met that has no rule or was probed, and the
+    labels of every node."""
 
     program: Program
     units: UnitGraph
     axes: dict[Axis, AxisUnits]
     unknown: Counter[Any] = field(default_factory=Counter)
+    probed: Counter[Any] = field(default_factory=Counter)
     labels: dict[str, Labels] = field(default_factory=dict)
 
 
@@ -55,11 +58,15 @@ def propagate(program: Program, find_rule: rules.Lookup = rules.find_rule) -> Pr
     """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
     those parameters split whose rows are used apart."""
     splits: dict[Axis, Ids] = {}
+    prober = None
     while True:
-        found = _Walk(program, splits, find_rule).run_all()
-        simpler = program.decompose(found.unknown) if found.unknown else None
-        if simpler is not None:
-            program = simpler
+        found = _Walk(program, splits, find_rule, prober).run_all()
+        if found.unknown and prober is None:
+            simpler = program.aten.decompose(found.unknown)
+            if simpler is None:
+                prober = Prober(program, set(found.unknown))
+            else:
+                program = replace(program, aten=simpler)
             continue
         more = _rows_used_apart(found, splits)
         if not more:
@@ -97,9 +104,11 @@ class _Walk(fx.Interpreter):
     """One walk over the graph. Nodes hold `Labels`, or the values of what does not depend on the inputs or
     parameters, which is computed as it stands."""
 
-    def __init__(self, program: Program, splits: Mapping[Axis, Ids], find_rule: rules.Lookup) -> None:
+    def __init__(
+        self, program: Program, splits: Mapping[Axis, Ids], find_rule: rules.Lookup, prober: Prober | None
+    ) -> None:
         super().__init__(program.graph, garbage_collect_values=True)
-        self.program, self.splits, self.find_rule = program, splits, find_rule
+        self.program, self.splits, self.find_rule, self.prober = program, splits, find_rule, prober
         self.found = Propagation(program, UnitGraph(), {})
 
     def run_all(self) -> Propagation:
@@ -125,7 +134,7 @@ class _Walk(fx.Interpreter):
 
     def _placeholder(self, n: fx.Node) -> Any:
         shape = shape_of(n)
-        kind, name = self.program.source(n)
+        kind, name = self.program.sources[n]
         if kind == "parameter":
             return self._parameter(name, shape)
         if kind == "constant":
@@ -165,19 +174,35 @@ class _Walk(fx.Interpreter):
             return args[0][args[1]]
         used = frozenset(cast(int, u.args[1]) for u in n.users if u.target is operator.getitem and u.users)
         site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used)
-        rule = self.find_rule(n.target)
-        if rule is not None:
-            value = rule(site, *args, **kwargs)
+        value = self._apply_rule(site, n, args, kwargs)
+        if value is not NotImplemented:
             moved = {v.parameter for v in _labels_in(value)}
             for v in _labels_in((args, kwargs)):
                 if v.parameter not in moved:
                     self._use(v)
             return value
-        self.found.unknown[n.target] += 1
         for v in _labels_in((args, kwargs)):
             self._use(v)
+        if self.prober is not None:
+            value = self.prober.label(site, n, args, kwargs)
+            if value is not None:
+                self.found.probed[n.target] += 1
+                return value
+        self.found.unknown[n.target] += 1
+        for v in _labels_in((args, kwargs)):
             pin(self.found.units, v, f"{n.name}: no rule for {n.target}")
         return [inert(s) for s in site.shape] if isinstance(site.shape, list) else inert(site.shape)
+
+    def _apply_rule(self, site: rules.Site, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What the op's rule gives; NotImplemented if there is none, or it does not serve this call."""
+        rule = self.find_rule(n.target)
+        if rule is None:
+            return NotImplemented
+        try:
+            return rule(site, *args, **kwargs)
+        except Exception:
+            logger.warning("the rule for %s failed at node %s, which is pinned", n.target, n.name, exc_info=True)
+            return NotImplemented
 
     def _output(self, n: fx.Node) -> None:
         for node in self.program.outputs(n):

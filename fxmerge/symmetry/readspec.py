@@ -49,6 +49,7 @@ def from_json(source: str | Path) -> Symmetry:
         layout,
         stuck,
         _typed(spec, "unknown", dict, "The spec", {}),
+        _typed(spec, "probed", dict, "The spec", {}),
         tuple(_typed(spec, "demoted", list, "The spec", [])),
         error,
     )
@@ -76,7 +77,7 @@ def _load(source: str | Path) -> dict[str, Any]:
         raise SpecError(f'{where} does not describe a symmetry: it has no entry "fxmerge": "{KIND}".')
     if spec.get("version") != VERSION:
         raise SpecError(f"{where} is of version {spec.get('version')!r}; this version of fxmerge reads {VERSION}.")
-    known = ["fxmerge", "version", "pin", "parameters", "classes", "pinned", "unknown", "demoted", "error"]
+    known = ["fxmerge", "version", "pin", "parameters", "classes", "pinned", "unknown", "probed", "demoted", "error"]
     _check_keys(spec, known, "The spec")
     return spec
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -73,7 +74,33 @@ def meet(a: Tensor, b: Tensor) -> Pairs | None:
         # A component is complete where every position sees all of its units on one side.
         complete = (full_a[0] == a_count * full_a[1]) | (full_b[0] == b_count * full_b[1])
     complete |= (a_count == 1) | (b_count == 1)
+    if full_a is not None:
+        complete &= _everywhere(at, bt, part[at[:, 0]])
     return Pairs(a_ids, b_ids, a_part, b_part, a_count, b_count, complete)
+
+
+def _everywhere(at: Ids, bt: Ids, part: Ids) -> np.ndarray:
+    """For every component, whether all its pairs meet at each place along the dimensions that one column has alone.
+
+    Arguments:
+        at: units of one column: shape (shared positions, places that are its own).
+        bt: likewise of the other.
+        part: the component of each shared position.
+    """
+    first = np.unique(part, return_index=True)[1]
+    whole = np.zeros(int(part.max()) + 1, bool)
+    for column in (at, bt):  # A column that does not depend on the shared position meets all there is.
+        still = np.ones(len(whole), bool)
+        np.logical_and.at(still, part, (column == column[first[np.unique(part, return_inverse=True)[1]]]).all(axis=1))
+        whole |= still
+    for p in np.flatnonzero(~whole):
+        rows = part == p
+        patterns = [np.unique(column[rows], axis=1).T for column in (at, bt)]
+        whole[p] = all(
+            len(np.unique(a)) * len(np.unique(b)) == len(np.unique(np.stack([a, b]), axis=1).T)
+            for a, b in product(*patterns)
+        )
+    return whole
 
 
 def relate(units: UnitGraph, a: Tensor, b: Tensor, reason: str) -> str:

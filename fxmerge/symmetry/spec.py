@@ -13,7 +13,7 @@ from fxmerge.symmetry.ranges import write_ranges
 from fxmerge.symmetry.units import Ids
 
 if TYPE_CHECKING:
-    from fxmerge.capture import Program
+    from fxmerge.program import Program
     from fxmerge.symmetry.group import Symmetry
 
 KIND, VERSION = "symmetry", 1
@@ -60,6 +60,7 @@ def to_json(symmetry: Symmetry) -> str:
         "classes": classes,
         "pinned": pinned,
         "unknown": dict(symmetry.unknown),
+        "probed": dict(symmetry.probed),
         "demoted": list(symmetry.demoted),
         "error": symmetry.error,
     }

@@ -28,6 +28,9 @@ TOLERANCE = 1e-8
 """Largest relative change of the outputs, in float64, that counts as rounding. A permutation that is not a
 symmetry changes outputs by many orders of magnitude more."""
 
+SMALLEST = 1e-6
+"""Changes of an output that is smaller than this are relative to this: it may be zero but for rounding."""
+
 
 def verify(
     symmetry: Symmetry,
@@ -133,7 +136,7 @@ class _Probe:
                 scale = float(a[finite].abs().max()) if finite.any() else 0.0
                 same = torch.equal(finite, torch.isfinite(b))
                 change = float((a[finite] - b[finite]).abs().max()) if same and finite.any() else (0.0 if same else 1.0)
-                worst = max(worst, change / scale if scale else change)
+                worst = max(worst, change / max(scale, SMALLEST))
         return worst
 
 

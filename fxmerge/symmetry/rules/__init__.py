@@ -8,6 +8,7 @@ from fxmerge.symmetry.rules import (
     movement,
     normalization,
     pooling,
+    recurrent,
     reduction,
 )
 from fxmerge.symmetry.rules.registry import Lookup, Rule, Site, Value, contracts, find_rule, rule
@@ -26,6 +27,7 @@ __all__ = [
     "movement",
     "normalization",
     "pooling",
+    "recurrent",
     "reduction",
     "rule",
 ]

@@ -187,9 +187,9 @@ def _convolve(at: Site, x: Labels, w: Labels, order: str, bias: Operand | None, 
         y = contract(at, [x, w], [n + "gi" + letters, order + taps], n + "go" + letters).reshape(at.shape)
     else:
         # Every place of the output sees a window of its own, so of space it is only known that places differ.
-        x = pin(at.units, x, f"{at.name}: space", range(x.ndim - spatial, x.ndim))
-        here: tuple[Any, ...] = (..., *(0,) * spatial)
-        x = x.map(lambda c: c[here], (*lead, channels)).reshape((*lead, groups, channels // groups))
+        space = range(x.ndim - spatial, x.ndim)
+        x = reduce(at.units, pin(at.units, x, f"{at.name}: space", space), space, at.name)
+        x = x.reshape((*lead, groups, channels // groups))
         y = contract(at, [x, w], [n + "gi", order + taps], n + "go").reshape((*at.shape[:-spatial], *(1,) * spatial))
         y = at.join(y, inert(at.shape, range(len(at.shape) - spatial, len(at.shape))), at.shape)
     return at.join(y, None if bias is None else bias.reshape((*bias.shape, *(1,) * spatial)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry.columns import Shape, shrink, support
+from fxmerge.symmetry.columns import Shape, core, shrink, spread, support
 from fxmerge.symmetry.labels import Labels, move, prune
 from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import NOTHING
@@ -64,13 +65,14 @@ def assemble(
     """The labels of a tensor put together from parts by `combine`, which acts along `dims` only.
 
     A column of the result takes one column of each part; positions from a part that has none of its
-    kind get the unit `NOTHING`. An inert column tells the parts apart, since one unit, or equal
-    constants, may come in through two of them; parts that are the same constant are alike.
+    kind, and is not uniform along it, get the unit `NOTHING`. An inert column tells the parts apart, since
+    one unit, or equal constants, may come in through two of them; parts that are the same constant are alike.
     """
-    labels = [at.labels(p) for p in parts]
 
     def kind(column: Tensor) -> tuple[int, ...]:
         return tuple(d for d in support(column) if d not in dims)
+
+    labels = _lend([at.labels(p) for p in parts], kind)
 
     def build(pieces: list[Tensor]) -> Tensor:
         used = set(dims).union(*(support(p) for p in pieces))
@@ -101,6 +103,21 @@ def assemble(
     ]
     factors.append(build([m.expand(x.shape) for m, x in zip(marks, labels, strict=True)]))
     return Labels(at.shape, tuple(columns), prune([f for f in factors if support(f)]))
+
+
+def _lend(parts: list[Labels], kind: Callable[[Tensor], tuple[int, ...]]) -> list[Labels]:
+    """Gives a column that all parts with one of its kind share to the parts that are uniform along it: padding."""
+    for k in {kind(c) for x in parts for c in x.columns} - {()}:
+        columns = [c for x in parts for c in x.columns if kind(c) == k]
+        shared = core(columns[0], k)
+        if all(support(c) == k and torch.equal(core(c, k), shared) for c in columns):
+            parts = [
+                replace(x, columns=(*x.columns, spread(shared, x.shape, k)))
+                if set(k).isdisjoint(d for c in (*x.columns, *x.inert) for d in support(c))
+                else x
+                for x in parts
+            ]
+    return parts
 
 
 def _value(part: Labels | Tensor) -> object:
@@ -147,6 +164,13 @@ def pad(at: Site, x: Labels, widths: Sequence[int], *args: Any) -> Labels:
     return x
 
 
-@rule("slice_scatter", "select_scatter")
+@rule("slice_scatter")
 def scatter_slice(at: Site, x: Labels | Tensor, source: Labels | Tensor, dim: int = 0, *args: Any) -> Labels:
     return assemble(at, [x, source], lambda c: at.target(c[0], c[1], dim, *args), [dim % len(at.shape)])
+
+
+@rule("select_scatter")
+def scatter_select(at: Site, x: Labels | Tensor, source: Labels | Tensor, dim: int, index: int) -> Labels:
+    dim %= len(at.shape)
+    thin = source.reshape((*at.shape[:dim], 1, *at.shape[dim + 1 :]))
+    return assemble(at, [x, thin], lambda c: torch.select_scatter(c[0], c[1].select(dim, 0), dim, index), [dim])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxmerge.symmetry.labels import Labels, inert, pin
+from fxmerge.symmetry.labels import Labels, inert, pin, reduce
 from fxmerge.symmetry.rules.reduction import reduce_to
 from fxmerge.symmetry.rules.registry import Site, rule
 
@@ -12,9 +12,8 @@ from fxmerge.symmetry.rules.registry import Site, rule
 def _over_space(at: Site, x: Labels, shape: tuple[int, ...], spatial: int) -> Labels:
     """Every place of the output sees some places of the input: of space it is only known that places differ."""
     space = range(len(shape) - spatial, len(shape))
-    pinned = pin(at.units, x, f"{at.name}: space", space)
-    here: tuple[Any, ...] = (..., *(slice(0, 1),) * spatial)
-    flat = pinned.map(lambda c: c[here], (*x.shape[: x.ndim - spatial], *(1,) * spatial))
+    over = range(x.ndim - spatial, x.ndim)
+    flat = reduce(at.units, pin(at.units, x, f"{at.name}: space", over), over, at.name, keepdim=True)
     return at.join(flat, inert(shape, space), shape)
 
 

@@ -1,0 +1,136 @@
+"""A captured model: what is emitted, and what is analysed, tied by parameter name."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx
+from torch._decomp import get_decompositions
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+Source = tuple[str, str]
+"""What a placeholder stands for: ("parameter" | "constant" | "input", name)."""
+
+
+@dataclass(frozen=True)
+class AtenGraph:
+    """A functional graph of ATen ops in which every node's `meta["val"]` tells shape and dtype.
+
+    Attributes:
+        module: the graph; its placeholders are parameters, buffers, constants and inputs.
+        sources: what each placeholder stands for, with the names of the model's state dict.
+        outputs: for every result of the graph, whether it is an output that the user sees.
+        inputs: how the inputs are nested in (args, kwargs).
+        state: the tensors of the model's state dict.
+        constants: the values of all other placeholders that are not inputs.
+        example: the inputs that it was captured with, as (args, kwargs).
+        exported: the exported program that the graph is from, if it is from one.
+    """
+
+    module: fx.GraphModule
+    sources: tuple[Source, ...]
+    outputs: tuple[bool, ...]
+    inputs: pytree.TreeSpec
+    state: Mapping[str, Tensor]
+    constants: Mapping[str, Any]
+    example: Any = None
+    exported: ExportedProgram | None = None
+
+    @classmethod
+    def of(cls, exported: ExportedProgram) -> AtenGraph:
+        """The graph of an exported program."""
+        sources = tuple(
+            ("input", spec.arg.name) if spec.kind is InputKind.USER_INPUT else ("parameter", str(spec.target))
+            for spec in exported.graph_signature.input_specs
+        )
+        outputs = tuple(spec.kind is OutputKind.USER_OUTPUT for spec in exported.graph_signature.output_specs)
+        spec, state, constants = exported.call_spec.in_spec, exported.state_dict, exported.constants
+        example = exported.example_inputs
+        return cls(exported.graph_module, sources, outputs, spec, state, constants, example, exported)
+
+    def decompose(self, ops: Iterable[Any]) -> AtenGraph | None:
+        """The graph with some ops written out in simpler ones; None where torch cannot do so."""
+        table = get_decompositions(list(ops))
+        if not table or self.exported is None:
+            return None
+        with quiet():
+            return AtenGraph.of(self.exported.run_decompositions(dict(table)))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model.
+
+    Attributes:
+        module: the GraphModule to rewrite.
+        aten: the graph to analyse.
+        route: how `module` was captured.
+    """
+
+    module: fx.GraphModule
+    aten: AtenGraph
+    route: str
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        return self.aten.module
+
+    @cached_property
+    def aliases(self) -> Mapping[str, str]:
+        """Every name of a tensor that may be permuted (parameters and persistent floating-point buffers),
+        mapped to the one name that stands for its memory."""
+        first: dict[Any, str] = {}
+        return {
+            name: first.setdefault(_identity(tensor), name)
+            for name, tensor in self.aten.state.items()
+            if tensor.is_floating_point() or tensor.is_complex()
+        }
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The tensors that may be permuted, each memory under one name."""
+        return {name: self.aten.state[name] for name in dict.fromkeys(self.aliases.values())}
+
+    @cached_property
+    def constants(self) -> Mapping[str, Any]:
+        """All other tensors of the program."""
+        return {**self.aten.constants, **{n: t for n, t in self.aten.state.items() if n not in self.aliases}}
+
+    @cached_property
+    def sources(self) -> Mapping[fx.Node, Source]:
+        """What each placeholder of the graph stands for, under the names of `parameters` and `constants`."""
+        placeholders: Sequence[fx.Node] = self.graph.graph.find_nodes(op="placeholder")
+        return {n: self._named(*source) for n, source in zip(placeholders, self.aten.sources, strict=True)}
+
+    def _named(self, kind: str, name: str) -> Source:
+        if kind != "parameter":
+            return kind, name
+        return ("parameter", self.aliases[name]) if name in self.aliases else ("constant", name)
+
+    def outputs(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The nodes that the user sees as outputs."""
+        for arg, seen in zip(node.args[0], self.aten.outputs, strict=True):  # type: ignore[arg-type]
+            if isinstance(arg, fx.Node) and seen:
+                yield arg
+
+
+def _identity(tensor: Tensor) -> Any:
+    """Equal for two tensors that are the same view of the same memory."""
+    storage = tensor.untyped_storage()
+    return storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch says of its own internals in warnings and, where it fails, prints: a graph of many pages."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,344 @@
+"""Probing: what an op without a rule does to the dimensions of its operands, found by numeric trials in float64.
+
+Permuting some operands' dimensions together may leave the outputs as they are (the dimensions are reduced) or
+permute them along one dimension (these move together). What is found is written like an einsum, one letter for
+every set of dimensions that move together, and labelled like one. Everything else is pinned.
+"""
+
+from __future__ import annotations
+
+import logging
+import string
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, permutations
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxmerge.program import Program
+from fxmerge.symmetry.columns import support
+from fxmerge.symmetry.labels import Labels, inert, pin, reduce
+from fxmerge.symmetry.rules.contraction import contract
+from fxmerge.symmetry.rules.registry import Site
+
+logger = logging.getLogger(__name__)
+
+TRIALS = 2
+MAX_TOGETHER = 3
+"""How many operands' dimensions are tried together."""
+MAX_ENTRIES = 2**24
+"""Ops on more entries than this are not probed."""
+
+Dim = tuple[int, int]
+"""The number of an operand and one of its dimensions."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """An op's dimensions as an einsum: one string of letters for each tensor operand and each output.
+
+    Attributes:
+        terms: for every operand, a letter per dimension, "." for one that has to be pinned.
+        outs: likewise for every output, where "." marks a dimension along which it is only known to differ.
+        nested: pairs of letters (outer, inner): the inner one may be permuted for each index of the outer by itself.
+        free: pairs of letters whose positions may be permuted across both.
+    """
+
+    terms: tuple[str, ...]
+    outs: tuple[str, ...]
+    nested: frozenset[tuple[str, str]]
+    free: frozenset[frozenset[str]]
+
+
+class Prober:
+    """Probes the ops of one program on the values that they meet in its example.
+
+    Arguments:
+        program: a captured model.
+        ops: the ops to probe.
+    """
+
+    def __init__(self, program: Program, ops: set[Any]) -> None:
+        self._values = _observe(program, ops)
+        self._known: dict[Any, Signature | None] = {}
+
+    def label(self, at: Site, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """The labels of a node's outputs, given those of its arguments; None where nothing is found."""
+        if node not in self._values:
+            return None
+        operands = [at.labels(x) for x in pytree.tree_leaves((args, kwargs), is_leaf=_is_operand) if _is_operand(x)]
+        seeds = [{d for c in x.columns for d in support(c)} for x in operands]
+        leaves = pytree.tree_leaves(self._values[node])
+        key = (node.target, tuple(map(_pattern, leaves)), tuple(map(frozenset, seeds)))
+        if key not in self._known:
+            self._known[key] = _find(node.target, *self._values[node], seeds)
+        signature = self._known[key]
+        return None if signature is None else _apply(at, operands, signature)
+
+
+def _is_operand(x: Any) -> bool:
+    return isinstance(x, (Labels, Tensor))
+
+
+def _pattern(leaf: Any) -> Any:
+    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+
+
+class _Observer(fx.Interpreter):
+    """Runs a graph and keeps what some ops are called with."""
+
+    def __init__(self, graph: fx.GraphModule, ops: set[Any]) -> None:
+        super().__init__(graph, garbage_collect_values=True)
+        self.ops = ops
+        self.seen: dict[fx.Node, tuple[Any, Any]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and n.target in self.ops:
+            self.seen[n] = pytree.tree_map_only(Tensor, Tensor.clone, self.fetch_args_kwargs_from_env(n))
+        return super().run_node(n)
+
+
+def _observe(program: Program, ops: set[Any]) -> dict[fx.Node, tuple[Any, Any]]:
+    example = program.aten.example
+    if example is None or any(t.device.type == "meta" for t in program.aten.state.values()):
+        return {}
+    inputs = iter(pytree.tree_leaves(example))
+    values = [
+        next(inputs) if kind == "input" else {**program.parameters, **program.constants}[name]
+        for kind, name in program.sources.values()
+    ]
+    observer = _Observer(program.graph, ops)
+    with torch.no_grad():
+        observer.run(*values)
+    return observer.seen
+
+
+@dataclass
+class _Op:
+    """An op as a function of its tensor operands, with what it gives for two sets of values."""
+
+    call: Callable[[Sequence[Tensor]], list[Tensor]]
+    given: list[list[Tensor]]
+    expected: list[list[Tensor]]
+
+    @classmethod
+    def make(cls, target: Any, args: Any, kwargs: Any) -> _Op | None:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if sum(leaves[i].numel() for i in places) > MAX_ENTRIES:
+            return None
+
+        def call(tensors: Sequence[Tensor]) -> list[Tensor]:
+            full = list(leaves)
+            for i, t in zip(places, tensors, strict=True):
+                full[i] = t.clone()
+            again, by_name = pytree.tree_unflatten(full, spec)
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(0)
+                return [y for y in pytree.tree_leaves(target(*again, **by_name)) if isinstance(y, Tensor)]
+
+        actual = [leaves[i].double() if leaves[i].is_floating_point() else leaves[i] for i in places]
+        generator = torch.Generator().manual_seed(0)
+        noisy = [_perturb(t, generator) for t in actual]
+        try:
+            expected = [call(actual), call(noisy)]
+        except Exception:
+            logger.debug("%s cannot be probed in float64", target, exc_info=True)
+            return None
+        if any(not y.numel() or bool((y == y.reshape(-1)[0]).all()) for ys in expected for y in ys):
+            return None  # Nothing can be learnt from an output that has but one value.
+        return cls(call, [actual, noisy], expected)
+
+    def maps(self, moved: Callable[[list[Tensor]], list[Tensor]], out: Callable[[list[Tensor]], list[Tensor]]) -> bool:
+        """Whether moving the operands moves the outputs."""
+        try:
+            return all(_same(self.call(moved(g)), out(e)) for g, e in zip(self.given, self.expected, strict=True))
+        except Exception:
+            return False
+
+
+def _perturb(t: Tensor, generator: torch.Generator) -> Tensor:
+    if not t.is_floating_point():
+        return t
+    noise = torch.rand(t.shape, dtype=t.dtype, generator=generator).to(t.device)
+    return torch.where(t == 0, 0.1 * (noise - 0.5), t * (0.7 + 0.6 * noise))
+
+
+def _same(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
+    for x, y in zip(xs, ys, strict=True):
+        if x.shape != y.shape:
+            return False
+        if not x.is_floating_point():
+            if not torch.equal(x, y):
+                return False
+        elif not torch.allclose(
+            x, y, rtol=1e-9, atol=1e-9 * float(y.abs().max().nan_to_num(1.0, 1.0, 1.0)), equal_nan=True
+        ):
+            return False
+    return True
+
+
+def _find(target: Any, args: Any, kwargs: Any, seeds: Sequence[set[int]]) -> Signature | None:
+    op = _Op.make(target, args, kwargs)
+    if op is None:
+        return None
+    tensors, outputs = op.given[0], op.expected[0]
+    terms = [["."] * t.ndim for t in tensors]
+    outs = [["."] * y.ndim for y in outputs]
+    letters = iter(string.ascii_letters)
+    for seed in [(i, d) for i, dims in enumerate(seeds) for d in sorted(dims)]:
+        if terms[seed[0]][seed[1]] == ".":
+            for together in _candidates(seed, tensors, terms):
+                found = _moves(op, together, outputs, outs)
+                if found is not None:
+                    letter = next(letters)
+                    for i, d in together:
+                        terms[i][d] = letter
+                    for out, to in zip(outs, found, strict=True):
+                        if to is not None:
+                            out[to] = letter
+                    break
+    shapes = _Shapes(op, ["".join(t) for t in terms], ["".join(o) for o in outs])
+    pairs = {(t[a], t[b]) for t, s in zip(terms, seeds, strict=True) for a, b in permutations(s, 2)}
+    pairs = {p for p in pairs if "." not in p}
+    nested = frozenset(p for p in pairs if shapes.is_nested(*p))
+    free = frozenset(frozenset(p) for p in pairs if frozenset(p) and shapes.is_free(*p))
+    return Signature(tuple(shapes.terms), tuple(shapes.outs), nested, free)
+
+
+def _candidates(seed: Dim, tensors: Sequence[Tensor], terms: Sequence[Sequence[str]]) -> Iterator[tuple[Dim, ...]]:
+    """Sets of dimensions of one size, the seed among them, one of each operand, the small sets first."""
+    size = tensors[seed[0]].shape[seed[1]]
+    others = [
+        (i, d)
+        for i, t in enumerate(tensors)
+        for d in range(t.ndim)
+        if i != seed[0] and t.shape[d] == size and terms[i][d] == "."
+    ]
+    for count in range(MAX_TOGETHER):
+        for more in combinations(others, count):
+            if len({i for i, _ in more}) == count:
+                yield (seed, *more)
+
+
+def _moves(
+    op: _Op, together: Sequence[Dim], outputs: Sequence[Tensor], outs: Sequence[Sequence[str]]
+) -> list[int | None] | None:
+    """Where each output moves if these dimensions are permuted alike: a dimension, or None if it does not move.
+
+    None in place of the list if some output does neither.
+    """
+    size = op.given[0][together[0][0]].shape[together[0][1]]
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(size, generator=generator) if size > 2 else torch.tensor([1, 0]) for _ in range(TRIALS)]
+    choices: list[list[int | None]] = [
+        [None, *(d for d in range(y.ndim) if y.shape[d] == size and out[d] == ".")]
+        for y, out in zip(outputs, outs, strict=True)
+    ]
+    found: list[int | None] = []
+    for number, options in enumerate(choices):
+        fitting = [o for o in options if all(_moves_to(op, together, order, number, o) for order in orders)]
+        if not fitting:
+            return None
+        found.append(fitting[0])
+    return found
+
+
+def _moves_to(op: _Op, together: Sequence[Dim], order: Tensor, number: int, option: int | None) -> bool:
+    def moved(tensors: list[Tensor]) -> list[Tensor]:
+        tensors = list(tensors)
+        for i, d in together:
+            tensors[i] = tensors[i].index_select(d, order)
+        return tensors
+
+    try:
+        return all(
+            _same([op.call(moved(g))[number]], [e[number] if option is None else e[number].index_select(option, order)])
+            for g, e in zip(op.given, op.expected, strict=True)
+        )
+    except Exception:
+        return False
+
+
+@dataclass
+class _Shapes:
+    """An op with its letters, to test permutations of the positions of two letters together."""
+
+    op: _Op
+    terms: list[str]
+    outs: list[str]
+
+    def is_nested(self, outer: str, inner: str) -> bool:
+        """Whether the inner letter may be permuted for each index of the outer by itself."""
+        if any(inner in term and outer not in term for term in self.terms):
+            return False
+        return self._holds(
+            outer, inner, lambda n, m, g: torch.rand(n, m, generator=g).argsort(1) + m * torch.arange(n)[:, None]
+        )
+
+    def is_free(self, outer: str, inner: str) -> bool:
+        """Whether the positions of both letters may be permuted at will."""
+        if any((inner in term) != (outer in term) for term in (*self.terms, *self.outs)):
+            return False
+        return self._holds(outer, inner, lambda n, m, g: torch.randperm(n * m, generator=g).reshape(n, m))
+
+    def _holds(self, outer: str, inner: str, choose: Callable[[int, int, torch.Generator], Tensor]) -> bool:
+        term, t = next((t, x) for t, x in zip(self.terms, self.op.given[0], strict=True) if outer in t and inner in t)
+        n, m = t.shape[term.index(outer)], t.shape[term.index(inner)]
+        order = choose(n, m, torch.Generator().manual_seed(0)).reshape(-1)
+
+        def mover(terms: Sequence[str]) -> Callable[[list[Tensor]], list[Tensor]]:
+            def move(tensors: list[Tensor]) -> list[Tensor]:
+                return [
+                    _permute(x, (t.index(outer), t.index(inner)), order) if outer in t and inner in t else x
+                    for x, t in zip(tensors, terms, strict=True)
+                ]
+
+            return move
+
+        return self.op.maps(mover(self.terms), mover(self.outs))
+
+
+def _permute(x: Tensor, dims: tuple[int, int], order: Tensor) -> Tensor:
+    """x with the positions along two dimensions, taken as one, in another order."""
+    last = x.movedim(dims, (-2, -1))
+    return last.flatten(-2).index_select(-1, order).reshape(last.shape).movedim((-2, -1), dims)
+
+
+def _apply(at: Site, operands: Sequence[Labels], signature: Signature) -> Any:
+    """The labels that an einsum with this signature would give, once what has to stay is pinned."""
+    reason = f"{at.name}: probed"
+    spare = (c for c in string.ascii_letters if not any(c in t for t in (*signature.terms, *signature.outs)))
+    ready, terms = [], []
+    for x, term in zip(operands, signature.terms, strict=True):
+        x = pin(at.units, x, reason, [d for d, letter in enumerate(term) if letter == "."])
+        for column in x.columns:
+            dims = support(column)
+            if len(dims) > 2:
+                x = pin(at.units, x, reason, dims)
+            elif len(dims) == 2:
+                x = _pair(at, x, term, dims, signature, reason)
+        ready.append(x)
+        terms.append("".join(next(spare) if letter == "." else letter for letter in term))
+    shapes = at.shape if isinstance(at.shape, list) else [at.shape]
+    results = []
+    for shape, out in zip(shapes, signature.outs, strict=True):
+        kept = "".join(letter for letter in out if letter != ".")
+        y = contract(at, ready, terms, kept)
+        y = y.reshape(tuple(1 if letter == "." else n for letter, n in zip(out, shape, strict=True)))
+        results.append(at.join(y, inert(shape, [d for d, letter in enumerate(out) if letter == "."]), shape))
+    return results if isinstance(at.shape, list) else results[0]
+
+
+def _pair(at: Site, x: Labels, term: str, dims: tuple[int, ...], signature: Signature, reason: str) -> Labels:
+    """Holds back a column along two dimensions as far as the op does not let it move."""
+    a, b = term[dims[0]], term[dims[1]]
+    if frozenset((a, b)) in signature.free:
+        return x
+    for outer, inner in ((a, b), (b, a)):
+        if (outer, inner) in signature.nested:
+            return at.join(x, reduce(at.units, x, [term.index(inner)], reason, keepdim=True), x.shape)
+    return pin(at.units, x, reason, dims)

@@ -1,0 +1,67 @@
+"""Random architectures against the exact oracle: nothing is claimed that is no symmetry, and nothing is missed.
+
+`FXMERGE_EXAMPLES=5000 pytest tests/test_generator.py` tries more of them; `python -m tests.hunt 5000` does not stop
+at the first failure.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import strategies as st
+
+from tests.generator import Recipe, build, random_recipe
+from tests.hunt import CRASH, EXACT, INCOMPLETE, UNSOUND, UNUSED, examine, excuses, shorten
+from tests.regressions import REGRESSIONS
+
+recipes = st.builds(random_recipe, st.randoms(use_true_random=False))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@settings(
+    max_examples=int(os.environ.get("FXMERGE_EXAMPLES", "50")),
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(recipes)
+def test_symmetry_of_random_architectures(recipe: Recipe) -> None:
+    finding = examine(recipe)
+    event(finding.state)
+    excused = finding.state == UNUSED or (finding.state == INCOMPLETE and excuses(recipe))
+    if finding.state != EXACT and not excused:
+        short = shorten(recipe, finding.state)
+        pytest.fail(f"{finding.state}: {short}\n{examine(short).detail}")
+
+
+def test_recipes_are_plain_data() -> None:
+    recipe = random_recipe(Random(0))
+    assert eval(repr(recipe)) == recipe
+    (a, x), (b, y) = build(recipe), build(recipe)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(a(*x), b(*y), strict=True))
+
+
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_regression(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    state, recipe = REGRESSIONS[name]
+    with caplog.at_level(logging.ERROR):
+        finding = examine(recipe)
+    if state in (UNSOUND, CRASH) and finding.state == state:
+        pytest.xfail(f"known to be {state}")
+    assert finding.state == state, f"now {finding.state}: change what REGRESSIONS says\n{finding.detail}"
