@@ -27,3 +27,7 @@ class OptionError(FxmergeError, ValueError):
 
 class PermutationError(FxmergeError, ValueError):
     """A permutation and the state dict or symmetry it is used with do not belong together."""
+
+
+class SpecError(FxmergeError, ValueError):
+    """A symmetry that was read or handed in is malformed, or is not one of the model it is used with."""

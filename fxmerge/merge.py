@@ -25,7 +25,8 @@ from fxmerge.rewriting.combine import average
 from fxmerge.run import Data, Inputs, batch_inputs
 from fxmerge.similarity.activations import correlations
 from fxmerge.symmetry.group import Symmetry, analyse
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagate import Propagation, propagate
+from fxmerge.symmetry.spec import check_fits
 from fxmerge.validate import Model, name_of
 
 ALPHA = 0.5
@@ -43,6 +44,7 @@ def merge(
     device: str | torch.device | None = None,
     progress: bool | None = None,
     verify: bool = True,
+    symmetry: Symmetry | None = None,
     inputs: Inputs | None = None,
     args: Args = (),
     kwargs: Kwargs | None = None,
@@ -64,7 +66,8 @@ def merge(
         seed: seed of the random order of the search.
         device: where to work and where the result is; by default where `gm_a` is.
         progress: whether to show progress; None shows it on a terminal.
-        verify: whether to prove the inferred symmetry on `gm_a` itself, in float64, before it is used.
+        verify: whether to prove the symmetry on `gm_a` itself, in float64, before it is used.
+        symmetry: the symmetry to use in place of an inferred one, as from `find_symmetry` or `Symmetry.from_json`.
         inputs: turns a batch of the loader into (args, kwargs) of the model, where the default does not fit.
         args: example inputs, needed only without a loader.
         kwargs: example inputs by keyword.
@@ -80,6 +83,7 @@ def merge(
         LoaderError: if the loader is empty or its batches do not fit.
         NonFiniteError: if a weight or an activation is NaN or infinite.
         OptionError: if an argument is out of range.
+        SpecError: if `symmetry` is not one of these models.
 
     Example:
         >>> import torch, fxmerge
@@ -99,6 +103,7 @@ def merge(
         device=device,
         progress=progress,
         verify=verify,
+        symmetry=symmetry,
         inputs=inputs,
         args=args,
         kwargs=kwargs,
@@ -115,6 +120,7 @@ def merge_many(
     device: str | torch.device | None = None,
     progress: bool | None = None,
     verify: bool = True,
+    symmetry: Symmetry | None = None,
     inputs: Inputs | None = None,
     args: Args = (),
     kwargs: Kwargs | None = None,
@@ -136,7 +142,7 @@ def merge_many(
         raise OptionError(f"merge_many takes two or more models, not {len(models)}.")
     shares = validate.check_weights(weights, len(models))
     job = _prepare(models, loader, alpha, device, progress, inputs, args, kwargs)
-    found, symmetry = job.symmetry(verify)
+    found, symmetry = job.symmetry(symmetry, verify)
     matches = [job.match(found, symmetry, other, alpha=alpha, seed=seed) for other in range(1, len(models))]
     with job.timed("rewriting"):
         states = [job.states[0], *(m.permutation.apply(s) for m, s in zip(matches, job.states[1:], strict=True))]
@@ -158,6 +164,7 @@ def align(
     device: str | torch.device | None = None,
     progress: bool | None = None,
     verify: bool = True,
+    symmetry: Symmetry | None = None,
     inputs: Inputs | None = None,
     args: Args = (),
     kwargs: Kwargs | None = None,
@@ -178,7 +185,7 @@ def align(
         {'0.weight[0]': [0, 1, 2, 3, 4, 5, 6, 7]}
     """
     job = _prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
-    found, symmetry = job.symmetry(verify)
+    found, symmetry = job.symmetry(symmetry, verify)
     matched = job.match(found, symmetry, 1, alpha=alpha, seed=seed)
     with job.timed("rewriting"):
         aligned = bake(job.program, matched.permutation.apply(job.states[1]))
@@ -203,9 +210,14 @@ class _Job:
     def timed(self, stage: str) -> AbstractContextManager[None]:
         return _timed(self.seconds, stage)
 
-    def symmetry(self, verify: bool) -> tuple[Propagation, Symmetry]:
+    def symmetry(self, given: Symmetry | None, verify: bool) -> tuple[Propagation, Symmetry]:
+        """The labels of the program, and the symmetry given or else inferred."""
         with self.timed("symmetry"):
-            found, symmetry = analyse(self.program)
+            if given is None:
+                found, symmetry = analyse(self.program)
+            else:
+                check_fits(given, self.program)
+                found, symmetry = propagate(self.program), given
         if verify:
             with self.timed("verification"):
                 symmetry = symmetry.verify(self.model, *self.example)

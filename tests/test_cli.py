@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import sys
+from pathlib import Path
+from typing import Any
 
-from fxmerge import OptionError, cli, demo
+import pytest
+import torch
+from torch import nn
+
+import fxmerge
+from fxmerge import OptionError, cli, demo, sources
+from fxmerge.capture import capture_program
+from fxmerge.inspection import free_entries
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +70,8 @@ def test_the_command_prints_the_table(
         (["demo", "--arch", "mlp"], "invalid choice: 'mlp'"),
         (["demo", "--seed", "-1"], "a seed is a whole number from 0 to 2147483647, not '-1'"),
         (["demo", "--seed", "x"], "a seed is a whole number from 0 to 2147483647, not 'x'"),
+        (["inspect"], "required: model"),
+        (["inspect", "a:b", "--config", "x"], "write key=value, not 'x'"),
     ],
 )
 def test_wrong_arguments_exit_with_2(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,3 +95,128 @@ def test_options_of_run_are_checked() -> None:
         demo.run("mlp")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="epochs is 0"):
         demo.run(epochs=0)
+
+
+def mlp(hidden: int = 5) -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(nn.Linear(3, hidden), nn.ReLU(), nn.Linear(hidden, 2)), torch.zeros(1, 3)
+
+
+def module_only() -> nn.Module:
+    return mlp()[0]
+
+
+def by_keyword() -> tuple[nn.Module, tuple[()], dict[str, torch.Tensor]]:
+    return mlp()[0], (), {"input": mlp()[1]}
+
+
+def number() -> int:
+    return 3
+
+
+def test_inspect_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "tests.test_cli:mlp", "--verify", "--config", "hidden=6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a: 6 units, 6! | 0.weight(a _), 0.bias(a), 2.weight(_ a)"
+    assert "free: 94.7% of 38 parameter entries lie on an axis that moves" in lines
+    assert "captured by: symbolic_trace" in lines
+    assert any(line.startswith("verified: outputs change by ") for line in lines)
+    assert lines[-1].startswith("seconds: capture ")
+
+
+def test_inspect_shows_chains_and_takes_pins(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "tests.test_cli:mlp", "--chains", "--pin", "0.bias"]) == 0
+    out = capsys.readouterr().out
+    assert "0.weight[0] (5 indices) <- linear: 0.bias[0] <- pinned: on request" in out.splitlines()
+    assert "free: 0.0% of 32" in out
+
+
+def test_inspect_writes_the_spec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "spec.json"
+    assert cli.main(["inspect", "tests.test_cli:mlp", "--json", str(path)]) == 0
+    assert str(fxmerge.Symmetry.from_json(path)) in capsys.readouterr().out
+    assert cli.main(["inspect", "tests.test_cli:mlp", "--json", str(tmp_path / "no" / "spec.json")]) == 1
+    assert capsys.readouterr().err.startswith("fxmerge: The spec cannot be written: ")
+
+
+def test_inspect_names_probed_ops(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "tests.test_symmetry:Sorts", "--input", "4x3"]) == 0
+    assert "probed: aten.sort.default (1x)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["module_only", "by_keyword"])
+def test_what_a_factory_may_return(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--input", "1x3"] if name == "module_only" else []
+    assert cli.main(["inspect", f"tests.test_cli:{name}", *given]) == 0
+    assert capsys.readouterr().out.startswith("a: 5 units, 5! |")
+
+
+def test_inspect_of_a_library_on_the_meta_device(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    asked = ["inspect", "torchvision:resnet18", "--device", "meta", "--input", "2x3x64x64"]
+    assert cli.main(asked) == 0
+    assert "free: 100.0% of 11,699,112 parameter entries" in capsys.readouterr().out
+    assert cli.main([*asked, "--verify"]) == 1
+    assert "A model on the meta device has no values to verify" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "sentence"),
+    [
+        ("resnet18", [], "'resnet18' names no model; write package.module:factory"),
+        ("torchvision:resnet19", [], "torchvision has no model 'resnet19'. Did you mean 'resnet18'"),
+        ("no_such_package:f", [], "'no_such_package' cannot be imported: No module named 'no_such_package'"),
+        ("tests.test_cli:nothing", [], "'tests.test_cli' has no function 'nothing'"),
+        ("tests.test_cli:number", [], "must return a module, (module, args) or (module, args, kwargs)"),
+        ("tests.test_cli:mlp", ["--config", "width=3"], "tests.test_cli:mlp cannot be built: TypeError"),
+        ("tests.test_cli:mlp", ["--input", "3,4"], "'3,4' is no shape of an input; write 1x3x224x224"),
+        ("tests.test_cli:mlp", ["--input", "3x4:nn"], "'3x4:nn' is no shape of an input"),
+        ("tests.test_cli:mlp", ["--input", "3x4"], "could not be captured as a graph"),
+        ("tests.test_cli:mlp", ["--pin", "x"], "pin names no parameter: 'x'"),
+        ("tests.test_cli:mlp", ["--device", "gpu"], "tests.test_cli:mlp cannot be built: RuntimeError"),
+    ],
+)
+def test_what_cannot_be_inspected_is_told_in_a_sentence(
+    model: str, options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", model, *options]) == 1
+    told = capsys.readouterr().err
+    assert "fxmerge: " in told  # torch may have logged something before.
+    assert sentence in told
+
+
+@pytest.mark.parametrize("source", ["timm:resnet18", "torchvision:resnet18", "hf:bert"])
+def test_a_package_that_is_not_installed_is_named(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("timm", "torchvision", "transformers"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(OptionError, match=r"cannot be imported .*; install it: pip install"):
+        sources.load(source)
+
+
+def test_example_inputs() -> None:
+    assert sources.example("2x3").dtype == torch.float32
+    whole = sources.example("2x16:int64", "meta")
+    assert (whole.dtype, whole.shape, whole.device.type) == (torch.int64, (2, 16), "meta")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.Conv2d(2, 6, 1), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=3), nn.Conv2d(6, 2, 1)),
+        (nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+    ],
+    ids=["groups", "batch norm"],
+)
+def test_free_entries_are_those_that_some_element_moves(layers: Any) -> None:
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 2, 6, 6)
+    program = capture_program(model, (x,))
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    moved = {name: torch.zeros(t.shape, dtype=torch.bool) for name, t in program.parameters.items()}
+    places = {name: torch.arange(t.numel()).reshape(t.shape) for name, t in program.parameters.items()}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        for name, now in symmetry.sample(generator).apply(places).items():
+            moved[name] |= now != places[name]
+    assert free_entries(symmetry, program.parameters) == (
+        sum(int(m.sum()) for m in moved.values()),
+        sum(m.numel() for m in moved.values()),
+    )

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,3 +85,105 @@ def test_parameters_that_the_example_does_not_use_do_not_count() -> None:
 def test_nothing_is_claimed_before_verification(names: str) -> None:
     symmetry = fxmerge.find_symmetry(nn.Linear(2, 2), (torch.zeros(1, 2),))
     assert not getattr(symmetry, names)
+
+
+def stack() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("pin", [[("2.weight", 0)], [("2.weight", -2)], ["2.weight[0]"], ["2.bias"], "2.bias"])
+def test_a_pinned_axis_stays_with_all_that_is_tied_to_it(pin: list[str | tuple[str, int]]) -> None:
+    symmetry = fxmerge.find_symmetry(stack(), (torch.zeros(1, 3),), pin=pin)
+    assert symmetry.names == ("0.weight[0]",)
+    assert {("2.weight", 0), ("2.bias", 0), ("4.weight", 1)} == {
+        axis for axis, reasons in symmetry.stuck.items() if "on request" in reasons
+    }
+
+
+def test_a_pattern_pins_every_axis_of_what_it_names() -> None:
+    assert fxmerge.find_symmetry(stack(), (torch.zeros(1, 3),), pin=["2.*"]).names == ()
+    assert fxmerge.find_symmetry(stack(), (torch.zeros(1, 3),), pin=["?.bias"]).names == ()
+    assert len(fxmerge.find_symmetry(stack(), (torch.zeros(1, 3),), pin=["4.bias"]).names) == 2
+
+
+def test_a_tied_parameter_is_pinned_by_any_of_its_names() -> None:
+    net = nn.Sequential(nn.Embedding(5, 3), nn.ReLU(), nn.Linear(3, 5, bias=False))
+    net[2].weight = net[0].weight
+    for name in ("0.weight", "2.weight"):
+        symmetry = fxmerge.find_symmetry(net, (torch.zeros(2, 4, dtype=torch.int64),), pin=[(name, 1)])
+        assert symmetry.stuck["0.weight", 1]["on request"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("pin", "sentence"),
+    [
+        (["2.wieght"], "pin names no parameter: '2.wieght'. Did you mean '2.weight'"),
+        (["layer*"], "There are '0.weight', '0.bias', '2.weight', '2.bias', '4.weight' and 1 more"),
+        ([("2.bias", 1)], r"pin names dimension 1 of '2.bias', which has 1 \(shape \(4,\)\)"),
+        ([3], "pin holds 3; give a parameter's name"),
+    ],
+)
+def test_a_wrong_pin_is_told_in_a_sentence(pin: list[str | tuple[str, int]], sentence: str) -> None:
+    with pytest.raises(fxmerge.OptionError, match=sentence):
+        fxmerge.find_symmetry(stack(), (torch.zeros(1, 3),), pin=pin)
+
+
+@torch.library.custom_op("fxmerge_tests::normalize", mutates_args=())
+def normalize(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+@normalize.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Normalizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(normalize(self.a(x)))
+        return out
+
+
+@pytest.mark.parametrize(
+    "op",
+    ["fxmerge_tests::normalize", torch.ops.fxmerge_tests.normalize, torch.ops.fxmerge_tests.normalize.default],
+    ids=["name", "packet", "overload"],
+)
+def test_a_rule_of_this_call_only(op: Any) -> None:
+    model, x = Normalizes(), torch.randn(4, 3)
+
+    def rule(at: Any, x: Any) -> Any:
+        return at.join(x, at.reduce(x, [-1], keepdim=True))
+
+    symmetry = fxmerge.find_symmetry(model, (x,), rules={op: rule})
+    assert symmetry.names == ("a.weight[0]",)
+    assert symmetry.unknown == symmetry.probed == {}
+    assert symmetry.verify(model, (x,)).demoted == ()
+    assert fxmerge.find_symmetry(model, (x,)).probed == {"fxmerge_tests.normalize.default": 1}
+
+
+def test_a_rule_of_this_call_comes_before_the_registered_one() -> None:
+    def pins(at: Any, x: Any, *args: Any) -> Any:
+        return at.pin(x)
+
+    symmetry = fxmerge.find_symmetry(stack(), (torch.zeros(1, 3),), rules={"relu": pins})
+    assert symmetry.names == ()
+    assert "relu" in symmetry.stuck["0.weight", 0]
+    assert len(fxmerge.find_symmetry(stack(), (torch.zeros(1, 3),)).names) == 2
+
+
+@pytest.mark.parametrize(
+    ("rules", "sentence"),
+    [
+        ({"aten::rleu": print}, "there is no such op. Did you mean"),
+        ({3: print}, "rules holds a rule for 3; give an op"),
+        ({"relu": 3}, "rules holds 3 for 'relu'; give a function"),
+    ],
+)
+def test_a_wrong_rule_is_told_in_a_sentence(rules: Any, sentence: str) -> None:
+    with pytest.raises(fxmerge.OptionError, match=sentence):
+        fxmerge.find_symmetry(stack(), (torch.zeros(1, 3),), rules=rules)

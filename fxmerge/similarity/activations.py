@@ -17,7 +17,9 @@ from fxmerge.run import Data, Runner
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.permutation import AxisLayout
+from fxmerge.symmetry.propagate import AxisUnits, Propagation
+from fxmerge.symmetry.units import Ids
 
 MAX_ROWS, MAX_ENTRIES = 4096, 2**20
 """Rows (samples times places) and entries (rows times units) taken of one activation in one batch; rows above
@@ -45,19 +47,23 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
     """All activations that carry a class's units where a contraction consumes them."""
     number = np.full(found.units.size, -1)
     place = np.zeros(found.units.size, np.int64)
-    for n, c in enumerate(symmetry.units):
-        for role in c.roles:
-            number[role.raw], place[role.raw] = n, np.arange(c.size)
+    for axis in symmetry.layout:
+        raw, slot = _slots(found.axes[axis.parameter, axis.dim], axis)
+        for n, slots in axis.roles:
+            unit = np.full(len(axis.index), -1)
+            unit[slots] = np.arange(len(slots))
+            own = unit[slot] >= 0
+            number[raw[own]], place[raw[own]] = n, unit[slot[own]]
     taps = []
     for node in _consumed(found.program.graph.graph):
         labels = found.labels.get(node.name)
         for column in labels.columns if labels is not None else ():
             dims = support(column)
             ids = core(column, dims).reshape(-1).numpy()
-            for n in np.unique(number[ids]):
+            for n in np.unique(number[ids[number[ids] >= 0]]):
                 at = np.flatnonzero(number[ids] == n)
                 size = symmetry.units[n].size
-                if n < 0 or len(at) % size or not np.array_equal(np.unique(place[ids[at]]), np.arange(size)):
+                if len(at) % size or not np.array_equal(np.unique(place[ids[at]]), np.arange(size)):
                     continue
                 order = at[np.argsort(place[ids[at]], kind="stable")].reshape(size, -1)
                 for owner, views in symmetry.views.items():
@@ -66,6 +72,21 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
                             where = torch.from_numpy(order[units].reshape(len(units), -1))
                             taps.append(Tap(node.name, owner, dims, where))
     return taps
+
+
+def _slots(units: AxisUnits, axis: AxisLayout) -> tuple[Ids, Ids]:
+    """The units of the walk that lie in one slot of an axis, and these slots; the symmetry may keep other rows
+    apart than the walk, if it was read from a file."""
+    dims = sorted({*units.dims, *axis.dims})
+
+    def spread(array: Ids, own: tuple[int, ...]) -> Ids:
+        return np.expand_dims(array, [i for i, d in enumerate(dims) if d not in own])
+
+    code = np.unique(spread(units.ids, units.dims) * len(axis.index) + spread(axis.slot, axis.dims))
+    raw, slot = code // len(axis.index), code % len(axis.index)
+    _, inverse, count = np.unique(raw, return_inverse=True, return_counts=True)
+    one = count[inverse] == 1
+    return raw[one], slot[one]
 
 
 def _consumed(graph: fx.Graph) -> list[fx.Node]:

@@ -19,8 +19,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from fxmerge.symmetry.propagate import Axis, AxisUnits
+from fxmerge.symmetry.reasons import first_reasons
 from fxmerge.symmetry.relate import Pairs, meet
-from fxmerge.symmetry.units import NOTHING, Hashes, Ids, UnitGraph, mix
+from fxmerge.symmetry.units import CONCLUDED, Hashes, Ids, UnitGraph, mix
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def resolve(units: UnitGraph, axes: dict[Axis, AxisUnits]) -> Resolution:
         used[ids] = True
     for axis in axes.values():
         units.pin(np.unique(axis.ids[~used[axis.ids]]), "not used for the example inputs")
+    units.node = CONCLUDED
     told = len(units.equal), len(units.member)
     while True:
         state = _State(units, axes, told)
@@ -502,22 +504,12 @@ class _State:
 
     def _reasons(self, movable: NDArray[np.bool_]) -> dict[Axis, dict[str, Ids]]:
         """For every axis, the raw units that do not move, by the first reason given for each."""
-        reasons = list(dict.fromkeys(reason for _, reason in self.units.pinned))
-        why = np.full(self.count, len(reasons), np.int64)
-        for ids, reason in reversed(self.units.pinned):
-            why[self.unit[ids]] = reasons.index(reason)
-        why[self.unit[NOTHING]] = len(reasons)
-        while True:  # A block takes over the reason of its pinned member.
-            open_ = (why[self.parent] == len(reasons)) & (why[self.child] < len(reasons))
-            if not open_.any():
-                break
-            why[self.parent[open_]] = why[self.child[open_]]
-        names = [*reasons, "nothing to exchange it with"]
+        names, why = first_reasons(self.units)
         pinned: dict[Axis, dict[str, Ids]] = {}
         for axis, raw in self.raw.items():
             still = raw[~movable[self.unit[raw]]]
-            for r in np.unique(why[self.unit[still]]):
-                pinned.setdefault(axis, {})[names[r]] = still[why[self.unit[still]] == r]
+            for r in np.unique(why[still]):
+                pinned.setdefault(axis, {})[names[r]] = still[why[still] == r]
         return pinned
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -17,12 +18,12 @@ from torch.export import ExportedProgram
 from fxmerge.capture import Args, Kwargs, capture_program
 from fxmerge.errors import PermutationError
 from fxmerge.program import Program
-from fxmerge.symmetry.classes import UnitClass, resolve
+from fxmerge.symmetry.classes import Role, UnitClass, resolve
+from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
 from fxmerge.symmetry.permutation import AxisLayout, Permutation, build_image
 from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate
+from fxmerge.symmetry.structure import PINNED, combinations, structure
 from fxmerge.symmetry.units import Ids
-
-FREE, NESTED, PRODUCT, SPLIT, PINNED = "free", "nested", "product", "split", "pinned"
 
 Choice = Callable[[int, Ids, Ids], Ids]
 """(class number, units, places) -> the place of each unit; all of shape (combinations of parents, units)."""
@@ -125,7 +126,7 @@ class Symmetry:
                 rows = tuple(d for d in axis.dims if d != axis.dim)
                 axes += [ClassAxis(axis.parameter, axis.dim, axis.index[s], rows) for n, s in axis.roles if n == number]
             parents = tuple(self.names[p] for p, _ in c.parents)
-            movable.append(EquivalenceClass(self.names[number], c.size, _structure(c), tuple(axes), parents))
+            movable.append(EquivalenceClass(self.names[number], c.size, structure(c), tuple(axes), parents))
         pinned = [
             EquivalenceClass(f"{name}[{dim}]", len(ids), PINNED, (ClassAxis(name, dim, ids),), (), why)
             for (name, dim), reasons in self.stuck.items()
@@ -147,41 +148,15 @@ class Symmetry:
         return graph
 
     def __str__(self) -> str:
-        movable, pinned = self.classes[: len(self.units)], self.classes[len(self.units) :]
-        letters = [_letters(n) for n in range(len(movable))]
-        lines = []
-        for n, c in enumerate(movable):
-            unit = self.units[n]
-            count, each = _combinations(unit)
-            inside = [letters[p] for p, _ in unit.parents] + ["fixed"] * bool(unit.fixed.any())
-            moves = (
-                f"{each}!" + (f"^{count}" if count > 1 else "") if each > 1 else "moves with " + " and ".join(inside)
-            )
-            where = f" in {' x '.join(inside)}" if inside else ""
-            pattern = letters[n] if not inside else f"({' '.join([*inside, *([letters[n]] if each > 1 else [])])})"
-            axes = [self._pattern(axis, pattern) for axis in c.axes[:4]]
-            more = [f"... ({len(c.axes)} axes)"] if len(c.axes) > 4 else []
-            lines.append(
-                f"{letters[n]}: {c.size} units{where}, {moves} | {', '.join(axes + more) or 'blocks of other units'}"
-            )
-        lines += [f"pinned: {c.name}, {c.size} indices: {c.why}" for c in pinned]
-        lines += [f"no rule: {op} ({count}x)" for op, count in self.unknown.items()]
-        lines += [f"probed: {op} ({count}x)" for op, count in self.probed.items()]
-        lines += [f"demoted: {name} failed verification" for name in self.demoted]
-        return "\n".join(lines)
+        from fxmerge.symmetry.describe import describe
 
-    def _pattern(self, axis: ClassAxis, pattern: str) -> str:
-        """An axis as in `weight(_ a)`: the class's letter in its dimension."""
-        shape = next(a.shape for a in self.layout if (a.parameter, a.dim) == (axis.parameter, axis.dim))
-        dims = " ".join(pattern if d == axis.dim else "_" for d in range(len(shape)))
-        span = f"[{axis.indices.min()}:{axis.indices.max() + 1}]" if len(axis.indices) < shape[axis.dim] else ""
-        return f"{axis.parameter}({dims}){span}"
+        return describe(self)
 
     # ---------------------------------------------------------------------- the group
 
     def log_order(self) -> float:
         """Natural logarithm of the number of permutations of parameter entries in the group."""
-        return float(sum(n * math.lgamma(k + 1) for n, k in map(_combinations, self.units)))
+        return float(sum(n * math.lgamma(k + 1) for n, k in map(combinations, self.units)))
 
     def identity(self) -> Permutation:
         """The permutation that moves nothing."""
@@ -253,7 +228,7 @@ class Symmetry:
     @cached_property
     def choices(self) -> tuple[int, ...]:
         """The classes with a choice of their own: those whose units do not just move along with their parents."""
-        return tuple(n for n, c in enumerate(self.units) if _combinations(c)[1] > 1)
+        return tuple(n for n, c in enumerate(self.units) if combinations(c)[1] > 1)
 
     @cached_property
     def views(self) -> dict[int, tuple[tuple[int, Ids], ...]]:
@@ -280,35 +255,6 @@ class Symmetry:
         parents = len(np.unique(own))
         return order.reshape(parents, len(rows) // parents, -1)
 
-    def demote(self, numbers: Iterable[int]) -> Symmetry:
-        """The symmetry in which some classes, and all that are nested in them, no longer move.
-
-        A class is nested in others only through its units, so its parents cannot move without it: they
-        are demoted too.
-        """
-        gone = set(numbers)
-        while True:
-            more = {n for n in range(len(self.units)) if n not in gone and self.ancestors(n) & gone}
-            more |= {a for n in gone for a in self.ancestors(n)} - gone
-            if not more:
-                break
-            gone |= more
-        number = {n: i for i, n in enumerate(n for n in range(len(self.units)) if n not in gone)}
-        units = tuple(
-            replace(c, parents=tuple((number[p], at) for p, at in c.parents))
-            for n, c in enumerate(self.units)
-            if n in number
-        )
-        layout = tuple(replace(a, roles=tuple((number[n], s) for n, s in a.roles if n in number)) for a in self.layout)
-        stuck = {axis: dict(reasons) for axis, reasons in self.stuck.items()}
-        for a in self.layout:
-            for n, s in a.roles:
-                if n in gone:
-                    stuck.setdefault((a.parameter, a.dim), {})[f"{self.names[n]} failed verification"] = a.index[s]
-        layout = tuple(a for a in layout if a.roles)
-        demoted = (*self.demoted, *(self.names[n] for n in sorted(gone)))
-        return replace(self, units=units, layout=layout, stuck=stuck, demoted=demoted)
-
     def verify(
         self,
         model: nn.Module | ExportedProgram,
@@ -322,20 +268,71 @@ class Symmetry:
 
         return verify(self, model, args, kwargs, trials=trials, generator=generator)
 
+    # ---------------------------------------------------------------------- the spec
 
-def find_symmetry(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> Symmetry:
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Writes the symmetry as a text that can be read, kept, compared and edited.
+
+        Arguments:
+            path: a file to write it to, too.
+
+        Returns:
+            JSON, from which `from_json` makes the same symmetry.
+        """
+        from fxmerge.symmetry.spec import to_json
+
+        text = to_json(self)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @staticmethod
+    def from_json(source: str | Path) -> Symmetry:
+        """Reads a symmetry that `to_json` wrote, and that may have been edited since.
+
+        Arguments:
+            source: the text itself, or the path of a file with it.
+
+        Raises:
+            SpecError: if the text is no such description, or describes no group.
+            OptionError: if its `pin` names no parameter.
+
+        Example:
+            >>> import torch, fxmerge
+            >>> mlp = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+            >>> text = fxmerge.find_symmetry(mlp, (torch.zeros(1, 2),)).to_json()
+            >>> fxmerge.Symmetry.from_json(text).to_json() == text
+            True
+        """
+        from fxmerge.symmetry.readspec import from_json
+
+        return from_json(source)
+
+
+def find_symmetry(
+    model: nn.Module | ExportedProgram,
+    args: Args = (),
+    kwargs: Kwargs | None = None,
+    *,
+    pin: Iterable[Pin] = (),
+    rules: Rules | None = None,
+) -> Symmetry:
     """Infers which coordinate permutations of a model's parameters leave its function unchanged.
 
     Arguments:
         model: any module that torch.export can capture; it is not modified.
         args: example inputs, as the model's forward takes them.
         kwargs: example inputs by keyword.
+        pin: parameters that must not move: ("layer.weight", 0) for one axis, a name or a pattern such as
+            "layer.*" for all axes.
+        rules: rules that come before the registered ones in this call, by op: "mylib::op" or torch.ops.mylib.op.
 
     Returns:
         The equivalence classes of parameter axes, and the group that they generate.
 
     Raises:
         CaptureError: if the model cannot be captured as a graph.
+        OptionError: if `pin` names no parameter, or `rules` no op.
 
     Example:
         >>> import torch, fxmerge
@@ -345,59 +342,45 @@ def find_symmetry(model: nn.Module | ExportedProgram, args: Args = (), kwargs: K
         a: 3 units, 3! | 0.weight(a _), 0.bias(a), 2.weight(_ a)
         pinned: 0.weight[1], 2 indices: linear
     """
-    return analyse(capture_program(model, args, kwargs))[1]
+    return analyse(capture_program(model, args, kwargs), pin, rules)[1]
 
 
-def analyse(program: Program) -> tuple[Propagation, Symmetry]:
+def analyse(program: Program, pin: Iterable[Pin] = (), rules: Rules | None = None) -> tuple[Propagation, Symmetry]:
     """The labels of a captured program, and its symmetry."""
-    found = propagate(program)
+    shapes = {name: tuple(tensor.shape) for name, tensor in program.parameters.items()}
+    asked = pinned_axes(pin, shapes, program.aliases)
+    found = propagate(program, overriding(rules))
+    found.units.node = ""
+    for axis in asked:
+        if axis in found.axes:
+            found.units.pin(np.unique(found.axes[axis].ids), REQUESTED)
     resolution = resolve(found.units, found.axes)
-    layout, local = [], {}
+    raw = {axis: np.unique(units.ids) for axis, units in found.axes.items()}
+    # A symmetry outlives the unit graph, so units are counted anew along each axis.
+    classes = tuple(
+        replace(c, roles=tuple(Role(r.axis, np.searchsorted(raw[r.axis], r.raw)) for r in c.roles))
+        for c in resolution.classes
+    )
     names: dict[str, list[str]] = {}
     for alias, name in program.aliases.items():
         names.setdefault(name, []).append(alias)
-    for axis, units in found.axes.items():
-        raw, slot = np.unique(units.ids, return_inverse=True)
-        local[axis] = raw
-        roles = tuple(
-            (number, np.searchsorted(raw, r.raw))
-            for number, c in enumerate(resolution.classes)
-            for r in c.roles
-            if r.axis == axis
-        )
+    layout = []
+    for (name, dim), units in found.axes.items():
+        roles = tuple((number, r.raw) for number, c in enumerate(classes) for r in c.roles if r.axis == (name, dim))
         if roles:
-            shape = tuple(program.parameters[axis[0]].shape)
-            aliases = tuple(a for a in names[axis[0]] if a != axis[0])
-            layout.append(
-                AxisLayout(axis[0], aliases, shape, axis[1], units.dims, slot.reshape(units.ids.shape), roles)
-            )
+            slot = np.searchsorted(raw[name, dim], units.ids)
+            aliases = tuple(a for a in names[name] if a != name)
+            layout.append(AxisLayout(name, aliases, shapes[name], dim, units.dims, slot, roles))
     # Rows move before the axes whose units lie apart by rows.
-    layout.sort(key=lambda a: len(a.dims))
+    order = {name: i for i, name in enumerate(shapes)}
+    layout.sort(key=lambda a: (order[a.parameter], len(a.dims)))
     stuck: dict[Axis, dict[str, Ids]] = {
         axis: {why: _indices(found.axes[axis], axis[1], ids) for why, ids in reasons.items()}
         for axis, reasons in resolution.pinned.items()
     }
     unknown, probed = ({str(op): n for op, n in ops.items()} for ops in (found.unknown, found.probed))
-    return found, Symmetry(resolution.classes, tuple(layout), stuck, unknown, probed)
+    return found, Symmetry(classes, tuple(layout), stuck, unknown, probed)
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:
     return np.unique(np.nonzero(np.isin(axis.ids, ids))[axis.dims.index(dim)])
-
-
-def _combinations(c: UnitClass) -> tuple[int, int]:
-    """How many combinations of parents and fixed positions a class has, and how many units are in each."""
-    key = np.stack([*(at for _, at in c.parents), c.fixed], axis=1)
-    count = len(np.unique(key, axis=0))
-    return count, c.size // count
-
-
-def _letters(n: int) -> str:
-    """a to z, then aa, ab, and so on."""
-    return (_letters(n // 26 - 1) if n >= 26 else "") + chr(ord("a") + n % 26)
-
-
-def _structure(c: UnitClass) -> str:
-    if not c.parents:
-        return SPLIT if c.fixed.any() else FREE
-    return NESTED if len(c.parents) == 1 and not c.fixed.any() else PRODUCT

@@ -54,13 +54,13 @@ class Propagation:
     labels: dict[str, Labels] = field(default_factory=dict)
 
 
-def propagate(program: Program) -> Propagation:
+def propagate(program: Program, find_rule: rules.Lookup = rules.find_rule) -> Propagation:
     """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
     those parameters split whose rows are used apart."""
     splits: dict[Axis, Ids] = {}
     prober = None
     while True:
-        found = _Walk(program, splits, prober).run_all()
+        found = _Walk(program, splits, find_rule, prober).run_all()
         if found.unknown and prober is None:
             simpler = program.aten.decompose(found.unknown)
             if simpler is None:
@@ -104,9 +104,11 @@ class _Walk(fx.Interpreter):
     """One walk over the graph. Nodes hold `Labels`, or the values of what does not depend on the inputs or
     parameters, which is computed as it stands."""
 
-    def __init__(self, program: Program, splits: Mapping[Axis, Ids], prober: Prober | None) -> None:
+    def __init__(
+        self, program: Program, splits: Mapping[Axis, Ids], find_rule: rules.Lookup, prober: Prober | None
+    ) -> None:
         super().__init__(program.graph, garbage_collect_values=True)
-        self.program, self.splits, self.prober = program, splits, prober
+        self.program, self.splits, self.find_rule, self.prober = program, splits, find_rule, prober
         self.found = Propagation(program, UnitGraph(), {})
 
     def run_all(self) -> Propagation:
@@ -115,6 +117,7 @@ class _Walk(fx.Interpreter):
         return self.found
 
     def run_node(self, n: fx.Node) -> Any:
+        self.found.units.node = n.name
         if n.op == "placeholder":
             value = self._placeholder(n)
         elif n.op == "output":
@@ -206,7 +209,7 @@ class _Walk(fx.Interpreter):
 
     def _apply_rule(self, site: rules.Site, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """What the op's rule gives; NotImplemented if there is none, or it does not serve this call."""
-        rule = rules.find_rule(n.target)
+        rule = self.find_rule(n.target)
         if rule is None:
             return NotImplemented
         try:

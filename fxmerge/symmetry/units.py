@@ -18,6 +18,9 @@ Hashes = NDArray[np.uint64]
 NOTHING = 0
 """The unit of positions that carry no unit of a column: constants and inputs beside moving units in one cat."""
 
+CONCLUDED = "conclusion"
+"""Stands for the graph node of facts that follow from what the classes say of each other."""
+
 
 def mix(x: Ids | Hashes) -> Hashes:
     """A hash of each number (the finalizer of SplitMix64)."""
@@ -34,6 +37,9 @@ class UnitGraph:
 
     Units are numbered from 0 in the order of their creation; each creation has an `origin`, which
     is the parameter axis of its units, or the graph node for which the units were made.
+
+    `node` names the graph node whose facts are being recorded (CONCLUDED for what follows from other
+    facts). `equal_at`, `member_at` and `pinned_at` keep it for every entry of `equal`, `member` and `pinned`.
     """
 
     starts: list[int] = field(default_factory=list)
@@ -45,6 +51,10 @@ class UnitGraph:
     final: list[Ids] = field(default_factory=list)
     rows: list[tuple[Ids, Ids]] = field(default_factory=list)
     used: list[Ids] = field(default_factory=list)
+    node: str = ""
+    equal_at: list[str] = field(default_factory=list)
+    member_at: list[str] = field(default_factory=list)
+    pinned_at: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pin(self.fresh(1, ("nothing",)), "no unit")
@@ -69,15 +79,18 @@ class UnitGraph:
     def equate(self, a: Ids, b: Ids) -> None:
         """Unit `a[i]` moves exactly as unit `b[i]` does, for all i."""
         self.equal.append((a, b))
+        self.equal_at.append(self.node)
 
     def include(self, child: Ids, parent: Ids) -> None:
         """Where unit `child[i]` goes, its block `parent[i]` goes too, for all i."""
         self.member.append((child, parent))
+        self.member_at.append(self.node)
 
     def pin(self, ids: Ids, reason: str, *, final: bool = True) -> None:
         """None of these units may move; not final where separate units for each row might."""
         if len(ids):
             self.pinned.append((ids, reason))
+            self.pinned_at.append(self.node)
             if final:
                 self.final.append(ids)
 

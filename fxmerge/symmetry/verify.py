@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxmerge.capture import Args, Kwargs
 from fxmerge.errors import FxmergeError
+from fxmerge.symmetry.freeze import demote
 from fxmerge.symmetry.permutation import Permutation
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def verify(
         if error > TOLERANCE:
             bad = _bisect(symmetry, p, probe)
             logger.warning("classes failed verification and were demoted: %s", [symmetry.names[n] for n in bad])
-            symmetry = symmetry.demote(bad)
+            symmetry = demote(symmetry, bad)
             error = probe.error(symmetry.sample(generator))
         worst = max(worst, error)
     return replace(symmetry, error=worst)

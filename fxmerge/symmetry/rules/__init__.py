@@ -11,9 +11,11 @@ from fxmerge.symmetry.rules import (
     recurrent,
     reduction,
 )
-from fxmerge.symmetry.rules.registry import Site, Value, contracts, find_rule, rule
+from fxmerge.symmetry.rules.registry import Lookup, Rule, Site, Value, contracts, find_rule, rule
 
 __all__ = [
+    "Lookup",
+    "Rule",
     "Site",
     "Value",
     "attention",

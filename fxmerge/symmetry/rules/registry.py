@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape
-from fxmerge.symmetry.labels import Labels, constant, join
+from fxmerge.symmetry.labels import Labels, constant, join, move, pin, reduce
 from fxmerge.symmetry.units import UnitGraph
 
 Value = Any
@@ -43,8 +43,22 @@ class Site:
         shape = x.shape if shape is None else shape
         return join(self.units, x.expand(shape), self.labels(y).expand(shape), self.name)
 
+    def reduce(self, x: Labels, dims: Iterable[int], *, keepdim: bool = False) -> Labels:
+        """The labels after a symmetric reduction (sum, mean, max, norm) over `dims`."""
+        return reduce(self.units, x, dims, self.name, keepdim=keepdim)
+
+    def move(self, x: Labels, op: Callable[[Tensor], Tensor]) -> Labels:
+        """The labels after a data movement, which is run on the columns themselves."""
+        return move(self.units, x, op, self.shape, self.name)
+
+    def pin(self, x: Labels, dims: Iterable[int] | None = None) -> Labels:
+        """The labels after an op that depends on the order of positions along `dims` (by default all)."""
+        return pin(self.units, x, self.name, dims)
+
 
 Rule = Callable[..., Value]
+Lookup = Callable[[Any], Rule | None]
+"""From an op to its rule, None if there is none."""
 R = TypeVar("R", bound=Rule)
 _RULES: dict[str, Rule] = {}
 _CONTRACTIONS: set[str] = set()

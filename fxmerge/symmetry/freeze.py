@@ -1,0 +1,58 @@
+"""Turning classes of a symmetry to the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fxmerge.symmetry.group import Symmetry
+
+
+def freeze(symmetry: Symmetry, numbers: Iterable[int], why: Callable[[str], str]) -> tuple[Symmetry, tuple[str, ...]]:
+    """The symmetry in which some classes no longer move.
+
+    What is nested in a class that does not move, does not move either, and a class is nested in others only
+    through its units, so its parents cannot move without it.
+
+    Arguments:
+        symmetry: the symmetry to restrict.
+        numbers: the classes that shall not move.
+        why: the reason that is given for their axes, from the name of the class.
+
+    Returns:
+        The smaller symmetry, and the names of all classes that were taken from it.
+    """
+    gone = set(numbers)
+    ancestors = [symmetry.ancestors(n) for n in range(len(symmetry.units))]
+    while True:
+        more = {n for n, above in enumerate(ancestors) if n not in gone and above & gone}
+        more |= {a for n in gone for a in ancestors[n]} - gone
+        if not more:
+            break
+        gone |= more
+    number = {n: i for i, n in enumerate(n for n in range(len(symmetry.units)) if n not in gone)}
+    units = tuple(
+        replace(c, parents=tuple((number[p], at) for p, at in c.parents))
+        for n, c in enumerate(symmetry.units)
+        if n in number
+    )
+    layout = tuple(replace(a, roles=tuple((number[n], s) for n, s in a.roles if n in number)) for a in symmetry.layout)
+    stuck = {axis: dict(reasons) for axis, reasons in symmetry.stuck.items()}
+    for a in symmetry.layout:
+        for n, s in a.roles:
+            if n in gone:
+                reasons = stuck.setdefault((a.parameter, a.dim), {})
+                reason = why(symmetry.names[n])
+                reasons[reason] = np.union1d(reasons.get(reason, s[:0]), a.index[s])
+    smaller = replace(symmetry, units=units, layout=tuple(a for a in layout if a.roles), stuck=stuck)
+    return smaller, tuple(symmetry.names[n] for n in sorted(gone))
+
+
+def demote(symmetry: Symmetry, numbers: Iterable[int]) -> Symmetry:
+    """The symmetry without classes that failed verification, and without what moves along with them."""
+    smaller, names = freeze(symmetry, numbers, lambda name: f"{name} failed verification")
+    return replace(smaller, demoted=(*symmetry.demoted, *names))
