@@ -36,25 +36,50 @@ def test_classes_and_graph() -> None:
     assert {c.why for c in symmetry.classes[2:]} == {"conv2d", "output"}
 
 
-class Sorts(nn.Module):
-    """Sorting has no rule, and cannot be written out in ops that have one."""
+@torch.library.custom_op("fxmerge_tests::single", mutates_args=())
+def single(x: Tensor) -> Tensor:
+    """Refuses double precision, so that it cannot be probed."""
+    if x.dtype != torch.float32:
+        raise ValueError("float32 only")
+    return x.softmax(-1)
 
-    def __init__(self) -> None:
+
+@torch.library.custom_op("fxmerge_tests::center", mutates_args=())
+def center(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+for op in (single, center):
+    op.register_fake(torch.empty_like)
+
+
+class Applies(nn.Module):
+    def __init__(self, op: str) -> None:
         super().__init__()
+        self.op = op
         self.a, self.b, self.c = nn.Linear(3, 5), nn.Linear(5, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.c(torch.relu(self.b(torch.sort(self.a(x), dim=-1).values)))
+        h = getattr(torch.ops.fxmerge_tests, self.op)(self.a(x))
+        out: Tensor = self.c(torch.relu(self.b(h)))
         return out
 
 
-def test_an_op_without_a_rule_pins_what_it_touches_and_is_named() -> None:
-    model, x = Sorts(), torch.randn(4, 3)
-    symmetry = fxmerge.find_symmetry(model, (x,))
-    assert symmetry.unknown == {"aten.sort.default": 1}
+def test_an_op_that_cannot_be_probed_pins_what_it_touches_and_is_named() -> None:
+    symmetry = fxmerge.find_symmetry(Applies("single"), (torch.randn(4, 3),))
+    assert symmetry.unknown == {"fxmerge_tests.single.default": 1}
     assert [c.name for c in symmetry.classes if c.structure != "pinned"] == ["b.weight[0]"]
-    assert "pinned: a.weight[0], 5 indices: sort: no rule for aten.sort.default" in str(symmetry)
-    assert "no rule: aten.sort.default (1x)" in str(symmetry)
+    assert "pinned: a.weight[0], 5 indices: single: no rule for fxmerge_tests.single.default" in str(symmetry)
+    assert "no rule: fxmerge_tests.single.default (1x)" in str(symmetry)
+
+
+def test_an_op_without_a_rule_is_probed_and_named() -> None:
+    model, x = Applies("center"), torch.randn(4, 3)
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    assert symmetry.unknown == {}
+    assert symmetry.probed == {"fxmerge_tests.center.default": 1}
+    assert sorted(c.size for c in symmetry.classes if c.structure != "pinned") == [4, 5]
+    assert "probed: fxmerge_tests.center.default (1x)" in str(symmetry)
     assert symmetry.verify(model, (x,)).demoted == ()
 
 

@@ -92,8 +92,12 @@ def joint_column(factors: Sequence[Tensor]) -> Tensor | None:
         return factors[0] if factors else None
     dims = sorted({d for f in factors for d in support(f)})
     shape = tuple(factors[0].shape)
-    code = np.zeros([shape[d] for d in dims], np.int64)
+    code, limit = np.zeros([shape[d] for d in dims], np.int64), 1
     for f in factors:
         ids = core(f, dims).numpy()
-        code = np.unique(code, return_inverse=True)[1].reshape(code.shape) * (int(ids.max()) + 1) + ids
+        size = int(ids.max()) + 1
+        if limit * size > 2**62:
+            code = np.unique(code, return_inverse=True)[1].reshape(code.shape)
+            limit = int(code.max()) + 1
+        code, limit = code * size + ids, limit * size
     return spread(torch.from_numpy(code), shape, dims)

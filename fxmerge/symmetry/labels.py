@@ -132,9 +132,12 @@ def _implies(fine: Tensor, coarse: Tensor) -> bool:
     f, c = core(fine, dims).reshape(-1), core(coarse, dims).reshape(-1)
     if torch.equal(f, c):
         return True
-    order = f.argsort(stable=True)
-    f, c = f[order], c[order]
-    return bool(((f[1:] != f[:-1]) | (c[1:] == c[:-1])).all())
+    # Of all positions of one number in f, the table keeps the number in c of one of them.
+    if int(f.max()) > 4 * len(f):
+        f = f.unique(return_inverse=True)[1]
+    table = torch.empty(int(f.max()) + 1, dtype=torch.int64)
+    table[f] = c
+    return torch.equal(table[f], c)
 
 
 def reduce(units: UnitGraph, x: Labels, dims: Iterable[int], reason: str, *, keepdim: bool = False) -> Labels:

@@ -191,7 +191,7 @@ def relate_inert(units: UnitGraph, column: Tensor, factors: Sequence[Tensor], re
     shared = [d for d in dims if d in support(joint)]
     size = math.prod(column.shape[d] for d in shared)
     rows = core(joint, shared + [d for d in support(joint) if d not in shared]).reshape(size, -1).numpy()
-    place = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1, 1)
+    place = np.unique(rows if rows.shape[1] > 1 else rows[:, 0], axis=0, return_inverse=True)[1].reshape(-1, 1)
     ids, unit = np.unique(core(column, shared + [d for d in dims if d not in shared]).numpy(), return_inverse=True)
     meetings, times = np.unique(unit.reshape(size, -1) * size + place, return_counts=True)
     # What a unit meets, and how often, as one number.

@@ -39,7 +39,7 @@ def copy(at: Site, x: Labels | Tensor, source: Labels | Tensor, *args: Any, **kw
     return at.labels(source).expand(at.shape)
 
 
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+@rule("zero", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
 def filled(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels | Tensor:
     """A constant in the shape, not with the values, of its operand."""
     if any(isinstance(a, Labels) for a in (*args, *kwargs.values())):
