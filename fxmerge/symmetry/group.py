@@ -18,7 +18,8 @@ from torch.export import ExportedProgram
 from fxmerge.capture import Args, Kwargs, capture_program
 from fxmerge.errors import PermutationError
 from fxmerge.program import Program
-from fxmerge.symmetry.classes import Role, UnitClass, resolve
+from fxmerge.symmetry.classes import UnitClass, resolve
+from fxmerge.symmetry.contracted import Role
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
 from fxmerge.symmetry.permutation import AxisLayout, Permutation, build_image
 from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from fxmerge.errors import PermutationError, SpecError
-from fxmerge.symmetry.classes import Role, UnitClass
+from fxmerge.symmetry.classes import UnitClass
+from fxmerge.symmetry.contracted import Role
 from fxmerge.symmetry.freeze import freeze
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.overrides import REQUESTED, pinned_axes

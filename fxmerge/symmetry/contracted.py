@@ -1,0 +1,214 @@
+"""The unit graph with equal units contracted: colours, classes, and what tells the parts of a unit apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from fxmerge.symmetry.propagate import Axis, AxisUnits
+from fxmerge.symmetry.reasons import concatenate
+from fxmerge.symmetry.units import Hashes, Ids, UnitGraph, mix
+
+
+@dataclass(frozen=True)
+class Role:
+    """One parameter axis on which every unit of a class has one index.
+
+    Attributes:
+        axis: parameter and dimension.
+        raw: for every unit of the class, which of the units that the axis started with it is.
+    """
+
+    axis: Axis
+    raw: Ids
+
+
+class Contracted:
+    """A unit graph with equal units contracted to one, its colours, and the maps from class to class.
+
+    Attributes:
+        unit: for every raw unit, the contracted one.
+        first: for every contracted unit, its first raw unit.
+        child, parent: the memberships of contracted units.
+        pinned: which contracted units do not move.
+        colour: the class of every contracted unit.
+        maps: for each class and each class of its blocks, every member's block, in the order of `members`.
+    """
+
+    def __init__(self, units: UnitGraph, axes: dict[Axis, AxisUnits], told: tuple[int, int]) -> None:
+        self.units, self.axes = units, axes
+        # What the rules said, of single units; what was concluded since is said of whole contracted ones.
+        self.told_equal, self.told_member = units.equal[: told[0]], units.member[: told[1]]
+        self.unit = self._contract()
+        self.count = int(self.unit.max()) + 1
+        self.first = np.zeros(self.count, np.int64)
+        self.first[self.unit[::-1]] = np.arange(units.size)[::-1]
+        self.raw = {axis: np.unique(a.ids) for axis, a in axes.items()}
+        self.child, self.parent = self._memberships()
+        self.pinned = self._pinned()
+        self.colour = self._refine()
+        self.order = np.argsort(self.colour, kind="stable")
+        self.starts = np.searchsorted(self.colour[self.order], np.arange(int(self.colour.max()) + 2))
+        self.maps = self._maps()
+
+    def _contract(self) -> Ids:
+        a, b = concatenate(self.units.equal)
+        graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(self.units.size,) * 2)
+        unit: Ids = connected_components(graph, directed=False)[1].astype(np.int64)
+        return unit
+
+    def _memberships(self) -> tuple[Ids, Ids]:
+        child, parent = concatenate(self.units.member)
+        code = np.unique(self.unit[child] * self.count + self.unit[parent])
+        child, parent = code // self.count, code % self.count
+        real = child != parent
+        return child[real], parent[real]
+
+    def _pinned(self) -> NDArray[np.bool_]:
+        pinned = np.zeros(self.count, bool)
+        for ids, _ in self.units.pinned:
+            pinned[self.unit[ids]] = True
+        while True:  # A block with a member that stays where it is stays where it is.
+            up = self.parent[pinned[self.child] & ~pinned[self.parent]]
+            if not len(up):
+                return pinned
+            pinned[up] = True
+
+    def _refine(self) -> Ids:
+        """Stable colours: what axes a unit indexes, then what its members and blocks look like."""
+        colour = np.zeros(self.count, np.uint64)
+        for number, raw in enumerate(self.raw.values()):
+            np.add.at(colour, self.unit[raw], mix(np.array([number]))[0])
+        tags = np.flatnonzero(self.pinned[self.unit] & ~self.is_raw())
+        np.add.at(colour, self.unit[tags], mix(self.units.origin(tags) + (1 << 40)))
+        colour[self.pinned] = mix(colour[self.pinned] + np.uint64(1))
+        if self.several.any():
+            # A member of one of several alike that became one unit is a member of that one, not of the others.
+            child, parent = self.members_of_several
+            pairs = np.unique(np.stack([self.unit[child].astype(np.uint64), self.places[parent]]), axis=1)
+            np.add.at(colour, pairs[0].astype(np.int64), mix(pairs[1]))
+        known = 0
+        while True:
+            found, colours = np.unique(colour, return_inverse=True)
+            if len(found) == known:
+                return colours.astype(np.int64)
+            known = len(found)
+            mixed, new = mix(colour), mix(colour)
+            np.add.at(new, self.child, mix(mixed[self.parent] ^ np.uint64(0x5555)))
+            np.add.at(new, self.parent, mix(mixed[self.child] ^ np.uint64(0x3333)))
+            colour = new
+
+    def _maps(self) -> dict[int, dict[int, Ids]]:
+        """For each class and each class of its blocks: every member's block, in the order of `members`."""
+        maps: dict[int, dict[int, Ids]] = {}
+        colours = int(self.colour.max()) + 1
+        code = self.colour[self.child] * colours + self.colour[self.parent]
+        rank = np.empty(self.count, np.int64)
+        rank[self.order] = np.arange(self.count)
+        order = np.lexsort((rank[self.child], code))
+        codes, starts = np.unique(code[order], return_index=True)
+        for c, edges in zip(codes, np.split(order, starts)[1:], strict=True):
+            maps.setdefault(int(c // colours), {})[int(c % colours)] = self.parent[edges]
+        return maps
+
+    def members(self, colour: int) -> Ids:
+        return self.order[self.starts[colour] : self.starts[colour + 1]]
+
+    def ids(self, colour: int) -> Ids:
+        return self.first[self.members(colour)]
+
+    def blocks(self, c: int) -> tuple[dict[int, Ids], Ids]:
+        """The free classes in which class c is nested, without those that follow from others, and the joint
+        number of all pinned units that its units are members of."""
+        parents = {p: b for p, b in self.maps.get(c, {}).items() if len(self.members(p)) > 1}
+        fixed = np.zeros(len(self.members(c)), np.int64)
+        for b in parents.values():
+            if self.pinned[b[0]]:
+                fixed = np.unique(np.stack([fixed, b]), axis=1, return_inverse=True)[1].reshape(-1)
+        free = {p: b for p, b in parents.items() if not self.pinned[b[0]]}
+        implied = {s for p in free for s in self.maps.get(p, {})}
+        return {p: b for p, b in free.items() if p not in implied}, fixed
+
+    # ------------------------------------------------------------------ the parts of a unit
+
+    def is_raw(self) -> NDArray[np.bool_]:
+        is_raw = np.zeros(self.units.size, bool)
+        for raw in self.raw.values():
+            is_raw[raw] = True
+        return is_raw
+
+    @cached_property
+    def is_tag(self) -> NDArray[np.bool_]:
+        """The units that are no more than names of fixed positions, and lie on no column."""
+        tag = np.array([origin[0] in ("segment", "fixed") for origin in self.units.origins])
+        is_tag: NDArray[np.bool_] = tag[self.units.origin(np.arange(self.units.size))]
+        return is_tag
+
+    @cached_property
+    def several(self) -> NDArray[np.bool_]:
+        """The units that became one with another of their own creation."""
+        code = self.unit * (len(self.units.starts) + 1) + self.units.origin(np.arange(self.units.size))
+        _, inverse, count = np.unique(code, return_inverse=True, return_counts=True)
+        several: NDArray[np.bool_] = (count[inverse] > 1) & ~self.is_tag
+        return several
+
+    @cached_property
+    def places(self) -> Hashes:
+        """What tells such units apart: how they were tied, or, where they do not move, which they are."""
+        places: Hashes = self.kinds.copy()
+        still = self.pinned[self.unit]
+        places[still] = mix(np.flatnonzero(still))
+        return places
+
+    @cached_property
+    def kinds(self) -> Hashes:
+        """Tells raw units of one axis apart by what each was found equal to, and a member of, by itself."""
+        kind = np.zeros(self.units.size, np.uint64)
+        child, parent = concatenate(self.told_member)
+        np.add.at(kind, child, mix(self.units.origin(parent)))
+        a, b = concatenate(self.told_equal)
+        # Which equality it was tells two neighbours of one origin apart.
+        sizes = [len(x) for x, _ in self.told_equal]
+        tag = np.repeat(np.arange(len(sizes)), sizes).astype(np.uint64) * np.uint64(2)
+        origin = mix(self.units.origin(np.arange(self.units.size)))
+        for _ in range(3):
+            new = mix(kind)
+            np.add.at(new, a, mix(kind[b] + origin[b] + tag))
+            np.add.at(new, b, mix(kind[a] + origin[a] + tag + np.uint64(1)))
+            kind = new
+        return kind
+
+    @cached_property
+    def members_of_several(self) -> tuple[Ids, Ids]:
+        child, parent = concatenate(self.told_member)
+        some = self.several[parent] & (self.unit[child] != self.unit[parent])
+        return child[some], parent[some]
+
+    @cached_property
+    def on_axes(self) -> dict[int, list[tuple[Axis, Ids]]]:
+        """For every class, the raw units of it on each axis."""
+        found: dict[int, list[tuple[Axis, Ids]]] = {}
+        for axis, raw in self.raw.items():
+            colour = self.colour[self.unit[raw]]
+            for c in np.unique(colour):
+                found.setdefault(int(c), []).append((axis, raw[colour == c]))
+        return found
+
+    def roles(self, c: int) -> list[Role] | None:
+        """The axes that class c indexes; None if it is unclear which index of a unit is which."""
+        members = self.members(c)
+        roles = []
+        for axis, raw in self.on_axes.get(c, []):
+            kinds = np.zeros(len(raw), np.uint64) if len(raw) == len(members) else self.kinds[raw]
+            for kind in dict.fromkeys(kinds.tolist()):
+                some = raw[kinds == kind]
+                some = some[np.argsort(self.unit[some])]
+                if not np.array_equal(self.unit[some], np.sort(members)):
+                    return None
+                roles.append(Role(axis, some[np.argsort(np.argsort(members))]))
+        return roles
