@@ -19,7 +19,7 @@ from fxmerge.symmetry.contracted import Contracted, Role
 from fxmerge.symmetry.propagate import Axis, AxisUnits
 from fxmerge.symmetry.reasons import concatenate, first_reasons
 from fxmerge.symmetry.relate import Pairs, meet
-from fxmerge.symmetry.units import CONCLUDED, Ids, UnitGraph, mix
+from fxmerge.symmetry.units import CONCLUDED, Ids, UnitGraph, distinct, mix
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def resolve(units: UnitGraph, axes: dict[Axis, AxisUnits]) -> Resolution:
     for ids in units.used:
         used[ids] = True
     for axis in axes.values():
-        units.pin(np.unique(axis.ids[~used[axis.ids]]), "not used for the example inputs")
+        units.pin(distinct(axis.ids[~used[axis.ids]]), "not used for the example inputs")
     units.node = CONCLUDED
     told = len(units.equal), len(units.member)
     while True:

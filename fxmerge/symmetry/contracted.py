@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 
 from fxmerge.symmetry.propagate import Axis, AxisUnits
 from fxmerge.symmetry.reasons import concatenate
-from fxmerge.symmetry.units import Hashes, Ids, UnitGraph, mix
+from fxmerge.symmetry.units import Hashes, Ids, UnitGraph, distinct, mix
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Contracted:
         self.count = int(self.unit.max()) + 1
         self.first = np.zeros(self.count, np.int64)
         self.first[self.unit[::-1]] = np.arange(units.size)[::-1]
-        self.raw = {axis: np.unique(a.ids) for axis, a in axes.items()}
+        self.raw = {axis: distinct(a.ids) for axis, a in axes.items()}
         self.child, self.parent = self._memberships()
         self.pinned = self._pinned()
         self.colour = self._refine()
@@ -64,7 +64,7 @@ class Contracted:
 
     def _memberships(self) -> tuple[Ids, Ids]:
         child, parent = concatenate(self.units.member)
-        code = np.unique(self.unit[child] * self.count + self.unit[parent])
+        code = distinct(self.unit[child] * self.count + self.unit[parent])
         child, parent = code // self.count, code % self.count
         real = child != parent
         return child[real], parent[real]
@@ -153,8 +153,8 @@ class Contracted:
     def several(self) -> NDArray[np.bool_]:
         """The units that became one with another of their own creation."""
         code = self.unit * (len(self.units.starts) + 1) + self.units.origin(np.arange(self.units.size))
-        _, inverse, count = np.unique(code, return_inverse=True, return_counts=True)
-        several: NDArray[np.bool_] = (count[inverse] > 1) & ~self.is_tag
+        ordered = np.sort(code)
+        several: NDArray[np.bool_] = np.isin(code, ordered[1:][ordered[1:] == ordered[:-1]]) & ~self.is_tag
         return several
 
     @cached_property

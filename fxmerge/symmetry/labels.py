@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, core, reshape, shrink, spread, support
 from fxmerge.symmetry.relate import relate, relate_inert
-from fxmerge.symmetry.units import UnitGraph
+from fxmerge.symmetry.units import UnitGraph, alike, distinct, mix
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ def join(units: UnitGraph, x: Labels, y: Labels, reason: str) -> Labels:
 def rows_apart(units: UnitGraph, x: Labels, column: Tensor, dims: set[int]) -> None:
     """Of a tensor whose column means other units at other places along `dims`: where the column is an axis of a
     parameter, and the places are an earlier axis of it, the rows of the latter are used apart."""
-    axis = units.axis(np.unique(core(column, support(column)).numpy()))
+    axis = units.axis(distinct(core(column, support(column)).numpy()))
     for rows in x.columns:
         along = support(rows)
         if axis is not None and along and dims.issuperset(along):
-            ids = np.unique(core(rows, along).numpy())
+            ids = distinct(core(rows, along).numpy())
             earlier = units.axis(ids)
             if earlier is not None and earlier[0] == axis[0] and earlier[1] < axis[1]:
                 units.use_apart(ids, ids)
@@ -167,8 +167,10 @@ def _reduce_column(units: UnitGraph, column: Tensor, gone: set[int], reason: str
         return column
     size = math.prod(column.shape[d] for d in kept)
     rows = core(column, kept + [d for d in dims if d in gone]).reshape(size, -1).numpy()
-    sets, row_set = np.unique(np.sort(rows, axis=1), axis=0, return_inverse=True)
-    row_set = row_set.reshape(-1)
+    if size == 1 and len(distinct(rows)) == rows.size:
+        return None
+    _, first, row_set = np.unique(mix(rows).sum(axis=1), return_index=True, return_inverse=True)
+    sets = rows[first]
     # One entry per (set, unit), with how often the set holds the unit.
     flat = np.arange(len(sets))[:, None] * (int(sets.max()) + 1) + sets
     entry, times = np.unique(flat, return_counts=True)
@@ -194,8 +196,7 @@ def _reduce_inert(factor: Tensor, gone: set[int]) -> Tensor | None:
         return factor if kept else None
     size = math.prod(factor.shape[d] for d in kept)
     rows = core(factor, kept + [d for d in dims if d in gone]).reshape(size, -1).numpy()
-    alike = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
-    return shrink(spread(torch.from_numpy(alike.astype(np.int64)), tuple(factor.shape), kept))
+    return shrink(spread(torch.from_numpy(alike(np.ascontiguousarray(rows))), tuple(factor.shape), kept))
 
 
 def move(units: UnitGraph, x: Labels, op: Callable[[Tensor], Tensor], shape: Shape, reason: str) -> Labels:
@@ -205,8 +206,8 @@ def move(units: UnitGraph, x: Labels, op: Callable[[Tensor], Tensor], shape: Sha
     """
     columns = [op(column) for column in x.columns]
     for column, moved in zip(x.columns, columns, strict=True):
-        kept = np.unique(core(moved, support(moved)).numpy())
-        if len(kept) < len(np.unique(core(column, support(column)).numpy())):
+        kept = distinct(core(moved, support(moved)).numpy())
+        if len(kept) < len(distinct(core(column, support(column)).numpy())):
             units.segment(kept, reason)
             if x.parameter is not None:
                 units.use_apart(kept, np.full(len(kept), units.size, np.int64))
@@ -223,6 +224,6 @@ def pin(units: UnitGraph, x: Labels, reason: str, dims: Iterable[int] | None = N
         if pinned.isdisjoint(support(column)):
             columns.append(column)
         else:
-            units.pin(np.unique(core(column, support(column)).numpy()), reason)
+            units.pin(distinct(core(column, support(column)).numpy()), reason)
             factors.append(column)
     return replace(x, columns=tuple(columns), inert=prune((*x.inert, *factors)))

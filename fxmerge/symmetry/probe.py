@@ -66,9 +66,9 @@ class Prober:
         self._known: dict[Any, Signature | None] = {}
 
     def label(self, at: Site, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """The labels of a node's outputs, given those of its arguments; None where nothing is found."""
+        """The labels of a node's outputs, given those of its arguments; NotImplemented where nothing is found."""
         if node not in self._values:
-            return None
+            return NotImplemented
         operands = [at.labels(x) for x in pytree.tree_leaves((args, kwargs), is_leaf=_is_operand) if _is_operand(x)]
         seeds = [{d for c in x.columns for d in support(c)} for x in operands]
         leaves = pytree.tree_leaves(self._values[node])
@@ -76,7 +76,7 @@ class Prober:
         if key not in self._known:
             self._known[key] = _find(node.target, *self._values[node], seeds)
         signature = self._known[key]
-        return None if signature is None else _apply(at, operands, signature)
+        return NotImplemented if signature is None else _apply(at, operands, signature)
 
 
 def _is_operand(x: Any) -> bool:

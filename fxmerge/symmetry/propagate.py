@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, cast
@@ -21,7 +21,7 @@ from fxmerge.symmetry.columns import Shape, core, spread, support
 from fxmerge.symmetry.labels import Labels, inert, pin
 from fxmerge.symmetry.probe import Prober
 from fxmerge.symmetry.relate import relate
-from fxmerge.symmetry.units import Ids, UnitGraph
+from fxmerge.symmetry.units import Ids, UnitGraph, distinct
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,10 @@ class _Walk(fx.Interpreter):
         site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used)
         if getattr(getattr(n.target, "_schema", None), "is_mutable", False):
             return self._write(n, args, kwargs)
-        value = self._apply_rule(site, n, args, kwargs)
+        several = isinstance(site.shape, list)
+        if all(0 in shape for shape in (site.shape if several else [site.shape])):
+            return [Labels(shape) for shape in site.shape] if several else Labels(site.shape)
+        value = self._try(n, lambda: self._apply_rule(site, n, args, kwargs))
         if value is not NotImplemented:
             moved = {v.parameter for v in _labels_in(value)}
             for v in _labels_in((args, kwargs)):
@@ -186,14 +189,15 @@ class _Walk(fx.Interpreter):
         for v in _labels_in((args, kwargs)):
             self._use(v)
         if self.prober is not None:
-            value = self.prober.label(site, n, args, kwargs)
-            if value is not None:
+            prober = self.prober
+            value = self._try(n, lambda: prober.label(site, n, args, kwargs))
+            if value is not NotImplemented:
                 self.found.probed[n.target] += 1
                 return value
         self.found.unknown[n.target] += 1
         for v in _labels_in((args, kwargs)):
             pin(self.found.units, v, f"{n.name}: no rule for {n.target}")
-        return [inert(s) for s in site.shape] if isinstance(site.shape, list) else inert(site.shape)
+        return [inert(s) for s in site.shape] if several else inert(site.shape)
 
     def _write(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """An op in place, which a trace leaves where it writes to a constant: all that it reads is pinned, and of what
@@ -207,16 +211,18 @@ class _Walk(fx.Interpreter):
             node = node.args[0] if node.args else None
         return inert(shape_of(n))
 
+    def _try(self, n: fx.Node, label: Callable[[], Any]) -> Any:
+        """The labels, or NotImplemented where there is an error: a node that cannot be labelled is pinned."""
+        try:
+            return label()
+        except Exception:
+            logger.warning("node %s (%s) could not be labelled, and is pinned", n.name, n.target, exc_info=True)
+            return NotImplemented
+
     def _apply_rule(self, site: rules.Site, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """What the op's rule gives; NotImplemented if there is none, or it does not serve this call."""
         rule = self.find_rule(n.target)
-        if rule is None:
-            return NotImplemented
-        try:
-            return rule(site, *args, **kwargs)
-        except Exception:
-            logger.warning("the rule for %s failed at node %s, which is pinned", n.target, n.name, exc_info=True)
-            return NotImplemented
+        return NotImplemented if rule is None else rule(site, *args, **kwargs)
 
     def _output(self, n: fx.Node) -> None:
         for node in self.program.outputs(n):
@@ -228,7 +234,7 @@ class _Walk(fx.Interpreter):
     def _use(self, x: Labels) -> None:
         if x.parameter is not None:
             for column in x.columns:
-                self.found.units.use(np.unique(core(column, support(column)).numpy()))
+                self.found.units.use(distinct(core(column, support(column)).numpy()))
 
 
 def _labels_in(value: Any) -> list[Labels]:

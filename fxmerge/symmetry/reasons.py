@@ -6,7 +6,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph
+from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, distinct
 
 
 def concatenate(pairs: list[tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
@@ -27,7 +27,7 @@ def first_reasons(units: UnitGraph) -> tuple[list[str], Ids]:
     graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(units.size,) * 2)
     count, unit = connected_components(graph, directed=False)
     child, parent = concatenate(units.member)
-    code = np.unique(unit[child].astype(np.int64) * count + unit[parent])
+    code = distinct(unit[child].astype(np.int64) * count + unit[parent])
     child, parent = code // count, code % count
     reasons = list(dict.fromkeys(reason for _, reason in units.pinned))
     number = {reason: i for i, reason in enumerate(reasons)}

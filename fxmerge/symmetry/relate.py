@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from fxmerge.symmetry.columns import core, joint_column, support
-from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, mix
+from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, alike, mix
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Pairs:
     @property
     def independent(self) -> bool:
         return len(self.a_count) == 1 and bool(self.complete[0])
+
+
+def _increases(ids: Ids) -> bool:
+    """Whether every number is larger than the one before: so it is for the units of one axis, by far most often."""
+    return bool((ids[1:] > ids[:-1]).all())
 
 
 def _components(count: int, rows: Ids, cols: Ids) -> tuple[int, Ids]:
@@ -72,6 +77,9 @@ def meet(a: Tensor, b: Tensor) -> Pairs | None:
     size = math.prod(a.shape[d] for d in shared)
     at = core(a, shared + [d for d in dims_a if d not in shared]).reshape(size, -1).numpy()
     bt = core(b, shared + [d for d in dims_b if d not in shared]).reshape(size, -1).numpy()
+    if at.shape[1] == bt.shape[1] == 1 and _increases(at[:, 0]) and _increases(bt[:, 0]):
+        each, one = np.arange(size), np.ones(size, np.int64)
+        return Pairs(at[:, 0], bt[:, 0], each, each, one, one, one.astype(bool))
     a_ids, at_inv = np.unique(at, return_inverse=True)
     b_ids, bt_inv = np.unique(bt, return_inverse=True)
     at, bt = at_inv.reshape(size, -1), bt_inv.reshape(size, -1)
@@ -174,9 +182,13 @@ def _contain(units: UnitGraph, child: Ids, part: Ids, parent: Ids, where: np.nda
     child, part = child[where[part]], part[where[part]]
     if not len(child):
         return True
-    kind = part * (len(units.starts) + 1) + units.origin(child)
-    _, inverse, count = np.unique(kind, return_inverse=True, return_counts=True)
-    lone = (count[inverse] == 1) & (parent[part] != NOTHING) & (child != NOTHING)
+    if _increases(part):
+        alone = np.ones(len(child), bool)
+    else:
+        kind = part * (len(units.starts) + 1) + units.origin(child)
+        _, inverse, count = np.unique(kind, return_inverse=True, return_counts=True)
+        alone = count[inverse] == 1
+    lone = alone & (parent[part] != NOTHING) & (child != NOTHING)
     units.equate(child[lone], parent[part[lone]])
     units.include(child[~lone], parent[part[~lone]])
     return bool(lone.all())
@@ -191,7 +203,7 @@ def relate_inert(units: UnitGraph, column: Tensor, factors: Sequence[Tensor], re
     shared = [d for d in dims if d in support(joint)]
     size = math.prod(column.shape[d] for d in shared)
     rows = core(joint, shared + [d for d in support(joint) if d not in shared]).reshape(size, -1).numpy()
-    place = np.unique(rows if rows.shape[1] > 1 else rows[:, 0], axis=0, return_inverse=True)[1].reshape(-1, 1)
+    place = alike(np.ascontiguousarray(rows))[:, None]
     ids, unit = np.unique(core(column, shared + [d for d in dims if d not in shared]).numpy(), return_inverse=True)
     meetings, times = np.unique(unit.reshape(size, -1) * size + place, return_counts=True)
     # What a unit meets, and how often, as one number.

@@ -31,6 +31,24 @@ def mix(x: Ids | Hashes) -> Hashes:
     return mixed
 
 
+def distinct(ids: Ids) -> Ids:
+    """The numbers in `ids`, each once, in order: `numpy.unique`, but quick for what is in order already, or large."""
+    ordered: Ids = ids.reshape(-1)
+    if (ordered[1:] > ordered[:-1]).all():
+        return ordered
+    ordered = np.sort(ordered)
+    kept: Ids = ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
+    return kept
+
+
+def alike(rows: Ids) -> Ids:
+    """Numbers the rows of a table from 0: equal rows get one number."""
+    if rows.shape[1] == 1:
+        return np.unique(rows[:, 0], return_inverse=True)[1].astype(np.int64)
+    seen = mix(rows.view(np.uint64) ^ mix(np.arange(rows.shape[1]))).sum(axis=1)
+    return np.unique(seen, return_inverse=True)[1].astype(np.int64)
+
+
 @dataclass
 class UnitGraph:
     """Facts about units, appended by the rules and resolved once, by `fxmerge.symmetry.classes`.
@@ -72,7 +90,7 @@ class UnitGraph:
 
     def axis(self, ids: Ids) -> tuple[str, int] | None:
         """The parameter axis on which all these units are, None if there is no such."""
-        origins = {self.origins[i] for i in np.unique(self.origin(ids))}
+        origins = {self.origins[i] for i in distinct(self.origin(ids))}
         origin = origins.pop()
         return origin[1:] if not origins and origin[0] == "axis" else None
 
