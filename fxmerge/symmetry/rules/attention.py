@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 
+import torch
 from torch import Tensor
 
 from fxmerge.symmetry.labels import Labels
@@ -35,6 +36,8 @@ def attention(
     scores = contract(at, [query, key], [batch + "QE", batch + "KE"], batch + "QK")
     if mask is not None:
         scores = at.join(scores, mask)
+    if is_causal:
+        scores = at.join(scores, torch.ones(scores.shape[-2:]).tril())
     weights = normalize(at, scores, [-1])
     return contract(at, [weights, value], [batch + "QK", batch + "KV"], batch + "QV")
 

@@ -29,9 +29,9 @@ def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "native_dropout"),
     *("_conj", "resolve_conj", "_conj_physical", "resolve_neg"),
 )
-def identity(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
+def identity(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Any:
     """Copies, casts, and dropout in eval mode."""
-    return x
+    return [x, inert(at.shape[1])] if isinstance(at.shape, list) else x
 
 
 @rule("copy")
@@ -53,6 +53,15 @@ def fill(at: Site, x: Labels, value: Labels | Tensor | float) -> Labels:
     return at.labels(value).expand(at.shape)
 
 
-@rule("bernoulli", "rand_like", "randn_like", "randint_like", "normal", "multinomial")
+@rule("rand_like", "randn_like", "randint_like")
 def random(at: Site, *args: Any, **kwargs: Any) -> Labels:
+    return inert(at.shape)
+
+
+@rule("bernoulli", "normal", "multinomial")
+def drawn(at: Site, *args: Any, **kwargs: Any) -> Labels:
+    """Which numbers are drawn depends on the places of the operands."""
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Labels):
+            at.pin(x)
     return inert(at.shape)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from fxmerge.symmetry.labels import Labels, inert, pin, reduce
 from fxmerge.symmetry.rules.reduction import reduce_to
 from fxmerge.symmetry.rules.registry import Site, rule
@@ -32,9 +34,15 @@ rule("avg_pool1d", "max_pool1d", "max_pool1d_with_indices", "upsample_nearest1d"
 rule(
     *("avg_pool2d", "max_pool2d", "max_pool2d_with_indices", "fractional_max_pool2d", "lp_pool2d"),
     *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d"),
-    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "max_unpool2d"),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
 )(_windows(2))
 rule("avg_pool3d", "max_pool3d", "max_pool3d_with_indices", "upsample_nearest3d", "upsample_trilinear3d")(_windows(3))
+
+
+@rule("max_unpool2d")
+def unpool(at: Site, x: Labels, indices: Labels | Tensor, *args: Any) -> Labels:
+    """Every channel is spread out by indices of its own."""
+    return _over_space(at, at.join(x, indices), at.shape, 2)
 
 
 def _adaptive(spatial: int) -> Any:

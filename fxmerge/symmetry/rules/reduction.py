@@ -44,20 +44,21 @@ def extremum(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Any:
         args = args[1:]
     dims = args[0] if args else kwargs.get("dim", -1)
     if 1 in at.used:
-        pin(at.units, x, f"{at.name}: index along the dimension", normalize_dims(dims, x.ndim))
-    return [reduce_to(at, x, dims, at.shape[0]), inert(at.shape[1])]
+        x = pin(at.units, x, f"{at.name}: index along the dimension", normalize_dims(dims, x.ndim))
+    return [reduce_to(at, x, dims, shape) for shape in at.shape]
 
 
 @rule("argmax", "argmin")
 def argument(at: Site, x: Labels, dim: int | None = None, *args: Any, **kwargs: Any) -> Labels:
-    pin(at.units, x, f"{at.name}: index along the dimension", normalize_dims(dim, x.ndim))
-    return inert(at.shape)
+    x = pin(at.units, x, f"{at.name}: index along the dimension", normalize_dims(dim, x.ndim))
+    return reduce_to(at, x, dim, at.shape)
 
 
 @rule("topk", "sort", "msort", "argsort")
 def order(at: Site, x: Labels, *args: Any, dim: int = -1, **kwargs: Any) -> Any:
     """Sorted values forget where they were, which the indices tell."""
     name, shapes = at.target._schema.name, at.shape if isinstance(at.shape, list) else [at.shape]
+    dim = 0 if name == "aten::msort" else dim
     dim = next((a for a in args[name == "aten::topk" :] if isinstance(a, int) and not isinstance(a, bool)), dim) % max(
         x.ndim, 1
     )
@@ -73,9 +74,11 @@ def extremes(at: Site, x: Labels, dim: Dims = None, keepdim: bool = False) -> li
 
 
 @rule("histc", "bincount", "nonzero", "unique", "_unique2", "unique_consecutive")
-def unordered(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Any:
+def unordered(at: Site, *args: Any, **kwargs: Any) -> Any:
     """Values become places: nothing moves on."""
-    pin(at.units, x, f"{at.name}: values become places")
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Labels):
+            pin(at.units, x, f"{at.name}: values become places")
     return [inert(s) for s in at.shape] if isinstance(at.shape, list) else inert(at.shape)
 
 
