@@ -36,8 +36,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxmerge.program import AtenGraph, Program
-from fxmerge.symmetry.classes import Resolution, _State, resolve
+from fxmerge.symmetry.classes import Resolution, resolve
 from fxmerge.symmetry.columns import core, joint_column, support
+from fxmerge.symmetry.contracted import Contracted
 from fxmerge.symmetry.labels import Labels, constant
 from fxmerge.symmetry.permutation import build_image
 from fxmerge.symmetry.propagate import propagate
@@ -173,7 +174,7 @@ class Analysis:
     call: Call
     leaves: list[tuple[Leaf, Labels]]
     outputs: list[Labels | None]
-    state: _State
+    state: Contracted
     resolution: Resolution
     unknown: list[str]
     letters: dict[int, str] = field(default_factory=dict)
@@ -439,7 +440,7 @@ def analyse(call: Call) -> Analysis:
         call,
         [(leaf, labels[id(leaf)]) for leaf in leaves],
         outputs,
-        _State(found.units, found.axes, told),
+        Contracted(found.units, found.axes, told),
         resolution,
         [str(op) for op in found.unknown],
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, core, reshape, shrink, spread, support
 from fxmerge.symmetry.relate import relate, relate_inert
-from fxmerge.symmetry.units import UnitGraph, alike, distinct, mix
+from fxmerge.symmetry.units import UnitGraph, distinct, mix, number, number_rows
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def join(units: UnitGraph, x: Labels, y: Labels, reason: str) -> Labels:
                 keep[i] = False
                 told.append(column)
     kept = tuple(c for c, k in zip(x.columns + y.columns, keep_x + keep_y, strict=True) if k)
-    return Labels(x.shape, kept, prune((*x.inert, *y.inert, *told)))
+    return Labels(x.shape, kept, prune((*x.inert, *y.inert, *told), kept))
 
 
 def rows_apart(units: UnitGraph, x: Labels, column: Tensor, dims: set[int]) -> None:
@@ -108,13 +108,24 @@ def rows_apart(units: UnitGraph, x: Labels, column: Tensor, dims: set[int]) -> N
                 units.use_apart(ids, ids)
 
 
-def prune(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Inert columns without those that others imply."""
+MAX_INERT = 2**18
+"""Entries up to which an inert column is kept as it is along dimensions without units."""
+
+
+def prune(factors: Sequence[Tensor], columns: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """Inert columns without those that others imply.
+
+    Large ones are replaced by finer, smaller ones along the dimensions on which none of `columns` depends.
+    """
     full: dict[int, Tensor] = {}
+    with_units = {d for c in columns for d in support(c)}
     for f in factors:
         dims = support(f)
         if len(dims) == 1 and dims[0] not in full and len(core(f, dims).unique()) == f.shape[dims[0]]:
             full[dims[0]] = f
+        if math.prod(f.shape[d] for d in dims) > MAX_INERT:
+            for d in set(dims) - with_units:
+                full.setdefault(d, axis_column(tuple(f.shape), d))
     kept: list[Tensor] = []
     for f in sorted(factors, key=lambda f: -len(support(f))):
         # Columns that number all positions along their dimensions imply, together, every column along these.
@@ -169,7 +180,7 @@ def _reduce_column(units: UnitGraph, column: Tensor, gone: set[int], reason: str
     rows = core(column, kept + [d for d in dims if d in gone]).reshape(size, -1).numpy()
     if size == 1 and len(distinct(rows)) == rows.size:
         return None
-    _, first, row_set = np.unique(mix(rows).sum(axis=1), return_index=True, return_inverse=True)
+    first, row_set = number(mix(rows).sum(axis=1))
     sets = rows[first]
     # One entry per (set, unit), with how often the set holds the unit.
     flat = np.arange(len(sets))[:, None] * (int(sets.max()) + 1) + sets
@@ -196,7 +207,7 @@ def _reduce_inert(factor: Tensor, gone: set[int]) -> Tensor | None:
         return factor if kept else None
     size = math.prod(factor.shape[d] for d in kept)
     rows = core(factor, kept + [d for d in dims if d in gone]).reshape(size, -1).numpy()
-    return shrink(spread(torch.from_numpy(alike(np.ascontiguousarray(rows))), tuple(factor.shape), kept))
+    return shrink(spread(torch.from_numpy(number_rows(np.ascontiguousarray(rows))), tuple(factor.shape), kept))
 
 
 def move(units: UnitGraph, x: Labels, op: Callable[[Tensor], Tensor], shape: Shape, reason: str) -> Labels:
@@ -226,4 +237,4 @@ def pin(units: UnitGraph, x: Labels, reason: str, dims: Iterable[int] | None = N
         else:
             units.pin(distinct(core(column, support(column)).numpy()), reason)
             factors.append(column)
-    return replace(x, columns=tuple(columns), inert=prune((*x.inert, *factors)))
+    return replace(x, columns=tuple(columns), inert=prune((*x.inert, *factors), columns))

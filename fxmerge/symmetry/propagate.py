@@ -209,7 +209,8 @@ class _Walk(fx.Interpreter):
         while isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor):
             self.env[node] = inert(shape_of(node))
             node = node.args[0] if node.args else None
-        return inert(shape_of(n))
+        shape = shape_of(n)
+        return [inert(s) for s in shape] if isinstance(shape, list) else inert(shape)
 
     def _try(self, n: fx.Node, label: Callable[[], Any]) -> Any:
         """The labels, or NotImplemented where there is an error: a node that cannot be labelled is pinned."""

@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from fxmerge.symmetry.columns import core, joint_column, support
-from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, alike, mix
+from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, mix, number_rows
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def relate_inert(units: UnitGraph, column: Tensor, factors: Sequence[Tensor], re
     shared = [d for d in dims if d in support(joint)]
     size = math.prod(column.shape[d] for d in shared)
     rows = core(joint, shared + [d for d in support(joint) if d not in shared]).reshape(size, -1).numpy()
-    place = alike(np.ascontiguousarray(rows))[:, None]
+    place = number_rows(np.ascontiguousarray(rows))[:, None]
     ids, unit = np.unique(core(column, shared + [d for d in dims if d not in shared]).numpy(), return_inverse=True)
     meetings, times = np.unique(unit.reshape(size, -1) * size + place, return_counts=True)
     # What a unit meets, and how often, as one number.

@@ -41,12 +41,20 @@ def distinct(ids: Ids) -> Ids:
     return kept
 
 
-def alike(rows: Ids) -> Ids:
-    """Numbers the rows of a table from 0: equal rows get one number."""
+def number(values: Ids | Hashes) -> tuple[Ids, Ids]:
+    """Numbers equal values alike, from 0 in the order of their first places; these places, and the numbers."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[inverse]
+
+
+def number_rows(rows: Ids) -> Ids:
+    """Numbers equal rows of a table alike."""
     if rows.shape[1] == 1:
-        return np.unique(rows[:, 0], return_inverse=True)[1].astype(np.int64)
-    seen = mix(rows.view(np.uint64) ^ mix(np.arange(rows.shape[1]))).sum(axis=1)
-    return np.unique(seen, return_inverse=True)[1].astype(np.int64)
+        return number(rows[:, 0])[1]
+    return number(mix(rows.view(np.uint64) ^ mix(np.arange(rows.shape[1]))).sum(axis=1))[1]
 
 
 @dataclass

@@ -39,17 +39,18 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
                 dims = support(column)
                 if shared.issuperset(dims) and all(term[d] not in out for d in dims):
                     rows_apart(at.units, x, column, shared.difference(dims))
-        result = at.join(result, _align(x, term, space, shape))
+        result = at.join(result, _align(at, x, term, space, shape))
     return reduce(at.units, result, range(len(out), len(space)), at.name)
 
 
-def _align(x: Labels, term: str, space: str, shape: Shape) -> Labels:
+def _align(at: Site, x: Labels, term: str, space: str, shape: Shape) -> Labels:
     """x with its dimensions put where their letters are in `space`; a repeated letter is a diagonal."""
     while len(set(term)) < len(term):
         letter = next(c for c in term if term.count(c) > 1)
         i, j = term.index(letter), term.rindex(letter)
         kept = tuple(n for d, n in enumerate(x.shape) if d not in (i, j))
         x = x.map(lambda c, i=i, j=j: c.diagonal(0, i, j), (*kept, x.shape[i]))  # type: ignore[misc]
+        x = at.join(x, x)
         term = term[:i] + term[i + 1 : j] + term[j + 1 :] + letter
     order = sorted(range(len(term)), key=lambda d: space.index(term[d]))
     unit = tuple(x.shape[term.index(letter)] if letter in term else 1 for letter in space)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry.columns import Shape, core, shrink, spread, support
-from fxmerge.symmetry.labels import Labels, move, prune
+from fxmerge.symmetry.columns import Shape, axis_column, core, shrink, spread, support
+from fxmerge.symmetry.labels import MAX_INERT, Labels, move, prune
 from fxmerge.symmetry.rules.registry import Site, rule
-from fxmerge.symmetry.units import NOTHING
+from fxmerge.symmetry.units import NOTHING, distinct
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze")
@@ -28,7 +29,7 @@ def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
 
 @rule(
     *("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "mT", "adjoint"),
-    *("select", "slice", "narrow", "diagonal", "flip", "fliplr", "flipud", "roll", "rot90", "unfold"),
+    *("select", "slice", "narrow", "flip", "fliplr", "flipud", "roll", "rot90", "unfold"),
     *("repeat", "repeat_interleave", "tile", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     *("native_channel_shuffle", "im2col", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided"),
@@ -43,6 +44,13 @@ def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
         return moved
 
     return move(at.units, x, op, at.shape, at.name)
+
+
+@rule("diagonal")
+def diagonal(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
+    """Two dimensions become one: what lies along them meets."""
+    y = movement(at, x, *args, **kwargs)
+    return at.join(y, y)
 
 
 @rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split")
@@ -84,6 +92,10 @@ def assemble(
     def gather(columns: list[tuple[Tensor, ...]], fill: int, *, apart: bool) -> list[Tensor]:
         built = []
         for k in dict.fromkeys(kind(c) for part in columns for c in part):
+            along = {*k, *dims}
+            if apart and math.prod(at.shape[d] for d in along) > MAX_INERT and along.isdisjoint(with_units):
+                built += [axis_column(at.shape, d) for d in along]
+                continue
             alike = [[c for c in part if kind(c) == k] for part in columns]
             for i in range(max(map(len, alike))):
                 pieces, base = [], 0
@@ -94,7 +106,9 @@ def assemble(
                 built.append(build(pieces))
         return [c for c in built if support(c)]
 
+    with_units: set[int] = set()
     columns = gather([x.columns for x in labels], NOTHING, apart=False)
+    with_units |= {d for c in columns for d in support(c)}
     factors = gather([x.inert for x in labels], 0, apart=True)
     uniform: dict[object, int] = {}
     marks = [
@@ -102,7 +116,7 @@ def assemble(
         for p, x in zip(parts, labels, strict=True)
     ]
     factors.append(build([m.expand(x.shape) for m, x in zip(marks, labels, strict=True)]))
-    return Labels(at.shape, tuple(columns), prune([f for f in factors if support(f)]))
+    return Labels(at.shape, tuple(columns), prune([f for f in factors if support(f)], columns))
 
 
 def _lend(parts: list[Labels], kind: Callable[[Tensor], tuple[int, ...]]) -> list[Labels]:
@@ -164,13 +178,36 @@ def pad(at: Site, x: Labels, widths: Sequence[int], *args: Any) -> Labels:
     return x
 
 
+def _overwritten(
+    at: Site, x: Labels | Tensor, source: Shape, dim: int, write: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Tells the units that an op writes over apart from those that it leaves as they are."""
+    for column in at.labels(x).columns:
+        along = {*support(column), dim}
+        thin = column[tuple(slice(None) if d in along else slice(0, 1) for d in range(column.ndim))]
+        left = write(thin, torch.full([n if d in along else 1 for d, n in enumerate(source)], -1))
+        kept = distinct(left[left >= 0].numpy())
+        if len(kept) < len(distinct(core(column, support(column)).numpy())):
+            at.units.segment(kept, f"{at.name}: overwritten")
+
+
 @rule("slice_scatter")
 def scatter_slice(at: Site, x: Labels | Tensor, source: Labels | Tensor, dim: int = 0, *args: Any) -> Labels:
-    return assemble(at, [x, source], lambda c: at.target(c[0], c[1], dim, *args), [dim % len(at.shape)])
+    def write(into: Tensor, part: Tensor) -> Tensor:
+        written: Tensor = at.target(into, part, dim, *args)
+        return written
+
+    dim %= len(at.shape)
+    _overwritten(at, x, tuple(source.shape), dim, write)
+    return assemble(at, [x, source], lambda c: write(c[0], c[1]), [dim])
 
 
 @rule("select_scatter")
 def scatter_select(at: Site, x: Labels | Tensor, source: Labels | Tensor, dim: int, index: int) -> Labels:
+    def write(into: Tensor, part: Tensor) -> Tensor:
+        return torch.select_scatter(into, part.select(dim, 0), dim, index)
+
     dim %= len(at.shape)
-    thin = source.reshape((*at.shape[:dim], 1, *at.shape[dim + 1 :]))
-    return assemble(at, [x, thin], lambda c: torch.select_scatter(c[0], c[1].select(dim, 0), dim, index), [dim])
+    thin: Shape = (*at.shape[:dim], 1, *at.shape[dim + 1 :])
+    _overwritten(at, x, thin, dim, write)
+    return assemble(at, [x, source.reshape(thin)], lambda c: write(c[0], c[1]), [dim])

@@ -28,15 +28,20 @@ def _windows(spatial: int) -> Any:
     return apply
 
 
-rule("avg_pool1d", "max_pool1d", "max_pool1d_with_indices", "upsample_nearest1d", "upsample_linear1d", "lp_pool1d")(
-    _windows(1)
-)
+rule("avg_pool1d", "max_pool1d", "max_pool1d_with_indices", "upsample_nearest1d", "upsample_linear1d")(_windows(1))
 rule(
-    *("avg_pool2d", "max_pool2d", "max_pool2d_with_indices", "fractional_max_pool2d", "lp_pool2d"),
+    *("avg_pool2d", "max_pool2d", "max_pool2d_with_indices"),
     *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d"),
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
 )(_windows(2))
 rule("avg_pool3d", "max_pool3d", "max_pool3d_with_indices", "upsample_nearest3d", "upsample_trilinear3d")(_windows(3))
+
+
+@rule("fractional_max_pool2d")
+def fractional(at: Site, x: Labels, kernel: Any, size: Any, samples: Labels | Tensor) -> list[Labels]:
+    """Every channel has windows of its own, told by random samples of shape (batch, channels, 2)."""
+    own = reduce(at.units, at.labels(samples), [-1], at.name).reshape((*x.shape[:-2], 1, 1))
+    return [_over_space(at, at.join(x, own, x.shape), shape, 2) for shape in at.shape]
 
 
 @rule("max_unpool2d")

@@ -73,7 +73,7 @@ def extremes(at: Site, x: Labels, dim: Dims = None, keepdim: bool = False) -> li
     return [reduce_to(at, x, dim, shape) for shape in at.shape]
 
 
-@rule("histc", "bincount", "nonzero", "unique", "_unique2", "unique_consecutive")
+@rule("histc", "bincount", "nonzero", "_unique2", "unique_consecutive")
 def unordered(at: Site, *args: Any, **kwargs: Any) -> Any:
     """Values become places: nothing moves on."""
     for x in (*args, *kwargs.values()):
