@@ -229,6 +229,8 @@ def move(units: UnitGraph, x: Labels, op: Callable[[Tensor], Tensor], shape: Sha
 
 def pin(units: UnitGraph, x: Labels, reason: str, dims: Iterable[int] | None = None) -> Labels:
     """Pins the units of the columns that depend on `dims` (by default all), and makes those dims inert."""
+    if 0 in x.shape:
+        return x
     pinned = set(range(x.ndim)) if dims is None else {d % x.ndim for d in dims}
     columns, factors = [], [axis_column(x.shape, d) for d in sorted(pinned) if x.shape[d] > 1]
     for column in x.columns:

@@ -10,6 +10,7 @@ from fxmerge.symmetry.rules import (
     pooling,
     recurrent,
     reduction,
+    vision,
 )
 from fxmerge.symmetry.rules.registry import Lookup, Rule, Site, Value, contracts, find_rule, rule
 
@@ -30,4 +31,5 @@ __all__ = [
     "recurrent",
     "reduction",
     "rule",
+    "vision",
 ]
