@@ -139,8 +139,8 @@ def test_inspect_writes_the_spec(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_inspect_names_probed_ops(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", "tests.test_symmetry:Sorts", "--input", "4x3"]) == 0
-    assert "probed: aten.sort.default (1x)" in capsys.readouterr().out
+    assert cli.main(["inspect", "tests.test_probe:Dense", "--input", "2x5"]) == 0
+    assert "probed: fxmerge_probe.dense.default (1x)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["module_only", "by_keyword"])

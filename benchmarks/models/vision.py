@@ -25,6 +25,17 @@ SMP = (
 """All but DPT, which takes only transformers as encoders."""
 
 
+FEW_BOXES = {
+    "box_score_thresh": 0.0,
+    "box_detections_per_img": 8,
+    "rpn_pre_nms_top_n_test": 50,
+    "rpn_post_nms_top_n_test": 20,
+}
+FEW_ANCHORS = {"score_thresh": 0.0, "detections_per_img": 8, "topk_candidates": 20}
+"""Options of detectors: a random one is sure of nothing, so every threshold is zero, lest its outputs are empty; there
+are few boxes, since a trace along the path of the example writes out what is done for each."""
+
+
 def torchvision() -> dict[str, Factory]:
     """All models of torchvision; the quantizable ones in floating point."""
     from torchvision import models
@@ -47,6 +58,8 @@ def _torchvision(name: str, kind: str) -> Factory:
         options: dict[str, Any] = dict(UNTIMED) if name in INITIALISED_SLOWLY else {}
         if kind in ("segmentation", "detection"):
             options["weights_backbone"] = None
+        if kind == "detection":
+            options |= FEW_BOXES if "rcnn" in name else FEW_ANCHORS
         if kind == "quantization":
             options["quantize"] = False
         return example(get_model(name, weights=None, **options), *_inputs(name, kind))

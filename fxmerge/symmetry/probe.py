@@ -72,9 +72,10 @@ class Prober:
         operands = [at.labels(x) for x in pytree.tree_leaves((args, kwargs), is_leaf=_is_operand) if _is_operand(x)]
         seeds = [{d for c in x.columns for d in support(c)} for x in operands]
         leaves = pytree.tree_leaves(self._values[node])
-        key = (node.target, tuple(map(_pattern, leaves)), tuple(map(frozenset, seeds)))
+        key = (node.target, at.used, tuple(map(_pattern, leaves)), tuple(map(frozenset, seeds)))
         if key not in self._known:
-            self._known[key] = _find(node.target, *self._values[node], seeds)
+            op = _Op.make(node.target, *self._values[node], at.used if isinstance(at.shape, list) else None)
+            self._known[key] = None if op is None else _find(op, seeds)
         signature = self._known[key]
         return NotImplemented if signature is None else _apply(at, operands, signature)
 
@@ -125,7 +126,8 @@ class _Op:
     expected: list[list[Tensor]]
 
     @classmethod
-    def make(cls, target: Any, args: Any, kwargs: Any) -> _Op | None:
+    def make(cls, target: Any, args: Any, kwargs: Any, used: frozenset[int] | None) -> _Op | None:
+        """The op, of which only the outputs `used` count if there are several; None if it cannot be probed."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if sum(leaves[i].numel() for i in places) > MAX_ENTRIES:
@@ -138,7 +140,8 @@ class _Op:
             again, by_name = pytree.tree_unflatten(full, spec)
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
-                return [y for y in pytree.tree_leaves(target(*again, **by_name)) if isinstance(y, Tensor)]
+                out = target(*again, **by_name)
+            return [out] if used is None else [out[i] for i in sorted(used)]
 
         actual = [leaves[i].double() if leaves[i].is_floating_point() else leaves[i] for i in places]
         generator = torch.Generator().manual_seed(0)
@@ -181,10 +184,7 @@ def _same(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
     return True
 
 
-def _find(target: Any, args: Any, kwargs: Any, seeds: Sequence[set[int]]) -> Signature | None:
-    op = _Op.make(target, args, kwargs)
-    if op is None:
-        return None
+def _find(op: _Op, seeds: Sequence[set[int]]) -> Signature:
     tensors, outputs = op.given[0], op.expected[0]
     terms = [["."] * t.ndim for t in tensors]
     outs = [["."] * y.ndim for y in outputs]
@@ -324,12 +324,13 @@ def _apply(at: Site, operands: Sequence[Labels], signature: Signature) -> Any:
         ready.append(x)
         terms.append("".join(next(spare) if letter == "." else letter for letter in term))
     shapes = at.shape if isinstance(at.shape, list) else [at.shape]
-    results = []
-    for shape, out in zip(shapes, signature.outs, strict=True):
+    results = [inert(shape) for shape in shapes]
+    for number, out in zip(sorted(at.used) if isinstance(at.shape, list) else [0], signature.outs, strict=True):
+        shape = shapes[number]
         kept = "".join(letter for letter in out if letter != ".")
         y = contract(at, ready, terms, kept)
         y = y.reshape(tuple(1 if letter == "." else n for letter, n in zip(out, shape, strict=True)))
-        results.append(at.join(y, inert(shape, [d for d, letter in enumerate(out) if letter == "."]), shape))
+        results[number] = at.join(y, inert(shape, [d for d, letter in enumerate(out) if letter == "."]), shape)
     return results if isinstance(at.shape, list) else results[0]
 
 

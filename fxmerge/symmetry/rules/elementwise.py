@@ -13,7 +13,20 @@ from fxmerge.symmetry.rules.registry import Site, rule
 
 @rule(
     *("pointwise", "where", "masked_fill", "floor_divide", "__and__", "__or__", "__xor__", "multiply", "divide"),
-    *("subtract", "true_divide", "log_sigmoid", "absolute", "negative", "square", "polar"),
+    *(
+        "subtract",
+        "true_divide",
+        "log_sigmoid",
+        "hardswish",
+        "_prelu_kernel",
+        "special_expit",
+        "real",
+        "imag",
+        "absolute",
+        "negative",
+        "square",
+        "polar",
+    ),
 )
 def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     """Joins all operands. Serves every op that torch tags as pointwise."""
