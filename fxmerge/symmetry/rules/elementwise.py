@@ -13,17 +13,8 @@ from fxmerge.symmetry.rules.registry import Site, rule
 
 @rule(
     *("pointwise", "where", "masked_fill", "floor_divide", "__and__", "__or__", "__xor__", "multiply", "divide"),
-    *(
-        "subtract",
-        "true_divide",
-        "log_sigmoid",
-        "hardswish",
-        "_prelu_kernel",
-        "absolute",
-        "negative",
-        "square",
-        "polar",
-    ),
+    *("subtract", "true_divide", "absolute", "negative", "square", "polar", "log_sigmoid", "hardswish"),
+    "_prelu_kernel",
 )
 def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     """Joins all operands. Serves every op that torch tags as pointwise."""
