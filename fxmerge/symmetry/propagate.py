@@ -81,11 +81,12 @@ def _rows_used_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Axis
     movable = np.ones(found.units.size, bool)
     for ids in found.units.final:
         movable[ids] = False
-    blocks = np.zeros(found.units.size, np.int64)
-    for number, (ids, groups) in enumerate(found.units.rows, start=1):
-        code = np.zeros(found.units.size, np.int64)
-        code[ids] = number + (groups - groups.min()) * len(found.units.rows)
-        blocks = np.unique(blocks * (int(code.max()) + 1) + code, return_inverse=True)[1]
+    blocks, count = np.zeros(found.units.size, np.int64), 1
+    for ids, groups in found.units.rows:
+        span = int(groups.max() - groups.min()) + 1
+        block = np.unique(blocks[ids] * span + groups - groups.min(), return_inverse=True)[1]
+        blocks[ids] = count + block
+        count += int(block.max()) + 1
     by_parameter = defaultdict(list)
     for (name, dim), axis in found.axes.items():
         if movable[axis.ids].any():
