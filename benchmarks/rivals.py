@@ -32,15 +32,16 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from invariance import table
 from models import FAMILIES, Example, find_factory
 from models.processes import Note, Row, append_row, read_rows, run_all
-from tools import Found, parameter_names, rebasin_paths, torch_pruning_groups
+from tools import Axis, Found, rebasin_paths, torch_pruning_groups
 from zoo import select
 
 from fxmerge.capture import capture_program
-from fxmerge.symmetry.group import analyse
+from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.verify import TOLERANCE, Probe
 
 TOOLS = {"torch-pruning": "torch_pruning", "rebasin": "rebasin", "fxmerge": "fxmerge"}
@@ -82,13 +83,29 @@ def _infer(example: Example, note: Note) -> None:
     model, args, kwargs = example
     began = time.perf_counter()
     symmetry = analyse(capture_program(model, args, kwargs))[1]
-    names = set(parameter_names(model).values())
-    axes = {(axis.parameter, axis.dim) for axis in symmetry.layout if axis.parameter in names}
-    note("verify", seconds=time.perf_counter() - began, classes=len(symmetry.choices), axes=len(axes))
+    note(
+        "verify",
+        seconds=time.perf_counter() - began,
+        classes=len(symmetry.choices),
+        axes=len(_moving(symmetry) & {(n, d) for n, p in model.named_parameters() for d in range(p.ndim)}),
+    )
     proven = symmetry.verify(model, args, kwargs)
     preserved = not proven.demoted and (proven.error or 0.0) <= TOLERANCE
     holding = 1 - len(proven.demoted) / max(len(symmetry.units), 1)
     note("done", error=proven.error, preserved=preserved, holding=holding)
+
+
+def _moving(symmetry: Symmetry) -> set[Axis]:
+    """The axes on which some index moves, when every unit goes to the place of another."""
+    images = symmetry.build(lambda _, units, places: np.roll(places, 1, axis=1)).images
+    moving = set()
+    for axis in symmetry.layout:
+        source = axis.source(images)
+        if source is not None:
+            here = np.arange(axis.shape[axis.dim]).reshape([-1 if d == axis.dim else 1 for d in axis.dims])
+            if (source != here).any():
+                moving.add((axis.parameter, axis.dim))
+    return moving
 
 
 def _compare(example: Example, found: Found, note: Note) -> None:

@@ -120,8 +120,6 @@ def _permute(graph: Any, model: nn.Module, group: Any, generator: np.random.Gene
             found[int(unit[root])][index] = None
         places.append({u: list(indices) for u, indices in found.items()})
     image = _exchange(unit, places, generator)
-    if all(image[u] == u for u in image):
-        return []
     sources = []
     for member, found in zip(members, places, strict=True):
         source = np.arange(1 + max(int(member.pairs[:, 0].max()), *(a.size // a.copies for a in member.axes)))
@@ -131,7 +129,8 @@ def _permute(graph: Any, model: nn.Module, group: Any, generator: np.random.Gene
             # The weight of a grouped convolution has the input channels of one group only.
             one = source[: axis.size // axis.copies]
             index = np.concatenate([one + i * len(one) for i in range(axis.copies)])
-            sources.append(Source(axis.tensor, axis.dim, index))
+            if (index != np.arange(len(index))).any():
+                sources.append(Source(axis.tensor, axis.dim, index))
     return sources
 
 
