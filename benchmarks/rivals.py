@@ -136,7 +136,7 @@ def _package(name: str) -> str:
 
 
 def is_handled(row: Row) -> bool:
-    return row.get("axes", 0) > 0
+    return bool(row.get("axes"))
 
 
 def report(rows: Sequence[Row]) -> str:

@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
     tensor: str
     dim: int
-    index: Ids
+    before: Ids
 
 
 class Member(NamedTuple):
@@ -67,7 +67,7 @@ def find(model: nn.Module, args: tuple[Any, ...]) -> Found:
     def permute(state: Mapping[str, Tensor], chosen: Collection[int]) -> State:
         out = dict(state)
         for source in (s for number in chosen for s in sources[number]):
-            out[source.tensor] = out[source.tensor].index_select(source.dim, torch.from_numpy(source.index))
+            out[source.tensor] = out[source.tensor].index_select(source.dim, torch.from_numpy(source.before))
         return out
 
     axes: frozenset[Axis] = frozenset((s.tensor, s.dim) for group in sources for s in group if s.tensor in names)
@@ -115,10 +115,10 @@ def _permute(graph: Any, model: nn.Module, group: Any, generator: np.random.Gene
     unit = _units(len(group[0].idxs), _channel_groups(graph, group), members)
     places: list[dict[int, list[int]]] = []
     for member in members:
-        found: dict[int, dict[int, None]] = defaultdict(dict)
+        distinct: dict[int, dict[int, None]] = defaultdict(dict)
         for index, root in member.pairs.tolist():
-            found[int(unit[root])][index] = None
-        places.append({u: list(indices) for u, indices in found.items()})
+            distinct[int(unit[root])][index] = None
+        places.append({u: list(indices) for u, indices in distinct.items()})
     image = _exchange(unit, places, generator)
     sources = []
     for member, found in zip(members, places, strict=True):
@@ -128,9 +128,9 @@ def _permute(graph: Any, model: nn.Module, group: Any, generator: np.random.Gene
         for axis in member.axes:
             # The weight of a grouped convolution has the input channels of one group only.
             one = source[: axis.size // axis.copies]
-            index = np.concatenate([one + i * len(one) for i in range(axis.copies)])
-            if (index != np.arange(len(index))).any():
-                sources.append(Source(axis.tensor, axis.dim, index))
+            before = np.concatenate([one + i * len(one) for i in range(axis.copies)])
+            if (before != np.arange(len(before))).any():
+                sources.append(Source(axis.tensor, axis.dim, before))
     return sources
 
 
@@ -195,8 +195,9 @@ def _exchange(unit: Ids, places: list[dict[int, list[int]]], generator: np.rando
     """Where each unit goes: random cycles of those that have as many channels and indices as each other."""
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for u, channels in zip(*np.unique(unit, return_counts=True), strict=True):
-        alike[(int(channels), *(len(found.get(int(u), ())) for found in places))].append(int(u))
-    image = {}
+        kind = (int(channels), *(len(found.get(int(u), ())) for found in places))
+        alike[kind].append(int(u))
+    image: dict[int, int] = {}
     for units in alike.values():
         order = generator.permutation(units).tolist()
         image |= dict(zip(order, order[1:] + order[:1], strict=True))
