@@ -89,6 +89,7 @@ def _infer(example: Example, note: Note) -> None:
         classes=len(symmetry.choices),
         axes=len(_moving(symmetry) & {(n, d) for n, p in model.named_parameters() for d in range(p.ndim)}),
     )
+    _probe(example)
     proven = symmetry.verify(model, args, kwargs)
     preserved = not proven.demoted and (proven.error or 0.0) <= TOLERANCE
     holding = 1 - len(proven.demoted) / max(len(symmetry.units), 1)
@@ -110,9 +111,7 @@ def _moving(symmetry: Symmetry) -> set[Axis]:
 
 def _compare(example: Example, found: Found, note: Note) -> None:
     """Whether the classes of a tool leave the outputs as they are: all at once, and if not, some each alone."""
-    probe = Probe(example.model, example.args, {}, torch.Generator().manual_seed(0))
-    if not any(output.numel() for output in probe.expected):
-        raise ValueError("The outputs have no elements to compare.")
+    probe = _probe(example)
     numbers = range(found.classes)
     state = found.permute(probe.state, numbers)
     error = probe.change(state)
@@ -125,6 +124,14 @@ def _compare(example: Example, found: Found, note: Note) -> None:
     tried = random.Random(0).sample(numbers, min(SAMPLE, len(numbers)))
     changes = [probe.change(found.permute(probe.state, {number})) for number in tried]
     note("sample", holding=sum(change <= TOLERANCE for change in changes) / len(tried))
+
+
+def _probe(example: Example) -> Probe:
+    """What compares the model's outputs before and after a permutation."""
+    probe = Probe(*example, torch.Generator().manual_seed(0))
+    if not any(output.numel() for output in probe.expected):
+        raise ValueError("The outputs have no elements to compare.")
+    return probe
 
 
 def _package(name: str) -> str:
