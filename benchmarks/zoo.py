@@ -13,34 +13,24 @@ Needs `pip install -e '.[zoo]'`; families whose package is not installed are lef
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import multiprocessing
-import os
-import resource
 import statistics
 import sys
-import tempfile
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-from invariance import machine, table
+from invariance import table
 from models import FAMILIES, find_factory, is_installed, list_models
+from models.processes import Note, Row, append_row, read_rows, run_all
 from models.timm_models import write_listing
 
 from fxmerge.capture import Program, capture_program
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
-
-Row = dict[str, Any]
 
 SHORT = (
     "torch.nn/LSTM bidirectional",
@@ -52,45 +42,26 @@ SHORT = (
 )
 TOLERANCE = 1e-9
 STAGES = ("construct", "capture", "infer", "verify")
-POLL_SECONDS = 0.05
-CONTEXT = multiprocessing.get_context("forkserver")
-"""Every model runs in a process of its own, forked from one in which torch is imported already."""
 
 
 # ---------------------------------------------------------------------- one model, in the worker
 
 
-def work(name: str, path: Path, log: Path) -> None:
-    """Runs one model. The row is written after every stage, so that what was found outlives a killed process."""
-    with log.open("wb") as out:
-        os.dup2(out.fileno(), sys.stdout.fileno())
-        os.dup2(out.fileno(), sys.stderr.fileno())
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    family = name.partition("/")[0]
-    row: Row = {"name": name, "family": family, "machine": machine(), "package": _package(family)}
-
-    def note(stage: str, **found: Any) -> None:
-        row.update(found, stage=stage, peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-        path.write_text(json.dumps(row))
-
-    try:
-        note("construct")
-        model, args, kwargs = find_factory(name)()
-        note("capture", parameters=sum(p.numel() for p in model.parameters()))
-        began = time.perf_counter()
-        program = capture_program(model, args, kwargs)
-        captured = time.perf_counter()
-        note("infer", route=program.route, capture_seconds=captured - began)
-        began = time.perf_counter()
-        found, symmetry = analyse(program)
-        note("verify", infer_seconds=time.perf_counter() - began, **describe(program, found, symmetry))
-        began = time.perf_counter()
-        symmetry = symmetry.verify(model, args, kwargs, trials=1)
-        note("done", verify_seconds=time.perf_counter() - began, error=symmetry.error, demoted=list(symmetry.demoted))
-    except Exception as error:
-        note(row["stage"], failure=f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000])
+def work(task: Row, note: Note) -> None:
+    """Runs one model."""
+    note("construct", package=_package(task["family"]))
+    model, args, kwargs = find_factory(task["name"])()
+    note("capture", parameters=sum(p.numel() for p in model.parameters()))
+    began = time.perf_counter()
+    program = capture_program(model, args, kwargs)
+    captured = time.perf_counter()
+    note("infer", route=program.route, capture_seconds=captured - began)
+    began = time.perf_counter()
+    found, symmetry = analyse(program)
+    note("verify", infer_seconds=time.perf_counter() - began, **describe(program, found, symmetry))
+    began = time.perf_counter()
+    symmetry = symmetry.verify(model, args, kwargs, trials=1)
+    note("done", verify_seconds=time.perf_counter() - began, error=symmetry.error, demoted=list(symmetry.demoted))
 
 
 def _package(family: str) -> str:
@@ -137,96 +108,7 @@ def _op(target: Any) -> str:
     return str(getattr(target, "overloadpacket", getattr(target, "__name__", target)))
 
 
-# ---------------------------------------------------------------------- many models, in processes
-
-
-@dataclass
-class Worker:
-    """A process that runs one model, and where it writes its row."""
-
-    name: str
-    process: ForkServerProcess
-    path: Path
-    log: Path
-    began: float
-    peak: int = 0
-
-    @classmethod
-    def start(cls, name: str, folder: Path, number: int) -> Worker:
-        path, log = folder / f"{number}.json", folder / f"{number}.log"
-        process = CONTEXT.Process(target=work, args=(name, path, log))
-        process.start()
-        return cls(name, process, path, log, time.monotonic())
-
-    def poll(self, timeout: float, memory: float) -> Row | None:
-        """The row, when the process has ended or has been ended because it went beyond a limit."""
-        if not self.process.is_alive():
-            return self._row(None)
-        self.peak = max(self.peak, _resident(self.process.pid or 0))
-        if time.monotonic() - self.began > timeout:
-            return self._row(f"took more than {timeout:g} seconds")
-        if self.peak > memory * 1024:
-            return self._row(f"took more than {memory:g} GiB of memory")
-        return None
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.join()
-
-    def _row(self, limit: str | None) -> Row:
-        self.stop()
-        try:
-            row: Row = json.loads(self.path.read_text())
-        except (OSError, json.JSONDecodeError):
-            row = {"name": self.name, "family": self.name.partition("/")[0], "stage": "construct"}
-        if row["stage"] != "done" and "failure" not in row:
-            last = (self.log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-            row["failure"] = limit or f"process ended with code {self.process.exitcode}: {last}"[:2000]
-        row["peak_mib"] = max(row.get("peak_mib", 0), self.peak)
-        return row
-
-
-def _resident(pid: int) -> int:
-    """Memory of a process in MiB, 0 where the system does not tell."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0
-    return pages * resource.getpagesize() // 2**20
-
-
-def run_all(names: Iterable[str], jobs: int, timeout: float, memory: float) -> Iterator[Row]:
-    """The rows of models in the order in which they end."""
-    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    CONTEXT.set_forkserver_preload(["models.preload"])
-    waiting = list(enumerate(names))[::-1]
-    running: list[Worker] = []
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    number, name = waiting.pop()
-                    running.append(Worker.start(name, Path(folder), number))
-                for worker in list(running):
-                    row = worker.poll(timeout, memory)
-                    if row is not None:
-                        running.remove(worker)
-                        yield row
-                time.sleep(POLL_SECONDS)
-        finally:
-            for worker in running:
-                worker.stop()
-
-
 # ---------------------------------------------------------------------- results
-
-
-def read_rows(path: Path) -> dict[str, Row]:
-    """The last row of every model."""
-    if not path.exists():
-        return {}
-    return {row["name"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
 def is_captured(row: Row) -> bool:
@@ -355,7 +237,7 @@ def main() -> int:
     if options.list:
         print("\n".join(names))
         return 0
-    rows = read_rows(options.results)
+    rows = {row["name"]: row for row in read_rows(options.results)}
     failed = "failed" in options.again
     if not options.report:
         todo = [
@@ -366,10 +248,10 @@ def main() -> int:
             or {n, n.partition("/")[2]} & set(options.again)
             or (failed and "failure" in rows[n])
         ]
-        for number, row in enumerate(run_all(todo, options.jobs, options.timeout, options.memory), start=1):
+        tasks = [{"name": n, "family": n.partition("/")[0]} for n in todo]
+        for number, row in enumerate(run_all(work, tasks, options.jobs, options.timeout, options.memory), start=1):
             rows[row["name"]] = row
-            with options.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(options.results, row)
             print(f"[{number}/{len(todo)}] {_brief(row)}", flush=True)
     chosen = [rows[n] for n in names if n in rows]
     text = report(chosen)

@@ -69,7 +69,7 @@ def verify(
         ((), True)
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    probe = _Probe(model, args, dict(kwargs or {}), generator)
+    probe = Probe(model, args, dict(kwargs or {}), generator)
     worst = 0.0
     for _ in range(trials):
         p = symmetry.sample(generator)
@@ -83,7 +83,7 @@ def verify(
     return replace(symmetry, error=worst)
 
 
-def _bisect(symmetry: Symmetry, p: Permutation, probe: _Probe) -> list[int]:
+def _bisect(symmetry: Symmetry, p: Permutation, probe: Probe) -> list[int]:
     """The classes without which p leaves the outputs unchanged."""
     if probe.error(symmetry.identity()) > TOLERANCE:
         raise FxmergeError(
@@ -106,7 +106,7 @@ def _bisect(symmetry: Symmetry, p: Permutation, probe: _Probe) -> list[int]:
     return bad
 
 
-class _Probe:
+class Probe:
     """A copy of a model in float64 with perturbed parameters, and its outputs."""
 
     def __init__(
@@ -129,9 +129,13 @@ class _Probe:
         return [o.detach().clone() for o in outputs if isinstance(o, Tensor)]
 
     def error(self, p: Permutation) -> float:
-        """The largest change of an output, relative to the largest value of that output."""
+        """What a permutation of the parameters changes."""
+        return self.change(p.apply(self.state))
+
+    def change(self, state: Mapping[str, Tensor]) -> float:
+        """The largest change of an output under other parameters, relative to the largest value of that output."""
         worst = 0.0
-        for a, b in zip(self.expected, self._run(p.apply(self.state)), strict=True):
+        for a, b in zip(self.expected, self._run(state), strict=True):
             if a.numel():
                 finite = torch.isfinite(a)
                 scale = float(a[finite].abs().max()) if finite.any() else 0.0
