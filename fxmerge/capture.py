@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -199,7 +200,9 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs) -> ExportedProgram:
             except Exception as error:
                 logger.debug("torch.export failed (dynamic batch: %s)", dynamic, exc_info=True)
                 failures.append(error)
-    raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {failures[-1]}") from failures[-1]
+    raise CaptureError(
+        f"torch.export cannot capture {type(model).__name__}: {shorten(str(failures[-1]), 400)}"
+    ) from failures[-1]
 
 
 def _has_fixed_batch(program: ExportedProgram) -> bool:

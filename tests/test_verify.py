@@ -42,6 +42,20 @@ def test_what_initialisation_makes_constant_does_not_hide_a_wrong_permutation() 
     assert replace(symmetry, layout=layout).verify(model, (x,)).demoted == ("0.weight[0]",)
 
 
+def test_signals_that_fade_in_a_fresh_network_do_not_hide_a_wrong_permutation() -> None:
+    """Small convolutions before BatchNorm are as good as large ones, once its statistics are those of the data."""
+    layers: list[nn.Module] = []
+    for i in range(12):
+        layers += [nn.Conv2d(6 if i else 3, 6, 1), nn.BatchNorm2d(6), nn.SiLU()]
+        nn.init.normal_(layers[-3].weight, std=0.01)  # type: ignore[arg-type]
+    model, x = nn.Sequential(*layers, nn.Conv2d(6, 2, 1)).eval(), torch.randn(2, 3, 4, 4)
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    layout = tuple(a for a in symmetry.layout if a.parameter != "1.weight")
+    assert len(layout) < len(symmetry.layout)
+    assert symmetry.verify(model, (x,)).demoted == ()
+    assert replace(symmetry, layout=layout).verify(model, (x,)).demoted == ("0.weight[0]",)
+
+
 def test_a_model_that_casts_to_lower_precision_is_verified_in_float64() -> None:
     class Casts(nn.Module):
         def __init__(self) -> None:

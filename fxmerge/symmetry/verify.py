@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxmerge.capture import Args, Kwargs
 from fxmerge.errors import FxmergeError
+from fxmerge.symmetry.double import InDouble, WithOwnStatistics
 from fxmerge.symmetry.freeze import demote
 from fxmerge.symmetry.permutation import Permutation
 
@@ -107,7 +108,12 @@ def _bisect(symmetry: Symmetry, p: Permutation, probe: Probe) -> list[int]:
 
 
 class Probe:
-    """A copy of a model in float64 with perturbed parameters, and its outputs."""
+    """A copy of a model in float64 with perturbed parameters, and its outputs.
+
+    Running statistics become those of the activations that meet them: the statistics of a fresh network, means of
+    zero and variances of one, let signals fade from layer to layer, and outputs that hardly depend on the
+    parameters prove little.
+    """
 
     def __init__(
         self, model: nn.Module | ExportedProgram, args: Args, kwargs: dict[str, Any], generator: torch.Generator
@@ -116,16 +122,19 @@ class Probe:
         module = copy.deepcopy(model.module() if isinstance(model, ExportedProgram) else model)
         self.module = (module if isinstance(model, ExportedProgram) else module.eval()).double()
         self.inputs: tuple[Args, dict[str, Any]] = pytree.tree_map(_double, (tuple(args), kwargs))
-        self.state = {name: _perturb(t, generator) for name, t in self.module.state_dict(keep_vars=True).items()}
-        _share(self.state, self.module.state_dict(keep_vars=True))
-        self.expected = self._run(self.state)
+        own = self.module.state_dict(keep_vars=True)
+        self.state = {name: _perturb(t, generator) for name, t in own.items()}
+        _share(self.state, own)
+        mode = WithOwnStatistics({t.data_ptr(): self.state[name] for name, t in own.items() if t.numel()})
+        self.expected = self._run(self.state, mode)
 
-    def _run(self, state: Mapping[str, Tensor]) -> list[Tensor]:
-        with torch.no_grad(), torch.random.fork_rng(devices=()), _InDouble():  # type: ignore[no-untyped-call]
+    def _run(self, state: Mapping[str, Tensor], mode: InDouble) -> list[Tensor]:
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
             for name, tensor in self.module.state_dict(keep_vars=True).items():
                 tensor.copy_(state[name])
             torch.manual_seed(0)  # What draws random numbers, draws the same ones every time.
-            outputs = pytree.tree_leaves(self.module(*self.inputs[0], **self.inputs[1]))
+            with mode:
+                outputs = pytree.tree_leaves(self.module(*self.inputs[0], **self.inputs[1]))
         return [o.detach().clone() for o in outputs if isinstance(o, Tensor)]
 
     def error(self, p: Permutation) -> float:
@@ -135,7 +144,7 @@ class Probe:
     def change(self, state: Mapping[str, Tensor]) -> float:
         """The largest change of an output under other parameters, relative to the largest value of that output."""
         worst = 0.0
-        for a, b in zip(self.expected, self._run(state), strict=True):
+        for a, b in zip(self.expected, self._run(state, InDouble()), strict=True):  # type: ignore[no-untyped-call]
             if a.numel():
                 finite = torch.isfinite(a)
                 scale = float(a[finite].abs().max()) if finite.any() else 0.0
@@ -150,12 +159,18 @@ def _double(value: Any) -> Any:
 
 
 def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Generic values near those of the tensor; positive ones stay positive, as variances must."""
-    if not tensor.is_floating_point() or tensor.device.type == "meta":
+    """Generic values near those of the tensor, in float32, which takes half the memory; positive ones stay
+    positive, as variances must. What is next to nothing at initialisation, such as the scales of branches,
+    grows until it counts."""
+    if not tensor.is_floating_point() or tensor.device.type == "meta" or not tensor.numel():
         return tensor.detach().clone()
-    noise = torch.rand(tensor.shape, dtype=torch.float64, generator=generator).to(tensor.device)
-    value = tensor.detach() * (0.9 + 0.2 * noise)
-    return torch.where(value == 0, 0.02 * (noise - 0.5), value)
+    value = tensor.detach().float()
+    noise = torch.rand(tensor.shape, generator=generator).to(tensor.device)
+    usual = math.sqrt(len(value) / value.numel()) if value.ndim > 1 else 1.0
+    size = float(value.square().mean().sqrt())
+    if 0 < size < usual / 100:
+        value = value * (usual / 10 / size)
+    return torch.where(value == 0, usual * 0.2 * (noise - 0.5), value * (0.9 + 0.2 * noise))
 
 
 def _share(state: dict[str, Tensor], module: Mapping[str, Tensor]) -> None:
@@ -164,41 +179,3 @@ def _share(state: dict[str, Tensor], module: Mapping[str, Tensor]) -> None:
     for name, tensor in module.items():
         key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
         state[name] = state[first.setdefault(key, name)]
-
-
-class _InDouble(TorchDispatchMode):
-    """Turns what a model casts to a lower precision by itself into float64, the default while it lasts."""
-
-    lower = (torch.float32, torch.float16, torch.bfloat16)
-
-    def __enter__(self) -> _InDouble:
-        self.default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        torch.set_default_dtype(self.default)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def raised(value: Any) -> Any:
-            return torch.float64 if isinstance(value, torch.dtype) and value in self.lower else value
-
-        args, kwargs = pytree.tree_map(raised, (args, kwargs or {}))
-        return _WRITTEN_OUT.get(func, func)(*args, **kwargs)
-
-
-def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """`torch._grouped_mm`, which has no float64 kernel, for the rows of a that end at `offs`, one matrix b for each."""
-    if offs is None or a.ndim != 2 or b.ndim != 3:
-        raise NotImplementedError("grouped_mm is written out for 2-dimensional rows and stacked matrices only")
-    ends = offs.tolist()
-    out = a.new_zeros(len(a), b.shape[-1])
-    for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        out[start:end] = a[start:end] @ b[i]
-    return out
-
-
-_WRITTEN_OUT = {torch.ops.aten._grouped_mm.default: _grouped_mm}
-"""Ops that torch has no float64 kernel for."""

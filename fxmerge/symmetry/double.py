@@ -1,0 +1,81 @@
+"""How a module is run for its proof: in float64 throughout, and with running statistics that fit its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class InDouble(TorchDispatchMode):
+    """Turns what a model casts to a lower precision by itself into float64, the default while it lasts."""
+
+    lower = (torch.float32, torch.float16, torch.bfloat16)
+
+    def __enter__(self) -> InDouble:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self.default)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def raised(value: Any) -> Any:
+            return torch.float64 if isinstance(value, torch.dtype) and value in self.lower else value
+
+        args, kwargs = pytree.tree_map(raised, (args, kwargs or {}))
+        return _WRITTEN_OUT.get(func, func)(*args, **kwargs)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """`torch._grouped_mm`, which has no float64 kernel, for the rows of a that end at `offs`, one matrix b for each."""
+    if offs is None or a.ndim != 2 or b.ndim != 3:
+        raise NotImplementedError("grouped_mm is written out for 2-dimensional rows and stacked matrices only")
+    ends = offs.tolist()
+    out = a.new_zeros(len(a), b.shape[-1])
+    for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        out[start:end] = a[start:end] @ b[i]
+    return out
+
+
+_WRITTEN_OUT = {torch.ops.aten._grouped_mm.default: _grouped_mm}
+"""Ops that torch has no float64 kernel for."""
+
+
+class WithOwnStatistics(InDouble):
+    """Writes moments of the activations into the running statistics by which they are to be normalized.
+
+    Each statistic is written where it is first used, so that the outputs are those of the module as it then is.
+    Normalized activations get deviations of one, and means of one half, so that their sums are not zero.
+
+    Arguments:
+        state: by address, what else is to receive the value of a tensor of the module.
+    """
+
+    def __init__(self, state: Mapping[int, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.state = dict(state)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_batch_norm.default and isinstance(args[3], Tensor):
+            for own, moment in zip(args[3:5], _moments(args[0]), strict=True):
+                target = self.state.pop(own.data_ptr(), None)
+                if target is not None:
+                    target.copy_(torch.where(moment.isfinite(), moment, target))
+                    own.copy_(target)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A mean and a variance for every channel by which x is normalized well; a constant channel becomes one half."""
+    variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+    power = variance + mean**2
+    deviation = torch.where(variance > 1e-9 * power, variance, power).sqrt()
+    return mean - deviation / 2, torch.where(deviation > 0, deviation**2, 1.0)
