@@ -120,7 +120,7 @@ def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
     if isinstance(model, fx.GraphModule):
         return copy.deepcopy(model).eval(), "kept"
     routes: dict[str, Callable[[], fx.GraphModule]] = {
-        "symbolic_trace": lambda: fx.symbolic_trace(copy.deepcopy(model).eval()),
+        "symbolic_trace": lambda: fx.symbolic_trace(copy.deepcopy(model).train().eval()),
         "torch.export": lambda: _as_graph_module(views.exported.module()),
         "symbolic_trace (leaf modules)": lambda: trace_around(model).eval(),
         "make_fx": lambda: views.path[0],
@@ -237,11 +237,16 @@ def _at_least_two(args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while, every submodule put back as it was."""
+    """The model in eval mode for a while, every submodule put back as it was.
+
+    What modules have derived from their parameters in eval mode and kept, they drop when they are trained; so they
+    are for a moment, before and after: what a capture leaves behind is of no use to anyone.
+    """
     modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+    model.train().eval()
     try:
         yield
     finally:
+        model.train()
         for module, training in modes:
             module.training = training

@@ -105,3 +105,34 @@ def test_the_model_is_not_changed() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     fxmerge.find_symmetry(model, (x,)).verify(model, (x,))
     assert all(np.array_equal(v, before[k]) and v.dtype is torch.float32 for k, v in model.state_dict().items())
+
+
+class Caches(nn.Module):
+    """Keeps, in eval mode, what it has derived from a parameter, until it is trained again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.scale = nn.Parameter(torch.rand(5))
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> "Caches":
+        if mode:
+            self.kept = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if str(x.device) not in self.kept:
+            self.kept[str(x.device)] = self.scale.exp()
+        return self.b(torch.relu(self.a(x)) * self.kept[str(x.device)])
+
+
+def test_what_a_module_keeps_of_its_parameters_is_not_taken_for_a_constant() -> None:
+    model, x = Caches().eval(), torch.randn(4, 3)
+    expected = model(x)
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    assert any(a.parameter == "scale" for a in symmetry.layout)
+    assert symmetry.verify(model, (x,)).demoted == ()
+    assert torch.equal(model(x), expected), "capturing left something behind"
+    layout = tuple(a for a in symmetry.layout if a.parameter != "scale")
+    assert replace(symmetry, layout=layout).verify(model, (x,)).demoted == ("a.weight[0]",)

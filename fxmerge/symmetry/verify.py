@@ -118,9 +118,9 @@ class Probe:
     def __init__(
         self, model: nn.Module | ExportedProgram, args: Args, kwargs: dict[str, Any], generator: torch.Generator
     ) -> None:
+        self.exported = isinstance(model, ExportedProgram)
         # The module of an exported program shares its tensors with the program.
-        module = copy.deepcopy(model.module() if isinstance(model, ExportedProgram) else model)
-        self.module = (module if isinstance(model, ExportedProgram) else module.eval()).double()
+        self.module = copy.deepcopy(model.module() if isinstance(model, ExportedProgram) else model).double()
         self.inputs: tuple[Args, dict[str, Any]] = pytree.tree_map(_double, (tuple(args), kwargs))
         own = self.module.state_dict(keep_vars=True)
         self.state = {name: _perturb(t, generator) for name, t in own.items()}
@@ -129,6 +129,8 @@ class Probe:
         self.expected = self._run(self.state, mode)
 
     def _run(self, state: Mapping[str, Tensor], mode: InDouble) -> list[Tensor]:
+        if not self.exported:  # Modules drop what they have derived from other values of their parameters.
+            self.module.train().eval()
         with torch.no_grad(), torch.random.fork_rng(devices=()):
             for name, tensor in self.module.state_dict(keep_vars=True).items():
                 tensor.copy_(state[name])
