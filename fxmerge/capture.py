@@ -120,15 +120,15 @@ def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
     if isinstance(model, fx.GraphModule):
         return copy.deepcopy(model).eval(), "kept"
     routes: dict[str, Callable[[], fx.GraphModule]] = {
-        "symbolic_trace": lambda: fx.symbolic_trace(copy.deepcopy(model).train().eval()),
+        "symbolic_trace": lambda: fx.symbolic_trace(copy.deepcopy(model)),
         "torch.export": lambda: _as_graph_module(views.exported.module()),
-        "symbolic_trace (leaf modules)": lambda: trace_around(model).eval(),
+        "symbolic_trace (leaf modules)": lambda: trace_around(model),
         "make_fx": lambda: views.path[0],
     }
     failures = []
     for name, route in routes.items():
         try:
-            with quiet():
+            with evaluating(model), quiet():
                 module = route()
                 _check_same(model, module, views.args, views.kwargs)
         except Exception as error:

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxmerge.capture import Args, Kwargs
+from fxmerge.capture import Args, Kwargs, evaluating
 from fxmerge.errors import FxmergeError
 from fxmerge.symmetry.double import InDouble, WithOwnStatistics
 from fxmerge.symmetry.freeze import demote
@@ -119,8 +120,12 @@ class Probe:
         self, model: nn.Module | ExportedProgram, args: Args, kwargs: dict[str, Any], generator: torch.Generator
     ) -> None:
         self.exported = isinstance(model, ExportedProgram)
-        # The module of an exported program shares its tensors with the program.
-        self.module = copy.deepcopy(model.module() if isinstance(model, ExportedProgram) else model).double()
+        with ExitStack() as stack:
+            if isinstance(model, ExportedProgram):
+                model = model.module()  # It shares its tensors with the program.
+            else:
+                stack.enter_context(evaluating(model))
+            self.module = copy.deepcopy(model).double()
         self.inputs: tuple[Args, dict[str, Any]] = pytree.tree_map(_double, (tuple(args), kwargs))
         own = self.module.state_dict(keep_vars=True)
         self.state = {name: _perturb(t, generator) for name, t in own.items()}
