@@ -135,4 +135,4 @@ def test_what_a_module_keeps_of_its_parameters_is_not_taken_for_a_constant() -> 
     assert symmetry.verify(model, (x,)).demoted == ()
     assert torch.equal(model(x), expected), "capturing left something behind"
     layout = tuple(a for a in symmetry.layout if a.parameter != "scale")
-    assert replace(symmetry, layout=layout).verify(model, (x,)).demoted == ("a.weight[0]",)
+    assert replace(symmetry, layout=layout).verify(model, (x,)).demoted == ("scale[0]",)
