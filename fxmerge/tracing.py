@@ -44,13 +44,12 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple
         nested[:] = [spec]
         return tuple(results)
 
+    flat = [*(tensors[n].detach().clone() for n in names), *leaves]
     # The ops that every device has, in place of those for some.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
-        graph = make_fx(
-            torch.func.functionalize(run),
-            tracing_mode="real",
-            _error_on_data_dependent_ops=False,
-        )(*(tensors[n].detach() for n in names), *leaves)
+        # First the path, then its ops in functional form: what is functional from the start cannot read values.
+        path = make_fx(run, tracing_mode="real", _error_on_data_dependent_ops=False)(*flat)
+        graph = make_fx(torch.func.functionalize(path), tracing_mode="real", _error_on_data_dependent_ops=False)(*flat)
     sources = [("parameter" if n in state else "constant", n) for n in names]
     sources += [("input", n.name) for n in graph.graph.find_nodes(op="placeholder")[len(names) :]]
     outputs = (True,) * nested[0].num_leaves

@@ -38,12 +38,15 @@ def core(column: Tensor, dims: Sequence[int]) -> Tensor:
     return flat.permute([kept.index(d) for d in dims])
 
 
+def compact(column: Tensor) -> Tensor:
+    """The column at the first position of every dimension on which it does not depend, all dimensions kept."""
+    dims = support(column)
+    return column[tuple(slice(None) if d in dims else slice(0, 1) for d in range(column.ndim))]
+
+
 def shrink(column: Tensor) -> Tensor:
     """The same column with stride 0 along every dimension on which it is constant."""
-    small = column
-    for d, n in enumerate(column.shape):
-        if n > 1 and column.stride(d) == 0:
-            small = small.narrow(d, 0, 1)
+    small = compact(column)
     for d in support(small):
         first = small.narrow(d, 0, 1)
         # The last slice differs from the first in almost every column that depends on d at all.

@@ -18,10 +18,23 @@ Index = Labels | Tensor
 @rule("index", "_unsafe_index")
 def index(at: Site, x: Labels | Tensor, indices: Sequence[Index | None]) -> Labels:
     if not any(isinstance(i, Labels) for i in indices):
-        chosen = [i.to("cpu") if isinstance(i, Tensor) else None for i in indices]
-        return move(at.units, at.labels(x), lambda c: torch.ops.aten.index(c, chosen), at.shape, at.name)
-    dims = [d for d, i in enumerate(indices) if i is not None]
-    return _look_up(at, at.labels(x), dims, [at.labels(i) for i in indices if i is not None])
+        fixed = [i.to("cpu") if isinstance(i, Tensor) else None for i in indices]
+        return move(at.units, at.labels(x), lambda c: torch.ops.aten.index(c, fixed), at.shape, at.name)
+    labels, dims = at.labels(x), [d for d, i in enumerate(indices) if i is not None]
+    chosen = [at.labels(i) for i in indices if i is not None]
+    found = torch.broadcast_shapes(*(i.shape for i in chosen))
+    if len(dims) == 1 and at.shape != (*labels.shape[: dims[0]], *found, *labels.shape[dims[0] + 1 :]):
+        return _mask(at, labels, dims[0], chosen[0])
+    return _look_up(at, labels, dims, chosen)
+
+
+def _mask(at: Site, x: Labels, dim: int, mask: Labels) -> Labels:
+    """Of the positions along the dimensions of a mask, those that it names become one dimension."""
+    reason, masked = f"{at.name}: indexed by data", range(dim, dim + mask.ndim)
+    pin(at.units, mask, reason)
+    kept = reduce(at.units, pin(at.units, x, reason, masked), masked, at.name)
+    one = tuple(1 if d == dim else n for d, n in enumerate(at.shape))
+    return at.join(kept.reshape(one).expand(at.shape), inert(at.shape, [dim]))
 
 
 @rule("index_select")

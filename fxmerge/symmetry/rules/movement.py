@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry.columns import Shape, axis_column, core, shrink, spread, support
+from fxmerge.symmetry.columns import Shape, axis_column, compact, core, shrink, spread, support
 from fxmerge.symmetry.labels import MAX_INERT, Labels, move, prune
 from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import NOTHING, distinct
@@ -101,8 +101,10 @@ def assemble(
                 pieces, base = [], 0
                 for label, part in zip(labels, alike, strict=True):
                     piece = part[i] if i < len(part) else torch.full((1,) * label.ndim, fill).expand(label.shape)
-                    pieces.append(piece + base if apart and any(d in support(piece) for d in dims) else piece)
-                    base += int(piece.max()) + 1 if piece.numel() else 0
+                    small = compact(piece)
+                    move_on = apart and any(d in support(piece) for d in dims)
+                    pieces.append((small + base).expand(piece.shape) if move_on else piece)
+                    base += int(small.max()) + 1 if small.numel() else 0
                 built.append(build(pieces))
         return [c for c in built if support(c)]
 
