@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxmerge.errors import NonFiniteError, OptionError
-from fxmerge.matching.agglomerate import agglomerate
+from fxmerge.matching.agglomerate import agglomerate, symmetric
 from fxmerge.matching.assignment import Scores
 from fxmerge.matching.blocks import match_blocks, nest
 from fxmerge.symmetry.units import Ids
@@ -160,7 +160,8 @@ def zip_blocks(similarity: Scores, blocks: Ids, *, budget: float = 1.0, damping:
         model = own // units
         places = own[model == 0]
         limits = np.minimum(allowed, _share((models - 1) * len(places), models))
-        first, used, excess = _zip(similarity[np.ix_(own, own)], model, len(places), limits, damping)
+        inside = similarity if len(own) == len(similarity) else similarity[np.ix_(own, own)]
+        first, used, excess = _zip(inside, model, len(places), limits, damping)
         labels[own] = places[np.unique(first, return_inverse=True)[1]]
         allowed -= used
         forced += excess
@@ -171,20 +172,14 @@ def _zip(similarity: Scores, model: Ids, goal: int, limits: Ids, damping: float)
     """Merges until `goal` units are left: the first unit of those that each is merged with, the merges inside of
     each model, and how many merges had to be forced."""
     merges = len(similarity) - goal
-    first, used = agglomerate(_symmetric(similarity), model, merges, limits, damping)
+    first, used = agglomerate(similarity, model, merges, limits, damping)
     kept = np.unique(first)
     if len(kept) == goal:
         return first, used, 0
     # Nothing that is left is allowed. Merges go on without damping or limits, from the plain minimum linkage.
     unlimited = np.full_like(limits, merges + 1)
-    further, _ = agglomerate(_linkage(_symmetric(similarity), first), model[kept], len(kept) - goal, unlimited, 1.0)
+    further, _ = agglomerate(_linkage(symmetric(similarity), first), model[kept], len(kept) - goal, unlimited, 1.0)
     return kept[further[np.searchsorted(kept, first)]], used, len(kept) - goal
-
-
-def _symmetric(similarity: Scores) -> Scores:
-    links = np.triu(similarity, 1)
-    links += links.T
-    return links
 
 
 def _linkage(links: Scores, first: Ids) -> Scores:
@@ -222,5 +217,5 @@ def _check(similarity: Scores, blocks: Ids, budget: float, damping: float) -> No
     for name, value in (("budget", budget), ("damping", damping)):
         if not 0 <= value <= 1:
             raise OptionError(f"{name} is {value}; it must be in [0, 1].")
-    if not np.isfinite(np.triu(similarity, 1)).all():
+    if not np.isfinite(similarity).all() and not np.isfinite(np.triu(similarity, 1)).all():
         raise NonFiniteError("A similarity above the diagonal is NaN or infinite.")
