@@ -2,7 +2,7 @@
 
 After match_tensors_zipit of ZipIt! (arXiv 2305.03053) and default_group_fusion_weight of MuDSC (arXiv 2403.01753).
 The matrix of similarities is searched as a whole for every merge, and then loses a row and a column. It differs
-from the published code in three places, each marked below, where that code does not do what its paper says.
+from the published code in three places, each marked below, where that code does what cannot be meant.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class State:
         for x in inside:
             for y in inside:
                 if x != y:
-                    self.links[x, y] = min(self.similarity[p, q] for p in self.members[x] for q in self.members[y])
+                    self.links[x, y] = self.similarity[np.ix_(self.members[x], self.members[y])].min()
 
 
 def match(similarity: Array, models: int, blocks: int) -> list[list[int]]:
@@ -110,7 +110,7 @@ def published_zip(
         damping: a of the papers.
         blocks: the number of blocks of each model, which lie one after the other; None for no blocks.
         late: as published, look at a budget only when it was used once. Else, and this is the third difference, a
-            budget of no merge is none from the beginning, as ZipIt!'s text has it.
+            budget of no merge is none from the beginning.
     """
     total = len(similarity)
     units = total // models

@@ -63,7 +63,9 @@ def agglomerate(similarity: Scores, model: Ids, merges: int, limits: Ids, dampin
             rows[:, (model == model[one]) | (model == model[two])] = NEVER
         within = np.where(model[one] == model[two], model[one], -1)
         for m in np.unique(within[within >= 0]).tolist():
-            made = min([made, *(np.flatnonzero(within == m)[left[m] - 1 :] + 1).tolist()])
+            # The merge that reaches a limit is the last of its batch, since no other may follow.
+            last = np.flatnonzero(within == m)[left[m] - 1 :]
+            made = min(made, int(last[0]) + 1) if len(last) else made
         one, two, rows, within = one[:made], two[:made], rows[:made], within[:made]
         if made > 1:
             rows[:, one] = np.minimum(rows[:, one], rows[:, two]) * damping
@@ -145,7 +147,8 @@ class _State:
         self._look(np.flatnonzero(self.stale & (self.bound >= least)))
         order = np.argsort(-self.bound, kind="stable")[:enough]
         used: set[int] = set()
-        one, two = [], []
+        one: list[int] = []
+        two: list[int] = []
         for i, j, near in zip(order.tolist(), self.nearest[order].tolist(), self.bound[order].tolist(), strict=True):
             if i in used:
                 continue  # it has been merged into a unit before it
