@@ -45,7 +45,7 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
         if n in gain:
             for parent, _ in symmetry.units[n].parents:
                 if parent in tree:
-                    lifted = _lift(symmetry.arranged(n, parent), gain[n])
+                    lifted = lift(symmetry.arranged(n, parent), gain[n])
                     gain[parent] = gain[parent] + lifted if parent in gain else lifted
     members = set(tree)
 
@@ -61,7 +61,7 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
     return symmetry.build(choose).images
 
 
-def _lift(arranged: Ids, gain: Scores) -> Scores:
+def lift(arranged: Ids, gain: Scores) -> Scores:
     """The best total gain of the members of every pair of blocks; `arranged` is (blocks, combinations, members)."""
     blocks, combinations, members = arranged.shape
     lifted = np.zeros((blocks, blocks))

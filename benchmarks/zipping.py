@@ -1,0 +1,89 @@
+"""Speed of the zip on one thread, beside a literal transcription of the published code.
+
+For two models: pairs of like units in noise ("twins"), and units that have nothing in common ("random"). The
+published code searches the whole matrix of similarities for every merge; `tests/published_zip.py` does the same in
+numpy, and both must give the same merged units, entry for entry.
+
+    python benchmarks/zipping.py [--short]
+
+Run it where `pip install -e .` was run, which also makes `tests` importable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import Any
+
+# Before numpy is imported, which reads it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+from invariance import machine, table
+
+from fxmerge.matching.zipping import zip_groups, zip_units
+from tests.published_zip import published_zip
+
+UNITS = (256, 512, 1024, 2048)
+LITERAL = 512
+"""Units of one model above which the literal transcription is not run: it takes minutes."""
+
+HEADS = 8
+
+
+def similarity(kind: str, units: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2 * units, 200))
+    if kind == "twins":
+        features[units:] += features[:units]
+    correlation = np.corrcoef(features)
+    return np.triu(correlation) + np.triu(correlation, 1).T
+
+
+def run(kind: str, units: int, blocks: int | None, budget: float, damping: float) -> dict[str, str]:
+    links = similarity(kind, units)
+    times = []
+    for _ in range(5 if units <= LITERAL else 2):
+        began = time.process_time()
+        if blocks:
+            found = zip_groups(links, 2, np.arange(units) // (units // blocks), budget=budget, damping=damping)
+        else:
+            found = zip_units(links, 2, budget=budget, damping=damping)
+        times.append(time.process_time() - began)
+    row = {
+        "units": f"2 x {units}",
+        "similarity": kind,
+        "blocks": str(blocks or ""),
+        "budget": f"{budget:g}",
+        "damping": f"{damping:g}",
+        "s": f"{min(times):.4f}",
+    }
+    if units <= LITERAL:
+        began = time.process_time()
+        labels, _ = published_zip(links, 2, budget, damping, blocks)
+        literal = time.process_time() - began
+        same = np.array_equal(labels, found.labels)
+        row |= {"literal s": f"{literal:.2f}", "times": f"{literal / min(times):.0f}", "same": "yes" if same else "NO"}
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="only 512 and 2048 units, with the default options")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for units in UNITS if not options.short else (512, 2048):
+        for kind in ("random", "twins"):
+            for budget, damping in ((1.0, 0.5),) if options.short else ((1.0, 0.5), (0.125, 0.3), (1.0, 1.0)):
+                rows.append(run(kind, units, None, budget, damping))
+        rows.append(run("random", units, HEADS, 1.0, 0.5))
+    print(f"{machine()}; seconds of CPU time\n\n{table(rows)}")
+    return int(any(row.get("same") == "NO" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
