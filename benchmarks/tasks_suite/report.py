@@ -92,6 +92,8 @@ def advantage(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, 
 def accuracies(results: Results, setting: str, name: str) -> list[Row]:
     """Networks by methods, and the mean over those networks that every method handles."""
     networks = [n for n in results.networks if name != "joint" or NETWORKS[n].data != "text"]
+    if not networks:
+        return []
     known = [*results.methods, BEST]
     methods = [m for m in known if any(results.numbers(n, setting, m, name) for n in networks)]
     lines: list[Row] = []
