@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -113,11 +113,16 @@ def _resident(pid: int) -> int:
     return pages * resource.getpagesize() // 2**20
 
 
-def run_all(work: Work, tasks: Iterable[Row], jobs: int, timeout: float, memory: float) -> Iterator[Row]:
-    """The rows of tasks in the order in which they end. A row is the task and what was found of it."""
+def run_all(
+    work: Work, tasks: Iterable[Row], jobs: int, timeout: float, memory: float, preload: Sequence[str] = ()
+) -> Iterator[Row]:
+    """The rows of tasks in the order in which they end. A row is the task and what was found of it.
+
+    The modules in `preload` are imported once for all processes, if they are there.
+    """
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    CONTEXT.set_forkserver_preload(["models.preload"])
+    CONTEXT.set_forkserver_preload(["models.preload", *preload])
     waiting = list(enumerate(tasks))[::-1]
     running: list[Worker] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,45 @@
+"""What networks are trained and judged on: two tasks, and both together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Part = Literal["a", "b", "both"]
+"""Task A, task B, or both as one."""
+
+Scores = dict[str, float]
+
+CHUNK = 250
+"""How many inputs go through a network at a time where nothing is learnt."""
+
+
+class Problem(Protocol):
+    """Two tasks with training, calibration and test data.
+
+    A network's outputs are embeddings of images, or scores of characters. Several networks are judged
+    together by the mean of their scores.
+    """
+
+    def batch(self, part: Part, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random training inputs of a part, and their targets."""
+
+    def objective(self, outputs: Tensor, targets: Tensor, part: Part) -> Tensor:
+        """The loss to be trained on."""
+
+    def calibration(self) -> list[Tensor]:
+        """Batches of inputs of both tasks, always the same, without targets."""
+
+    def evaluate(self, networks: Sequence[nn.Module]) -> Scores:
+        """On test data: `task_a`, `task_b`, `per_task`, `joint` (accuracies), `loss_a`, `loss_b`, `loss`."""
+
+    def loss(self, network: nn.Module) -> float:
+        """The loss on some test data of both tasks, for curves of many points."""
+
+
+def mean_scores(networks: Sequence[nn.Module], inputs: Tensor) -> Tensor:
+    """The mean of the networks' outputs."""
+    return torch.stack([network(inputs) for network in networks]).mean(0)

@@ -1,0 +1,104 @@
+"""Training the parents, each once: what is trained is kept in a folder and loaded from there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from models.processes import Note, Row
+from torch import nn
+
+from tasks_suite.problem import Part, Problem
+from tasks_suite.suite import NETWORKS, PROBLEMS, Entry
+
+Parent = tuple[str, Part, int]
+"""A network, what it is trained on, and the seed of its initialisation and of its batches."""
+
+SETTINGS: dict[str, tuple[Part, Part]] = {"disjoint": ("a", "b"), "same": ("both", "both")}
+"""What the two parents of a pair are trained on."""
+
+
+def parents_of(network: str, setting: str, seed: int) -> tuple[Parent, Parent]:
+    """The two parents of a pair; no two pairs of a setting share one."""
+    part_a, part_b = SETTINGS[setting]
+    return (network, part_a, 2 * seed), (network, part_b, 2 * seed + 1)
+
+
+def path_of(parent: Parent, cache: Path) -> Path:
+    """Where a parent is kept; it changes with the network and with how it is trained."""
+    network, part, seed = parent
+    entry = NETWORKS[network]
+    recipe = (entry.data, entry.steps, entry.learning_rate, entry.batch, entry.weight_decay)
+    digest = hashlib.sha256(repr((recipe, build(network, 0))).encode()).hexdigest()[:8]
+    return cache / f"{network}-{digest}-{part}-{seed}.pt"
+
+
+def build(network: str, seed: int) -> nn.Module:
+    """A network with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return NETWORKS[network].build()
+
+
+def train(entry: Entry, model: nn.Module, problem: Problem, part: Part, seed: int, steps: int) -> None:
+    """Trains a model in place."""
+    generator = torch.Generator().manual_seed(seed)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), entry.learning_rate, weight_decay=entry.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, entry.learning_rate, max(steps, 2))
+    model.train()
+    for _ in range(steps):
+        inputs, targets = problem.batch(part, entry.batch, generator)
+        loss = problem.objective(model(inputs), targets, part)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+
+
+def work(task: Row, note: Note) -> None:
+    """Trains one parent and keeps it, in a process of its own."""
+    network, part, seed, cache = task["network"], task["part"], task["seed"], Path(task["cache"])
+    entry = NETWORKS[network]
+    problem, model = PROBLEMS[entry.data](), build(network, seed)
+    note("train", parameters=sum(p.numel() for p in model.parameters()))
+    began = time.perf_counter()
+    train(entry, model, problem, part, seed, entry.steps)
+    seconds = time.perf_counter() - began
+    note("evaluate", seconds=seconds)
+    scores = problem.evaluate([model])
+    kept = {"state": model.state_dict(), "seconds": seconds, "scores": scores}
+    path = path_of((network, part, seed), cache)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    torch.save(kept, unfinished)
+    unfinished.replace(path)
+    note("done", scores=scores)
+
+
+def missing(parents: Iterable[Parent], cache: Path) -> list[Row]:
+    """The tasks of those parents that have not been trained yet, each once."""
+    return [
+        {"network": network, "part": part, "seed": seed, "cache": str(cache)}
+        for network, part, seed in dict.fromkeys(parents)
+        if not path_of((network, part, seed), cache).exists()
+    ]
+
+
+def read(parent: Parent, cache: Path) -> dict[str, Any]:
+    """What is kept of a parent: its state dict, the seconds of its training, and its scores."""
+    kept: dict[str, Any] = torch.load(path_of(parent, cache), weights_only=True)
+    return kept
+
+
+def load(parent: Parent, cache: Path) -> nn.Module:
+    """A trained parent, ready to be used."""
+    model = build(parent[0], 0)
+    model.load_state_dict(read(parent, cache)["state"])
+    return model.eval()
