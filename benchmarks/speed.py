@@ -65,7 +65,7 @@ def run(name: str) -> dict[str, str]:
     inference = seconds(lambda: analyse(program))
     alignment = seconds(lambda: match(symmetry, *states, {}, alpha=1.0, progress=False), 1)
     passes = seconds(forward, 2)
-    statistics = seconds(lambda: correlations(found, symmetry, states, data, ("A", "B")), 2)
+    statistics = seconds(lambda: correlations(found, symmetry, states, data, ("A", "B"), [(0, 1)]), 2)
     return {
         "model": name,
         "inference s": f"{inference:.2f}",

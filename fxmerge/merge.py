@@ -229,7 +229,9 @@ class _Job:
         correlation: Mapping[int, Tensor] = {}
         if self.data is not None and alpha < 1:
             with self.timed("activations"):
-                correlation = correlations(found, symmetry, (a, b), self.data, (name_of(0), name_of(other)))
+                names = (name_of(0), name_of(other))
+                shown = correlations(found, symmetry, (a, b), self.data, names, [(0, 1)])
+                correlation = {number: c[0, 1] for number, c in shown.items()}
         with self.timed("matching"):
             return match(symmetry, a, b, correlation, alpha=alpha, seed=seed, progress=self.progress)
 

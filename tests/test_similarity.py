@@ -25,13 +25,13 @@ def test_activation_correlations_equal_numpy_on_all_data_at_once() -> None:
     a, b = cnn(0), cnn(1)
     batches = [torch.randn(4, 2, 6, 6) for _ in range(3)]
     found, symmetry = analysed(a, batches[0])
-    got = correlations(
-        found, symmetry, (a.state_dict(), b.state_dict()), Data(batches, batch_inputs(a)), ("model A", "model B")
-    )[0]
+    states, pairs = (a.state_dict(), b.state_dict()), [(0, 0), (0, 1)]
+    got = correlations(found, symmetry, states, Data(batches, batch_inputs(a)), ("model A", "model B"), pairs)[0]
     with torch.no_grad():
         units = [m[:3](torch.cat(batches)).transpose(0, 1).reshape(5, -1).numpy() for m in (a, b)]
-    expected = np.corrcoef(*units)[:5, 5:]
-    np.testing.assert_allclose(got, expected, atol=1e-5)
+    expected = np.corrcoef(*units)
+    np.testing.assert_allclose(got[0, 0], expected[:5, :5], atol=1e-5)
+    np.testing.assert_allclose(got[0, 1], expected[:5, 5:], atol=1e-5)
 
 
 def test_activations_are_taken_where_a_contraction_consumes_them() -> None:
@@ -48,7 +48,9 @@ def test_a_unit_that_never_varies_correlates_with_nothing() -> None:
         a[1].bias[2] = -1e4
     x = torch.randn(4, 2, 6, 6)
     found, symmetry = analysed(a, x)
-    got = correlations(found, symmetry, (a.state_dict(), b.state_dict()), Data([x], batch_inputs(a)), ("A", "B"))[0]
+    got = correlations(
+        found, symmetry, (a.state_dict(), b.state_dict()), Data([x], batch_inputs(a)), ("A", "B"), [(0, 1)]
+    )[0][0, 1]
     assert torch.equal(got[2], torch.zeros(5))
     assert torch.isfinite(got).all()
 
@@ -58,7 +60,7 @@ def test_rows_are_subsampled_above_the_limit() -> None:
     x = torch.randn(3 * MAX_ROWS, 3)
     found, symmetry = analysed(model, x)
     state = model.state_dict()
-    got = correlations(found, symmetry, (state, state), Data([x], batch_inputs(model)), ("A", "B"))[0]
+    got = correlations(found, symmetry, (state, state), Data([x], batch_inputs(model)), ("A", "B"), [(0, 1)])[0][0, 1]
     assert torch.allclose(got.diagonal(), torch.ones(4), atol=1e-4)
 
 
@@ -67,8 +69,8 @@ def test_the_order_and_size_of_batches_do_not_matter_for_what_streams() -> None:
     x = torch.randn(8, 2, 6, 6)
     found, symmetry = analysed(a, x)
     states = (a.state_dict(), b.state_dict())
-    one = correlations(found, symmetry, states, Data([x], batch_inputs(a)), ("A", "B"))[0]
-    two = correlations(found, symmetry, states, Data([x[:5], x[5:]], batch_inputs(a)), ("A", "B"))[0]
+    one = correlations(found, symmetry, states, Data([x], batch_inputs(a)), ("A", "B"), [(0, 1)])[0][0, 1]
+    two = correlations(found, symmetry, states, Data([x[:5], x[5:]], batch_inputs(a)), ("A", "B"), [(0, 1)])[0][0, 1]
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 
@@ -80,7 +82,9 @@ def test_a_nan_activation_is_refused_with_its_place() -> None:
     bad[0] = float("inf")
     state = model.state_dict()
     with pytest.raises(fxmerge.NonFiniteError, match=r"model B|model A.*graph node"):
-        correlations(found, symmetry, (state, state), Data([bad], batch_inputs(model)), ("model A", "model B"))
+        correlations(
+            found, symmetry, (state, state), Data([bad], batch_inputs(model)), ("model A", "model B"), [(0, 1)]
+        )
 
 
 def test_weight_similarity_is_the_scaled_inner_product_of_slices() -> None:

@@ -1,4 +1,4 @@
-"""Activation space: streaming correlation of two models' units on the same inputs."""
+"""Activation space: streaming correlation of several models' units on the same inputs."""
 
 from __future__ import annotations
 
@@ -111,42 +111,63 @@ class _Tapped(Runner):
         return value
 
 
-@dataclass
+Pair = tuple[int, int]
+
+
 class _Moments:
-    """Sums over rows of one class's units in two models, in units of the deviations seen in the first batch."""
+    """Sums over rows of one class's units in several models, in units of the deviations seen in the first batch."""
 
-    rows: int
-    sums: Tensor
-    squares: Tensor
-    products: Tensor
+    def __init__(self, models: int, pairs: Sequence[Pair]) -> None:
+        self.rows = 0
+        self.sums: list[Tensor | float] = [0.0] * models
+        self.squares: list[Tensor | float] = [0.0] * models
+        self.products: dict[Pair, Tensor | float] = dict.fromkeys(pairs, 0.0)
 
-    def correlation(self) -> Tensor:
-        """The correlations, in place of the sums."""
-        mean = self.sums / self.rows
-        deviation = (self.squares / self.rows - mean**2).clamp(min=0).sqrt()
-        # A unit that never varies correlates with nothing.
-        scale = torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation))
-        covariance = self.products.div_(self.rows).addr_(mean[0], mean[1], alpha=-1)
-        return covariance.mul_(scale[0][:, None]).mul_(scale[1]).float()
+    def add(self, rows: Sequence[Tensor]) -> None:
+        self.rows += len(rows[0])
+        for m, x in enumerate(rows):
+            self.sums[m] = self.sums[m] + x.sum(0).double()
+            self.squares[m] = self.squares[m] + x.square().sum(0).double()
+        for i, j in self.products:
+            self.products[i, j] = (rows[i].T @ rows[j]).double().add_(self.products[i, j])
+
+    def correlations(self) -> dict[Pair, Tensor]:
+        mean = [torch.as_tensor(s) / self.rows for s in self.sums]
+        scale = []
+        for m, squares in zip(mean, self.squares, strict=True):
+            deviation = (torch.as_tensor(squares) / self.rows - m**2).clamp(min=0).sqrt()
+            # A unit that never varies correlates with nothing.
+            scale.append(torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation)))
+        found = {}
+        for (i, j), products in self.products.items():
+            covariance = torch.as_tensor(products).div_(self.rows).addr_(mean[i], mean[j], alpha=-1)
+            found[i, j] = covariance.mul_(scale[i][:, None]).mul_(scale[j]).float()
+        return found
 
 
 def correlations(
-    found: Propagation, symmetry: Symmetry, models: Sequence[Mapping[str, Tensor]], data: Data, names: Sequence[str]
-) -> dict[int, Tensor]:
-    """Pearson correlation of all pairs of units of two models, for every class that an activation shows.
+    found: Propagation,
+    symmetry: Symmetry,
+    models: Sequence[Mapping[str, Tensor]],
+    data: Data,
+    names: Sequence[str],
+    pairs: Sequence[Pair],
+) -> dict[int, dict[Pair, Tensor]]:
+    """Pearson correlation of all pairs of units of some pairs of models, for every class that an activation shows.
 
     Every activation is standardised by its units' means and deviations on the first batch and then
-    counts alike. Memory does not depend on the number of batches: the product sums of each class.
+    counts alike. Memory does not depend on the number of batches: the product sums of each class and pair.
 
     Arguments:
         found: the labelled program.
         symmetry: its classes.
-        models: two state dicts.
+        models: state dicts.
         data: calibration batches.
         names: what to call the models in errors.
+        pairs: the numbers of the models to compare; a model may be compared with itself.
 
     Returns:
-        For each class number a tensor of shape (units, units), rows for the first model, in [-1, 1].
+        For each class number and pair a tensor of shape (units, units), rows for the first model, in [-1, 1].
 
     Raises:
         LoaderError: if the loader is empty.
@@ -155,7 +176,7 @@ def correlations(
     taps = find_taps(found, symmetry)
     runner = _Tapped(found.program, taps)
     first: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    moments: dict[int, _Moments] = {}
+    moments = {tap.number: _Moments(len(models), pairs) for tap in taps}
     batches = 0
     for args, kwargs in data.batches("activations"):
         batches += 1
@@ -165,7 +186,7 @@ def correlations(
             runner.call(state, args, kwargs)
             seen.append(runner.seen)
         for i, tap in enumerate(taps):
-            rows = [_rows(seen[m][tap.node], tap) for m in range(2)]
+            rows = [_rows(shown[tap.node], tap) for shown in seen]
             for m, x in enumerate(rows):
                 if not torch.isfinite(x).all():
                     raise NonFiniteError(f"An activation of {names[m]} is NaN or infinite at graph node {tap.node!r}.")
@@ -176,10 +197,10 @@ def correlations(
                         torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation)),
                     )
                 rows[m] = (x - first[i, m][0]) * first[i, m][1]
-            _add(moments, tap.number, *rows)
+            moments[tap.number].add(rows)
     if not batches:
         raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
-    return {number: m.correlation() for number, m in moments.items()}
+    return {number: m.correlations() for number, m in moments.items()}
 
 
 def _rows(value: Tensor, tap: Tap) -> Tensor:
@@ -191,16 +212,3 @@ def _rows(value: Tensor, tap: Tap) -> Tensor:
         flat = flat[torch.linspace(0, len(flat) - 1, limit, device=flat.device).long()]
     shown = flat[:, tap.order.to(flat.device)]
     return shown.permute(0, 2, 1).reshape(-1, tap.order.shape[0]).float()
-
-
-def _add(moments: dict[int, _Moments], number: int, x: Tensor, y: Tensor) -> None:
-    sums = torch.stack([x.sum(0), y.sum(0)]).double()
-    squares = torch.stack([x.square().sum(0), y.square().sum(0)]).double()
-    if number not in moments:
-        shape = (x.shape[1], y.shape[1])
-        moments[number] = _Moments(0, torch.zeros_like(sums), torch.zeros_like(sums), sums.new_zeros(shape))
-    m = moments[number]
-    m.rows += len(x)
-    m.sums += sums
-    m.squares += squares
-    m.products += x.T @ y
