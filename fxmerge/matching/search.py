@@ -44,12 +44,24 @@ class Match:
 
 
 @dataclass
-class _Problem:
+class Problem:
     """The objective, and the model as it is permuted so far.
 
-    The objective is  alpha * sum over parameters of entries * cosine(a, permuted b)
-    + (1 - alpha) * sum over classes of entries per unit * sum over units of correlation(a, permuted b),
-    so that a unit's activations weigh as much as all of its weights.
+    The objective is  alpha * sum over parameters of scale * <a, permuted b>
+    + (1 - alpha) * sum over classes of entries per unit * sum over units of correlation(a, permuted b).
+    A scale is the number of a parameter's entries over the norms of both tensors, so that a unit's
+    activations weigh as much as all of its weights.
+
+    Attributes:
+        symmetry: the group to search.
+        a: parameters of the model whose units are taken as they are.
+        b: parameters of the model to permute, in the places that `images` gives them.
+        correlation: for some classes, the correlations of the units' activations, (units of a, units of b as they
+            were before any permutation).
+        alpha: weight of the weight-space similarity.
+        images: where the units of b are.
+        scales: for every parameter, how much an inner product counts.
+        slices: the parameter slices of every class.
     """
 
     symmetry: Symmetry
@@ -58,15 +70,12 @@ class _Problem:
     correlation: Mapping[int, Tensor]
     alpha: float
     images: tuple[Ids, ...]
-    slices: dict[int, list[Slices]] = field(init=False)
-    scales: dict[str, float] = field(init=False)
+    scales: Mapping[str, float]
+    slices: Mapping[int, list[Slices]]
     value: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.slices = weights.slices(self.symmetry)
-        names = {axis.parameter for axis in self.symmetry.layout}
-        self.scales = {n: weights.scale(self.a[n], self.b[n]) for n in names}
-        self.value = {n: self._match(n, self.b) for n in names}
+        self.value = {n: self._match(n, self.b) for n in self.scales}
 
     def _match(self, name: str, b: Mapping[str, Tensor]) -> float:
         return float((self.a[name] * b[name]).sum(dtype=torch.float64)) * self.scales[name]
@@ -146,10 +155,6 @@ def match(
 ) -> Match:
     """Finds the element of the group that makes b most similar to a.
 
-    The first sweep visits the classes in the order in which evidence reaches them: a class is matched
-    by those of its slices whose other axes are pinned or matched already. From there, or from the
-    identity where that is better, coordinate descent in random order goes on until no step
-    helps by more than `TOLERANCE`.
     With alpha = 1 this is weight matching (Git Re-Basin, arXiv 2209.04836, algorithm 1), with
     alpha = 0 activation matching; between, the dual space of MuDSC (arXiv 2403.01753, equation 5).
 
@@ -162,15 +167,31 @@ def match(
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
     """
-    problem = _Problem(
-        symmetry, _floats(symmetry, a), _floats(symmetry, b), correlation, alpha, symmetry.identity().images
-    )
-    identity, at_identity = problem.position, problem.objective()
-    roots = [n for n, c in enumerate(symmetry.units) if not c.parents]
+    a, b = floats(symmetry, a), floats(symmetry, b)
+    scales = {name: weights.scale(a[name], b[name]) for name in a}
+    start, slices = symmetry.identity().images, weights.slices(symmetry)
+    problem = Problem(symmetry, a, b, correlation, alpha, start, scales, slices)
+    trace = search(problem, seed=seed, progress=progress)
+    return Match(Permutation(symmetry.layout, problem.images), trace, quality(problem))
+
+
+def search(problem: Problem, *, seed: int = 0, progress: bool | None = None) -> tuple[float, ...]:
+    """Moves the units of a problem's model b to where it is most similar to a.
+
+    The first sweep visits the classes in the order in which evidence reaches them: a class is matched
+    by those of its slices whose other axes are pinned or matched already. From there, or from where b
+    was where that is better, coordinate descent in random order goes on until no step
+    helps by more than `TOLERANCE`.
+
+    Returns:
+        The objective at the start and after every accepted step; it never falls.
+    """
+    start, at_start = problem.position, problem.objective()
+    roots = [n for n, c in enumerate(problem.symmetry.units) if not c.parents]
     with tqdm(total=None, desc="matching", disable=None if progress is None else not progress, leave=False) as bar:
         _first_sweep(problem, roots, bar)
-        if problem.objective() < at_identity:
-            problem.position = identity
+        if problem.objective() < at_start:
+            problem.position = start
         trace = [problem.objective()]
         rng = np.random.default_rng(seed)
         neighbours = _neighbours(problem, roots)
@@ -187,28 +208,28 @@ def match(
                         stale |= neighbours[root]
         else:
             logger.warning("matching stopped after %d sweeps with steps still to be made", MAX_SWEEPS)
-    return Match(Permutation(symmetry.layout, problem.images), tuple(trace), _quality(problem))
+    return tuple(trace)
 
 
-def _floats(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def floats(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters that the group moves, at least in float32."""
     names = {axis.parameter for axis in symmetry.layout}
     return {n: state[n].detach().float() if state[n].element_size() < 4 else state[n].detach() for n in sorted(names)}
 
 
-def _best(problem: _Problem, root: int, usable: Mapping[int, list[Slices]]) -> Sequence[Ids]:
+def _best(problem: Problem, root: int, usable: Mapping[int, list[Slices]]) -> Sequence[Ids]:
     """The best move of a class and all that are nested in it, by the slices that are usable."""
     symmetry = problem.symmetry
     own = {n: problem.scores(n, usable[n]) for n in descendants(symmetry, root) if n in symmetry.choices}
     return propose(symmetry, root, own)
 
 
-def _tree_slices(problem: _Problem, root: int) -> list[tuple[int, Slices]]:
+def _tree_slices(problem: Problem, root: int) -> list[tuple[int, Slices]]:
     tree = descendants(problem.symmetry, root)
     return [(n, s) for n in tree if n in problem.symmetry.choices for s in problem.slices[n]]
 
 
-def _roots_on(problem: _Problem, roots: list[int]) -> dict[tuple[str, int], set[int]]:
+def _roots_on(problem: Problem, roots: list[int]) -> dict[tuple[str, int], set[int]]:
     """For every parameter axis, the roots of the classes on it."""
     found: dict[tuple[str, int], set[int]] = {}
     above = {n: ({n} | problem.symmetry.ancestors(n)) & set(roots) for n in range(len(problem.symmetry.units))}
@@ -217,7 +238,7 @@ def _roots_on(problem: _Problem, roots: list[int]) -> dict[tuple[str, int], set[
     return found
 
 
-def _neighbours(problem: _Problem, roots: list[int]) -> dict[int, set[int]]:
+def _neighbours(problem: Problem, roots: list[int]) -> dict[int, set[int]]:
     """For every root, the roots (itself included) whose scores change when it moves."""
     by_parameter: dict[str, set[int]] = {}
     for (name, _), on in _roots_on(problem, roots).items():
@@ -225,7 +246,7 @@ def _neighbours(problem: _Problem, roots: list[int]) -> dict[int, set[int]]:
     return {r: set().union({r}, *(on for on in by_parameter.values() if r in on)) for r in roots}
 
 
-def _first_sweep(problem: _Problem, roots: list[int], bar: tqdm[None]) -> None:
+def _first_sweep(problem: Problem, roots: list[int], bar: tqdm[None]) -> None:
     on_axis = _roots_on(problem, roots)
     others: dict[int, list[tuple[int, Slices, set[int]]]] = {}
     for root in roots:
@@ -250,7 +271,8 @@ def _first_sweep(problem: _Problem, roots: list[int], bar: tqdm[None]) -> None:
         bar.update()
 
 
-def _quality(problem: _Problem) -> dict[str, dict[str, float]]:
+def quality(problem: Problem) -> dict[str, dict[str, float]]:
+    """Per class, the mean similarity of matched units in weight space and in activation space."""
     found: dict[str, dict[str, float]] = {}
     for n in problem.symmetry.choices:
         entry: dict[str, float] = {}
