@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fxmerge import validate
 from fxmerge.capture import Args, Kwargs, capture_program, evaluating
 from fxmerge.errors import OptionError
 from fxmerge.matching.search import Match, match
+from fxmerge.matching.universe import Alignment, canonical_order, find_universe, to_reference
 from fxmerge.program import Program
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
@@ -25,6 +27,7 @@ from fxmerge.rewriting.combine import average
 from fxmerge.run import Data, Inputs, batch_inputs
 from fxmerge.similarity.activations import correlations
 from fxmerge.symmetry.group import Symmetry, analyse
+from fxmerge.symmetry.permutation import Permutation
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
 from fxmerge.validate import Model, name_of
@@ -116,6 +119,7 @@ def merge_many(
     *,
     alpha: float = ALPHA,
     weights: Sequence[float] | None = None,
+    reference: int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -125,9 +129,16 @@ def merge_many(
     args: Args = (),
     kwargs: Kwargs | None = None,
 ) -> fx.GraphModule:
-    """Merges two or more networks of one architecture; all are aligned to the first.
+    """Merges two or more networks of one architecture.
 
-    Arguments, result and errors are those of `merge`, with one entry of `weights` for each model (equal ones if None).
+    Three or more are all matched with each other, in units that they share (C2M3, arXiv 2405.17897): the way from one
+    model to a second and on to a third is the way from the first to the third, and the result does not
+    depend on the order of the models.
+
+    Arguments, result and errors are those of `merge`, with one entry of `weights` for each model (equal ones if None);
+    and `reference`, the number of a model, from 0 on, to whose units each of the others is matched by itself. None is
+    the first of two models, and for more the units that they share. `.meta["fxmerge"]` tells in "images", for every
+    model and class, where each unit went, and in "units_of" the number of the model whose units the result has.
 
     Example:
         >>> import torch, fxmerge
@@ -141,16 +152,24 @@ def merge_many(
     if len(models) < 2:
         raise OptionError(f"merge_many takes two or more models, not {len(models)}.")
     shares = validate.check_weights(weights, len(models))
+    reference = validate.check_reference(reference, len(models))
     job = _prepare(models, loader, alpha, device, progress, inputs, args, kwargs)
     found, symmetry = job.symmetry(symmetry, verify)
-    matches = [job.match(found, symmetry, other, alpha=alpha, seed=seed) for other in range(1, len(models))]
+    aligned = job.align(found, symmetry, reference, alpha=alpha, seed=seed)
     with job.timed("rewriting"):
-        states = [job.states[0], *(m.permutation.apply(s) for m, s in zip(matches, job.states[1:], strict=True))]
-        merged = bake(job.program, average(states, shares, batch_norm_statistics(job.program)))
+        states = [aligned.permutations[i].apply(job.states[i]) for i in aligned.order]
+        ordered = [shares[i] for i in aligned.order]
+        merged = bake(job.program, average(states, ordered, batch_norm_statistics(job.program)))
     if job.data is not None:
         with job.timed("calibration"):
             recalibrate(merged, job.program, job.data)
-    merged.meta["fxmerge"] = job.report(symmetry, matches, alpha) | {"models": len(models), "weights": tuple(shares)}
+    merged.meta["fxmerge"] = job.report(symmetry, aligned, alpha) | {
+        "models": len(models),
+        "weights": tuple(shares),
+        "reference": reference,
+        "units_of": aligned.home,
+        "images": [_images(symmetry, p) for p in aligned.permutations],
+    }
     return merged
 
 
@@ -186,12 +205,11 @@ def align(
     """
     job = _prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
     found, symmetry = job.symmetry(symmetry, verify)
-    matched = job.match(found, symmetry, 1, alpha=alpha, seed=seed)
+    matched = job.align(found, symmetry, 0, alpha=alpha, seed=seed)
+    permutation = matched.permutations[1]
     with job.timed("rewriting"):
-        aligned = bake(job.program, matched.permutation.apply(job.states[1]))
-    aligned.meta["fxmerge"] = job.report(symmetry, [matched], alpha) | {
-        "images": {name: image.tolist() for name, image in zip(symmetry.names, matched.permutation.images, strict=True)}
-    }
+        aligned = bake(job.program, permutation.apply(job.states[1]))
+    aligned.meta["fxmerge"] = job.report(symmetry, matched, alpha) | {"images": _images(symmetry, permutation)}
     return aligned
 
 
@@ -223,19 +241,40 @@ class _Job:
                 symmetry = symmetry.verify(self.model, *self.example)
         return found, symmetry
 
-    def match(self, found: Propagation, symmetry: Symmetry, other: int, *, alpha: float, seed: int) -> Match:
-        """The match of another model with the first."""
-        a, b = self.states[0], self.states[other]
+    def align(
+        self, found: Propagation, symmetry: Symmetry, reference: int | None, *, alpha: float, seed: int
+    ) -> Alignment:
+        """All models in the units of one; None for units that all have a part in."""
+        numbers = range(len(self.states))
+        if reference is not None:
+            others = [i for i in numbers if i != reference]
+            matches = {i: self.match(found, symmetry, reference, i, alpha=alpha, seed=seed) for i in others}
+            return to_reference(symmetry, matches, reference)
+        with self.timed("matching"):
+            order = canonical_order(self.states)
+        states = [self.states[i] for i in order]
+        correlation: Mapping[int, Mapping[tuple[int, int], Tensor]] = {}
+        if self.data is not None and alpha < 1:
+            with self.timed("activations"):
+                names, pairs = [name_of(i) for i in order], list(combinations(numbers, 2))
+                correlation = correlations(found, symmetry, states, self.data, names, pairs)
+        with self.timed("matching"):
+            shared = find_universe(symmetry, states, correlation, alpha=alpha, seed=seed, progress=self.progress)
+        return shared.renumbered(order)
+
+    def match(self, found: Propagation, symmetry: Symmetry, home: int, other: int, *, alpha: float, seed: int) -> Match:
+        """The match of one model with another, whose units are taken as they are."""
+        a, b = self.states[home], self.states[other]
         correlation: Mapping[int, Tensor] = {}
         if self.data is not None and alpha < 1:
             with self.timed("activations"):
-                names = (name_of(0), name_of(other))
+                names = (name_of(home), name_of(other))
                 shown = correlations(found, symmetry, (a, b), self.data, names, [(0, 1)])
                 correlation = {number: c[0, 1] for number, c in shown.items()}
         with self.timed("matching"):
             return match(symmetry, a, b, correlation, alpha=alpha, seed=seed, progress=self.progress)
 
-    def report(self, symmetry: Symmetry, matches: Sequence[Match], alpha: float) -> dict[str, Any]:
+    def report(self, symmetry: Symmetry, aligned: Alignment, alpha: float) -> dict[str, Any]:
         """What `.meta["fxmerge"]` tells: plain data, so that a result can be unpickled without fxmerge."""
         return {
             "classes": [
@@ -254,10 +293,15 @@ class _Job:
             "verification_error": symmetry.error,
             "route": self.program.route,
             "alpha": alpha if self.data is not None else 1.0,
-            "quality": [{name: dict(q) for name, q in m.quality.items()} for m in matches],
-            "objective": [m.trace for m in matches],
+            "quality": [{name: dict(q) for name, q in quality.items()} for quality in aligned.quality],
+            "objective": list(aligned.traces),
             "seconds": dict(self.seconds),
         }
+
+
+def _images(symmetry: Symmetry, permutation: Permutation) -> dict[str, list[int]]:
+    """For every class by name, where each unit goes."""
+    return {name: image.tolist() for name, image in zip(symmetry.names, permutation.images, strict=True)}
 
 
 def _prepare(

@@ -41,6 +41,18 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return [w / sum(values) for w in values]
 
 
+def check_reference(reference: int | None, count: int) -> int | None:
+    """The number of the model to whose units all are aligned: of two the first, unless another is asked for; None
+    for units that all models share."""
+    if reference is None:
+        return 0 if count == 2 else None
+    if not isinstance(reference, int) or not 0 <= reference < count:
+        raise OptionError(
+            f"reference is {reference!r}; it must be the number of a model, from 0 to {count - 1}, or None."
+        )
+    return reference
+
+
 def check_states(states: Sequence[Mapping[str, Tensor]]) -> None:
     """All models must have the same tensors, in one place, with finite values."""
     for i, state in enumerate(states):

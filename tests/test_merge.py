@@ -178,7 +178,7 @@ def test_without_a_loader_moments_are_pooled() -> None:
 
 def test_weights_and_many_models() -> None:
     net = settled(0)
-    merged = fxmerge.merge_many([net, permuted(net, 1), permuted(net, 2)], data())
+    merged = fxmerge.merge_many([net, permuted(net, 1), permuted(net, 2)], data(), reference=0)
     torch.testing.assert_close(merged.state_dict()["head.weight"], net.head.weight)
     one = fxmerge.merge(net, settled(1), data(), weights=(1, 0))
     torch.testing.assert_close(one.state_dict()["head.weight"], net.head.weight)

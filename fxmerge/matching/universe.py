@@ -1,0 +1,262 @@
+"""One permutation for each of many models, into units that they share.
+
+Three models that are matched pair by pair disagree: from the first to the second and on to the third is not what
+a match of the first and the third gives, and all results depend on which model comes first. Where every
+model has one permutation into a common universe (C2M3, arXiv 2405.17897), the way from one model to another is there
+and back, so that every circle of models closes; what is left is to search for the permutations. Here that is done
+as in MergeMany of Git Re-Basin (arXiv 2209.04836, algorithm 3): again and again one model is
+matched with the mean of all others. The mean is of permuted weights and of correlations of
+activations, so that such a step can only raise the sum of what the pairs agree in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxmerge.matching.search import MAX_SWEEPS, TOLERANCE, Match, Problem, floats, match, quality, search
+from fxmerge.similarity import weights
+from fxmerge.similarity.weights import Slices
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.permutation import Permutation
+from fxmerge.symmetry.units import Ids
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[int, int]
+
+
+def canonical_order(states: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """The numbers of some models in an order that depends on their tensors only, not on the order that they come in.
+
+    Example:
+        >>> import torch
+        >>> a, b, c = ({"w": torch.full((2,), value)} for value in (1.0, 2.0, 3.0))
+        >>> [(a, b, c)[i] for i in canonical_order((a, b, c))] == [(c, a, b)[i] for i in canonical_order((c, a, b))]
+        True
+    """
+    return sorted(range(len(states)), key=lambda i: _digest(states[i]))
+
+
+def _digest(state: Mapping[str, Tensor]) -> bytes:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What brings several models into the units of one of them.
+
+    Attributes:
+        permutations: for every model, what is to be applied to it.
+        home: the number of the model in whose units all are.
+        order: the numbers of the models, in the order in which sums over models are to be taken.
+        traces: objectives, at the start of a search and after every accepted step; none ever falls. One for
+            every model that was matched with `home`; or a single one, the sum over all pairs of models, where
+            all were matched with each other.
+        quality: for every model that was matched, by class, the mean similarity of its units to those
+            of `home`, or of all others.
+    """
+
+    permutations: tuple[Permutation, ...]
+    home: int
+    order: tuple[int, ...]
+    traces: tuple[tuple[float, ...], ...]
+    quality: tuple[Mapping[str, Mapping[str, float]], ...]
+
+    def renumbered(self, numbers: Sequence[int]) -> Alignment:
+        """The same for models that are called otherwise: model i here is model `numbers[i]` there."""
+        at = sorted(range(len(numbers)), key=numbers.__getitem__)
+        return Alignment(
+            tuple(self.permutations[i] for i in at),
+            numbers[self.home],
+            tuple(numbers[i] for i in self.order),
+            self.traces,
+            tuple(self.quality[i] for i in at),
+        )
+
+
+def to_reference(symmetry: Symmetry, matches: Mapping[int, Match], home: int) -> Alignment:
+    """All models but one, each matched with that one."""
+    numbers = range(len(matches) + 1)
+    return Alignment(
+        tuple(symmetry.identity() if i == home else matches[i].permutation for i in numbers),
+        home,
+        tuple(numbers),
+        tuple(matches[i].trace for i in numbers if i != home),
+        tuple(matches[i].quality for i in numbers if i != home),
+    )
+
+
+@dataclass
+class Together:
+    """Several models, permuted so far, and the sum of what their pairs agree in.
+
+    Attributes:
+        symmetry: the group to search.
+        units: for every model, its parameters as they came, each scaled to norm one.
+        correlation: for some classes, for every pair of models i < j, the correlations of the units'
+            activations, (units of i, units of j).
+        alpha: weight of the weight-space similarity.
+        permutations: for every model, where its units are.
+    """
+
+    symmetry: Symmetry
+    units: Sequence[Mapping[str, Tensor]]
+    correlation: Mapping[int, Mapping[Pair, Tensor]]
+    alpha: float
+    permutations: tuple[Permutation, ...]
+    slices: Mapping[int, list[Slices]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.slices = weights.slices(self.symmetry)
+
+    def problem(self, m: int) -> Problem:
+        """The match of one model with the mean of all others, where they are now.
+
+        Its objective is the mean over the others of the objectives of the pairs: all parameters have norm
+        one, so that the inner products of pairs count as their cosines do, and add up.
+        """
+        others = [i for i in range(len(self.units)) if i != m]
+        placed = [self.permutations[i].apply(self.units[i]) for i in others]
+        mean = {name: _mean([p[name] for p in placed]) for name in self.units[m]}
+        correlation = {n: _mean([self._rows(n, i, m) for i in others]) for n in self.correlation}
+        own = self.permutations[m]
+        scales = {name: float(tensor.numel()) for name, tensor in mean.items()}
+        b = own.apply(self.units[m])
+        return Problem(self.symmetry, mean, b, correlation, self.alpha, own.images, scales, self.slices)
+
+    def _rows(self, number: int, i: int, m: int) -> Tensor:
+        """The correlations of one class in two models: rows in the places that the units of i have, columns as
+        the units of m came."""
+        shown = self.correlation[number]
+        return (shown[i, m] if i < m else shown[m, i].T)[_units(self.permutations[i].images[number])]
+
+    def objective(self) -> float:
+        """The sum over all pairs of models."""
+        count = len(self.units)
+        placed = [p.apply(u) for p, u in zip(self.permutations, self.units, strict=True)]
+        agreed = 0.0
+        for name in self.units[0]:
+            own = sum(float(u[name].square().sum(dtype=torch.float64)) for u in self.units)
+            together = float(reduce(torch.add, [p[name] for p in placed]).square().sum(dtype=torch.float64))
+            agreed += self.units[0][name].numel() * (together - own) / 2
+        agreed *= self.alpha if self.correlation else 1.0
+        for number, shown in self.correlation.items():
+            at = [_units(p.images[number]) for p in self.permutations]
+            pairs = sum(float(shown[i, j][at[i], at[j]].sum()) for i, j in combinations(range(count), 2))
+            agreed += (1 - self.alpha) * (float(sum(s.entries for s in self.slices[number])) or 1.0) * pairs
+        return agreed
+
+    def improve(self, m: int, seed: int, progress: bool | None) -> float:
+        """Matches one model anew with all others; it stays where it was unless the objective rises.
+
+        Returns:
+            The objective.
+        """
+        before, at = self.objective(), self.permutations
+        problem = self.problem(m)
+        search(problem, seed=seed, progress=progress)
+        self.permutations = (*at[:m], Permutation(self.symmetry.layout, problem.images), *at[m + 1 :])
+        after = self.objective()
+        if after > before + 1e-9 * abs(before):
+            return after
+        self.permutations = at
+        return before
+
+
+def find_universe(
+    symmetry: Symmetry,
+    states: Sequence[Mapping[str, Tensor]],
+    correlation: Mapping[int, Mapping[Pair, Tensor]],
+    *,
+    alpha: float,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Alignment:
+    """Finds for every model the element of the group by which all models are most similar to each other.
+
+    All pairs are matched; the search starts where all models are in the units of that one of them
+    for which the sum over all pairs is largest, so that it ends no lower than any alignment to one of the models.
+    From there the models, in random order, are matched with the mean of the others, until no step helps by
+    more than `TOLERANCE`.
+
+    Arguments:
+        symmetry: the group to search.
+        states: the parameters of two or more models. The result depends on their order unless they
+            are in their `canonical_order`.
+        correlation: for some classes, for every pair of models i < j, the correlations of the units' activations,
+            (units of i, units of j).
+        alpha: weight of the weight-space similarity, in [0, 1].
+        seed: seed of the random order.
+        progress: whether to show a progress bar; None shows it on a terminal.
+
+    Returns:
+        The alignment, in the units of the first model.
+    """
+    models = range(len(states))
+    pairs: dict[Pair, Match] = {}
+    for i, j in combinations(models, 2):
+        shown = {number: c[i, j] for number, c in correlation.items()}
+        pairs[i, j] = match(symmetry, states[i], states[j], shown, alpha=alpha, seed=seed, progress=progress)
+    identity = symmetry.identity()
+
+    def way(j: int, i: int) -> Permutation:
+        """From the units of model j to those of model i."""
+        if i == j:
+            return identity
+        return pairs[i, j].permutation if i < j else pairs[j, i].permutation.inverse()
+
+    units = [_unit_norms(floats(symmetry, state)) for state in states]
+    together = Together(symmetry, units, correlation, alpha, tuple(identity for _ in models))
+    starts = []
+    for reference in models:
+        together.permutations = tuple(way(m, reference) for m in models)
+        starts.append((together.objective(), -reference, together.permutations))
+    best, _, together.permutations = max(starts, key=lambda start: start[:2])
+    trace = [best]
+    rng = np.random.default_rng(seed)
+    stale = set(models)
+    for _ in range(MAX_SWEEPS):
+        if not stale:
+            break
+        for m in rng.permutation(sorted(stale)).tolist():
+            stale.discard(m)
+            after = together.improve(m, seed, progress)
+            if after > trace[-1]:
+                trace.append(after)
+                if trace[-1] - trace[-2] > TOLERANCE * abs(trace[-2]):
+                    stale |= set(models) - {m}
+    else:
+        logger.warning("the search for common units stopped after %d sweeps with steps still to be made", MAX_SWEEPS)
+    # The universe has no units of its own: any element of the group, applied to all models, is as good.
+    home = together.permutations[0].inverse()
+    together.permutations = tuple(home @ p for p in together.permutations)
+    found = tuple(quality(together.problem(m)) for m in models)
+    return Alignment(together.permutations, 0, tuple(models), (tuple(trace),), found)
+
+
+def _unit_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor over its norm; zeros as they are."""
+    norms = {name: float(tensor.norm()) for name, tensor in state.items()}
+    return {name: tensor / norms[name] if norms[name] > 0 else tensor for name, tensor in state.items()}
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors) / len(tensors)
+
+
+def _units(image: Ids) -> Tensor:
+    """For every place, the unit that is there."""
+    return torch.from_numpy(np.argsort(image))
