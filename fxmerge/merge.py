@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Any
+from itertools import combinations, combinations_with_replacement
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,19 +18,25 @@ from torch.export.passes import move_to_device_pass
 from fxmerge import validate
 from fxmerge.capture import Args, Kwargs, capture_program, evaluating
 from fxmerge.errors import OptionError
+from fxmerge.matching.assignment import Scores
 from fxmerge.matching.search import Match, match
 from fxmerge.matching.universe import Alignment, canonical_order, find_universe, to_reference
+from fxmerge.matching.zip_search import ZipMatch, match_zip
 from fxmerge.program import Program
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
+from fxmerge.rewriting.zipped import zip_average
 from fxmerge.run import Data, Inputs, batch_inputs
-from fxmerge.similarity.activations import correlations
+from fxmerge.similarity.activations import correlations, whole
+from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.permutation import Permutation
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
 from fxmerge.validate import Model, name_of
+
+Method = Literal["align", "zip"]
 
 ALPHA = 0.5
 """Default weight of the weight-space similarity."""
@@ -41,7 +47,10 @@ def merge(
     gm_b: Model,
     loader: Iterable[Any] | None = None,
     *,
+    method: Method = "align",
     alpha: float = ALPHA,
+    budget: float = 1.0,
+    damping: float = 0.5,
     weights: Sequence[float] = (0.5, 0.5),
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -64,7 +73,12 @@ def merge(
         loader: calibration data, unlabelled: an iterable of tensors, of tuples (inputs, targets), or of dicts
             of keyword arguments. It is iterated several times (an iterator is read into a list first).
             Without it, units are matched by their weights alone and BatchNorm statistics are pooled.
+        method: "align" matches units one to one; "zip" also merges units of one and the same model where these are
+            more alike (ZipIt!, arXiv 2305.03053), inside of aligned blocks such as attention heads.
         alpha: weight of the weight-space similarity, from 0 (activations only) to 1 (weights only).
+        budget: zip only: in [0, 1], the share of the merges that may be of units of one model.
+        damping: zip only: in [0, 1], what the similarities of a merged unit are multiplied with, so that it is less
+            likely to be merged again.
         weights: how much each model counts in the average; normalised to sum to one.
         seed: seed of the random order of the search.
         device: where to work and where the result is; by default where `gm_a` is.
@@ -100,7 +114,10 @@ def merge(
     return merge_many(
         (gm_a, gm_b),
         loader,
+        method=method,
         alpha=alpha,
+        budget=budget,
+        damping=damping,
         weights=weights,
         seed=seed,
         device=device,
@@ -117,7 +134,10 @@ def merge_many(
     models: Sequence[Model],
     loader: Iterable[Any] | None = None,
     *,
+    method: Method = "align",
     alpha: float = ALPHA,
+    budget: float = 1.0,
+    damping: float = 0.5,
     weights: Sequence[float] | None = None,
     reference: int | None = None,
     seed: int = 0,
@@ -153,23 +173,36 @@ def merge_many(
         raise OptionError(f"merge_many takes two or more models, not {len(models)}.")
     shares = validate.check_weights(weights, len(models))
     reference = validate.check_reference(reference, len(models))
+    validate.check_method(method, budget, damping)
     job = _prepare(models, loader, alpha, device, progress, inputs, args, kwargs)
     found, symmetry = job.symmetry(symmetry, verify)
     aligned = job.align(found, symmetry, reference, alpha=alpha, seed=seed)
     with job.timed("rewriting"):
         states = [aligned.permutations[i].apply(job.states[i]) for i in aligned.order]
         ordered = [shares[i] for i in aligned.order]
-        merged = bake(job.program, average(states, ordered, batch_norm_statistics(job.program)))
+    statistics = batch_norm_statistics(job.program)
+    if method == "zip":
+        zipped = job.zip(found, symmetry, states, alpha=alpha, budget=budget, damping=damping, seed=seed)
+        with job.timed("rewriting"):
+            state = zip_average(states, zipped.labels, symmetry.layout, flows(found), ordered, statistics)
+    else:
+        with job.timed("rewriting"):
+            state = average(states, ordered, statistics)
+    with job.timed("rewriting"):
+        merged = bake(job.program, state)
     if job.data is not None:
         with job.timed("calibration"):
             recalibrate(merged, job.program, job.data)
     merged.meta["fxmerge"] = job.report(symmetry, aligned, alpha) | {
         "models": len(models),
         "weights": tuple(shares),
+        "method": method,
         "reference": reference,
         "units_of": aligned.home,
         "images": [_images(symmetry, p) for p in aligned.permutations],
     }
+    if method == "zip":
+        merged.meta["fxmerge"] |= {"zip_objective": zipped.trace, "zipped_within": dict(zipped.within)}
     return merged
 
 
@@ -273,6 +306,39 @@ class _Job:
                 correlation = {number: c[0, 1] for number, c in shown.items()}
         with self.timed("matching"):
             return match(symmetry, a, b, correlation, alpha=alpha, seed=seed, progress=self.progress)
+
+    def zip(
+        self,
+        found: Propagation,
+        symmetry: Symmetry,
+        states: Sequence[Mapping[str, Tensor]],
+        *,
+        alpha: float,
+        budget: float,
+        damping: float,
+        seed: int,
+    ) -> ZipMatch:
+        """What to merge of aligned models, within and across."""
+        count = len(states)
+        correlation: Mapping[int, Scores] = {}
+        if self.data is not None and alpha < 1:
+            with self.timed("activations"):
+                pairs = list(combinations_with_replacement(range(count), 2))
+                names = [name_of(i) for i in range(count)]
+                shown = correlations(found, symmetry, states, self.data, names, pairs)
+                correlation = {number: whole(blocks, count) for number, blocks in shown.items()}
+        with self.timed("matching"):
+            return match_zip(
+                symmetry,
+                states,
+                correlation,
+                flows(found),
+                alpha=alpha if correlation else 1.0,
+                budget=budget,
+                damping=damping,
+                seed=seed,
+                progress=self.progress,
+            )
 
     def report(self, symmetry: Symmetry, aligned: Alignment, alpha: float) -> dict[str, Any]:
         """What `.meta["fxmerge"]` tells: plain data, so that a result can be unpickled without fxmerge."""

@@ -31,6 +31,14 @@ def check_alpha(alpha: float) -> None:
         raise OptionError(f"alpha is {alpha!r}; it must be a number from 0 (activations only) to 1 (weights only).")
 
 
+def check_method(method: str, budget: float, damping: float) -> None:
+    if method not in ("align", "zip"):
+        raise OptionError(f"method is {method!r}; it must be 'align' or 'zip'.")
+    for name, value in (("budget", budget), ("damping", damping)):
+        if not 0 <= value <= 1:
+            raise OptionError(f"{name} is {value!r}; it must be a number from 0 to 1.")
+
+
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """The combination weights, normalised to sum to one; equal ones if None."""
     if weights is None:
