@@ -1,5 +1,6 @@
 """Task vectors: the papers' formulas, entry for entry, and merges of models that were fine-tuned from one base."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -185,6 +186,22 @@ def test_models_in_the_units_of_the_base_stay_as_they_are(rule: Any, loader: lis
     for name, value in merged.state_dict().items():
         if loader is None or "running" not in name:
             assert torch.equal(value, expected[name]), name
+
+
+def test_units_that_are_alike_in_the_base_stay_too() -> None:
+    base = mlp(8)
+    with torch.no_grad():
+        base[0].weight[4:], base[0].bias[4:], base[2].weight[:, 4:] = 0, 0, 0
+        base[0].weight[1], base[0].bias[1], base[2].weight[:, 1] = base[0].weight[0], base[0].bias[0], 1
+        base[2].weight[:, 0] = 1
+    for seed in range(5):
+        model = copy.deepcopy(base)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1 * torch.randn_like(p)
+        aligned = fxmerge.align(model, to=base, args=(torch.zeros(1, 3),))
+        assert torch.equal(aligned.state_dict()["0.weight"], model[0].weight)
 
 
 @pytest.mark.parametrize("loader", [DATA, None], ids=["data", "no data"])
