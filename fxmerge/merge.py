@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import combinations_with_replacement
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,18 +18,24 @@ from torch.export.passes import move_to_device_pass
 from fxmerge import validate
 from fxmerge.capture import Args, Kwargs, capture_program, evaluating
 from fxmerge.errors import OptionError
+from fxmerge.matching.assignment import Scores
 from fxmerge.matching.search import Match, match
+from fxmerge.matching.zip_search import ZipMatch, match_zip
 from fxmerge.program import Program
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
 from fxmerge.rewriting.task_vectors import TaskVectors
+from fxmerge.rewriting.zipped import zip_average
 from fxmerge.run import Data, Inputs, batch_inputs
-from fxmerge.similarity.activations import correlations
+from fxmerge.similarity.activations import correlations, whole
+from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
 from fxmerge.validate import Model
+
+Method = Literal["align", "zip"]
 
 ALPHA = 0.5
 """Default weight of the weight-space similarity."""
@@ -39,7 +46,10 @@ def merge(
     gm_b: Model,
     loader: Iterable[Any] | None = None,
     *,
+    method: Method = "align",
     alpha: float = ALPHA,
+    budget: float = 1.0,
+    damping: float = 0.5,
     weights: Sequence[float] = (0.5, 0.5),
     base: Model | None = None,
     task_vectors: TaskVectors | None = None,
@@ -64,7 +74,12 @@ def merge(
         loader: calibration data, unlabelled: an iterable of tensors, of tuples (inputs, targets), or of dicts
             of keyword arguments. It is iterated several times (an iterator is read into a list first).
             Without it, units are matched by their weights alone and BatchNorm statistics are pooled.
+        method: "align" matches units one to one; "zip" also merges units of one and the same model where these are
+            more alike (ZipIt!, arXiv 2305.03053), inside of aligned blocks such as attention heads.
         alpha: weight of the weight-space similarity, from 0 (activations only) to 1 (weights only).
+        budget: zip only: in [0, 1], the share of the merges that may be of units of one model.
+        damping: zip only: in [0, 1], what the similarities of a merged unit are multiplied with, so that it is less
+            likely to be merged again.
         weights: how much each model counts in the average; normalised to sum to one.
         base: the model that both were fine-tuned from. Both are aligned to it, and their differences to it are
             combined and added to it, in place of the average; the result is in its units.
@@ -103,7 +118,10 @@ def merge(
     return merge_many(
         (gm_a, gm_b),
         loader,
+        method=method,
         alpha=alpha,
+        budget=budget,
+        damping=damping,
         weights=weights,
         base=base,
         task_vectors=task_vectors,
@@ -122,7 +140,10 @@ def merge_many(
     models: Sequence[Model],
     loader: Iterable[Any] | None = None,
     *,
+    method: Method = "align",
     alpha: float = ALPHA,
+    budget: float = 1.0,
+    damping: float = 0.5,
     weights: Sequence[float] | None = None,
     base: Model | None = None,
     task_vectors: TaskVectors | None = None,
@@ -151,23 +172,36 @@ def merge_many(
     if len(models) < 2:
         raise OptionError(f"merge_many takes two or more models, not {len(models)}.")
     shares = validate.check_weights(weights, len(models))
-    task_vectors = validate.check_task_vectors(task_vectors, base)
+    validate.check_method(method, budget, damping)
+    task_vectors = validate.check_task_vectors(task_vectors, base, method)
     job = _prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base)
     found, symmetry = job.symmetry(symmetry, verify)
     matches = [job.match(found, symmetry, other, alpha=alpha, seed=seed) for other in range(1, len(job.states))]
     with job.timed("rewriting"):
-        to, *states = job.states
-        states = [m.permutation.apply(s) for m, s in zip(matches, states, strict=True)]
-        statistics = batch_norm_statistics(job.program)
-        if task_vectors is None:
-            state = average([to, *states], shares, statistics)
-        else:
-            state = task_vectors.combine(to, states, shares, statistics)
+        states = [job.states[0], *(m.permutation.apply(s) for m, s in zip(matches, job.states[1:], strict=True))]
+    statistics = batch_norm_statistics(job.program)
+    if method == "zip":
+        zipped = job.zip(found, symmetry, states, alpha=alpha, budget=budget, damping=damping, seed=seed)
+        with job.timed("rewriting"):
+            state = zip_average(states, zipped.labels, symmetry.layout, flows(found), shares, statistics)
+    elif task_vectors is not None:
+        with job.timed("rewriting"):
+            state = task_vectors.combine(states[0], states[1:], shares, statistics)
+    else:
+        with job.timed("rewriting"):
+            state = average(states, shares, statistics)
+    with job.timed("rewriting"):
         merged = bake(job.program, state)
     if job.data is not None:
         with job.timed("calibration"):
             recalibrate(merged, job.program, job.data)
-    merged.meta["fxmerge"] = job.report(symmetry, matches, alpha) | {"models": len(models), "weights": tuple(shares)}
+    merged.meta["fxmerge"] = job.report(symmetry, matches, alpha) | {
+        "models": len(models),
+        "weights": tuple(shares),
+        "method": method,
+    }
+    if method == "zip":
+        merged.meta["fxmerge"] |= {"zip_objective": zipped.trace, "zipped_within": dict(zipped.within)}
     if task_vectors is not None:
         merged.meta["fxmerge"]["task_vectors"] = {"name": type(task_vectors).__name__, **asdict(task_vectors)}
     return merged
@@ -254,6 +288,38 @@ class _Job:
                 correlation = {number: c[0, 1] for number, c in shown.items()}
         with self.timed("matching"):
             return match(symmetry, a, b, correlation, alpha=alpha, seed=seed, progress=self.progress)
+
+    def zip(
+        self,
+        found: Propagation,
+        symmetry: Symmetry,
+        states: Sequence[Mapping[str, Tensor]],
+        *,
+        alpha: float,
+        budget: float,
+        damping: float,
+        seed: int,
+    ) -> ZipMatch:
+        """What to merge of aligned models, within and across."""
+        count = len(states)
+        correlation: Mapping[int, Scores] = {}
+        if self.data is not None and alpha < 1:
+            with self.timed("activations"):
+                pairs = list(combinations_with_replacement(range(count), 2))
+                shown = correlations(found, symmetry, states, self.data, self.names, pairs)
+                correlation = {number: whole(blocks, count) for number, blocks in shown.items()}
+        with self.timed("matching"):
+            return match_zip(
+                symmetry,
+                states,
+                correlation,
+                flows(found),
+                alpha=alpha if correlation else 1.0,
+                budget=budget,
+                damping=damping,
+                seed=seed,
+                progress=self.progress,
+            )
 
     def report(self, symmetry: Symmetry, matches: Sequence[Match], alpha: float) -> dict[str, Any]:
         """What `.meta["fxmerge"]` tells: plain data, so that a result can be unpickled without fxmerge."""

@@ -32,7 +32,7 @@ def names_of(count: int, base: Model | None) -> list[str]:
     return [*(["the base"] if base is not None else []), *map(name_of, range(count))]
 
 
-def check_task_vectors(task_vectors: TaskVectors | None, base: Model | None) -> TaskVectors | None:
+def check_task_vectors(task_vectors: TaskVectors | None, base: Model | None, method: str) -> TaskVectors | None:
     """How task vectors are combined: task arithmetic if that is left open; None without a base."""
     if task_vectors is not None and not isinstance(task_vectors, (TaskArithmetic, Ties)):
         raise OptionError(
@@ -40,12 +40,22 @@ def check_task_vectors(task_vectors: TaskVectors | None, base: Model | None) -> 
         )
     if task_vectors is not None and base is None:
         raise OptionError("task_vectors needs a base: pass base=, the model that the others were fine-tuned from.")
+    if base is not None and method != "align":
+        raise OptionError(f"method is {method!r}, which merges no task vectors; with a base it must be 'align'.")
     return TaskArithmetic() if task_vectors is None and base is not None else task_vectors
 
 
 def check_alpha(alpha: float) -> None:
     if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise OptionError(f"alpha is {alpha!r}; it must be a number from 0 (activations only) to 1 (weights only).")
+
+
+def check_method(method: str, budget: float, damping: float) -> None:
+    if method not in ("align", "zip"):
+        raise OptionError(f"method is {method!r}; it must be 'align' or 'zip'.")
+    for name, value in (("budget", budget), ("damping", damping)):
+        if not 0 <= value <= 1:
+            raise OptionError(f"{name} is {value!r}; it must be a number from 0 to 1.")
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -266,6 +266,8 @@ def test_task_vectors_need_a_base_and_an_instance() -> None:
     x = torch.randn(5, 3)
     with pytest.raises(fxmerge.OptionError, match="task_vectors needs a base"):
         fxmerge.merge(mlp(), mlp(), [x], task_vectors=fxmerge.Ties())
+    with pytest.raises(fxmerge.OptionError, match="with a base it must be 'align'"):
+        fxmerge.merge(mlp(), mlp(), [x], base=mlp(), method="zip")
     wrong: Any
     for wrong in ("ties", fxmerge.Ties):
         with pytest.raises(fxmerge.OptionError, match="give an instance"):

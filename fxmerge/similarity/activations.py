@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from fxmerge.errors import LoaderError, NonFiniteError
@@ -201,6 +202,15 @@ def correlations(
     if not batches:
         raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
     return {number: m.correlations() for number, m in moments.items()}
+
+
+def whole(blocks: Mapping[Pair, Tensor], models: int) -> NDArray[np.float64]:
+    """One matrix over the units of all models, model after model, from its blocks on and above the diagonal."""
+    rows = [
+        torch.cat([blocks[i, j] if i <= j else blocks[j, i].T for j in range(models)], dim=1) for i in range(models)
+    ]
+    matrix: NDArray[np.float64] = torch.cat(rows).double().cpu().numpy()
+    return matrix
 
 
 def _rows(value: Tensor, tap: Tap) -> Tensor:

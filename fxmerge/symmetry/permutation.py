@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,14 +55,38 @@ class AxisLayout:
         source: Ids = self.index[before[self.slot]]
         return source
 
+    def target(self, labels: Sequence[Ids]) -> Ids:
+        """For every index, the index along the axis to which the unit there goes; several may go to one.
+
+        Arguments:
+            labels: for every class, the unit that each of its units becomes.
+        """
+        after = np.arange(len(self.index))
+        for number, slots in self.roles:
+            after[slots] = slots[labels[number]]
+        target: Ids = self.index[after[self.slot]]
+        return target
+
+
+def add_axis(tensor: Tensor, layout: AxisLayout, target: Ids) -> Tensor:
+    """Adds up, along one axis, what goes to one index (by rows, where rows have units of their own)."""
+    index = torch.from_numpy(target).to(tensor.device)
+    if len(layout.dims) == 1:
+        return torch.zeros_like(tensor).index_add_(layout.dim, index, tensor)
+    return torch.zeros_like(tensor).scatter_add_(layout.dim, along_axis(index, layout).expand(tensor.shape), tensor)
+
+
+def along_axis(values: Tensor, layout: AxisLayout) -> Tensor:
+    """A number for every entry of `layout.slot`, in the shape in which it broadcasts over the parameter."""
+    return values.reshape([n if d in layout.dims else 1 for d, n in enumerate(layout.shape)])
+
 
 def move_axis(tensor: Tensor, layout: AxisLayout, source: Ids) -> Tensor:
     """Takes, along one axis, every index from `source` (by rows, where rows have units of their own)."""
     index = torch.from_numpy(source).to(tensor.device)
     if len(layout.dims) == 1:
         return tensor.index_select(layout.dim, index)
-    view = [tensor.shape[d] if d in layout.dims else 1 for d in range(tensor.ndim)]
-    return torch.take_along_dim(tensor, index.reshape(view), layout.dim)
+    return torch.take_along_dim(tensor, along_axis(index, layout), layout.dim)
 
 
 @dataclass(frozen=True)

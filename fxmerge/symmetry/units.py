@@ -65,7 +65,7 @@ class UnitGraph:
     is the parameter axis of its units, or the graph node for which the units were made.
 
     `node` names the graph node whose facts are being recorded (CONCLUDED for what follows from other
-    facts). `equal_at`, `member_at` and `pinned_at` keep it for every entry of `equal`, `member` and `pinned`.
+    facts). `equal_at`, `member_at` and so on keep it for every entry of `equal`, `member` and so on.
     """
 
     starts: list[int] = field(default_factory=list)
@@ -77,10 +77,13 @@ class UnitGraph:
     final: list[Ids] = field(default_factory=list)
     rows: list[tuple[Ids, Ids]] = field(default_factory=list)
     used: list[Ids] = field(default_factory=list)
+    contracted: list[Ids] = field(default_factory=list)
     node: str = ""
     equal_at: list[str] = field(default_factory=list)
     member_at: list[str] = field(default_factory=list)
     pinned_at: list[str] = field(default_factory=list)
+    used_at: list[str] = field(default_factory=list)
+    contracted_at: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pin(self.fresh(1, ("nothing",)), "no unit")
@@ -123,6 +126,12 @@ class UnitGraph:
     def use(self, ids: Ids) -> None:
         """These units of parameters reach an op that computes with them."""
         self.used.append(ids)
+        self.used_at.append(self.node)
+
+    def contract(self, ids: Ids) -> None:
+        """A sum goes over these units of a parameter and those of an activation."""
+        self.contracted.append(ids)
+        self.contracted_at.append(self.node)
 
     def use_apart(self, ids: Ids, groups: Ids) -> None:
         """The parameter rows `ids[i]` are used together with the rows of the same group only."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from fxmerge.symmetry.columns import Shape, axis_column, core, support
 from fxmerge.symmetry.labels import Labels, inert, pin, reduce, rows_apart
 from fxmerge.symmetry.rules.registry import Site, rule
+from fxmerge.symmetry.units import distinct
 
 Operand = Labels | Tensor
 
@@ -33,6 +34,8 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
             # Not so where the other operand has nothing else in common: a bias.
             batch = {a for t in others if len(set(t) & set(term)) > 1 for a in t if a in out}
             _use_apart(at, x, [d for d, letter in enumerate(term) if letter in batch])
+            if i == len(labels) - 1 or any(y.parameter is None for y in labels):
+                _consume(at, x, [d for d, letter in enumerate(term) if letter not in out])
         for t in others:
             shared = {d for d, letter in enumerate(term) if letter in t}
             for column in x.columns:
@@ -68,6 +71,13 @@ def _use_apart(at: Site, x: Labels, dims: Sequence[int]) -> None:
             at.units.use_apart(
                 core(column, used).reshape(-1).numpy(), core(groups.expand(x.shape), used).reshape(-1).numpy()
             )
+
+
+def _consume(at: Site, x: Labels, dims: Sequence[int]) -> None:
+    """Tells which axes of a parameter are contracted with an activation."""
+    for column in x.columns:
+        if not set(dims).isdisjoint(support(column)):
+            at.units.contract(distinct(core(column, support(column)).numpy()))
 
 
 @rule("einsum", contracts=True)

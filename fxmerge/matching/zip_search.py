@@ -1,0 +1,261 @@
+"""The search for what to zip: coordinate descent over the classes of aligned models.
+
+The models are aligned first, so that their blocks (heads, groups, experts) lie in the same places; then the units of
+each class are zipped inside of its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fxmerge.matching.assignment import Scores, descendants
+from fxmerge.matching.search import MAX_SWEEPS, TOLERANCE
+from fxmerge.matching.zipping import Zipped, zip_blocks
+from fxmerge.similarity import weights
+from fxmerge.similarity.weights import Slices
+from fxmerge.symmetry.flow import Flow
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.permutation import AxisLayout, add_axis, along_axis
+from fxmerge.symmetry.propagate import Axis
+from fxmerge.symmetry.units import Ids
+
+Labels = tuple[tuple[Ids, ...], ...]
+
+
+@dataclass(frozen=True)
+class ZipMatch:
+    """What is merged with what, and how it was found.
+
+    Attributes:
+        labels: for every model and class, the merged unit that each unit goes into.
+        trace: the objective after the first sweep and after every step that was taken then; it never falls.
+        within: per zipped class, how many merged units have several members of one model.
+    """
+
+    labels: Labels
+    trace: tuple[float, ...]
+    within: Mapping[str, int]
+
+
+def zipped_classes(symmetry: Symmetry, flow: Mapping[Axis, Flow]) -> list[int]:
+    """The classes whose units may be merged inside of one model.
+
+    Not those with a choice below them, since the blocks of a model are never merged with each other, nor
+    those on an axis that both produces and consumes, for which mean and sum cannot both be right.
+    """
+    found = []
+    for n in symmetry.choices:
+        shown = {number for number, _ in symmetry.views[n]}
+        axes = [(a.parameter, a.dim) for a in symmetry.layout if any(number in shown for number, _ in a.roles)]
+        above = set(descendants(symmetry, n)) - {n}
+        if above.isdisjoint(symmetry.choices) and all(flow[axis] is not Flow.BOTH for axis in axes):
+            found.append(n)
+    return found
+
+
+@dataclass
+class _Problem:
+    """The objective, and what is merged so far.
+
+    With T the orthonormal matrix that takes units to merged units (one over the root of a merged unit's size
+    where a unit is its member), the objective is
+    alpha * sum over parameters of scale * |sum over models of the parameter, T along all of its axes|^2
+    + (1 - alpha) * sum over classes of entries per unit * trace(T' correlations T):
+    how much of the parents' weights and activations lies in what the merged network can express.
+    For an alignment it is that of `search.py`, but for a constant.
+    """
+
+    symmetry: Symmetry
+    states: Sequence[Mapping[str, Tensor]]
+    correlation: Mapping[int, Scores]
+    alpha: float
+    labels: list[list[Ids]] = field(init=False)
+    value: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.labels = [[np.arange(c.size) for c in self.symmetry.units] for _ in self.states]
+        self.value = {name: self._kept(name) for name in self.axes}
+
+    @cached_property
+    def axes(self) -> dict[str, list[AxisLayout]]:
+        """The axes of every parameter, those that lie apart by rows before the rows."""
+        found: dict[str, list[AxisLayout]] = {}
+        for axis in self.symmetry.layout:
+            found.setdefault(axis.parameter, []).insert(0, axis)
+        return found
+
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """What makes every entry of every parameter count alike."""
+        norms = {n: sum(float(s[n].norm()) ** 2 for s in self.states) / len(self.states) for n in self.axes}
+        return {n: self.states[0][n].numel() / norm if norm > 0 else 0.0 for n, norm in norms.items()}
+
+    @cached_property
+    def slices(self) -> dict[int, list[Slices]]:
+        return weights.slices(self.symmetry)
+
+    def _alpha(self, number: int) -> float:
+        """Classes that no activation shows are matched by their weights."""
+        return self.alpha if number in self.correlation else 1.0
+
+    def weight(self, number: int) -> float:
+        return float(sum(s.entries for s in self.slices[number])) or 1.0
+
+    def objective(self) -> float:
+        kept = sum(self.value.values()) * (self.alpha if self.correlation else 1.0)
+        return kept + sum((1 - self.alpha) * self.weight(n) * self._shown(n) for n in self.correlation)
+
+    def _shown(self, number: int) -> float:
+        labels = np.concatenate([own[number] for own in self.labels])
+        order = np.argsort(labels, kind="stable")
+        starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+        sums = np.add.reduceat(self.correlation[number][order][:, order], starts, axis=0)
+        inside = np.add.reduceat(sums, starts, axis=1).diagonal()
+        return float((inside / np.bincount(labels)).sum())
+
+    def _kept(self, name: str) -> float:
+        total = sum(self.expressed(name, m) for m in range(len(self.states)))
+        assert isinstance(total, Tensor)
+        return float(total.square().sum(dtype=torch.float64)) * self.scales[name]
+
+    def expressed(self, name: str, model: int, without: AxisLayout | None = None) -> Tensor:
+        """T applied to a parameter of one model along all of its axes but one."""
+        x = self.states[model][name]
+        for axis in self.axes[name]:
+            if axis is not without:
+                x = add_axis(x, axis, axis.target(self.labels[model])) * self._shrinkage(axis).to(x)
+        return x
+
+    def _shrinkage(self, axis: AxisLayout) -> Tensor:
+        factor = np.ones(len(axis.index))
+        for number, slots in axis.roles:
+            sizes = np.bincount(np.concatenate([own[number] for own in self.labels]))
+            factor[slots] = 1 / np.sqrt(sizes)
+        return along_axis(torch.from_numpy(factor[axis.slot]), axis)
+
+    def similarity(self, number: int) -> Scores:
+        """alpha * cosines of the units' weights + (1 - alpha) * correlations of their activations (MuDSC, equation 5),
+        of all pairs of units of all models."""
+        size = self.symmetry.units[number].size * len(self.states)
+        alpha, total = self._alpha(number), np.zeros((size, size))
+        if alpha > 0 and self.slices[number]:
+            gram = torch.zeros(size, size)
+            for s in self.slices[number]:
+                name = s.axis.parameter
+                rows = [s.of(self.expressed(name, m, s.axis)) for m in range(len(self.states))]
+                x = torch.cat(rows).float().cpu()
+                gram += x @ x.T * self.scales[name]
+            norms = gram.diagonal().clamp(min=0).sqrt()
+            inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+            total += alpha * (gram * inverse[:, None] * inverse).double().numpy()
+        if alpha < 1:
+            total += (1 - alpha) * self.correlation[number]
+        return total
+
+    def take(self, number: int, zipped: Ids) -> None:
+        """Merges units of a class, and what only moves along with them."""
+        moved = {shown for shown, _ in self.symmetry.views[number]}
+        for own, labels in zip(self.labels, zipped, strict=True):
+            own[number] = labels
+            for shown in moved - {number}:
+                own[shown] = np.arange(self.symmetry.units[shown].size)
+                for owner, views in self.symmetry.views.items():
+                    for units in (units for n, units in views if n == shown):
+                        step = np.arange(len(own[shown]))
+                        step[units] = units[own[owner]]
+                        own[shown] = step[own[shown]]
+        names = {a.parameter for a in self.symmetry.layout if any(n in moved for n, _ in a.roles)}
+        self.value = self.value | {name: self._kept(name) for name in names}
+
+
+def match_zip(
+    symmetry: Symmetry,
+    states: Sequence[Mapping[str, Tensor]],
+    correlation: Mapping[int, Scores],
+    flow: Mapping[Axis, Flow],
+    *,
+    alpha: float,
+    budget: float,
+    damping: float,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> ZipMatch:
+    """Finds which units of aligned models to merge (MuDSC-Zip, arXiv 2403.01753, section 4.2 and 4.3).
+
+    The first sweep zips every class, in random order; from there coordinate descent goes on as long as the
+    objective rises. With alpha = 0 the first sweep is ZipIt! (arXiv 2305.03053).
+
+    Arguments:
+        symmetry: the group.
+        states: parameters of the aligned models.
+        correlation: for some classes, of all pairs of units of all models, model after model.
+        flow: which axes produce, which consume.
+        alpha: weight of the weight-space similarity, in [0, 1].
+        budget: share of the merges that may be within one model, see `zip_units`.
+        damping: what the similarity of a merged unit is multiplied with, see `zip_units`.
+        seed: seed of the random order.
+        progress: whether to show a progress bar; None shows it on a terminal.
+    """
+    names = {axis.parameter for axis in symmetry.layout}
+    floats = [{n: s[n].detach().float() if s[n].element_size() < 4 else s[n].detach() for n in names} for s in states]
+    problem = _Problem(symmetry, floats, correlation, alpha)
+    rng = np.random.default_rng(seed)
+    classes = zipped_classes(symmetry, flow)
+    blocks = {n: np.broadcast_to(_cells(symmetry, n), (len(states), symmetry.units[n].size)) for n in classes}
+
+    def zipped(number: int) -> Zipped:
+        return zip_blocks(problem.similarity(number), blocks[number], budget=budget, damping=damping)
+
+    with tqdm(total=None, desc="zipping", disable=None if progress is None else not progress, leave=False) as bar:
+        for n in rng.permutation(classes).tolist():
+            problem.take(n, zipped(n).labels)
+            bar.update()
+        trace = [problem.objective()]
+        stale = set(classes) if alpha > 0 else set()
+        for _ in range(MAX_SWEEPS):
+            if not stale:
+                break
+            for n in rng.permutation(sorted(stale)).tolist():
+                stale.discard(n)
+                bar.update()
+                at = [list(own) for own in problem.labels], problem.value
+                problem.take(n, zipped(n).labels)
+                now = problem.objective()
+                if now <= trace[-1] + 1e-9 * abs(trace[-1]):
+                    problem.labels, problem.value = at
+                    continue
+                if now - trace[-1] > TOLERANCE * abs(trace[-1]):
+                    stale |= _neighbours(symmetry, n, classes)
+                trace.append(now)
+    return ZipMatch(tuple(map(tuple, problem.labels)), tuple(trace), _within(symmetry, problem, classes))
+
+
+def _cells(symmetry: Symmetry, number: int) -> Ids:
+    """For every unit of a class, the number of the block in which it lies."""
+    c = symmetry.units[number]
+    key = np.stack([*(at for _, at in c.parents), c.fixed], axis=1)
+    return np.unique(key, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _neighbours(symmetry: Symmetry, number: int, classes: Sequence[int]) -> set[int]:
+    """The classes (itself included) that share a parameter with a class."""
+    on: dict[int, set[str]] = {
+        n: {a.parameter for a in symmetry.layout for m, _ in symmetry.views[n] if any(k == m for k, _ in a.roles)}
+        for n in classes
+    }
+    return {n for n in classes if not on[n].isdisjoint(on[number])}
+
+
+def _within(symmetry: Symmetry, problem: _Problem, classes: Sequence[int]) -> dict[str, int]:
+    found = {}
+    for n in classes:
+        several = [np.bincount(own[n], minlength=symmetry.units[n].size) > 1 for own in problem.labels]
+        found[symmetry.names[n]] = int(np.any(several, axis=0).sum())
+    return found

@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge.capture import capture_program
+from fxmerge.demo import ViT
+from fxmerge.matching.zip_search import match_zip, zipped_classes
+from fxmerge.rewriting.zipped import zip_average
+from fxmerge.run import Data, batch_inputs
+from fxmerge.similarity.activations import correlations, whole
+from fxmerge.symmetry.flow import Flow, flows
+from fxmerge.symmetry.group import analyse
+from tests.published_zip import published_zip
+
+
+def mlp(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, 3))
+
+
+def grouped(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 16, 3, groups=4), nn.GroupNorm(4, 16), nn.GELU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 16, 4))
+
+
+def vit(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return ViT(dim=16, heads=2)
+
+
+class Tied(nn.Module):
+    """An embedding that is the output layer, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.hidden = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.hidden(self.embedding(x))) @ self.embedding.weight.T
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("make", "shape"), [(mlp, (64, 6)), (grouped, (64, 3, 8, 8)), (vit, (64, 1, 8, 8))], ids=["mlp", "grouped", "vit"]
+)
+def test_a_model_zipped_with_a_permuted_copy_is_the_model(make, shape, alpha) -> None:  # type: ignore[no-untyped-def]
+    a, b, x = make(0).eval(), make(1).eval(), torch.randn(shape)
+    symmetry = fxmerge.find_symmetry(a, (x,))
+    b.load_state_dict(symmetry.sample(torch.Generator().manual_seed(2)).apply(a.state_dict()))
+    merged = fxmerge.merge(a, b, [x], method="zip", alpha=alpha)
+    torch.testing.assert_close(merged(x), a(x), rtol=1e-4, atol=1e-5)
+    assert set(merged.meta["fxmerge"]["zipped_within"].values()) == {0}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_units_that_a_model_has_several_times_are_merged_without_loss(count: int) -> None:
+    models, x = [mlp(i) for i in range(count)], torch.randn(200, 6)
+    with torch.no_grad():
+        for model in models:
+            for layer in (model[0], model[2]):
+                layer.weight.copy_(layer.weight[: 12 // count].repeat(count, 1))
+                layer.bias.copy_(layer.bias[: 12 // count].repeat(count))
+    merged = fxmerge.merge_many(models, [x], method="zip", alpha=0.0, damping=1.0)
+    expected = torch.stack([m(x) for m in models]).mean(0)
+    torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_with_alpha_0_every_class_is_zipped_as_published() -> None:
+    a, b, x = mlp(0), mlp(1), torch.randn(100, 6)
+    found, symmetry = analyse(capture_program(a, (x,)))
+    states = [m.state_dict() for m in (a, b)]
+    pairs = [(0, 0), (0, 1), (1, 1)]
+    shown = correlations(found, symmetry, states, Data([x], batch_inputs(a)), ("A", "B"), pairs)
+    correlation = {n: whole(blocks, 2) for n, blocks in shown.items()}
+    got = match_zip(symmetry, states, correlation, flows(found), alpha=0.0, budget=1.0, damping=0.5)
+    with torch.no_grad():
+        features = [torch.cat([m[:depth](x) for m in (a, b)], dim=1).numpy() for depth in (2, 4)]
+    for n, seen in enumerate(features):
+        expected, _ = published_zip(np.corrcoef(seen.T), 2, budget=1.0, damping=0.5)
+        np.testing.assert_array_equal(np.stack([own[n] for own in got.labels]), expected)
+
+
+def test_zipped_parameters_are_those_of_the_merge_and_unmerge_matrices() -> None:
+    models, x = [mlp(0), mlp(1)], torch.randn(5, 6)
+    found, symmetry = analyse(capture_program(models[0], (x,)))
+    rng = np.random.default_rng(0)
+    labels = [
+        [np.concatenate([rng.permutation(12)[:6], rng.integers(0, 12, 6)]) for _ in symmetry.units] for _ in models
+    ]
+    for own in zip(*labels, strict=True):  # Every merged unit has a member.
+        own[1][:] = np.r_[np.setdiff1d(np.arange(12), own[0]), own[1]][:12]
+    got = zip_average([m.state_dict() for m in models], labels, symmetry.layout, flows(found), [0.5, 0.5], [])
+    one_hot = [[torch.eye(12)[torch.from_numpy(own)] for own in row] for row in labels]
+    sizes = [sum(o.sum(0) for o in own) for own in zip(*one_hot, strict=True)]
+    merge = [[(o / s).T for o, s in zip(row, sizes, strict=True)] for row in one_hot]
+    first = sum(m[0] @ model[0].weight for m, model in zip(merge, models, strict=True))
+    second = sum(m[1] @ model[2].weight @ u[0] for m, u, model in zip(merge, one_hot, models, strict=True))
+    last = sum(model[4].weight @ u[1] for u, model in zip(one_hot, models, strict=True)) / 2
+    for name, expected in (("0.weight", first), ("2.weight", second), ("4.weight", last)):
+        assert isinstance(expected, Tensor)
+        torch.testing.assert_close(got[name], expected)
+
+
+def test_after_the_first_sweep_the_objective_never_falls() -> None:
+    x = torch.randn(64, 6)
+    trace = fxmerge.merge(mlp(0), mlp(1), [x], method="zip", alpha=0.7).meta["fxmerge"]["zip_objective"]
+    assert len(trace) > 1
+    assert list(trace) == sorted(trace)
+
+
+def test_an_axis_that_both_produces_and_consumes_is_aligned_only() -> None:
+    model, x = Tied(), torch.randint(0, 7, (4, 3))
+    found, symmetry = analyse(capture_program(model, (x,)))
+    flow = flows(found)
+    assert flow["embedding.weight", 1] is Flow.BOTH
+    assert (flow["hidden.weight", 0], flow["hidden.weight", 1]) == (Flow.PRODUCES, Flow.CONSUMES)
+    tied = [n for n in zipped_classes(symmetry, flow) for r in symmetry.units[n].roles if "embedding" in r.axis[0]]
+    assert tied == []
+
+
+@pytest.mark.parametrize("options", [{"method": "zipper"}, {"budget": 1.5}, {"damping": -0.1}])
+def test_options_outside_of_their_range_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(fxmerge.OptionError, match=next(iter(options))):
+        fxmerge.merge(mlp(0), mlp(1), [torch.randn(4, 6)], **options)  # type: ignore[arg-type]
