@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from fxmerge.program import Program
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
+from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.rewriting.zipped import zip_average
 from fxmerge.run import Data, Inputs, batch_inputs
 from fxmerge.similarity.activations import correlations, whole
@@ -32,7 +33,7 @@ from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
-from fxmerge.validate import Model, name_of
+from fxmerge.validate import Model
 
 Method = Literal["align", "zip"]
 
@@ -50,6 +51,8 @@ def merge(
     budget: float = 1.0,
     damping: float = 0.5,
     weights: Sequence[float] = (0.5, 0.5),
+    base: Model | None = None,
+    task_vectors: TaskVectors | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -78,10 +81,13 @@ def merge(
         damping: zip only: in [0, 1], what the similarities of a merged unit are multiplied with, so that it is less
             likely to be merged again.
         weights: how much each model counts in the average; normalised to sum to one.
+        base: the model that both were fine-tuned from. Both are aligned to it, and their differences to it are
+            combined and added to it, in place of the average; the result is in its units.
+        task_vectors: how the differences are combined: `TaskArithmetic` (if None) or `Ties`.
         seed: seed of the random order of the search.
-        device: where to work and where the result is; by default where `gm_a` is.
+        device: where to work and where the result is; by default where the base or else `gm_a` is.
         progress: whether to show progress; None shows it on a terminal.
-        verify: whether to prove the symmetry on `gm_a` itself, in float64, before it is used.
+        verify: whether to prove the symmetry on `gm_a` (or the base) itself, in float64, before it is used.
         symmetry: the symmetry to use in place of an inferred one, as from `find_symmetry` or `Symmetry.from_json`.
         inputs: turns a batch of the loader into (args, kwargs) of the model, where the default does not fit.
         args: example inputs, needed only without a loader.
@@ -117,6 +123,8 @@ def merge(
         budget=budget,
         damping=damping,
         weights=weights,
+        base=base,
+        task_vectors=task_vectors,
         seed=seed,
         device=device,
         progress=progress,
@@ -137,6 +145,8 @@ def merge_many(
     budget: float = 1.0,
     damping: float = 0.5,
     weights: Sequence[float] | None = None,
+    base: Model | None = None,
+    task_vectors: TaskVectors | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -146,7 +156,7 @@ def merge_many(
     args: Args = (),
     kwargs: Kwargs | None = None,
 ) -> fx.GraphModule:
-    """Merges two or more networks of one architecture; all are aligned to the first.
+    """Merges two or more networks of one architecture; all are aligned to the first, or to the base if there is one.
 
     Arguments, result and errors are those of `merge`, with one entry of `weights` for each model (equal ones if None).
 
@@ -163,9 +173,10 @@ def merge_many(
         raise OptionError(f"merge_many takes two or more models, not {len(models)}.")
     shares = validate.check_weights(weights, len(models))
     validate.check_method(method, budget, damping)
-    job = _prepare(models, loader, alpha, device, progress, inputs, args, kwargs)
+    task_vectors = validate.check_task_vectors(task_vectors, base, method)
+    job = _prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base)
     found, symmetry = job.symmetry(symmetry, verify)
-    matches = [job.match(found, symmetry, other, alpha=alpha, seed=seed) for other in range(1, len(models))]
+    matches = [job.match(found, symmetry, other, alpha=alpha, seed=seed) for other in range(1, len(job.states))]
     with job.timed("rewriting"):
         states = [job.states[0], *(m.permutation.apply(s) for m, s in zip(matches, job.states[1:], strict=True))]
     statistics = batch_norm_statistics(job.program)
@@ -173,6 +184,9 @@ def merge_many(
         zipped = job.zip(found, symmetry, states, alpha=alpha, budget=budget, damping=damping, seed=seed)
         with job.timed("rewriting"):
             state = zip_average(states, zipped.labels, symmetry.layout, flows(found), shares, statistics)
+    elif task_vectors is not None:
+        with job.timed("rewriting"):
+            state = task_vectors.combine(states[0], states[1:], shares, statistics)
     else:
         with job.timed("rewriting"):
             state = average(states, shares, statistics)
@@ -188,6 +202,8 @@ def merge_many(
     }
     if method == "zip":
         merged.meta["fxmerge"] |= {"zip_objective": zipped.trace, "zipped_within": dict(zipped.within)}
+    if task_vectors is not None:
+        merged.meta["fxmerge"]["task_vectors"] = {"name": type(task_vectors).__name__, **asdict(task_vectors)}
     return merged
 
 
@@ -238,6 +254,7 @@ class _Job:
 
     model: Model
     states: tuple[dict[str, Tensor], ...]
+    names: list[str]
     data: Data | None
     example: tuple[Args, dict[str, Any]]
     program: Program
@@ -261,12 +278,12 @@ class _Job:
         return found, symmetry
 
     def match(self, found: Propagation, symmetry: Symmetry, other: int, *, alpha: float, seed: int) -> Match:
-        """The match of another model with the first."""
+        """The match of another model with the first, which is the base if there is one."""
         a, b = self.states[0], self.states[other]
         correlation: Mapping[int, Tensor] = {}
         if self.data is not None and alpha < 1:
             with self.timed("activations"):
-                names = (name_of(0), name_of(other))
+                names = (self.names[0], self.names[other])
                 shown = correlations(found, symmetry, (a, b), self.data, names, [(0, 1)])
                 correlation = {number: c[0, 1] for number, c in shown.items()}
         with self.timed("matching"):
@@ -289,8 +306,7 @@ class _Job:
         if self.data is not None and alpha < 1:
             with self.timed("activations"):
                 pairs = list(combinations_with_replacement(range(count), 2))
-                names = [name_of(i) for i in range(count)]
-                shown = correlations(found, symmetry, states, self.data, names, pairs)
+                shown = correlations(found, symmetry, states, self.data, self.names, pairs)
                 correlation = {number: whole(blocks, count) for number, blocks in shown.items()}
         with self.timed("matching"):
             return match_zip(
@@ -339,14 +355,17 @@ def _prepare(
     inputs: Inputs | None,
     args: Args,
     kwargs: Kwargs | None,
+    base: Model | None = None,
 ) -> _Job:
-    """Checks everything that can be checked before any work is done, and captures the first model."""
+    """Checks everything that can be checked before any work is done, and captures the base or else the first model."""
     validate.check_alpha(alpha)
+    names = validate.names_of(len(models), base)
+    models = models if base is None else (base, *models)
     if device is not None:
         models = tuple(_to(m, device) for m in models)
     modules = tuple(m.module() if isinstance(m, ExportedProgram) else m for m in models)
     states = tuple(dict(m.state_dict()) for m in modules)
-    validate.check_states(states)
+    validate.check_states(states, names)
     example = tuple(args), dict(kwargs or {})
     data = None
     if loader is not None:
@@ -365,8 +384,8 @@ def _prepare(
         with _timed(seconds, "capture"):
             program = capture_program(models[0], *example)
         for i in range(1, len(models)):
-            validate.check_same_function(program, modules[i], states[i], *example, i)
-    return _Job(models[0], states, data, example, program, progress, seconds)
+            validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
+    return _Job(models[0], states, names, data, example, program, progress, seconds)
 
 
 def _to(model: Model, device: str | torch.device) -> Model:

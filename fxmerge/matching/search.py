@@ -148,7 +148,7 @@ def match(
 
     The first sweep visits the classes in the order in which evidence reaches them: a class is matched
     by those of its slices whose other axes are pinned or matched already. From there, or from the
-    identity where that is better, coordinate descent in random order goes on until no step
+    identity where that is no worse, coordinate descent in random order goes on until no step
     helps by more than `TOLERANCE`.
     With alpha = 1 this is weight matching (Git Re-Basin, arXiv 2209.04836, algorithm 1), with
     alpha = 0 activation matching; between, the dual space of MuDSC (arXiv 2403.01753, equation 5).
@@ -169,7 +169,8 @@ def match(
     roots = [n for n, c in enumerate(symmetry.units) if not c.parents]
     with tqdm(total=None, desc="matching", disable=None if progress is None else not progress, leave=False) as bar:
         _first_sweep(problem, roots, bar)
-        if problem.objective() < at_identity:
+        # Units that are alike in a, such as dead ones, may trade places at no gain; they stay where they are.
+        if problem.objective() <= at_identity + 1e-9 * abs(at_identity):
             problem.position = identity
         trace = [problem.objective()]
         rng = np.random.default_rng(seed)
