@@ -12,6 +12,8 @@ from fxmerge.errors import SpecError as SpecError
 from fxmerge.merge import align as align
 from fxmerge.merge import merge as merge
 from fxmerge.merge import merge_many as merge_many
+from fxmerge.rewriting.task_vectors import TaskArithmetic as TaskArithmetic
+from fxmerge.rewriting.task_vectors import Ties as Ties
 from fxmerge.symmetry.explain import Chain as Chain
 from fxmerge.symmetry.explain import Step as Step
 from fxmerge.symmetry.explain import explain as explain

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations, combinations_with_replacement
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from fxmerge.program import Program
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
+from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.rewriting.zipped import zip_average
 from fxmerge.run import Data, Inputs, batch_inputs
 from fxmerge.similarity.activations import correlations, whole
@@ -34,7 +35,7 @@ from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.permutation import Permutation
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
-from fxmerge.validate import Model, name_of
+from fxmerge.validate import Model
 
 Method = Literal["align", "zip"]
 
@@ -52,6 +53,8 @@ def merge(
     budget: float = 1.0,
     damping: float = 0.5,
     weights: Sequence[float] = (0.5, 0.5),
+    base: Model | None = None,
+    task_vectors: TaskVectors | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -80,10 +83,13 @@ def merge(
         damping: zip only: in [0, 1], what the similarities of a merged unit are multiplied with, so that it is less
             likely to be merged again.
         weights: how much each model counts in the average; normalised to sum to one.
+        base: the model that both were fine-tuned from. Both are aligned to it, and their differences to it are
+            combined and added to it, in place of the average; the result is in its units.
+        task_vectors: how the differences are combined: `TaskArithmetic` (if None) or `Ties`.
         seed: seed of the random order of the search.
-        device: where to work and where the result is; by default where `gm_a` is.
+        device: where to work and where the result is; by default where the base or else `gm_a` is.
         progress: whether to show progress; None shows it on a terminal.
-        verify: whether to prove the symmetry on `gm_a` itself, in float64, before it is used.
+        verify: whether to prove the symmetry on `gm_a` (or the base) itself, in float64, before it is used.
         symmetry: the symmetry to use in place of an inferred one, as from `find_symmetry` or `Symmetry.from_json`.
         inputs: turns a batch of the loader into (args, kwargs) of the model, where the default does not fit.
         args: example inputs, needed only without a loader.
@@ -119,6 +125,8 @@ def merge(
         budget=budget,
         damping=damping,
         weights=weights,
+        base=base,
+        task_vectors=task_vectors,
         seed=seed,
         device=device,
         progress=progress,
@@ -140,6 +148,8 @@ def merge_many(
     damping: float = 0.5,
     weights: Sequence[float] | None = None,
     reference: int | None = None,
+    base: Model | None = None,
+    task_vectors: TaskVectors | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -157,8 +167,9 @@ def merge_many(
 
     Arguments, result and errors are those of `merge`, with one entry of `weights` for each model (equal ones if None);
     and `reference`, the number of a model, from 0 on, to whose units each of the others is matched by itself. None is
-    the first of two models, and for more the units that they share. `.meta["fxmerge"]` tells in "images", for every
-    model and class, where each unit went, and in "units_of" the number of the model whose units the result has.
+    the first of two models, and for more the units that they share; with a base, all are matched with the base.
+    `.meta["fxmerge"]` tells in "images", for every model and class, where each unit went, and in "units_of" the
+    number of the model whose units the result has.
 
     Example:
         >>> import torch, fxmerge
@@ -172,19 +183,24 @@ def merge_many(
     if len(models) < 2:
         raise OptionError(f"merge_many takes two or more models, not {len(models)}.")
     shares = validate.check_weights(weights, len(models))
-    reference = validate.check_reference(reference, len(models))
+    reference = validate.check_reference(reference, len(models), base is not None)
     validate.check_method(method, budget, damping)
-    job = _prepare(models, loader, alpha, device, progress, inputs, args, kwargs)
+    task_vectors = validate.check_task_vectors(task_vectors, base, method)
+    job = _prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base)
     found, symmetry = job.symmetry(symmetry, verify)
-    aligned = job.align(found, symmetry, reference, alpha=alpha, seed=seed)
+    # The base comes first.
+    aligned = job.align(found, symmetry, reference if base is None else 0, alpha=alpha, seed=seed)
     with job.timed("rewriting"):
         states = [aligned.permutations[i].apply(job.states[i]) for i in aligned.order]
-        ordered = [shares[i] for i in aligned.order]
+        ordered = [shares[i] for i in aligned.order] if base is None else shares
     statistics = batch_norm_statistics(job.program)
     if method == "zip":
         zipped = job.zip(found, symmetry, states, alpha=alpha, budget=budget, damping=damping, seed=seed)
         with job.timed("rewriting"):
             state = zip_average(states, zipped.labels, symmetry.layout, flows(found), ordered, statistics)
+    elif task_vectors is not None:
+        with job.timed("rewriting"):
+            state = task_vectors.combine(states[0], states[1:], shares, statistics)
     else:
         with job.timed("rewriting"):
             state = average(states, ordered, statistics)
@@ -198,11 +214,13 @@ def merge_many(
         "weights": tuple(shares),
         "method": method,
         "reference": reference,
-        "units_of": aligned.home,
-        "images": [_images(symmetry, p) for p in aligned.permutations],
+        "units_of": aligned.home if base is None else None,
+        "images": [_images(symmetry, p) for p in aligned.permutations[-len(models) :]],
     }
     if method == "zip":
         merged.meta["fxmerge"] |= {"zip_objective": zipped.trace, "zipped_within": dict(zipped.within)}
+    if task_vectors is not None:
+        merged.meta["fxmerge"]["task_vectors"] = {"name": type(task_vectors).__name__, **asdict(task_vectors)}
     return merged
 
 
@@ -252,6 +270,7 @@ class _Job:
 
     model: Model
     states: tuple[dict[str, Tensor], ...]
+    names: list[str]
     data: Data | None
     example: tuple[Args, dict[str, Any]]
     program: Program
@@ -289,7 +308,7 @@ class _Job:
         correlation: Mapping[int, Mapping[tuple[int, int], Tensor]] = {}
         if self.data is not None and alpha < 1:
             with self.timed("activations"):
-                names, pairs = [name_of(i) for i in order], list(combinations(numbers, 2))
+                names, pairs = [self.names[i] for i in order], list(combinations(numbers, 2))
                 correlation = correlations(found, symmetry, states, self.data, names, pairs)
         with self.timed("matching"):
             shared = find_universe(symmetry, states, correlation, alpha=alpha, seed=seed, progress=self.progress)
@@ -301,7 +320,7 @@ class _Job:
         correlation: Mapping[int, Tensor] = {}
         if self.data is not None and alpha < 1:
             with self.timed("activations"):
-                names = (name_of(home), name_of(other))
+                names = (self.names[home], self.names[other])
                 shown = correlations(found, symmetry, (a, b), self.data, names, [(0, 1)])
                 correlation = {number: c[0, 1] for number, c in shown.items()}
         with self.timed("matching"):
@@ -324,8 +343,7 @@ class _Job:
         if self.data is not None and alpha < 1:
             with self.timed("activations"):
                 pairs = list(combinations_with_replacement(range(count), 2))
-                names = [name_of(i) for i in range(count)]
-                shown = correlations(found, symmetry, states, self.data, names, pairs)
+                shown = correlations(found, symmetry, states, self.data, self.names, pairs)
                 correlation = {number: whole(blocks, count) for number, blocks in shown.items()}
         with self.timed("matching"):
             return match_zip(
@@ -379,14 +397,17 @@ def _prepare(
     inputs: Inputs | None,
     args: Args,
     kwargs: Kwargs | None,
+    base: Model | None = None,
 ) -> _Job:
-    """Checks everything that can be checked before any work is done, and captures the first model."""
+    """Checks everything that can be checked before any work is done, and captures the base or else the first model."""
     validate.check_alpha(alpha)
+    names = validate.names_of(len(models), base)
+    models = models if base is None else (base, *models)
     if device is not None:
         models = tuple(_to(m, device) for m in models)
     modules = tuple(m.module() if isinstance(m, ExportedProgram) else m for m in models)
     states = tuple(dict(m.state_dict()) for m in modules)
-    validate.check_states(states)
+    validate.check_states(states, names)
     example = tuple(args), dict(kwargs or {})
     data = None
     if loader is not None:
@@ -405,8 +426,8 @@ def _prepare(
         with _timed(seconds, "capture"):
             program = capture_program(models[0], *example)
         for i in range(1, len(models)):
-            validate.check_same_function(program, modules[i], states[i], *example, i)
-    return _Job(models[0], states, data, example, program, progress, seconds)
+            validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
+    return _Job(models[0], states, names, data, example, program, progress, seconds)
 
 
 def _to(model: Model, device: str | torch.device) -> Model:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from fxmerge.capture import Args
 from fxmerge.errors import ArchitectureMismatchError, LoaderError, NonFiniteError, OptionError
 from fxmerge.program import Program
+from fxmerge.rewriting.task_vectors import TaskArithmetic, TaskVectors, Ties
 from fxmerge.run import Runner
 
 Model = nn.Module | ExportedProgram
@@ -24,6 +25,24 @@ SAME = "only models of one architecture can be merged."
 def name_of(i: int) -> str:
     """What a model is called in messages."""
     return f"model {chr(ord('A') + i)}" if i < 26 else f"model {i + 1}"
+
+
+def names_of(count: int, base: Model | None) -> list[str]:
+    """What the models of one call are called in messages; the base, if there is one, comes first."""
+    return [*(["the base"] if base is not None else []), *map(name_of, range(count))]
+
+
+def check_task_vectors(task_vectors: TaskVectors | None, base: Model | None, method: str) -> TaskVectors | None:
+    """How task vectors are combined: task arithmetic if that is left open; None without a base."""
+    if task_vectors is not None and not isinstance(task_vectors, (TaskArithmetic, Ties)):
+        raise OptionError(
+            f"task_vectors is {task_vectors!r}; give an instance, fxmerge.TaskArithmetic(...) or fxmerge.Ties(...)."
+        )
+    if task_vectors is not None and base is None:
+        raise OptionError("task_vectors needs a base: pass base=, the model that the others were fine-tuned from.")
+    if base is not None and method != "align":
+        raise OptionError(f"method is {method!r}, which merges no task vectors; with a base it must be 'align'.")
+    return TaskArithmetic() if task_vectors is None and base is not None else task_vectors
 
 
 def check_alpha(alpha: float) -> None:
@@ -49,11 +68,13 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return [w / sum(values) for w in values]
 
 
-def check_reference(reference: int | None, count: int) -> int | None:
+def check_reference(reference: int | None, count: int, based: bool) -> int | None:
     """The number of the model to whose units all are aligned: of two the first, unless another is asked for; None
     for units that all models share."""
     if reference is None:
-        return 0 if count == 2 else None
+        return 0 if count == 2 and not based else None
+    if based:
+        raise OptionError("With a base, all models are aligned to it; leave reference out.")
     if not isinstance(reference, int) or not 0 <= reference < count:
         raise OptionError(
             f"reference is {reference!r}; it must be the number of a model, from 0 to {count - 1}, or None."
@@ -61,20 +82,20 @@ def check_reference(reference: int | None, count: int) -> int | None:
     return reference
 
 
-def check_states(states: Sequence[Mapping[str, Tensor]]) -> None:
+def check_states(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
     """All models must have the same tensors, in one place, with finite values."""
     for i, state in enumerate(states):
         devices = {t.device for t in state.values()}
         if len(devices) > 1:
             raise OptionError(
-                f"The parameters of {name_of(i)} are on several devices ({', '.join(sorted(map(str, devices)))}); "
+                f"The parameters of {names[i]} are on several devices ({', '.join(sorted(map(str, devices)))}); "
                 "move the model to one, or pass device=."
             )
         for name, tensor in state.items():
             if tensor.is_floating_point() and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise NonFiniteError(
-                    f"{bad} entries of {name!r} of {name_of(i)} (shape {tuple(tensor.shape)}) are NaN or infinite."
+                    f"{bad} entries of {name!r} of {names[i]} (shape {tuple(tensor.shape)}) are NaN or infinite."
                 )
     first = states[0]
     for i, state in enumerate(states[1:], start=1):
@@ -82,18 +103,18 @@ def check_states(states: Sequence[Mapping[str, Tensor]]) -> None:
             if name not in state or name not in first:
                 owner, other = (0, i) if name in first else (i, 0)
                 raise ArchitectureMismatchError(
-                    f"Parameter {name!r} is in {name_of(owner)} but not in {name_of(other)}; {SAME}"
+                    f"Parameter {name!r} is in {names[owner]} but not in {names[other]}; {SAME}"
                 )
             a, b = first[name], state[name]
             if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
                 raise ArchitectureMismatchError(
-                    f"Parameter {name!r} is {a.dtype} of shape {tuple(a.shape)} in {name_of(0)} and {b.dtype} of shape "
-                    f"{tuple(b.shape)} in {name_of(i)}; {SAME}"
+                    f"Parameter {name!r} is {a.dtype} of shape {tuple(a.shape)} in {names[0]} and {b.dtype} of shape "
+                    f"{tuple(b.shape)} in {names[i]}; {SAME}"
                 )
             if not _mergeable(a, b):
                 raise ArchitectureMismatchError(
-                    f"{name!r} holds {a.dtype}, which cannot be averaged, and differs between {name_of(0)} and "
-                    f"{name_of(i)}; make it equal in both, or merge models whose weights are floating-point."
+                    f"{name!r} holds {a.dtype}, which cannot be averaged, and differs between {names[0]} and "
+                    f"{names[i]}; make it equal in both, or merge models whose weights are floating-point."
                 )
 
 
@@ -105,7 +126,12 @@ def _mergeable(a: Tensor, b: Tensor) -> bool:
 
 
 def check_same_function(
-    program: Program, module: nn.Module, state: Mapping[str, Tensor], args: Args, kwargs: Mapping[str, Any], i: int
+    program: Program,
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    args: Args,
+    kwargs: Mapping[str, Any],
+    names: tuple[str, str],
 ) -> None:
     """The first model's graph with another model's parameters must compute what that model computes."""
     with torch.no_grad():
@@ -116,9 +142,9 @@ def check_same_function(
             scale = float(a.abs().max()) or 1.0
             if a.shape != b.shape or not torch.allclose(a / scale, b / scale, rtol=1e-2, atol=1e-3, equal_nan=True):
                 raise ArchitectureMismatchError(
-                    f"{name_of(0)} and {name_of(i)} have equal parameter shapes but compute different functions of "
-                    f"them: with the parameters of {name_of(i)}, the graph of {name_of(0)} gives other outputs than "
-                    f"{name_of(i)} itself (output shape {tuple(b.shape)}); {SAME}"
+                    f"{names[0]} and {names[1]} have equal parameter shapes but compute different functions of "
+                    f"them: with the parameters of {names[1]}, the graph of {names[0]} gives other outputs than "
+                    f"{names[1]} itself (output shape {tuple(b.shape)}); {SAME}"
                 )
 
 

@@ -144,6 +144,10 @@ def test_a_reference_may_be_asked_for() -> None:
     assert fxmerge.merge(*models[:2], x, verify=False).meta["fxmerge"]["units_of"] == 0
     with pytest.raises(fxmerge.OptionError, match="reference is 3; it must be the number of a model, from 0 to 2"):
         fxmerge.merge_many(models, x, reference=3)
+    with pytest.raises(fxmerge.OptionError, match="leave reference out"):
+        fxmerge.merge_many(models, x, reference=0, base=models[0])
+    based = fxmerge.merge_many(models, x, base=mlp(3), verify=False).meta["fxmerge"]
+    assert (based["units_of"], len(based["images"]), len(based["objective"])) == (None, 3, 3)
 
 
 # -------------------------------------------------------------------------- trained networks

@@ -180,7 +180,7 @@ def search(problem: Problem, *, seed: int = 0, progress: bool | None = None) -> 
 
     The first sweep visits the classes in the order in which evidence reaches them: a class is matched
     by those of its slices whose other axes are pinned or matched already. From there, or from where b
-    was where that is better, coordinate descent in random order goes on until no step
+    was where that is no worse, coordinate descent in random order goes on until no step
     helps by more than `TOLERANCE`.
 
     Returns:
@@ -190,7 +190,8 @@ def search(problem: Problem, *, seed: int = 0, progress: bool | None = None) -> 
     roots = [n for n, c in enumerate(problem.symmetry.units) if not c.parents]
     with tqdm(total=None, desc="matching", disable=None if progress is None else not progress, leave=False) as bar:
         _first_sweep(problem, roots, bar)
-        if problem.objective() < at_start:
+        # Units that are alike in a, such as dead ones, may trade places at no gain; they stay where they are.
+        if problem.objective() <= at_start + 1e-9 * abs(at_start):
             problem.position = start
         trace = [problem.objective()]
         rng = np.random.default_rng(seed)
