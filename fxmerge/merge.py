@@ -16,6 +16,7 @@ from torch.export.passes import move_to_device_pass
 
 from fxmerge import validate
 from fxmerge.capture import Args, Kwargs, capture_program, evaluating
+from fxmerge.choose import AUTO, CANDIDATES, DEFAULT, Alpha, best, candidates_of, disagreement
 from fxmerge.errors import OptionError
 from fxmerge.matching.search import Match, match
 from fxmerge.program import Program
@@ -29,7 +30,7 @@ from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
 from fxmerge.validate import Model, name_of
 
-ALPHA = 0.5
+ALPHA = DEFAULT
 """Default weight of the weight-space similarity."""
 
 
@@ -38,7 +39,7 @@ def merge(
     gm_b: Model,
     loader: Iterable[Any] | None = None,
     *,
-    alpha: float = ALPHA,
+    alpha: Alpha = ALPHA,
     weights: Sequence[float] = (0.5, 0.5),
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -61,7 +62,9 @@ def merge(
         loader: calibration data, unlabelled: an iterable of tensors, of tuples (inputs, targets), or of dicts
             of keyword arguments. It is iterated several times (an iterator is read into a list first).
             Without it, units are matched by their weights alone and BatchNorm statistics are pooled.
-        alpha: weight of the weight-space similarity, from 0 (activations only) to 1 (weights only).
+        alpha: weight of the weight-space similarity, from 0 (activations only) to 1 (weights only); or a mapping from
+            names of classes, as in `Symmetry.names`, to such numbers, 0.5 for the others; or "auto": the candidate
+            whose merge has outputs most like the mean of the models' own, without labels.
         weights: how much each model counts in the average; normalised to sum to one.
         seed: seed of the random order of the search.
         device: where to work and where the result is; by default where `gm_a` is.
@@ -114,7 +117,7 @@ def merge_many(
     models: Sequence[Model],
     loader: Iterable[Any] | None = None,
     *,
-    alpha: float = ALPHA,
+    alpha: Alpha = ALPHA,
     weights: Sequence[float] | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -143,14 +146,9 @@ def merge_many(
     shares = validate.check_weights(weights, len(models))
     job = _prepare(models, loader, alpha, device, progress, inputs, args, kwargs)
     found, symmetry = job.symmetry(symmetry, verify)
-    matches = [job.match(found, symmetry, other, alpha=alpha, seed=seed) for other in range(1, len(models))]
-    with job.timed("rewriting"):
-        states = [job.states[0], *(m.permutation.apply(s) for m, s in zip(matches, job.states[1:], strict=True))]
-        merged = bake(job.program, average(states, shares, batch_norm_statistics(job.program)))
-    if job.data is not None:
-        with job.timed("calibration"):
-            recalibrate(merged, job.program, job.data)
-    merged.meta["fxmerge"] = job.report(symmetry, matches, alpha) | {"models": len(models), "weights": tuple(shares)}
+    matches, chosen = job.matches(found, symmetry, shares, alpha=alpha, seed=seed)
+    merged = job.combine(matches, shares)
+    merged.meta["fxmerge"] = job.report(symmetry, matches, chosen) | {"models": len(models), "weights": tuple(shares)}
     return merged
 
 
@@ -159,7 +157,7 @@ def align(
     to: Model,
     loader: Iterable[Any] | None = None,
     *,
-    alpha: float = ALPHA,
+    alpha: Alpha = ALPHA,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -186,10 +184,10 @@ def align(
     """
     job = _prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
     found, symmetry = job.symmetry(symmetry, verify)
-    matched = job.match(found, symmetry, 1, alpha=alpha, seed=seed)
+    (matched,), chosen = job.matches(found, symmetry, (0.5, 0.5), alpha=alpha, seed=seed)
     with job.timed("rewriting"):
         aligned = bake(job.program, matched.permutation.apply(job.states[1]))
-    aligned.meta["fxmerge"] = job.report(symmetry, [matched], alpha) | {
+    aligned.meta["fxmerge"] = job.report(symmetry, [matched], chosen) | {
         "images": {name: image.tolist() for name, image in zip(symmetry.names, matched.permutation.images, strict=True)}
     }
     return aligned
@@ -223,19 +221,60 @@ class _Job:
                 symmetry = symmetry.verify(self.model, *self.example)
         return found, symmetry
 
-    def match(self, found: Propagation, symmetry: Symmetry, other: int, *, alpha: float, seed: int) -> Match:
-        """The match of another model with the first."""
+    def matches(
+        self, found: Propagation, symmetry: Symmetry, shares: Sequence[float], *, alpha: Alpha, seed: int
+    ) -> tuple[list[Match], dict[str, Any]]:
+        """The matches of all other models with the first, and what the report tells of alpha."""
+        if isinstance(alpha, Mapping):
+            validate.check_class_names(alpha, symmetry)
+        names = symmetry.names
+        candidates = candidates_of(alpha if self.data is not None else 1.0, names)
+        each = [self.match(found, symmetry, other, candidates, seed) for other in range(1, len(self.states))]
+        tried = [[matches[number] for matches in each] for number in range(len(candidates))]
+        errors: dict[float, float] = {}
+        chosen = candidates[0]
+        if alpha == AUTO and self.data is not None:
+            for candidate, matches in zip(CANDIDATES, tried, strict=True):
+                merged = self.combine(matches, shares).state_dict()
+                with self.timed("choosing alpha"):
+                    errors[candidate] = disagreement(self.program, merged, self.states, shares, self.data)
+            chosen = best(errors)
+        return tried[candidates.index(chosen)], {
+            "alpha": {names[n]: own for n, own in chosen.items()} if isinstance(chosen, dict) else chosen,
+            "alpha_errors": errors,
+        }
+
+    def match(
+        self,
+        found: Propagation,
+        symmetry: Symmetry,
+        other: int,
+        alphas: Sequence[float | dict[int, float]],
+        seed: int,
+    ) -> list[Match]:
+        """The match of another model with the first for every alpha, all from the same statistics."""
         a, b = self.states[0], self.states[other]
         correlation: Mapping[int, Tensor] = {}
-        if self.data is not None and alpha < 1:
+        least = min(min(own.values(), default=1.0) if isinstance(own, dict) else own for own in alphas)
+        if self.data is not None and least < 1:
             with self.timed("activations"):
                 names = (name_of(0), name_of(other))
                 shown = correlations(found, symmetry, (a, b), self.data, names, [(0, 1)])
                 correlation = {number: c[0, 1] for number, c in shown.items()}
         with self.timed("matching"):
-            return match(symmetry, a, b, correlation, alpha=alpha, seed=seed, progress=self.progress)
+            return [match(symmetry, a, b, correlation, alpha=own, seed=seed, progress=self.progress) for own in alphas]
 
-    def report(self, symmetry: Symmetry, matches: Sequence[Match], alpha: float) -> dict[str, Any]:
+    def combine(self, matches: Sequence[Match], shares: Sequence[float]) -> fx.GraphModule:
+        """The average of all models in the units of the first, its BatchNorm statistics re-estimated."""
+        with self.timed("rewriting"):
+            states = [self.states[0], *(m.permutation.apply(s) for m, s in zip(matches, self.states[1:], strict=True))]
+            merged = bake(self.program, average(states, shares, batch_norm_statistics(self.program)))
+        if self.data is not None:
+            with self.timed("calibration"):
+                recalibrate(merged, self.program, self.data)
+        return merged
+
+    def report(self, symmetry: Symmetry, matches: Sequence[Match], alpha: Mapping[str, Any]) -> dict[str, Any]:
         """What `.meta["fxmerge"]` tells: plain data, so that a result can be unpickled without fxmerge."""
         return {
             "classes": [
@@ -253,7 +292,7 @@ class _Job:
             "unknown_ops": dict(symmetry.unknown),
             "verification_error": symmetry.error,
             "route": self.program.route,
-            "alpha": alpha if self.data is not None else 1.0,
+            **alpha,
             "quality": [{name: dict(q) for name, q in m.quality.items()} for m in matches],
             "objective": [m.trace for m in matches],
             "seconds": dict(self.seconds),
@@ -263,7 +302,7 @@ class _Job:
 def _prepare(
     models: tuple[Model, ...],
     loader: Iterable[Any] | None,
-    alpha: float,
+    alpha: Alpha,
     device: str | torch.device | None,
     progress: bool | None,
     inputs: Inputs | None,

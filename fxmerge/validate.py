@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxmerge.capture import Args
+from fxmerge.choose import AUTO, Alpha
 from fxmerge.errors import ArchitectureMismatchError, LoaderError, NonFiniteError, OptionError
 from fxmerge.program import Program
 from fxmerge.run import Runner
+from fxmerge.symmetry.group import Symmetry
 
 Model = nn.Module | ExportedProgram
 
@@ -26,9 +29,33 @@ def name_of(i: int) -> str:
     return f"model {chr(ord('A') + i)}" if i < 26 else f"model {i + 1}"
 
 
-def check_alpha(alpha: float) -> None:
-    if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-        raise OptionError(f"alpha is {alpha!r}; it must be a number from 0 (activations only) to 1 (weights only).")
+def check_alpha(alpha: Alpha) -> None:
+    if isinstance(alpha, str):
+        if alpha != AUTO:
+            raise OptionError(f"alpha is {alpha!r}; the only word for it is {AUTO!r}, other than {_NUMBER}.")
+    elif isinstance(alpha, Mapping):
+        for name, value in alpha.items():
+            if not _is_share(value):
+                raise OptionError(f"alpha of {name!r} is {value!r}; it must be {_NUMBER}.")
+    elif not _is_share(alpha):
+        raise OptionError(f"alpha is {alpha!r}; it must be {_NUMBER}.")
+
+
+_NUMBER = "a number from 0 (activations only) to 1 (weights only)"
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
+
+
+def check_class_names(names: Iterable[str], symmetry: Symmetry) -> None:
+    """Every name must be one of a class, whether it is used or was demoted."""
+    known = (*symmetry.names, *symmetry.demoted)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.0)
+            said = f"Near it are {', '.join(map(repr, near))}" if near else "It has none"
+            raise OptionError(f"alpha names {name!r}, which is no class of the symmetry. {said}.")
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -26,6 +26,10 @@ TOLERANCE = 2e-4
 """A step that raises the objective by a smaller share than this is taken, but is no reason to try its
 neighbours again."""
 
+LEAST = 0.01
+"""What an alpha below it counts as beside other alphas: no finite factor makes activations count alone in an objective
+in which the weights of the same class count for its neighbours."""
+
 
 @dataclass(frozen=True)
 class Match:
@@ -50,6 +54,10 @@ class _Problem:
     The objective is  alpha * sum over parameters of entries * cosine(a, permuted b)
     + (1 - alpha) * sum over classes of entries per unit * sum over units of correlation(a, permuted b),
     so that a unit's activations weigh as much as all of its weights.
+
+    Where classes have alphas of their own, the first factor is one for all, as a parameter lies between classes, and
+    each class's second factor stands to it as 1 - alpha to alpha of this class. Every class is then matched by its
+    own alpha, and all of them still raise one objective.
     """
 
     symmetry: Symmetry
@@ -57,6 +65,9 @@ class _Problem:
     b: dict[str, Tensor]
     correlation: Mapping[int, Tensor]
     alpha: float
+    """The factor of the weights."""
+    shown: Mapping[int, float]
+    """The factor of the activations of every class that has some."""
     images: tuple[Ids, ...]
     slices: dict[int, list[Slices]] = field(init=False)
     scales: dict[str, float] = field(init=False)
@@ -82,7 +93,7 @@ class _Problem:
     def objective(self) -> float:
         agreed = sum(self.value.values()) * (self.alpha if self.correlation else 1.0)
         for number in self.correlation:
-            agreed += (1 - self.alpha) * self.weight(number) * float(self.agreement(number).sum())
+            agreed += self.shown[number] * self.weight(number) * float(self.agreement(number).sum())
         return float(agreed)
 
     def agreement(self, number: int) -> Tensor:
@@ -92,14 +103,14 @@ class _Problem:
 
     def scores(self, number: int, usable: list[Slices]) -> Scores:
         """For every (unit of a, unit of b as placed now), what the objective gains from matching them."""
-        alpha = self._alpha(number)
+        alpha, shown = self._alpha(number), self.shown.get(number, 0.0)
         size = self.symmetry.units[number].size
         total = np.zeros((size, size))
         if alpha > 0 and usable:
             total += alpha * weights.similarity(self.a, self.b, usable, self.scales).double().cpu().numpy()
-        if alpha < 1:
+        if shown > 0:
             placed = self.correlation[number][:, np.argsort(self.images[number])]
-            total += (1 - alpha) * self.weight(number) * placed.double().cpu().numpy()
+            total += shown * self.weight(number) * placed.double().cpu().numpy()
         return total
 
     def take(self, step: Sequence[Ids]) -> None:
@@ -140,7 +151,7 @@ def match(
     b: Mapping[str, Tensor],
     correlation: Mapping[int, Tensor],
     *,
-    alpha: float,
+    alpha: float | Mapping[int, float],
     seed: int = 0,
     progress: bool | None = None,
 ) -> Match:
@@ -158,12 +169,13 @@ def match(
         a: parameters of the model whose units are taken as they are.
         b: parameters of the model to permute.
         correlation: for some classes, the correlations of the units' activations, (units of a, units of b).
-        alpha: weight of the weight-space similarity, in [0, 1].
+        alpha: weight of the weight-space similarity, in [0, 1]; or one for each class with a correlation.
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
     """
+    factor, shown = _factors(alpha, correlation)
     problem = _Problem(
-        symmetry, _floats(symmetry, a), _floats(symmetry, b), correlation, alpha, symmetry.identity().images
+        symmetry, _floats(symmetry, a), _floats(symmetry, b), correlation, factor, shown, symmetry.identity().images
     )
     identity, at_identity = problem.position, problem.objective()
     roots = [n for n, c in enumerate(symmetry.units) if not c.parents]
@@ -188,6 +200,17 @@ def match(
         else:
             logger.warning("matching stopped after %d sweeps with steps still to be made", MAX_SWEEPS)
     return Match(Permutation(symmetry.layout, problem.images), tuple(trace), _quality(problem))
+
+
+def _factors(alpha: float | Mapping[int, float], correlation: Mapping[int, Tensor]) -> tuple[float, dict[int, float]]:
+    """The factor of the weights in the objective, and for every class that of its activations."""
+    own = {n: alpha[n] if isinstance(alpha, Mapping) else alpha for n in correlation}
+    if isinstance(alpha, Mapping):
+        if len(set(own.values())) > 1:
+            own = {n: max(value, LEAST) for n, value in own.items()}
+        alpha = sum(own.values()) / len(own) if own else 1.0
+    # Equal alphas must not be put through a division: 0 has no inverse, and others would be rounded.
+    return alpha, {n: 1 - value if value == alpha else alpha * (1 - value) / value for n, value in own.items()}
 
 
 def _floats(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
