@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +13,12 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxmerge.capture import Args
+from fxmerge.choose import AUTO, Alpha
 from fxmerge.errors import ArchitectureMismatchError, LoaderError, NonFiniteError, OptionError
 from fxmerge.program import Program
 from fxmerge.rewriting.task_vectors import TaskArithmetic, TaskVectors, Ties
 from fxmerge.run import Runner
+from fxmerge.symmetry.group import Symmetry
 
 Model = nn.Module | ExportedProgram
 
@@ -45,9 +48,33 @@ def check_task_vectors(task_vectors: TaskVectors | None, base: Model | None, met
     return TaskArithmetic() if task_vectors is None and base is not None else task_vectors
 
 
-def check_alpha(alpha: float) -> None:
-    if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-        raise OptionError(f"alpha is {alpha!r}; it must be a number from 0 (activations only) to 1 (weights only).")
+def check_alpha(alpha: Alpha) -> None:
+    if isinstance(alpha, str):
+        if alpha != AUTO:
+            raise OptionError(f"alpha is {alpha!r}; the only word for it is {AUTO!r}, other than {_NUMBER}.")
+    elif isinstance(alpha, Mapping):
+        for name, value in alpha.items():
+            if not _is_share(value):
+                raise OptionError(f"alpha of {name!r} is {value!r}; it must be {_NUMBER}.")
+    elif not _is_share(alpha):
+        raise OptionError(f"alpha is {alpha!r}; it must be {_NUMBER}.")
+
+
+_NUMBER = "a number from 0 (activations only) to 1 (weights only)"
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
+
+
+def check_class_names(alpha: Alpha, symmetry: Symmetry) -> None:
+    """Every name in a mapping must be one of a class, whether it is used or was demoted."""
+    known = (*symmetry.names, *symmetry.demoted)
+    for name in alpha if isinstance(alpha, Mapping) else ():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.0)
+            said = f"Near it are {', '.join(map(repr, near))}" if near else "It has none"
+            raise OptionError(f"alpha names {name!r}, which is no class of the symmetry. {said}.")
 
 
 def check_method(method: str, budget: float, damping: float) -> None:

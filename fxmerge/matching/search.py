@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fxmerge.matching.assignment import Scores, descendants, propose
+from fxmerge.matching.mix import Mix
 from fxmerge.similarity import weights
 from fxmerge.similarity.weights import Slices
 from fxmerge.symmetry.group import Symmetry
@@ -47,8 +48,8 @@ class Match:
 class Problem:
     """The objective, and the model as it is permuted so far.
 
-    The objective is  alpha * sum over parameters of scale * <a, permuted b>
-    + (1 - alpha) * sum over classes of entries per unit * sum over units of correlation(a, permuted b).
+    The objective is  mix.weights * sum over parameters of scale * <a, permuted b>
+    + sum over classes of mix.activations * entries per unit * sum over units of correlation(a, permuted b).
     A scale is the number of a parameter's entries over the norms of both tensors, so that a unit's
     activations weigh as much as all of its weights.
 
@@ -58,7 +59,7 @@ class Problem:
         b: parameters of the model to permute, in the places that `images` gives them.
         correlation: for some classes, the correlations of the units' activations, (units of a, units of b as they
             were before any permutation).
-        alpha: weight of the weight-space similarity.
+        mix: how much weights and activations count.
         images: where the units of b are.
         scales: for every parameter, how much an inner product counts.
         slices: the parameter slices of every class.
@@ -68,7 +69,7 @@ class Problem:
     a: Mapping[str, Tensor]
     b: dict[str, Tensor]
     correlation: Mapping[int, Tensor]
-    alpha: float
+    mix: Mix
     images: tuple[Ids, ...]
     scales: Mapping[str, float]
     slices: Mapping[int, list[Slices]]
@@ -80,18 +81,14 @@ class Problem:
     def _match(self, name: str, b: Mapping[str, Tensor]) -> float:
         return float((self.a[name] * b[name]).sum(dtype=torch.float64)) * self.scales[name]
 
-    def _alpha(self, number: int) -> float:
-        """Classes that no activation shows are matched by their weights."""
-        return self.alpha if number in self.correlation else 1.0
-
     def weight(self, number: int) -> float:
         """The number of parameter entries for each unit of a class."""
         return float(sum(s.entries for s in self.slices[number])) or 1.0
 
     def objective(self) -> float:
-        agreed = sum(self.value.values()) * (self.alpha if self.correlation else 1.0)
+        agreed = sum(self.value.values()) * self.mix.weights
         for number in self.correlation:
-            agreed += (1 - self.alpha) * self.weight(number) * float(self.agreement(number).sum())
+            agreed += self.mix.activations[number] * self.weight(number) * float(self.agreement(number).sum())
         return float(agreed)
 
     def agreement(self, number: int) -> Tensor:
@@ -101,14 +98,14 @@ class Problem:
 
     def scores(self, number: int, usable: list[Slices]) -> Scores:
         """For every (unit of a, unit of b as placed now), what the objective gains from matching them."""
-        alpha = self._alpha(number)
+        by_weights, shown = self.mix.weights_of(number), self.mix.activations.get(number, 0.0)
         size = self.symmetry.units[number].size
         total = np.zeros((size, size))
-        if alpha > 0 and usable:
-            total += alpha * weights.similarity(self.a, self.b, usable, self.scales).double().cpu().numpy()
-        if alpha < 1:
+        if by_weights > 0 and usable:
+            total += by_weights * weights.similarity(self.a, self.b, usable, self.scales).double().cpu().numpy()
+        if shown > 0:
             placed = self.correlation[number][:, np.argsort(self.images[number])]
-            total += (1 - alpha) * self.weight(number) * placed.double().cpu().numpy()
+            total += shown * self.weight(number) * placed.double().cpu().numpy()
         return total
 
     def take(self, step: Sequence[Ids]) -> None:
@@ -149,7 +146,7 @@ def match(
     b: Mapping[str, Tensor],
     correlation: Mapping[int, Tensor],
     *,
-    alpha: float,
+    alpha: float | Mapping[int, float],
     seed: int = 0,
     progress: bool | None = None,
 ) -> Match:
@@ -163,14 +160,14 @@ def match(
         a: parameters of the model whose units are taken as they are.
         b: parameters of the model to permute.
         correlation: for some classes, the correlations of the units' activations, (units of a, units of b).
-        alpha: weight of the weight-space similarity, in [0, 1].
+        alpha: weight of the weight-space similarity, in [0, 1]: one for all classes, or one for each by its number.
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
     """
     a, b = floats(symmetry, a), floats(symmetry, b)
     scales = {name: weights.scale(a[name], b[name]) for name in a}
     start, slices = symmetry.identity().images, weights.slices(symmetry)
-    problem = Problem(symmetry, a, b, correlation, alpha, start, scales, slices)
+    problem = Problem(symmetry, a, b, correlation, Mix.of(alpha, correlation), start, scales, slices)
     trace = search(problem, seed=seed, progress=progress)
     return Match(Permutation(symmetry.layout, problem.images), trace, quality(problem))
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import MAX_SWEEPS, TOLERANCE, Match, Problem, floats, match, quality, search
 from fxmerge.similarity import weights
 from fxmerge.similarity.weights import Slices
@@ -108,14 +109,14 @@ class Together:
         units: for every model, its parameters as they came, each scaled to norm one.
         correlation: for some classes, for every pair of models i < j, the correlations of the units'
             activations, (units of i, units of j).
-        alpha: weight of the weight-space similarity.
+        mix: how much weights and activations count.
         permutations: for every model, where its units are.
     """
 
     symmetry: Symmetry
     units: Sequence[Mapping[str, Tensor]]
     correlation: Mapping[int, Mapping[Pair, Tensor]]
-    alpha: float
+    mix: Mix
     permutations: tuple[Permutation, ...]
     slices: Mapping[int, list[Slices]] = field(init=False)
 
@@ -135,7 +136,7 @@ class Together:
         own = self.permutations[m]
         scales = {name: float(tensor.numel()) for name, tensor in mean.items()}
         b = own.apply(self.units[m])
-        return Problem(self.symmetry, mean, b, correlation, self.alpha, own.images, scales, self.slices)
+        return Problem(self.symmetry, mean, b, correlation, self.mix, own.images, scales, self.slices)
 
     def _rows(self, number: int, i: int, m: int) -> Tensor:
         """The correlations of one class in two models: rows in the places that the units of i have, columns as
@@ -152,11 +153,11 @@ class Together:
             own = sum(float(u[name].square().sum(dtype=torch.float64)) for u in self.units)
             together = float(reduce(torch.add, [p[name] for p in placed]).square().sum(dtype=torch.float64))
             agreed += self.units[0][name].numel() * (together - own) / 2
-        agreed *= self.alpha if self.correlation else 1.0
+        agreed *= self.mix.weights
         for number, shown in self.correlation.items():
             at = [_units(p.images[number]) for p in self.permutations]
             pairs = sum(float(shown[i, j][at[i], at[j]].sum()) for i, j in combinations(range(count), 2))
-            agreed += (1 - self.alpha) * (float(sum(s.entries for s in self.slices[number])) or 1.0) * pairs
+            agreed += self.mix.activations[number] * (float(sum(s.entries for s in self.slices[number])) or 1.0) * pairs
         return agreed
 
     def improve(self, m: int, seed: int, progress: bool | None) -> float:
@@ -181,7 +182,7 @@ def find_universe(
     states: Sequence[Mapping[str, Tensor]],
     correlation: Mapping[int, Mapping[Pair, Tensor]],
     *,
-    alpha: float,
+    alpha: float | Mapping[int, float],
     seed: int = 0,
     progress: bool | None = None,
 ) -> Alignment:
@@ -198,7 +199,7 @@ def find_universe(
             are in their `canonical_order`.
         correlation: for some classes, for every pair of models i < j, the correlations of the units' activations,
             (units of i, units of j).
-        alpha: weight of the weight-space similarity, in [0, 1].
+        alpha: weight of the weight-space similarity, in [0, 1]: one for all classes, or one for each by its number.
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
 
@@ -219,7 +220,7 @@ def find_universe(
         return pairs[i, j].permutation if i < j else pairs[j, i].permutation.inverse()
 
     units = [_unit_norms(floats(symmetry, state)) for state in states]
-    together = Together(symmetry, units, correlation, alpha, tuple(identity for _ in models))
+    together = Together(symmetry, units, correlation, Mix.of(alpha, correlation), tuple(identity for _ in models))
     starts = []
     for reference in models:
         together.permutations = tuple(way(m, reference) for m in models)

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fxmerge.matching.assignment import Scores, descendants
-from fxmerge.matching.search import MAX_SWEEPS, TOLERANCE
+from fxmerge.matching.mix import Mix
+from fxmerge.matching.search import MAX_SWEEPS, TOLERANCE, floats
 from fxmerge.matching.zipping import Zipped, zip_blocks
 from fxmerge.similarity import weights
 from fxmerge.similarity.weights import Slices
@@ -66,8 +67,8 @@ class _Problem:
 
     With T the orthonormal matrix that takes units to merged units (one over the root of a merged unit's size
     where a unit is its member), the objective is
-    alpha * sum over parameters of scale * |sum over models of the parameter, T along all of its axes|^2
-    + (1 - alpha) * sum over classes of entries per unit * trace(T' correlations T):
+    mix.weights * sum over parameters of scale * |sum over models of the parameter, T along all of its axes|^2
+    + sum over classes of mix.activations * entries per unit * trace(T' correlations T):
     how much of the parents' weights and activations lies in what the merged network can express.
     For an alignment it is that of `search.py`, but for a constant.
     """
@@ -75,7 +76,7 @@ class _Problem:
     symmetry: Symmetry
     states: Sequence[Mapping[str, Tensor]]
     correlation: Mapping[int, Scores]
-    alpha: float
+    mix: Mix
     labels: list[list[Ids]] = field(init=False)
     value: dict[str, float] = field(init=False)
 
@@ -101,16 +102,12 @@ class _Problem:
     def slices(self) -> dict[int, list[Slices]]:
         return weights.slices(self.symmetry)
 
-    def _alpha(self, number: int) -> float:
-        """Classes that no activation shows are matched by their weights."""
-        return self.alpha if number in self.correlation else 1.0
-
     def weight(self, number: int) -> float:
         return float(sum(s.entries for s in self.slices[number])) or 1.0
 
     def objective(self) -> float:
-        kept = sum(self.value.values()) * (self.alpha if self.correlation else 1.0)
-        return kept + sum((1 - self.alpha) * self.weight(n) * self._shown(n) for n in self.correlation)
+        kept = sum(self.value.values()) * self.mix.weights
+        return kept + sum(factor * self.weight(n) * self._shown(n) for n, factor in self.mix.activations.items())
 
     def _shown(self, number: int) -> float:
         labels = np.concatenate([own[number] for own in self.labels])
@@ -144,7 +141,7 @@ class _Problem:
         """alpha * cosines of the units' weights + (1 - alpha) * correlations of their activations (MuDSC, equation 5),
         of all pairs of units of all models."""
         size = self.symmetry.units[number].size * len(self.states)
-        alpha, total = self._alpha(number), np.zeros((size, size))
+        alpha, total = self.mix.alpha(number), np.zeros((size, size))
         if alpha > 0 and self.slices[number]:
             gram = torch.zeros(size, size)
             for s in self.slices[number]:
@@ -181,7 +178,7 @@ def match_zip(
     correlation: Mapping[int, Scores],
     flow: Mapping[Axis, Flow],
     *,
-    alpha: float,
+    alpha: float | Mapping[int, float],
     budget: float,
     damping: float,
     seed: int = 0,
@@ -197,15 +194,13 @@ def match_zip(
         states: parameters of the aligned models.
         correlation: for some classes, of all pairs of units of all models, model after model.
         flow: which axes produce, which consume.
-        alpha: weight of the weight-space similarity, in [0, 1].
+        alpha: weight of the weight-space similarity, in [0, 1]: one for all classes, or one for each by its number.
         budget: share of the merges that may be within one model, see `zip_units`.
         damping: what the similarity of a merged unit is multiplied with, see `zip_units`.
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
     """
-    names = {axis.parameter for axis in symmetry.layout}
-    floats = [{n: s[n].detach().float() if s[n].element_size() < 4 else s[n].detach() for n in names} for s in states]
-    problem = _Problem(symmetry, floats, correlation, alpha)
+    problem = _Problem(symmetry, [floats(symmetry, s) for s in states], correlation, Mix.of(alpha, correlation))
     rng = np.random.default_rng(seed)
     classes = zipped_classes(symmetry, flow)
     blocks = {n: np.broadcast_to(_cells(symmetry, n), (len(states), symmetry.units[n].size)) for n in classes}
@@ -218,7 +213,7 @@ def match_zip(
             problem.take(n, zipped(n).labels)
             bar.update()
         trace = [problem.objective()]
-        stale = set(classes) if alpha > 0 else set()
+        stale = set(classes) if problem.mix.weights > 0 else set()
         for _ in range(MAX_SWEEPS):
             if not stale:
                 break

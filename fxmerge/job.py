@@ -1,0 +1,152 @@
+"""What the stages of one call share: checked inputs, the captured program, and how long each stage took."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+
+from fxmerge import validate
+from fxmerge.capture import Args, Kwargs, capture_program, evaluating
+from fxmerge.choose import Alpha
+from fxmerge.errors import OptionError
+from fxmerge.program import Program
+from fxmerge.run import Data, Inputs, batch_inputs
+from fxmerge.symmetry.group import Symmetry, analyse
+from fxmerge.symmetry.propagate import Propagation, propagate
+from fxmerge.symmetry.spec import check_fits
+from fxmerge.validate import Model
+
+
+@dataclass
+class Job:
+    """What the stages of one call share: checked inputs, the captured program, and how long each stage took."""
+
+    model: Model
+    states: tuple[dict[str, Tensor], ...]
+    names: list[str]
+    data: Data | None
+    example: tuple[Args, dict[str, Any]]
+    program: Program
+    progress: bool | None
+    seconds: dict[str, float]
+
+    def timed(self, stage: str) -> AbstractContextManager[None]:
+        """Adds the seconds spent inside to the entry of a stage."""
+        return _timed(self.seconds, stage)
+
+    def symmetry(self, given: Symmetry | None, verify: bool) -> tuple[Propagation, Symmetry]:
+        """The labels of the program, and the symmetry given or else inferred."""
+        with self.timed("symmetry"):
+            if given is None:
+                found, symmetry = analyse(self.program)
+            else:
+                check_fits(given, self.program)
+                found, symmetry = propagate(self.program), given
+        if verify:
+            with self.timed("verification"):
+                symmetry = symmetry.verify(self.model, *self.example)
+        return found, symmetry
+
+    def report(self, symmetry: Symmetry) -> dict[str, Any]:
+        """What `.meta["fxmerge"]` tells: plain data, so that a result can be unpickled without fxmerge."""
+        return {
+            "classes": [
+                {
+                    "name": c.name,
+                    "size": c.size,
+                    "structure": c.structure,
+                    "axes": [(axis.parameter, axis.dim) for axis in c.axes],
+                    "parents": list(c.parents),
+                    "why": c.why,
+                }
+                for c in symmetry.classes
+            ],
+            "demoted": symmetry.demoted,
+            "unknown_ops": dict(symmetry.unknown),
+            "verification_error": symmetry.error,
+            "route": self.program.route,
+            "seconds": dict(self.seconds),
+        }
+
+
+def prepare(
+    models: tuple[Model, ...],
+    loader: Iterable[Any] | None,
+    alpha: Alpha,
+    device: str | torch.device | None,
+    progress: bool | None,
+    inputs: Inputs | None,
+    args: Args,
+    kwargs: Kwargs | None,
+    base: Model | None = None,
+) -> Job:
+    """Checks everything that can be checked before any work is done, and captures the base or else the first model."""
+    validate.check_alpha(alpha)
+    names = validate.names_of(len(models), base)
+    models = models if base is None else (base, *models)
+    if device is not None:
+        models = tuple(_to(m, device) for m in models)
+    modules = tuple(m.module() if isinstance(m, ExportedProgram) else m for m in models)
+    states = tuple(dict(m.state_dict()) for m in modules)
+    validate.check_states(states, names)
+    example = tuple(args), dict(kwargs or {})
+    data = None
+    if loader is not None:
+        if iter(loader) is loader:
+            loader = list(loader)  # An iterator can be read once; every stage reads the data anew.
+        where = next((t.device for t in states[0].values()), torch.device("cpu"))
+        data = Data(loader, inputs or batch_inputs(modules[0]), where, progress)
+        example = example if any(example) else data.first()
+    example = example if any(example) else _example_of(models[0])
+    seconds: dict[str, float] = {}
+    with ExitStack() as stack:
+        for model in models:
+            if isinstance(model, nn.Module):
+                stack.enter_context(evaluating(model))
+        validate.check_batch(modules[0], *example)
+        with _timed(seconds, "capture"):
+            program = capture_program(models[0], *example)
+        for i in range(1, len(models)):
+            validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
+    return Job(models[0], states, names, data, example, program, progress, seconds)
+
+
+def _to(model: Model, device: str | torch.device) -> Model:
+    """A copy of a model on a device."""
+    if isinstance(model, ExportedProgram):
+        return move_to_device_pass(model, device)
+    return copy.deepcopy(model).to(device)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
+
+
+def _example_of(model: Model) -> tuple[Args, dict[str, Any]]:
+    """Example inputs that a model carries with it.
+
+    Raises:
+        OptionError: if it carries none.
+    """
+    if isinstance(model, ExportedProgram) and model.example_inputs is not None:
+        args, kwargs = model.example_inputs
+        return args, kwargs
+    if isinstance(model, fx.GraphModule):
+        values = [n.meta.get("val") for n in model.graph.nodes if n.op == "placeholder"]
+        if values and all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+            return tuple(torch.randn([int(s) for s in v.shape], dtype=v.dtype) for v in values if v is not None), {}
+    raise OptionError(
+        "Without a loader, example inputs are needed to capture the model: pass args=(...) or kwargs={...}."
+    )

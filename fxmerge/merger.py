@@ -1,0 +1,209 @@
+"""The merge of one job for any alpha, all from the same statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import combinations, combinations_with_replacement
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.choose import AUTO, Alpha, best, candidates_of, disagreement
+from fxmerge.job import Job
+from fxmerge.matching.assignment import Scores
+from fxmerge.matching.search import match
+from fxmerge.matching.universe import Alignment, canonical_order, find_universe, to_reference
+from fxmerge.matching.zip_search import ZipMatch, match_zip
+from fxmerge.rewriting.bake import bake
+from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
+from fxmerge.rewriting.combine import average
+from fxmerge.rewriting.task_vectors import TaskVectors
+from fxmerge.rewriting.zipped import zip_average
+from fxmerge.similarity.activations import Pair, correlations, whole
+from fxmerge.symmetry.flow import flows
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.permutation import Permutation
+from fxmerge.symmetry.propagate import Propagation
+
+Method = Literal["align", "zip"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be made of the models of a job.
+
+    Attributes:
+        shares: how much each model counts; they sum to one. Not the base, which comes first if there is one.
+        method: whether units are matched one to one, or zipped.
+        reference: the number of the model in whose units the result is; None for units that all have a part in.
+        budget, damping: options of the zip.
+        task_vectors: how differences to the first model, the base, are combined, in place of the average.
+        seed: seed of the random order of the search.
+    """
+
+    shares: Sequence[float]
+    method: Method = "align"
+    reference: int | None = 0
+    budget: float = 1.0
+    damping: float = 0.5
+    task_vectors: TaskVectors | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The merge for one alpha: how the models lie in each other's units, what is zipped, and the parameters."""
+
+    aligned: Alignment
+    zipped: ZipMatch | None
+    state: dict[str, Tensor]
+
+
+@dataclass
+class Merger:
+    """Makes the merge that a plan describes.
+
+    Models are worked on in an order of their own: that of the job, or, for units that all have a part in, one
+    that does not depend on how the models were given.
+    """
+
+    job: Job
+    found: Propagation
+    symmetry: Symmetry
+    plan: Plan
+
+    @cached_property
+    def order(self) -> list[int]:
+        numbers = list(range(len(self.job.states)))
+        return numbers if self.plan.reference is not None else canonical_order(self.job.states)
+
+    @cached_property
+    def states(self) -> list[dict[str, Tensor]]:
+        return [self.job.states[i] for i in self.order]
+
+    @cached_property
+    def shown(self) -> dict[int, dict[Pair, Tensor]]:
+        """For every class that an activation shows, the correlations of its units in the pairs that are needed."""
+        if self.job.data is None:
+            return {}
+        numbers, home = range(len(self.states)), self.plan.reference
+        if self.plan.method == "zip":
+            pairs = list(combinations_with_replacement(numbers, 2))
+        else:
+            pairs = [p for p in combinations(numbers, 2) if home is None or home in p]
+        names = [self.job.names[i] for i in self.order]
+        with self.job.timed("activations"):
+            return correlations(self.found, self.symmetry, self.states, self.job.data, names, pairs)
+
+    def choose(self, alpha: Alpha) -> tuple[Attempt, dict[str, Any]]:
+        """The merge for an alpha, or for the one of several that is best by the merge's outputs; and what the report
+        tells of it."""
+        names, errors = self.symmetry.names, {}
+        candidates = candidates_of(alpha if self.job.data is not None else 1.0, names)
+        attempts = [self.attempt(candidate) for candidate in candidates]
+        chosen = candidates[0]
+        if alpha == AUTO and self.job.data is not None:
+            weights = self.plan.shares if self.plan.task_vectors is None else [0.0, *self.plan.shares]
+            for candidate, tried in zip(candidates, attempts, strict=True):
+                merged = self.finish(tried.state).state_dict()
+                assert isinstance(candidate, float)
+                with self.job.timed("choosing alpha"):
+                    data, program = self.job.data, self.job.program
+                    errors[candidate] = disagreement(program, merged, self.job.states, weights, data)
+            chosen = best(errors)
+        attempt = attempts[candidates.index(chosen)]
+        told: dict[str, Any] = {
+            "alpha": {names[n]: own for n, own in chosen.items()} if isinstance(chosen, Mapping) else chosen,
+            "alpha_errors": errors,
+            "quality": [{name: dict(q) for name, q in quality.items()} for quality in attempt.aligned.quality],
+            "objective": list(attempt.aligned.traces),
+        }
+        if attempt.zipped is not None:
+            told |= {"zip_objective": attempt.zipped.trace, "zipped_within": dict(attempt.zipped.within)}
+        if self.plan.task_vectors is not None:
+            told["task_vectors"] = {"name": type(self.plan.task_vectors).__name__, **asdict(self.plan.task_vectors)}
+        return attempt, told
+
+    def attempt(self, alpha: float | Mapping[int, float]) -> Attempt:
+        """The merge for one alpha."""
+        least = min(alpha.values(), default=1.0) if isinstance(alpha, Mapping) else alpha
+        shown = self.shown if least < 1 else {}
+        aligned, plan = self._align(shown, alpha), self.plan
+        zipped: ZipMatch | None = None
+        with self.job.timed("rewriting"):
+            states = [p.apply(s) for p, s in zip(aligned.permutations, self.states, strict=True)]
+            statistics = batch_norm_statistics(self.job.program)
+        if plan.task_vectors is not None:
+            with self.job.timed("rewriting"):
+                state = plan.task_vectors.combine(states[0], states[1:], plan.shares, statistics)
+            return Attempt(aligned, zipped, state)
+        shares = [plan.shares[i] for i in self.order]
+        if plan.method == "zip":
+            zipped = self._zip(states, aligned, shown, alpha)
+            with self.job.timed("rewriting"):
+                flow = flows(self.found)
+                state = zip_average(states, zipped.labels, self.symmetry.layout, flow, shares, statistics)
+        else:
+            with self.job.timed("rewriting"):
+                state = average(states, shares, statistics)
+        return Attempt(aligned.renumbered(self.order), zipped, state)
+
+    def _align(self, shown: Mapping[int, Mapping[Pair, Tensor]], alpha: float | Mapping[int, float]) -> Alignment:
+        """All models in the units of one, or of all."""
+        symmetry, states, home = self.symmetry, self.states, self.plan.reference
+        seed, progress = self.plan.seed, self.job.progress
+        with self.job.timed("matching"):
+            if home is None:
+                across = {n: {p: c for p, c in pairs.items() if p[0] != p[1]} for n, pairs in shown.items()}
+                return find_universe(symmetry, states, across, alpha=alpha, seed=seed, progress=progress)
+            matches = {}
+            for i in range(len(states)):
+                if i != home:
+                    own = {n: pairs[home, i] if home < i else pairs[i, home].T for n, pairs in shown.items()}
+                    matches[i] = match(
+                        symmetry, states[home], states[i], own, alpha=alpha, seed=seed, progress=progress
+                    )
+            return to_reference(symmetry, matches, home)
+
+    def _zip(
+        self,
+        states: Sequence[Mapping[str, Tensor]],
+        aligned: Alignment,
+        shown: Mapping[int, Mapping[Pair, Tensor]],
+        alpha: float | Mapping[int, float],
+    ) -> ZipMatch:
+        """What to merge of aligned models, within and across."""
+        correlation: dict[int, Scores] = {}
+        for n, pairs in shown.items():
+            at = [torch.from_numpy(p.images[n]).argsort() for p in aligned.permutations]
+            placed = {(i, j): c[at[i]][:, at[j]] for (i, j), c in pairs.items()}
+            correlation[n] = whole(placed, len(states))
+        with self.job.timed("matching"):
+            return match_zip(
+                self.symmetry,
+                states,
+                correlation,
+                flows(self.found),
+                alpha=alpha,
+                budget=self.plan.budget,
+                damping=self.plan.damping,
+                seed=self.plan.seed,
+                progress=self.job.progress,
+            )
+
+    def finish(self, state: Mapping[str, Tensor]) -> fx.GraphModule:
+        """A GraphModule with these parameters, its BatchNorm statistics re-estimated."""
+        with self.job.timed("rewriting"):
+            merged = bake(self.job.program, state)
+        if self.job.data is not None:
+            with self.job.timed("calibration"):
+                recalibrate(merged, self.job.program, self.job.data)
+        return merged
+
+
+def images(symmetry: Symmetry, permutation: Permutation) -> dict[str, list[int]]:
+    """For every class by name, where each unit goes."""
+    return {name: image.tolist() for name, image in zip(symmetry.names, permutation.images, strict=True)}
