@@ -74,8 +74,11 @@ class WithOwnStatistics(InDouble):
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A mean and a variance for every channel by which x is normalized well; a constant channel becomes one half."""
+    """A mean and a variance for every channel by which x is normalized well.
+
+    What is nearly constant is not blown up to a deviation of one: rounding errors would grow along with it, from
+    layer to layer.
+    """
     variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
-    power = variance + mean**2
-    deviation = torch.where(variance > 1e-9 * power, variance, power).sqrt()
-    return mean - deviation / 2, torch.where(deviation > 0, deviation**2, 1.0)
+    variance = torch.maximum(variance, (variance + mean**2) / 100)
+    return mean - variance.sqrt() / 2, torch.where(variance > 0, variance, 1.0)
