@@ -149,7 +149,9 @@ class Merger:
         else:
             with self.job.timed("rewriting"):
                 state = average(states, shares, statistics)
-        return Attempt(aligned.renumbered(self.order), zipped, state)
+        if plan.reference is None:
+            aligned = aligned.renumbered(self.order)
+        return Attempt(aligned, zipped, state)
 
     def _align(self, shown: Mapping[int, Mapping[Pair, Tensor]], alpha: float | Mapping[int, float]) -> Alignment:
         """All models in the units of one, or of all."""

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.choose import CANDIDATES, DEFAULT, MARGIN, best, disagreement
+from fxmerge.job import prepare
 from fxmerge.matching.search import match
-from fxmerge.merge import _prepare
 from fxmerge.run import Data, batch_inputs
 
 
@@ -141,7 +141,7 @@ class Pair(nn.Module):
 
 def test_outputs_count_alike_whatever_their_size() -> None:
     models = (Pair().eval(), Pair().eval())
-    job = _prepare(models, data2(), 0.5, None, None, None, (), None)
+    job = prepare(models, data2(), 0.5, None, None, None, (), None)
     target, off = dict(models[0].state_dict()), dict(models[0].state_dict())
     off["small.weight"] = 2 * off["small.weight"]
     calibration = Data(data2(), batch_inputs(models[0]))

@@ -126,3 +126,12 @@ def test_an_axis_that_both_produces_and_consumes_is_aligned_only() -> None:
 def test_options_outside_of_their_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(fxmerge.OptionError, match=next(iter(options))):
         fxmerge.merge(mlp(0), mlp(1), [torch.randn(4, 6)], **options)  # type: ignore[arg-type]
+
+
+def test_alpha_is_chosen_for_the_zip_itself() -> None:
+    x = [torch.randn(32, 6) for _ in range(2)]
+    chosen = fxmerge.merge(mlp(0), mlp(1), x, method="zip", alpha="auto")
+    told = chosen.meta["fxmerge"]
+    fixed = fxmerge.merge(mlp(0), mlp(1), x, method="zip", alpha=told["alpha"])
+    assert len(set(told["alpha_errors"].values())) > 1
+    assert all(torch.equal(a, b) for a, b in zip(chosen.parameters(), fixed.parameters(), strict=True))

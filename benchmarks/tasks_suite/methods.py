@@ -114,6 +114,11 @@ METHODS: dict[str, Method] = {
     "ensemble": Method(lambda pair: (pair.a, pair.b), merges=False),
     PLAIN: permuting(lambda pair: pair.b, published=False),
     **{name: aligning(alpha=alpha, published=alpha in (0, 0.5, 1)) for alpha, name in BY_ALPHA.items()},
+    "ZipIt": merging(method="zip", alpha=0.0, budget=0.125, damping=0.3),
+    "weight zip": merging(method="zip", alpha=1.0),
+    "MuDSC zip": merging(method="zip", alpha=0.5),
+    "align auto": aligning(alpha="auto", published=False),
+    "zip auto": merging(method="zip", alpha="auto", published=False),
     "rebasin": permuting(_rebasin),
     DEFAULTS: Method(lambda pair: (_merge(pair, {}),), lambda pair: _align(pair, {})),
 }

@@ -62,7 +62,6 @@ class Alignment:
     Attributes:
         permutations: for every model, what is to be applied to it.
         home: the number of the model in whose units all are.
-        order: the numbers of the models, in the order in which sums over models are to be taken.
         traces: objectives, at the start of a search and after every accepted step; none ever falls. One for
             every model that was matched with `home`; or a single one, the sum over all pairs of models, where
             all were matched with each other.
@@ -72,17 +71,16 @@ class Alignment:
 
     permutations: tuple[Permutation, ...]
     home: int
-    order: tuple[int, ...]
     traces: tuple[tuple[float, ...], ...]
     quality: tuple[Mapping[str, Mapping[str, float]], ...]
 
     def renumbered(self, numbers: Sequence[int]) -> Alignment:
-        """The same for models that are called otherwise: model i here is model `numbers[i]` there."""
+        """The same, where all were matched with each other, for models that are called otherwise: model i here is model
+        `numbers[i]` there."""
         at = sorted(range(len(numbers)), key=numbers.__getitem__)
         return Alignment(
             tuple(self.permutations[i] for i in at),
             numbers[self.home],
-            tuple(numbers[i] for i in self.order),
             self.traces,
             tuple(self.quality[i] for i in at),
         )
@@ -94,7 +92,6 @@ def to_reference(symmetry: Symmetry, matches: Mapping[int, Match], home: int) ->
     return Alignment(
         tuple(symmetry.identity() if i == home else matches[i].permutation for i in numbers),
         home,
-        tuple(numbers),
         tuple(matches[i].trace for i in numbers if i != home),
         tuple(matches[i].quality for i in numbers if i != home),
     )
@@ -245,7 +242,7 @@ def find_universe(
     home = together.permutations[0].inverse()
     together.permutations = tuple(home @ p for p in together.permutations)
     found = tuple(quality(together.problem(m)) for m in models)
-    return Alignment(together.permutations, 0, tuple(models), (tuple(trace),), found)
+    return Alignment(together.permutations, 0, (tuple(trace),), found)
 
 
 def _unit_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
