@@ -5,7 +5,7 @@ For every model, with random weights: how it was captured, seconds for capture, 
 demoted classes. Each model adds one JSON line to the results file; models that have a line are skipped.
 
     python benchmarks/zoo.py [--short] [--families NAME ...] [--models NAME ...] [--again NAME ... | failed]
-        [--results FILE] [--jobs 2] [--timeout 600] [--memory 10] [--markdown FILE] [--report] [--list]
+        [--results FILE] [--jobs 2] [--timeout 600] [--memory 10] [--markdown FILE] [--note TEXT] [--report] [--list]
 
 Needs `pip install -e '.[zoo]'`; families whose package is not installed are left out.
 """
@@ -120,13 +120,13 @@ def is_wrong(row: Row) -> bool:
     return bool(row.get("demoted")) or row.get("error", 0.0) > TOLERANCE
 
 
-def report(rows: Sequence[Row]) -> str:
-    """The page: a summary of all families, a table for each, and the models that failed."""
+def report(rows: Sequence[Row], note: str = "") -> str:
+    """The page: a note, a summary of all families, a table for each, and the models that failed."""
     families = {family: [r for r in rows if r["family"] == family] for family in FAMILIES}
     families = {family: found for family, found in families.items() if found}
     machines = dict.fromkeys(r["machine"] for r in rows if "machine" in r)
     packages = dict.fromkeys(r["package"] for r in rows if "package" in r)
-    parts = ["# Coverage", "What `python benchmarks/zoo.py` found. Random weights, batches of two.", *machines]
+    parts = ["# Coverage", "What `python benchmarks/zoo.py` found. Random weights, batches of two.", note, *machines]
     parts += [", ".join(packages), table([_summary(family, found) for family, found in families.items()])]
     unknown: dict[str, list[str]] = {}
     for row in rows:
@@ -143,7 +143,7 @@ def report(rows: Sequence[Row]) -> str:
     if failed:
         lines = [{"model": r["name"], "stage": r["stage"], "reason": _essence(r["failure"])} for r in failed]
         parts += ["## Failed", table(lines)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _essence(failure: str) -> str:
@@ -226,6 +226,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600, help="seconds for each model")
     parser.add_argument("--memory", type=float, default=10, help="GiB for each model")
     parser.add_argument("--markdown", type=Path, help="write the page to this file")
+    parser.add_argument("--note", default="", help="what to say of this run at the head of the page")
     parser.add_argument("--report", action="store_true", help="run nothing, only report on the results file")
     parser.add_argument("--list", action="store_true", help="print the names of the models")
     parser.add_argument("--list-timm", action="store_true", help="write benchmarks/models/timm.txt anew")
@@ -254,7 +255,7 @@ def main() -> int:
             append_row(options.results, row)
             print(f"[{number}/{len(todo)}] {_brief(row)}", flush=True)
     chosen = [rows[n] for n in names if n in rows]
-    text = report(chosen)
+    text = report(chosen, options.note)
     if options.markdown:
         options.markdown.write_text(text)
     print(table([_summary(f, found) for f in FAMILIES if (found := [r for r in chosen if r["family"] == f])]))
