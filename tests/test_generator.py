@@ -32,7 +32,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @settings(
-    max_examples=int(os.environ.get("FXMERGE_EXAMPLES", "50")),
+    max_examples=int(os.environ.get("FXMERGE_EXAMPLES", "200")),
     derandomize=True,
     deadline=None,
     database=None,
