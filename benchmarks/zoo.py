@@ -31,6 +31,7 @@ from models.timm_models import write_listing
 from fxmerge.capture import Program, capture_program
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.verify import TOLERANCE
 
 SHORT = (
     "torch.nn/LSTM bidirectional",
@@ -40,7 +41,6 @@ SHORT = (
     "transformers/BERT",
     "smp/Unet",
 )
-TOLERANCE = 1e-9
 STAGES = ("construct", "capture", "infer", "verify")
 
 
