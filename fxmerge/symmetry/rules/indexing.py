@@ -23,7 +23,9 @@ def index(at: Site, x: Labels | Tensor, indices: Sequence[Index | None]) -> Labe
     labels, dims = at.labels(x), [d for d, i in enumerate(indices) if i is not None]
     chosen = [at.labels(i) for i in indices if i is not None]
     found = torch.broadcast_shapes(*(i.shape for i in chosen))
-    if len(dims) == 1 and at.shape != (*labels.shape[: dims[0]], *found, *labels.shape[dims[0] + 1 :]):
+    looked_up = (*labels.shape[: dims[0]], *found, *labels.shape[dims[0] + 1 :])
+    # As many positions as there are may be looked up, or be all those that a mask of data took this time.
+    if len(dims) == 1 and (at.shape != looked_up or looked_up == labels.shape):
         return _mask(at, labels, dims[0], chosen[0])
     return _look_up(at, labels, dims, chosen)
 
