@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from fxmerge.capture import Args, Kwargs, capture_program, evaluating
 from fxmerge.choose import Alpha
 from fxmerge.errors import OptionError
 from fxmerge.program import Program
-from fxmerge.run import Data, Inputs, batch_inputs
+from fxmerge.run import Apart, Data, Inputs, batch_inputs
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
@@ -88,6 +88,7 @@ def prepare(
     args: Args,
     kwargs: Kwargs | None,
     base: Model | None = None,
+    loaders: Sequence[Iterable[Any]] | None = None,
 ) -> Job:
     """Checks everything that can be checked before any work is done, and captures the base or else the first model."""
     validate.check_alpha(alpha)
@@ -100,9 +101,10 @@ def prepare(
     validate.check_states(states, names)
     example = tuple(args), dict(kwargs or {})
     data = None
+    if loaders is not None:
+        loader = Apart([_again(own) for own in loaders])
     if loader is not None:
-        if iter(loader) is loader:
-            loader = list(loader)  # An iterator can be read once; every stage reads the data anew.
+        loader = _again(loader)
         where = next((t.device for t in states[0].values()), torch.device("cpu"))
         data = Data(loader, inputs or batch_inputs(modules[0]), where, progress)
         example = example if any(example) else data.first()
@@ -118,6 +120,11 @@ def prepare(
         for i in range(1, len(models)):
             validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
     return Job(models[0], states, names, data, example, program, progress, seconds)
+
+
+def _again(loader: Iterable[Any]) -> Iterable[Any]:
+    """A loader that can be read several times; an iterator can be read once."""
+    return list(loader) if not isinstance(loader, Apart) and iter(loader) is loader else loader
 
 
 def _to(model: Model, device: str | torch.device) -> Model:

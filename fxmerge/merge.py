@@ -13,7 +13,7 @@ from fxmerge.capture import Args, Kwargs
 from fxmerge.choose import DEFAULT, Alpha
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
-from fxmerge.merger import Merger, Method, Plan, images
+from fxmerge.merger import Combine, Merger, Method, Plan, images
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.run import Inputs
@@ -23,19 +23,25 @@ from fxmerge.validate import Model
 ALPHA = DEFAULT
 """Default weight of the weight-space similarity."""
 
+MAX_MEMORY = 4.0
+"""GiB of activations that refitting keeps in memory by default."""
+
 
 def merge(
     gm_a: Model,
     gm_b: Model,
     loader: Iterable[Any] | None = None,
     *,
-    method: Method = "align",
+    loaders: Sequence[Iterable[Any]] | None = None,
+    method: Method | None = None,
+    combine: Combine | None = None,
     alpha: Alpha = ALPHA,
     budget: float = 1.0,
     damping: float = 0.5,
     weights: Sequence[float] = (0.5, 0.5),
     base: Model | None = None,
     task_vectors: TaskVectors | None = None,
+    max_memory: float = MAX_MEMORY,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -47,18 +53,23 @@ def merge(
 ) -> fx.GraphModule:
     """Merges two networks of one architecture, trained apart from each other, into one of their size.
 
-    The units of `gm_b` are permuted to match those of `gm_a`, by how alike they are in weight space and
-    in activation space (MuDSC, arXiv 2403.01753), inside the group of permutations that leave the
-    network's function unchanged; the parameters are averaged and BatchNorm statistics re-estimated.
+    Units are matched by how alike they are in weight space and in activation space (MuDSC, arXiv 2403.01753), inside
+    the group of permutations that leave the network's function unchanged, and their parameters averaged. Then every
+    layer is fitted, in closed form and in graph order, to what the two networks compute there, from what the
+    merged network computes before it.
 
     Arguments:
         gm_a: any nn.Module, GraphModule or ExportedProgram; neither model is modified.
         gm_b: a model of the same architecture.
         loader: calibration data, unlabelled: an iterable of tensors, of tuples (inputs, targets), or of dicts
             of keyword arguments. It is iterated several times (an iterator is read into a list first).
-            Without it, units are matched by their weights alone and BatchNorm statistics are pooled.
-        method: "align" matches units one to one; "zip" also merges units of one and the same model where these are
-            more alike (ZipIt!, arXiv 2305.03053), inside of aligned blocks such as attention heads.
+            Without it, units are matched by their weights alone, averaged, and BatchNorm statistics are pooled.
+        loaders: in place of a loader, one for each model with data of its own task: refitted layers then learn from
+            each model mostly on its own data. No input needs a label, but for the task it is of.
+        method: "zip" merges the most similar units, within models too (ZipIt!, arXiv 2305.03053), inside of aligned
+            blocks such as attention heads; "align" matches units one to one. None is "zip", with a base "align".
+        combine: "least_squares" refits every layer after averaging; "readout" only layers that no other comes after;
+            "average" none. None is "least_squares" where there are data and no base, else "average".
         alpha: weight of the weight-space similarity, from 0 (activations only) to 1 (weights only); or a mapping from
             names of classes, as in `Symmetry.names`, to such numbers, 0.5 for the others; or "auto": the candidate
             whose merge has outputs most like the mean of the models' own, without labels.
@@ -69,6 +80,7 @@ def merge(
         base: the model that both were fine-tuned from. Both are aligned to it, and their differences to it are
             combined and added to it, in place of the average; the result is in its units.
         task_vectors: how the differences are combined: `TaskArithmetic` (if None) or `Ties`.
+        max_memory: GiB of activations that refitting keeps in memory; what is more goes to a temporary folder.
         seed: seed of the random order of the search.
         device: where to work and where the result is; by default where the base or else `gm_a` is.
         progress: whether to show progress; None shows it on a terminal.
@@ -80,8 +92,8 @@ def merge(
 
     Returns:
         A GraphModule in eval mode, which needs nothing of fxmerge; its state dict loads into the original
-        class. `.meta["fxmerge"]` tells the classes, the match quality of each, alpha, timings and the
-        verification error.
+        class. `.meta["fxmerge"]` tells the classes, the match quality of each, alpha, what was gained by refitting
+        each layer, timings and the verification error.
 
     Raises:
         ArchitectureMismatchError: if the models differ in more than the values of their parameters.
@@ -103,13 +115,16 @@ def merge(
     return merge_many(
         (gm_a, gm_b),
         loader,
+        loaders=loaders,
         method=method,
+        combine=combine,
         alpha=alpha,
         budget=budget,
         damping=damping,
         weights=weights,
         base=base,
         task_vectors=task_vectors,
+        max_memory=max_memory,
         seed=seed,
         device=device,
         progress=progress,
@@ -125,7 +140,9 @@ def merge_many(
     models: Sequence[Model],
     loader: Iterable[Any] | None = None,
     *,
-    method: Method = "align",
+    loaders: Sequence[Iterable[Any]] | None = None,
+    method: Method | None = None,
+    combine: Combine | None = None,
     alpha: Alpha = ALPHA,
     budget: float = 1.0,
     damping: float = 0.5,
@@ -133,6 +150,7 @@ def merge_many(
     reference: int | None = None,
     base: Model | None = None,
     task_vectors: TaskVectors | None = None,
+    max_memory: float = MAX_MEMORY,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -167,20 +185,30 @@ def merge_many(
         raise OptionError(f"merge_many takes two or more models, not {len(models)}.")
     shares = validate.check_weights(weights, len(models))
     reference = validate.check_reference(reference, len(models), base is not None)
+    method = ("zip" if base is None else "align") if method is None else method
     validate.check_method(method, budget, damping)
     task_vectors = validate.check_task_vectors(task_vectors, base, method)
-    job = prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base)
+    validate.check_loaders(loader, loaders, len(models))
+    given = loader is not None or loaders is not None
+    combine = ("least_squares" if base is None and given else "average") if combine is None else combine
+    validate.check_combine(combine, base, given, max_memory)
+    job = prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base, loaders)
     found, symmetry = job.symmetry(symmetry, verify)
     validate.check_class_names(alpha, symmetry)
     home = reference if base is None else 0  # The base comes first.
     merger = Merger(job, found, symmetry, Plan(shares, method, home, budget, damping, task_vectors, seed))
     attempt, told = merger.choose(alpha)
-    merged = merger.finish(attempt.state)
+    if combine == "average":
+        merged = merger.finish(attempt.state)
+    else:
+        state, layers = merger.refit(attempt, only_last=combine == "readout", max_memory=max_memory)
+        merged, told = merger.finish(state, calibrate=False), told | {"layers": layers}
     merged.meta["fxmerge"] = job.report(symmetry) | told
     merged.meta["fxmerge"] |= {
         "models": len(models),
         "weights": tuple(shares),
         "method": method,
+        "combine": combine,
         "reference": reference,
         "units_of": attempt.aligned.home if base is None else None,
         "images": [images(symmetry, p) for p in attempt.aligned.permutations[-len(models) :]],

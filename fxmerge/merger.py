@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations, combinations_with_replacement
@@ -17,11 +17,13 @@ from fxmerge.matching.assignment import Scores
 from fxmerge.matching.search import match
 from fxmerge.matching.universe import Alignment, canonical_order, find_universe, to_reference
 from fxmerge.matching.zip_search import ZipMatch, match_zip
+from fxmerge.refitting.gather import Teacher
+from fxmerge.refitting.refit import Lesson, Report, refit
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
 from fxmerge.rewriting.task_vectors import TaskVectors
-from fxmerge.rewriting.zipped import zip_average
+from fxmerge.rewriting.zipped import produced, zip_average
 from fxmerge.similarity.activations import Pair, correlations, whole
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry
@@ -29,6 +31,11 @@ from fxmerge.symmetry.permutation import Permutation
 from fxmerge.symmetry.propagate import Propagation
 
 Method = Literal["align", "zip"]
+Combine = Literal["average", "least_squares", "readout"]
+
+OWN = 0.5
+"""Where every model has data of its own, the share of its outputs in what is to be learnt on these; the rest is the
+weighted mean of all models' outputs. `benchmarks/tasks.py` has what other shares give."""
 
 
 @dataclass(frozen=True)
@@ -196,11 +203,40 @@ class Merger:
                 progress=self.job.progress,
             )
 
-    def finish(self, state: Mapping[str, Tensor]) -> fx.GraphModule:
+    def refit(self, attempt: Attempt, *, only_last: bool, max_memory: float) -> tuple[dict[str, Tensor], Report]:
+        """The parameters of an attempt, its layers refitted."""
+        permutations = [attempt.aligned.permutations[i] for i in self.order]
+        states = [p.apply(s) for p, s in zip(permutations, self.states, strict=True)]
+        teachers = None
+        if attempt.zipped is not None:
+            flow, layout = flows(self.found), self.symmetry.layout
+            each = zip(states, attempt.zipped.labels, strict=True)
+            teachers = [Teacher(*produced(state, labels, layout, flow)) for state, labels in each]
+        with self.job.timed("refitting"):
+            return refit(
+                self.job.program,
+                states,
+                attempt.state,
+                self._lessons(),
+                teachers=teachers,
+                only_last=only_last,
+                max_memory=max_memory,
+                seed=self.plan.seed,
+                progress=self.job.progress,
+            )
+
+    def _lessons(self) -> Iterator[Lesson]:
+        assert self.job.data is not None
+        shares = self.plan.shares
+        for owner, call in self.job.data.owned():
+            own = [share if owner is None else OWN * (i == owner) + (1 - OWN) * share for i, share in enumerate(shares)]
+            yield Lesson(call, tuple(own[i] for i in self.order), 1.0 if owner is None else shares[owner])
+
+    def finish(self, state: Mapping[str, Tensor], *, calibrate: bool = True) -> fx.GraphModule:
         """A GraphModule with these parameters, its BatchNorm statistics re-estimated."""
         with self.job.timed("rewriting"):
             merged = bake(self.job.program, state)
-        if self.job.data is not None:
+        if self.job.data is not None and calibrate:
             with self.job.timed("calibration"):
                 recalibrate(merged, self.job.program, self.job.data)
         return merged

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,19 +41,11 @@ class Runner(fx.Interpreter):
         Raises:
             LoaderError: if the inputs are not structured as in the example that the program was captured with.
         """
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        expected = self.program.aten.inputs
-        if spec != expected:
-            raise LoaderError(
-                f"A batch gives the inputs {_outline(args, kwargs)}, structured differently from the example that the "
-                "model was captured with. Make all batches alike, or pass inputs=batch -> (args, kwargs)."
-            )
-        inputs = iter(leaves)
+        inputs = self.inputs(args, kwargs)
         values = []
-        for (kind, name), example in zip(self.sources, self.examples, strict=True):
+        for node, (kind, name) in self.program.sources.items():
             if kind == "input":
-                values.append(next(inputs))
-                _check_shape(name, values[-1], example)
+                values.append(inputs[node])
             elif kind == "parameter":
                 values.append(state.get(name, self.program.parameters[name]))
             else:
@@ -67,6 +59,23 @@ class Runner(fx.Interpreter):
                 f"{str(error).splitlines()[0]}. Make all batches alike, but for their size, "
                 "or pass inputs=batch -> (args, kwargs)."
             ) from error
+
+    def inputs(self, args: Args, kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
+        """The values of the inputs of the graph.
+
+        Raises:
+            LoaderError: if they are not structured as in the example that the program was captured with.
+        """
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        if spec != self.program.aten.inputs:
+            raise LoaderError(
+                f"A batch gives the inputs {_outline(args, kwargs)}, structured differently from the example that the "
+                "model was captured with. Make all batches alike, or pass inputs=batch -> (args, kwargs)."
+            )
+        nodes = [n for n, (kind, _) in self.program.sources.items() if kind == "input"]
+        for node, value in zip(nodes, leaves, strict=False):
+            _check_shape(self.program.sources[node][1], value, node.meta["val"])
+        return dict(zip(nodes, leaves, strict=False))
 
 
 def _check_shape(name: str, value: Any, example: Any) -> None:
@@ -90,10 +99,33 @@ def _outline(args: Args, kwargs: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """The loaders of several models, of which each knows only its own data.
+
+    As one loader they take turns, so that the first batches show the data of all.
+    """
+
+    loaders: Sequence[Iterable[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for _, batch in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Any]]:
+        """Every batch with the number of its loader."""
+        going = dict(enumerate(map(iter, self.loaders)))
+        while going:
+            for number, batches in list(going.items()):
+                try:
+                    yield number, next(batches)
+                except StopIteration:
+                    del going[number]
+
+
+@dataclass(frozen=True)
 class Data:
     """Calibration data: a loader, and how its batches become inputs of the model."""
 
-    loader: Iterable[Any]
+    loader: Iterable[Any] | Apart
     inputs: Inputs
     device: torch.device | None = None
     progress: bool | None = None
@@ -102,8 +134,13 @@ class Data:
         """The inputs of every batch, with a progress bar named `what`."""
         disable = None if self.progress is None else not self.progress
         for batch in tqdm(self.loader, desc=what, disable=disable, leave=False):
-            args, kwargs = self.inputs(batch)
-            yield self._place(tuple(args)), self._place(dict(kwargs))
+            yield self._call(batch)
+
+    def owned(self) -> Iterator[tuple[int | None, Call]]:
+        """The inputs of every batch, and the number of the model that the batch is of; None if it is of all."""
+        if isinstance(self.loader, Apart):
+            return ((number, self._call(batch)) for number, batch in self.loader.numbered())
+        return ((None, self._call(batch)) for batch in self.loader)
 
     def first(self) -> Call:
         """The inputs of the first batch.
@@ -112,9 +149,12 @@ class Data:
             LoaderError: if there is none.
         """
         for batch in self.loader:
-            args, kwargs = self.inputs(batch)
-            return self._place(tuple(args)), self._place(dict(kwargs))
+            return self._call(batch)
         raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
+
+    def _call(self, batch: Any) -> Call:
+        args, kwargs = self.inputs(batch)
+        return self._place(tuple(args)), self._place(dict(kwargs))
 
     def _place(self, values: Any) -> Any:
         if self.device is None:

@@ -85,6 +85,24 @@ def check_method(method: str, budget: float, damping: float) -> None:
             raise OptionError(f"{name} is {value!r}; it must be a number from 0 to 1.")
 
 
+def check_loaders(loader: Any, loaders: Sequence[Any] | None, count: int) -> None:
+    if loaders is not None and loader is not None:
+        raise OptionError("Both loader and loaders are given: pass one for all models, or one for each of them.")
+    if loaders is not None and len(loaders) != count:
+        raise OptionError(f"loaders has {len(loaders)} entries for {count} models; give one for each model.")
+
+
+def check_combine(combine: str, base: Model | None, given: bool, max_memory: float) -> None:
+    if combine not in ("average", "least_squares", "readout"):
+        raise OptionError(f"combine is {combine!r}; it must be 'average', 'least_squares' or 'readout'.")
+    if combine != "average" and base is not None:
+        raise OptionError(f"combine is {combine!r}, which knows no base; with a base it must be 'average'.")
+    if combine != "average" and not given:
+        raise OptionError(f"combine is {combine!r}, which needs data: pass a loader, or combine='average'.")
+    if not max_memory > 0:
+        raise OptionError(f"max_memory is {max_memory!r}; it must be a positive number of GiB.")
+
+
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """The combination weights, normalised to sum to one; equal ones if None."""
     if weights is None:

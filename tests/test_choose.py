@@ -69,7 +69,7 @@ def test_the_errors_are_those_of_the_merges() -> None:
     x = torch.cat(data())
     target = (3 * a(x) + b(x)) / 4
     for alpha, error in errors.items():
-        merged = fxmerge.merge(a, b, data(), alpha=alpha, weights=(3, 1))
+        merged = fxmerge.merge(a, b, data(), alpha=alpha, weights=(3, 1), combine="average")
         expected = ((merged(x) - target).square().sum() / target.square().sum()).detach()
         assert error == pytest.approx(float(expected), rel=1e-5)
 
@@ -96,7 +96,7 @@ def test_many_models_and_alignment_choose_too() -> None:
     aligned = fxmerge.align(b, a, data(), alpha="auto")
     assert (
         aligned.meta["fxmerge"]["alpha_errors"]
-        == fxmerge.merge(a, b, data(), alpha="auto").meta["fxmerge"]["alpha_errors"]
+        == fxmerge.merge(a, b, data(), method="align", alpha="auto").meta["fxmerge"]["alpha_errors"]
     )
     torch.testing.assert_close(aligned(data()[0]), b(data()[0]))
 
@@ -106,7 +106,7 @@ def test_a_permuted_copy_is_the_same_at_every_alpha() -> None:
     planted = fxmerge.find_symmetry(net, (data()[0],)).sample(torch.Generator().manual_seed(0))
     twin = Net(1).eval()
     twin.load_state_dict(planted.apply(net.state_dict()))
-    meta = fxmerge.merge(net, twin, data(), alpha="auto").meta["fxmerge"]
+    meta = fxmerge.merge(net, twin, data(), method="align", alpha="auto").meta["fxmerge"]
     assert meta["alpha"] == DEFAULT
     assert len(set(meta["alpha_errors"].values())) == 1
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,10 +47,11 @@ def permuted(net: Net, seed: int) -> Net:
     return twin.eval()
 
 
+@pytest.mark.parametrize("method", ["align", "zip"])
 @pytest.mark.parametrize("loader", [data(), None], ids=["data", "no data"])
-def test_merging_a_permuted_copy_gives_the_model_back(loader: list[Tensor] | None) -> None:
+def test_merging_a_permuted_copy_gives_the_model_back(loader: list[Tensor] | None, method: Any) -> None:
     net = settled(0)
-    merged = fxmerge.merge(net, permuted(net, 1), loader, args=(data()[0],))
+    merged = fxmerge.merge(net, permuted(net, 1), loader, method=method, combine="average", args=(data()[0],))
     weights = {k: v for k, v in net.state_dict().items() if "running" not in k and "num" not in k}
     for name, value in weights.items():
         torch.testing.assert_close(merged.state_dict()[name], value)
@@ -150,9 +152,12 @@ def test_meta_tells_what_was_done() -> None:
     meta = fxmerge.merge(settled(0), settled(1), data(), alpha=0.25).meta["fxmerge"]
     assert meta["alpha"] == 0.25
     assert meta["verification_error"] < 1e-12
-    assert {"capture", "symmetry", "verification", "activations", "matching", "rewriting", "calibration"} == set(
-        meta["seconds"]
-    )
+    stages = {"capture", "symmetry", "verification", "activations", "matching", "rewriting", "refitting"}
+    assert set(meta["seconds"]) == stages
+    assert {"stem.weight", "head.weight"} <= meta["layers"].keys()
+    assert all(layer["after"] <= layer["before"] for layer in meta["layers"].values())
+    averaged = fxmerge.merge(settled(0), settled(1), data(), combine="average").meta["fxmerge"]
+    assert set(averaged["seconds"]) == stages - {"refitting"} | {"calibration"}
     (free,) = (c for c in meta["classes"] if c["structure"] == "free")
     assert free["size"] == 8
     assert set(meta["quality"][0][free["name"]]) == {"weights", "activations"}
@@ -178,9 +183,10 @@ def test_without_a_loader_moments_are_pooled() -> None:
 
 def test_weights_and_many_models() -> None:
     net = settled(0)
-    merged = fxmerge.merge_many([net, permuted(net, 1), permuted(net, 2)], data(), reference=0)
+    copies = [net, permuted(net, 1), permuted(net, 2)]
+    merged = fxmerge.merge_many(copies, data(), reference=0, combine="average")
     torch.testing.assert_close(merged.state_dict()["head.weight"], net.head.weight)
-    one = fxmerge.merge(net, settled(1), data(), weights=(1, 0))
+    one = fxmerge.merge(net, settled(1), data(), weights=(1, 0), method="align", combine="average")
     torch.testing.assert_close(one.state_dict()["head.weight"], net.head.weight)
 
 

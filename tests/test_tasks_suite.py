@@ -134,7 +134,8 @@ def small_pair() -> Pair:
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
         models.append(net.eval())
-    return Pair(models[0], models[1], [torch.randn(16, 1, 8, 8), torch.randn(16, 1, 8, 8)], 0)
+    batches = [torch.randn(16, 1, 8, 8), torch.randn(16, 1, 8, 8)]
+    return Pair(models[0], models[1], batches, (batches[:1], batches[1:]), 0)
 
 
 def test_the_ends_of_the_way_are_the_parents() -> None:

@@ -92,7 +92,9 @@ def test_planted_permutations_are_found_exactly(name: str, data: bool) -> None:
         plants.append(permutation)
         models.append(build(0))
         models[-1].load_state_dict(state)
-    merged = fxmerge.merge_many(models, x if data else None, args=(x[0],), verify=False)
+    merged = fxmerge.merge_many(
+        models, x if data else None, args=(x[0],), verify=False, method="align", combine="average"
+    )
     meta = merged.meta["fxmerge"]
     ways = [symmetry.element(image) @ plant for image, plant in zip(meta["images"], plants, strict=True)]
     assert all(way == ways[0] for way in ways)
@@ -122,7 +124,7 @@ def test_the_order_of_the_models_does_not_matter(name: str, data: bool) -> None:
 def test_images_are_what_was_done_and_every_circle_closes() -> None:
     models, x = [attentive(seed) for seed in range(4)], images()
     symmetry = fxmerge.find_symmetry(models[0], (x[0],))
-    merged = fxmerge.merge_many(models, args=(x[0],), verify=False)
+    merged = fxmerge.merge_many(models, args=(x[0],), verify=False, method="align")
     into = [symmetry.element(image) for image in merged.meta["fxmerge"]["images"]]
     states = [p.apply(m.state_dict()) for p, m in zip(into, models, strict=True)]
     for key in ("stem.weight", "qkv.weight", "proj.weight", "head.2.weight"):

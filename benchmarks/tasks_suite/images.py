@@ -49,8 +49,17 @@ class ImageProblem:
         return F.cross_entropy(logits(outputs, self.directions[classes.start : classes.stop]), targets - classes.start)
 
     def calibration(self) -> list[Tensor]:
+        return list(self.train.images[self._calibrating()].split(CHUNK))
+
+    def apart(self) -> tuple[list[Tensor], list[Tensor]]:
+        chosen = self._calibrating()
+        of_a = self.train.labels[chosen] < PARTS["b"].start
+        a, b = (self.train.images[chosen[mine]] for mine in (of_a, ~of_a))
+        return list(a.split(CHUNK)), list(b.split(CHUNK))
+
+    def _calibrating(self) -> Tensor:
         order = torch.randperm(len(self.train.images), generator=torch.Generator().manual_seed(0))
-        return list(self.train.images[order[:CALIBRATION]].split(CHUNK))
+        return order[:CALIBRATION]
 
     def evaluate(self, networks: Sequence[nn.Module]) -> Scores:
         scores, labels = self._scores(networks, self.test.images), self.test.labels

@@ -34,7 +34,7 @@ def work(task: Row, note: Note) -> None:
     entry = NETWORKS[task["network"]]
     problem, method = PROBLEMS[entry.data](), METHODS[task["method"]]
     a, b = (load(p, Path(task["cache"])) for p in parents_of(task["network"], task["setting"], task["seed"]))
-    pair = Pair(a, b, problem.calibration(), task["seed"])
+    pair = Pair(a, b, problem.calibration(), problem.apart(), task["seed"])
     if task["measure"] == "plane":
         note("plane")
         note("done", **plane(problem, method, pair))

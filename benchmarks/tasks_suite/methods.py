@@ -12,19 +12,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.demo import average
+from fxmerge.capture import capture_program
+from fxmerge.demo import average, recalibrated
+from fxmerge.merger import OWN
+from fxmerge.refitting.refit import Lesson, refit
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two parents, batches of unlabelled inputs of both tasks, and a seed. No method changes it."""
+    """Two parents, batches of unlabelled inputs of both tasks, the same inputs by task, and a seed. No method changes
+    it."""
 
     a: nn.Module
     b: nn.Module
     batches: list[Tensor]
+    apart: tuple[list[Tensor], list[Tensor]]
     seed: int
 
 
@@ -61,9 +67,40 @@ def aligning(*, published: bool = True, **options: object) -> Method:
     return permuting(lambda pair: _align(pair, options), published=published)
 
 
-def _merge(pair: Pair, options: dict[str, object]) -> nn.Module:
-    merged = fxmerge.merge(pair.a, pair.b, pair.batches, seed=pair.seed, progress=False, **options)  # type: ignore[arg-type]
+def _merge(pair: Pair, options: dict[str, object], *, apart: bool = False) -> nn.Module:
+    data = {"loaders": pair.apart} if apart else {"loader": pair.batches}
+    merged = fxmerge.merge(pair.a, pair.b, seed=pair.seed, progress=False, **data, **options)  # type: ignore[arg-type]
     return with_state_of(pair.a, merged)
+
+
+def refitting(start: Callable[[Pair], nn.Module], *, apart: bool, only_last: bool = True) -> Method:
+    """A control: a network whose layers are fitted to both parents without any alignment."""
+
+    def networks(pair: Pair) -> tuple[nn.Module, ...]:
+        program = capture_program(pair.a, (pair.batches[0],), {})
+        lessons = [Lesson(((x,), {}), (0.5, 0.5), 1.0) for x in pair.batches]
+        if apart:
+            shares = ((OWN + (1 - OWN) / 2, (1 - OWN) / 2), ((1 - OWN) / 2, OWN + (1 - OWN) / 2))
+            lessons = [
+                Lesson(((x,), {}), share, 0.5) for share, own in zip(shares, pair.apart, strict=True) for x in own
+            ]
+        parents, own = [pair.a.state_dict(), pair.b.state_dict()], start(pair).state_dict()
+        state, _ = refit(program, parents, own, lessons, only_last=only_last, seed=pair.seed, progress=False)
+        network = copy.deepcopy(pair.a)
+        network.load_state_dict(state)
+        return (network,)
+
+    return Method(networks)
+
+
+def _random(pair: Pair) -> nn.Module:
+    """A network of the same architecture that has learnt nothing."""
+    network = copy.deepcopy(pair.a)
+    torch.manual_seed(pair.seed)
+    for module in network.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return recalibrated(network, pair.batches)
 
 
 def _align(pair: Pair, options: dict[str, object]) -> nn.Module:
@@ -98,6 +135,7 @@ def result(method: Method, pair: Pair) -> tuple[tuple[nn.Module, ...], nn.Module
 
 
 DEFAULTS = "fxmerge"
+OWN_DATA = "fxmerge, own data"
 PLAIN = "plain average"
 BY_ALPHA = {
     0.0: "activation align",
@@ -114,13 +152,23 @@ METHODS: dict[str, Method] = {
     "ensemble": Method(lambda pair: (pair.a, pair.b), merges=False),
     PLAIN: permuting(lambda pair: pair.b, published=False),
     **{name: aligning(alpha=alpha, published=alpha in (0, 0.5, 1)) for alpha, name in BY_ALPHA.items()},
-    "ZipIt": merging(method="zip", alpha=0.0, budget=0.125, damping=0.3),
-    "weight zip": merging(method="zip", alpha=1.0),
-    "MuDSC zip": merging(method="zip", alpha=0.5),
+    "ZipIt": merging(method="zip", combine="average", alpha=0.0, budget=0.125, damping=0.3),
+    "weight zip": merging(method="zip", combine="average", alpha=1.0),
+    "MuDSC zip": merging(method="zip", combine="average", alpha=0.5, budget=1.0, damping=0.5),
     "align auto": aligning(alpha="auto", published=False),
-    "zip auto": merging(method="zip", alpha="auto", published=False),
+    "zip auto": merging(combine="average", alpha="auto", published=False),
     "rebasin": permuting(_rebasin),
-    DEFAULTS: Method(lambda pair: (_merge(pair, {}),), lambda pair: _align(pair, {})),
+    "parent, readout": refitting(lambda pair: pair.a, apart=False),
+    "random, readout": refitting(_random, apart=False),
+    "average, readout": merging(combine="readout", published=False),
+    "refit, not aligned": refitting(lambda pair: average(pair.a, pair.b), apart=False, only_last=False),
+    "refit, aligned": merging(method="align", published=False),
+    DEFAULTS: merging(published=False),
+    "parent, readout, own data": refitting(lambda pair: pair.a, apart=True),
+    "random, readout, own data": refitting(_random, apart=True),
+    "average, readout, own data": Method(lambda pair: (_merge(pair, {"combine": "readout"}, apart=True),)),
+    "refit, not aligned, own data": refitting(lambda pair: average(pair.a, pair.b), apart=True, only_last=False),
+    OWN_DATA: Method(lambda pair: (_merge(pair, {}, apart=True),)),
 }
 
 

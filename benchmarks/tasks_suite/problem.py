@@ -33,6 +33,9 @@ class Problem(Protocol):
     def calibration(self) -> list[Tensor]:
         """Batches of inputs of both tasks, always the same, without targets."""
 
+    def apart(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The same inputs by the task that they are of."""
+
     def evaluate(self, networks: Sequence[nn.Module]) -> Scores:
         """On test data: `task_a`, `task_b`, `per_task`, `joint` (accuracies), `loss_a`, `loss_b`, `loss`."""
 

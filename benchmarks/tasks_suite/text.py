@@ -65,6 +65,11 @@ class TextProblem:
         windows = torch.cat([_draw(self.train[p], CALIBRATION // 2, generator) for p in ("a", "b")])
         return list(windows[torch.randperm(len(windows), generator=generator), :-1].split(CHUNK // 4))
 
+    def apart(self) -> tuple[list[Tensor], list[Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        a, b = (_draw(self.train[p], CALIBRATION // 2, generator)[:, :-1] for p in ("a", "b"))
+        return list(a.split(CHUNK // 4)), list(b.split(CHUNK // 4))
+
     def evaluate(self, networks: Sequence[nn.Module]) -> Scores:
         found: Scores = {}
         for part in ("a", "b"):

@@ -20,13 +20,18 @@ _MEAN, _VARIANCE = 3, 4
 
 def batch_norm_statistics(program: Program) -> list[tuple[str, str]]:
     """Names of the running mean and variance of every normalization by running statistics."""
-    pairs = []
+    return list(statistics_nodes(program))
+
+
+def statistics_nodes(program: Program) -> dict[tuple[str, str], list[fx.Node]]:
+    """For every running mean and variance, by their names, the nodes that normalize by them."""
+    found: dict[tuple[str, str], list[fx.Node]] = {}
     for node in program.graph.graph.nodes:
         if _normalizes(node):
             mean, variance = (program.sources[node.args[i]] for i in (_MEAN, _VARIANCE))
             if mean[0] == variance[0] == "parameter":
-                pairs.append((mean[1], variance[1]))
-    return list(dict.fromkeys(pairs))
+                found.setdefault((mean[1], variance[1]), []).append(node)
+    return found
 
 
 def _normalizes(node: fx.Node) -> bool:

@@ -47,34 +47,64 @@ def zip_average(
     for mean, variance in statistics:
         for s in wide:
             s[variance] = s[variance] + s[mean].to(s[variance].dtype) ** 2
-    by_name: dict[str, list[AxisLayout]] = {}
-    for axis in layout:
-        by_name.setdefault(axis.parameter, []).insert(0, axis)
-    for name, axes in by_name.items():
+    for name, axes in _by_name(layout).items():
         if not states[0][name].is_floating_point():
             continue
         total, counts = torch.zeros(()), torch.zeros(())
         for s, own, weight in zip(wide, labels, weights, strict=True):
-            x = s[name].to(torch.promote_types(s[name].dtype, torch.float32)) * weight
-            count = torch.full((), weight, dtype=x.dtype, device=x.device)
-            for axis in axes:
-                target = axis.target(own)
-                x = add_axis(x, axis, target)
-                if flow[name, axis.dim] is not Flow.CONSUMES:
-                    ones = torch.ones((), dtype=x.dtype, device=x.device).expand(axis.slot.shape)
-                    count = count * along_axis(_added(ones, axis, target), axis)
-            total, counts = total.to(x) + x, counts.to(x) + count
+            x, count = _added(s[name], axes, own, flow)
+            total, counts = total.to(x) + weight * x, counts.to(x) + weight * count
         merged[name] = torch.where(counts > 0, total / counts, 0.0).to(states[0][name].dtype)
         for alias in axes[0].aliases:
             merged[alias] = merged[name]
     for mean, variance in statistics:
-        if variance in by_name:
+        if any(axis.parameter == variance for axis in layout):
             merged[variance] = (merged[variance] - merged[mean].to(merged[variance].dtype) ** 2).clamp(min=0)
     return merged
 
 
-def _added(values: Tensor, axis: AxisLayout, target: Ids) -> Tensor:
-    """`add_axis` of one number for every entry of `axis.slot`."""
+def produced(
+    state: Mapping[str, Tensor], labels: Sequence[Ids], layout: Sequence[AxisLayout], flow: Mapping[Axis, Flow]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One model, zipped only along the axes that produce units: its layers then give sums over the members of the
+    merged units, from inputs in units of the model's own.
+
+    Returns:
+        The state dict, and for every parameter that it changes the number of members that each entry is a sum of.
+    """
+    sums, counts = dict(state), {}
+    for name, axes in _by_name(layout).items():
+        if state[name].is_floating_point():
+            producing = [axis for axis in axes if flow[name, axis.dim] is not Flow.CONSUMES]
+            sums[name], count = _added(state[name], producing, labels, flow)
+            counts[name] = count.expand(state[name].shape)
+    return sums, counts
+
+
+def _by_name(layout: Sequence[AxisLayout]) -> dict[str, list[AxisLayout]]:
+    """The axes of every parameter, what lies apart by rows before the rows."""
+    found: dict[str, list[AxisLayout]] = {}
+    for axis in layout:
+        found.setdefault(axis.parameter, []).insert(0, axis)
+    return found
+
+
+def _added(
+    x: Tensor, axes: Sequence[AxisLayout], labels: Sequence[Ids], flow: Mapping[Axis, Flow]
+) -> tuple[Tensor, Tensor]:
+    """A parameter with the members of each merged unit added up along some axes, and how many members of axes that
+    produce each entry is a sum of."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = torch.ones((), dtype=x.dtype, device=x.device)
+    for axis in axes:
+        target = axis.target(labels)
+        x = add_axis(x, axis, target)
+        if flow[axis.parameter, axis.dim] is not Flow.CONSUMES:
+            count = count * along_axis(_counted(count.new_ones(axis.slot.shape), axis, target), axis)
+    return x, count
+
+
+def _counted(ones: Tensor, axis: AxisLayout, target: Ids) -> Tensor:
+    """`add_axis` of one for every entry of `axis.slot`."""
     dim = axis.dims.index(axis.dim)
-    index = torch.from_numpy(target).to(values.device)
-    return torch.zeros_like(values).scatter_add_(dim, index, values.contiguous())
+    return torch.zeros_like(ones).scatter_add_(dim, torch.from_numpy(target).to(ones.device), ones)

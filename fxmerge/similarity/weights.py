@@ -65,7 +65,7 @@ def slices(symmetry: Symmetry) -> dict[int, list[Slices]]:
 
 def scale(a: Tensor, b: Tensor) -> float:
     """Turns <a, b> into a similarity that counts every entry alike: the number of entries times the cosine."""
-    norms = float(a.norm() * b.norm())
+    norms = float(a.norm(dtype=torch.float64) * b.norm(dtype=torch.float64))
     return a.numel() / norms if norms > 0 else 0.0
 
 

@@ -1,0 +1,143 @@
+"""What is gathered of the activations at a node, and the parameters that follow from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.errors import NonFiniteError
+from fxmerge.refitting.forms import bind
+from fxmerge.refitting.layers import Layer, Use
+from fxmerge.refitting.moments import FOLDS, Moments, fit
+
+ROWS_PER_FEATURE, MIN_ROWS = 16, 8192
+"""How many equations a fit is made of at most: so many for each feature, and at least so many. Tokens and places of an
+image above that are subsampled."""
+
+Values = Mapping[fx.Node, Any]
+Shares = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A parent whose layers give what is to be learnt.
+
+    Attributes:
+        state: its parameters. Where units are merged, its layers give sums over the members of a merged unit, from
+            inputs in units of its own.
+        members: for parameters by name, how many members each entry is a sum of; one where it is not told.
+    """
+
+    state: Mapping[str, Tensor]
+    members: Mapping[str, Tensor]
+
+
+class LayerFit:
+    """The second moments of a layer's features and targets, and its fit.
+
+    Arguments:
+        layer: the layer.
+        state: holds the coefficients around which it is fitted.
+        teachers: the parents.
+        batches: how many there will be.
+        seed: seed of the choice of rows.
+    """
+
+    def __init__(
+        self, layer: Layer, state: Mapping[str, Tensor], teachers: Sequence[Teacher], batches: int, seed: int
+    ) -> None:
+        self.began = time.perf_counter()
+        self.layer, self.centre = layer, layer.read(state)
+        self.taught = [layer.read(teacher.state) for teacher in teachers]
+        self.members = [layer.read(teacher.members, missing=1.0) for teacher in teachers]
+        groups, features, outputs = self.centre.shape
+        self.folds = [Moments.none(groups, features, outputs, self.centre.device) for _ in range(FOLDS)]
+        self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // (batches * len(layer.uses)) + 1
+        self.batches, self.next = batches, 0
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
+        """Takes in a batch.
+
+        Arguments:
+            values: what the merged network's nodes compute.
+            taught: what the nodes of some parents compute.
+            shares: how much the outputs of each parent count in the targets.
+            weight: how much the batch counts.
+        """
+        counted = torch.stack([share * own for share, own in zip(shares, self.members, strict=True)]).sum(0)
+        for use in self.layer.uses:
+            mine = _arguments(use, values)
+            rows, chosen = use.size(mine), None
+            if rows > self.limit:
+                chosen = torch.randperm(rows, generator=self.generator)[: self.limit].sort().values
+            x = use.features(mine, chosen)
+            y = x.new_zeros(())
+            for j, theirs in taught.items():
+                coefficients = torch.where(counted > 0, shares[j] * self.taught[j] / counted, 0.0).to(x)
+                y = y + use.features(_arguments(use, theirs), chosen) @ coefficients
+            # The rows of one batch may be of the same inputs, and then tell little of each other's folds.
+            apart = [(x, y)] if self.batches > 1 else zip(x.chunk(FOLDS, 1), y.chunk(FOLDS, 1), strict=True)
+            for part in apart:
+                self.folds[self.next % FOLDS].add(*part, self.centre.to(x), weight)
+                self.next += self.batches == 1
+        self.next += self.batches > 1
+
+    def settle(self, state: dict[str, Tensor]) -> dict[str, float]:
+        """Puts the fitted coefficients into a state dict, and tells how they were found."""
+        if not all(bool(torch.isfinite(m.features).all() and torch.isfinite(m.cross).all()) for m in self.folds):
+            raise NonFiniteError(
+                f"An activation is NaN or infinite where {self.layer.name!r} (graph node "
+                f"{self.layer.uses[0].node.name!r}) was to be refitted. Check the models' outputs on this data."
+            )
+        found = fit(self.folds)
+        self.layer.write(state, self.centre + found.step)
+        return {
+            "before": found.before,
+            "after": found.after,
+            "ridge": found.ridge,
+            "rank": found.rank,
+            "features": self.centre.shape[1],
+            "rows": sum(fold.rows for fold in self.folds),
+            "seconds": time.perf_counter() - self.began,
+        }
+
+
+def _arguments(use: Use, values: Values) -> dict[str, Any]:
+    found: dict[str, Any] = fx.map_arg(bind(use.node), values.__getitem__)
+    return found
+
+
+class Statistics:
+    """The mean and variance of every channel over all data: what BatchNorm normalizes by.
+
+    Arguments:
+        names: of the running mean and of the running variance.
+        nodes: the nodes that normalize by them.
+    """
+
+    def __init__(self, names: tuple[str, str], nodes: Sequence[fx.Node]) -> None:
+        self.names, self.nodes = names, nodes
+        self.count: float = 0.0
+        self.sums: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, values: Values, weight: float) -> None:
+        """Takes in what the nodes of the merged network compute on a batch."""
+        for node in self.nodes:
+            x = values[node.args[0]].transpose(0, 1).flatten(1).double()  # type: ignore[index]
+            self.count += weight * x.shape[1]
+            self.sums = self.sums + weight * x.sum(1)
+            self.squares = self.squares + weight * x.square().sum(1)
+
+    def settle(self, state: dict[str, Tensor]) -> None:
+        """Puts the mean and the variance into a state dict."""
+        mean = torch.as_tensor(self.sums) / self.count
+        variance = (torch.as_tensor(self.squares) / self.count - mean**2).clamp(min=0)
+        for name, value in zip(self.names, (mean, variance), strict=True):
+            state[name] = value.to(state[name])

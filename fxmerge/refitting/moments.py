@@ -1,0 +1,130 @@
+"""Second moments of a layer's features and targets, gathered in pieces, and the ridge regression they give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGES = tuple(10.0**power for power in range(-5, 2))
+"""The strengths to choose from, relative to the mean square of a feature. Below them, rounding in the moments would
+count."""
+
+FOLDS = 2
+
+
+MARGIN, NEGLIGIBLE = 0.01, 1e-10
+"""A stronger ridge is preferred if its error is greater by no more than this share, and this share of the targets."""
+
+
+@dataclass
+class Moments:
+    """Sums over rows: of products of features, of features with what is to be explained, and of squares.
+
+    Attributes:
+        features: shape (groups, features, features).
+        cross: features with residuals, shape (groups, features, outputs).
+        residuals: sum of squares of what the centre leaves over.
+        targets: sum of squares of the targets.
+        rows: the number of rows.
+    """
+
+    features: Tensor
+    cross: Tensor
+    residuals: float = 0.0
+    targets: float = 0.0
+    rows: int = 0
+
+    @classmethod
+    def none(cls, groups: int, features: int, outputs: int, device: torch.device) -> Moments:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(zeros(groups, features, features), zeros(groups, features, outputs))
+
+    def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float) -> None:
+        """Adds rows: features of shape (groups, rows, features), targets of shape (groups, rows, outputs)."""
+        rest = y - x @ centre
+        self.features += (x.transpose(1, 2) @ x).double() * weight
+        self.cross += (x.transpose(1, 2) @ rest).double() * weight
+        self.residuals += float(rest.square().sum(dtype=torch.float64)) * weight
+        self.targets += float(y.square().sum(dtype=torch.float64)) * weight
+        self.rows += x.shape[1]
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.features + other.features,
+            self.cross + other.cross,
+            self.residuals + other.residuals,
+            self.targets + other.targets,
+            self.rows + other.rows,
+        )
+
+    def error(self, step: Tensor) -> float:
+        """The sum of squared errors once a step is added to the centre."""
+        return self.residuals + float((step * (self.features @ step - 2 * self.cross)).sum())
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A layer's step from its centre and how it was found.
+
+    Attributes:
+        step: what to add to the coefficients, shape (groups, features, outputs), float64.
+        ridge: the chosen strength, relative to the mean square of a feature.
+        before, after: squared error of the centre and of the fit, relative to the square of the targets.
+        rank: how many of the features' directions the ridge leaves free, the mean over groups.
+    """
+
+    step: Tensor
+    ridge: float
+    before: float
+    after: float
+    rank: float
+
+
+def fit(folds: Sequence[Moments]) -> Fit:
+    """Ridge regression around a centre; its strength is the one that predicts each fold best from the others.
+
+    Minimises  sum of |residual - x step|^2 + ridge * scale * |step|^2, where scale is the mean of the features' sums
+    of squares: where the data say nothing, there is no step.
+    """
+    folds = [f for f in folds if f.rows]
+    whole = _sum(folds)
+    total = max(whole.targets, torch.finfo(torch.float64).tiny)
+    errors = dict.fromkeys(RIDGES, 0.0)
+    for own in folds if len(folds) > 1 else ():
+        rest = _sum([f for f in folds if f is not own])
+        for ridge in RIDGES:
+            factor, _ = _factor(rest, ridge)
+            errors[ridge] += own.error(torch.cholesky_solve(rest.cross, factor)) if factor is not None else math.inf
+    limit = min(errors.values()) * (1 + MARGIN) + NEGLIGIBLE * total
+    for ridge in sorted((r for r, error in errors.items() if error <= limit), reverse=True):
+        factor, scale = _factor(whole, ridge)
+        if factor is not None:
+            step = torch.cholesky_solve(whole.cross, factor)
+            inverse = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
+            rank = float((inverse.shape[1] - scale * inverse.sum(1)).mean())
+            return Fit(step, ridge, whole.residuals / total, whole.error(step) / total, rank)
+    return Fit(torch.zeros_like(whole.cross), math.inf, whole.residuals / total, whole.residuals / total, 0.0)
+
+
+def _sum(folds: list[Moments]) -> Moments:
+    total = folds[0]
+    for other in folds[1:]:
+        total = total + other
+    return total
+
+
+def _factor(moments: Moments, ridge: float) -> tuple[Tensor | None, Tensor]:
+    """The Cholesky factor of the features' moments with the ridge, None where rounding has left them indefinite; and
+    what the ridge adds for each group."""
+    gram = moments.features
+    scale = gram.diagonal(dim1=1, dim2=2).mean(1)
+    scale = torch.where(scale > 0, scale * ridge, 1.0)
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(gram + scale[:, None, None] * eye)
+    return (None if bool(failed.any()) else factor), scale

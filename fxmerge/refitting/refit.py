@@ -1,0 +1,203 @@
+"""Refitting a merged network layer by layer, in closed form, on what its own earlier layers give."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from tqdm.auto import tqdm
+
+from fxmerge.program import Program
+from fxmerge.refitting.boundaries import Boundaries
+from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher
+from fxmerge.refitting.layers import Layer, Layers, find_layers
+from fxmerge.refitting.schedule import Step, stages_of, walk
+from fxmerge.rewriting.calibrate import statistics_nodes
+from fxmerge.run import Call, Runner
+
+Report = dict[str, dict[str, float]]
+"""Numbers on the fit of each layer, by its name."""
+
+_MERGED = -1
+"""The key of the merged network among those of its parents."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Inputs, and whom to learn from on them.
+
+    Attributes:
+        call: the arguments of the model.
+        shares: how much the outputs of each parent count in the targets; these sum to one.
+        weight: how much all inputs with these shares count together.
+    """
+
+    call: Call
+    shares: Shares
+    weight: float
+
+
+def refit(
+    program: Program,
+    parents: Sequence[Mapping[str, Tensor]],
+    start: Mapping[str, Tensor],
+    lessons: Iterable[Lesson],
+    *,
+    teachers: Sequence[Teacher] | None = None,
+    only_last: bool = False,
+    max_memory: float = math.inf,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> tuple[dict[str, Tensor], Report]:
+    """Fits the layers of a merged network, in graph order, to what its parents compute there.
+
+    Each layer is the ridge regression, around the coefficients that it starts with, from the features that the already
+    refitted network has at the layer's input to the mean of the parents' outputs of the layer. Statistics of
+    BatchNorm become those of the refitted network's activations as soon as these are final.
+
+    Arguments:
+        program: the captured program.
+        parents: their state dicts, in units that match.
+        start: the state dict to refit, such as the parents' average.
+        lessons: the data.
+        teachers: what the parents' layers give to learn from, where units are merged; by default the parents' own.
+        only_last: whether to refit only layers that no other layer comes after.
+        max_memory: GiB of activations to keep in memory between stages; the rest goes to a temporary folder.
+        seed: seed of the choice of rows.
+        progress: whether to show a progress bar; None shows it on a terminal.
+
+    Returns:
+        The new state dict, and for every layer by name: `before` and `after`, the squared error relative to the
+        square of the targets; `ridge`, relative to the mean square of a feature; `rank`, how many directions of
+        the features it leaves free, of `features`; `rows`, the number of equations; `seconds`.
+
+    Raises:
+        NonFiniteError: if an activation is NaN or infinite.
+    """
+    layers = find_layers(program)
+    chosen = last_layers(program, layers) if only_last else list(layers.all)
+    state = dict(start)
+    told: Report = {}
+    stages = _plan(program, layers, chosen)
+    merged, *lanes = (_Lane(program, own, layers.derived) for own in (state, *parents))
+    teachers = teachers or [Teacher(own, {}) for own in parents]
+    disable = None if progress is None else not progress
+    with Boundaries(max_memory * 2**30) as kept:
+        data: list[tuple[Shares, float]] = []
+        for lesson in lessons:
+            inputs = merged.inputs(*lesson.call)
+            for lane in (_MERGED, *_asked(lesson.shares)):
+                kept.put((len(data), lane), inputs)
+            data.append((lesson.shares, lesson.weight))
+        alike = Counter(shares for shares, _ in data)
+        bar = tqdm(total=len(stages) * len(data), desc="refitting", leave=False, disable=disable)
+        for stage in stages:
+            fits = [LayerFit(layer, state, teachers, len(data), seed) for layer in stage.layers]
+            statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
+            for b, (shares, weight) in enumerate(data):
+                values = merged.advance(kept.take((b, _MERGED)), stage.mine)
+                kept.put((b, _MERGED), {n: values[n] for n in stage.mine.keep})
+                taught = {}
+                for j in _asked(shares):
+                    taught[j] = lanes[j].advance(kept.take((b, j)), stage.theirs)
+                    kept.put((b, j), {n: taught[j][n] for n in stage.theirs.keep})
+                for fit in fits:
+                    fit.add(values, taught, shares, weight / alike[shares])
+                for one in statistics:
+                    one.add(values, weight / alike[shares])
+                bar.update()
+            for one in statistics:
+                one.settle(state)
+            for fit in fits:
+                told[fit.layer.name] = fit.settle(state)
+            merged.use(state)
+        bar.close()
+    return state, told
+
+
+def _asked(shares: Shares) -> list[int]:
+    """The parents that count."""
+    return [j for j, share in enumerate(shares) if share > 0]
+
+
+def last_layers(program: Program, layers: Layers) -> list[Layer]:
+    """The layers that no other layer comes after."""
+    nodes = {use.node for layer in layers.all for use in layer.uses}
+    before: set[fx.Node] = set()
+    for node in reversed(program.graph.graph.nodes):
+        if any(user in before or user in nodes for user in node.users):
+            before.add(node)
+    return [layer for layer in layers.all if before.isdisjoint(use.node for use in layer.uses)]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What is computed and settled in one stage.
+
+    Attributes:
+        layers: to be refitted.
+        statistics: running means and variances to be estimated, by their names, and the nodes that use them.
+        mine, theirs: how the merged network and the parents get there.
+    """
+
+    layers: Sequence[Layer]
+    statistics: Mapping[tuple[str, str], Sequence[fx.Node]]
+    mine: Step
+    theirs: Step
+
+
+def _plan(program: Program, layers: Layers, chosen: Sequence[Layer]) -> list[_Stage]:
+    """The stages of a refit of some layers."""
+    graph, derived = program.graph.graph, layers.derived
+    normal = list(statistics_nodes(program).items())
+    sets = [[use.node for use in layer.uses] for layer in chosen] + [nodes for _, nodes in normal]
+    due, final = stages_of(graph, sets, derived)
+    own = [[chosen[i] for i in numbers if i < len(chosen)] for numbers in due]
+    statistics = [dict(normal[i - len(chosen)] for i in numbers if i >= len(chosen)) for numbers in due]
+    read = [_read(numbers, sets, derived) for numbers in due]
+    taught = [_read([i for i in numbers if i < len(chosen)], sets, derived) for numbers in due]
+    mine, theirs = walk(graph, read, derived, final), walk(graph, taught, derived)
+    return [_Stage(*each) for each in zip(own, statistics, mine, theirs, strict=True)]
+
+
+def _read(numbers: Sequence[int], sets: Sequence[Sequence[fx.Node]], derived: frozenset[fx.Node]) -> set[fx.Node]:
+    """What the nodes of some sets read."""
+    return {n for i in numbers for node in sets[i] for n in node.all_input_nodes} - derived
+
+
+class _Lane(Runner):
+    """One network on its way through the stages."""
+
+    def __init__(self, program: Program, state: Mapping[str, Tensor], derived: frozenset[fx.Node]) -> None:
+        super().__init__(program)
+        self.derived = [n for n in program.graph.graph.nodes if n in derived]
+        self.known: dict[fx.Node, Any] = {}
+        self.use(state)
+
+    def use(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on with these parameters."""
+        self.env = self.known = {}
+        for node in self.derived:
+            kind, name = self.program.sources.get(node, ("", ""))
+            if kind == "parameter":
+                self.known[node] = state.get(name, self.program.parameters[name])
+            elif kind == "constant":
+                self.known[node] = state.get(name, self.program.constants[name])
+            else:
+                self._compute(node)
+
+    def advance(self, values: Mapping[fx.Node, Any], step: Step) -> Mapping[fx.Node, Any]:
+        """The values at hand, and those of the nodes of a stage."""
+        self.env = {**self.known, **values}
+        for node in step.run:
+            self._compute(node)
+        return self.env
+
+    @torch.no_grad()
+    def _compute(self, node: fx.Node) -> None:
+        self.env[node] = self.run_node(node)

@@ -1,0 +1,229 @@
+"""Refitting: exact where the answer is known, never worse where there is nothing to learn, and within its memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxmerge
+from fxmerge.errors import NonFiniteError, OptionError
+from tests.test_universe import mlp, vectors
+
+
+class Convolutional(nn.Module):
+    """Grouped, depthwise, strided, dilated and transposed convolutions, and a GroupNorm."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem = nn.Conv2d(2, 12, 3, padding="same")
+        self.grouped = nn.Conv2d(12, 12, 3, stride=2, padding=1, groups=3)
+        self.norm = nn.GroupNorm(3, 12)
+        self.deep = nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12, bias=False)
+        self.up = nn.ConvTranspose2d(12, 6, 3, stride=2, output_padding=1, padding=1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.grouped(torch.relu(self.stem(x))))
+        x = torch.relu(self.up(torch.relu(self.deep(self.norm(x)))))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+class Attentive(nn.Module):
+    """Attention over pixels, with packed projections and LayerNorm."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.norm = nn.Linear(2, 8), nn.LayerNorm(8)
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.head = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.flatten(2).transpose(1, 2))
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        scores: Tensor = self.head(x.mean(1))
+        return scores
+
+
+def pictures() -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(16, 2, 8, 8, generator=g) for _ in range(4)]
+
+
+NETS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], list[Tensor]]]] = {
+    "mlp": (mlp, vectors),
+    "attention": (lambda seed: Attentive(seed).eval(), pictures),
+    "convolutions": (lambda seed: Convolutional(seed).eval(), pictures),
+}
+EACH = pytest.mark.parametrize("name", NETS)
+
+
+def copy_of(net: nn.Module, x: Tensor, seed: int, build: Callable[[int], nn.Module]) -> nn.Module:
+    twin = build(seed)
+    symmetry = fxmerge.find_symmetry(net, (x,))
+    twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(seed)).apply(net.state_dict()))
+    return twin
+
+
+def error(merged: nn.Module, parents: list[nn.Module], data: list[Tensor]) -> float:
+    """How far a merged network's outputs are from the mean of its parents', squared."""
+    x = torch.cat(data)
+    with torch.no_grad():
+        return float((merged(x) - torch.stack([p(x) for p in parents]).mean(0)).square().mean())
+
+
+@EACH
+@pytest.mark.parametrize("method", ["align", "zip"])
+def test_permuted_copies_give_the_network_back(name: str, method: Any) -> None:
+    build, batches = NETS[name]
+    net, data = build(0), batches()
+    merged = fxmerge.merge(net, copy_of(net, data[0], 1, build), data, method=method)
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+@EACH
+@pytest.mark.parametrize("method", ["align", "zip"])
+def test_a_refitted_merge_is_nearer_to_its_parents_than_their_average(name: str, method: Any) -> None:
+    build, batches = NETS[name]
+    parents, data = [build(0), build(1)], batches()
+    errors = {
+        combine: error(fxmerge.merge(*parents, data, method=method, combine=combine), parents, data)
+        for combine in ("average", "readout", "least_squares")
+    }
+    assert errors["readout"] < errors["average"]
+    assert errors["least_squares"] < errors["average"]
+
+
+@EACH
+def test_all_layers_are_found_and_reported(name: str) -> None:
+    build, batches = NETS[name]
+    net = build(0)
+    layers = fxmerge.merge(net, build(1), batches()).meta["fxmerge"]["layers"]
+    modules = {n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))}
+    assert {f"{n}.weight" for n in modules} <= layers.keys()
+    for told in layers.values():
+        assert 0 <= told["after"] <= told["before"] * (1 + 1e-9)
+        assert 0 <= told["rank"] <= told["features"]
+        assert told["rows"] > 0
+
+
+def test_only_the_last_layer_is_refitted_as_a_readout() -> None:
+    merged = fxmerge.merge(Convolutional(0), Convolutional(1), pictures(), combine="readout")
+    averaged = fxmerge.merge(Convolutional(0), Convolutional(1), pictures(), combine="average")
+    assert set(merged.meta["fxmerge"]["layers"]) == {"head.weight"}
+    same = {k for k, v in merged.state_dict().items() if torch.equal(v, averaged.state_dict()[k])}
+    assert same == merged.state_dict().keys() - {"head.weight", "head.bias"}
+
+
+def test_the_first_layer_is_the_mean_as_its_inputs_are_the_same() -> None:
+    a, b = mlp(0), mlp(1)
+    averaged, refitted = (fxmerge.merge(a, b, vectors(), combine=c) for c in ("average", "least_squares"))
+    for name in list(a.state_dict())[:2]:
+        torch.testing.assert_close(refitted.state_dict()[name], averaged.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_is_the_least_squares_fit_of_the_features_before_it() -> None:
+    a, b = (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)).double() for _ in range(2))
+    g = torch.Generator().manual_seed(0)
+    data = [torch.randn(400, 5, generator=g, dtype=torch.float64) for _ in range(4)]
+    merged = fxmerge.merge(a, b, data, method="align")
+    x = torch.cat(data)
+    with torch.no_grad():
+        features = torch.cat([torch.tanh(getattr(merged, "0")(x)), torch.ones(len(x), 1)], 1)
+        target = (a(x) + b(x)) / 2
+        best = torch.linalg.lstsq(features, target).solution
+        least = float((features @ best - target).square().mean())
+    assert error(merged, [a, b], data) < 1.05 * least
+
+
+def test_memory_beyond_the_budget_goes_to_disk_and_changes_nothing() -> None:
+    a, b, data = Convolutional(0), Convolutional(1), pictures()
+    whole, little = (fxmerge.merge(a, b, data, max_memory=gib) for gib in (4.0, 1e-6))
+    assert all(torch.equal(v, little.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_every_model_teaches_on_its_own_data() -> None:
+    g = torch.Generator().manual_seed(0)
+    loaders = [[torch.randn(64, 64, generator=g) + shift for _ in range(4)] for shift in (-1, 1)]
+    a, b = mlp(0), mlp(1)
+
+    def missed(merged: nn.Module) -> float:
+        return sum(error(merged, [net], own) for net, own in zip((a, b), loaders, strict=True))
+
+    own = fxmerge.merge(a, b, loaders=loaders)
+    joint = fxmerge.merge(a, b, [*loaders[0], *loaders[1]])
+    assert missed(own) < missed(joint)
+
+
+def test_a_tied_weight_is_fitted_from_all_of_its_uses() -> None:
+    class Tied(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.stem, self.cell, self.head = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.stem(x))
+            for _ in range(3):
+                h = torch.tanh(self.cell(h))
+            out: Tensor = self.head(h)
+            return out
+
+    g = torch.Generator().manual_seed(0)
+    a, b, data = Tied(0), Tied(1), [torch.randn(256, 3, generator=g) for _ in range(4)]
+    refitted, averaged = (fxmerge.merge(a, b, data, combine=c) for c in ("least_squares", "average"))
+    assert refitted.meta["fxmerge"]["layers"]["cell.weight"]["rows"] == 3 * 1024
+    assert error(refitted, [a, b], data) < error(averaged, [a, b], data)
+
+
+def test_dead_units_and_few_inputs_leave_the_average_where_nothing_is_known() -> None:
+    a, b = (nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3)) for _ in range(2))
+    with torch.no_grad():
+        for net in (a, b):
+            net[0].bias[:8] = -100.0
+    data = [torch.randn(5, 4, generator=torch.Generator().manual_seed(0))]
+    refitted, averaged = (fxmerge.merge(a, b, data, method="align", combine=c) for c in ("least_squares", "average"))
+    dead = getattr(averaged, "0").bias < -40
+    assert int(dead.sum()) >= 8
+    same = getattr(refitted, "2").weight[:, dead], getattr(averaged, "2").weight[:, dead]
+    torch.testing.assert_close(*same)
+    assert error(refitted, [a, b], data) <= error(averaged, [a, b], data)
+
+
+def test_the_dtype_is_kept() -> None:
+    a, b = mlp(0).bfloat16(), mlp(1).bfloat16()
+    merged = fxmerge.merge(a, b, [x.bfloat16() for x in vectors()])
+    assert {v.dtype for v in merged.state_dict().values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"combine": "sum"}, "combine is 'sum'"),
+        ({"combine": "least_squares", "loader": None}, "needs data"),
+        ({"max_memory": 0}, "max_memory is 0"),
+        ({"loaders": [[], []]}, "Both loader and loaders"),
+        ({"loader": None, "loaders": [[]]}, "loaders has 1 entries for 2 models"),
+        ({"base": mlp(2), "combine": "readout"}, "knows no base"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        fxmerge.merge(mlp(0), mlp(1), **{"loader": vectors(), "args": (vectors()[0],)} | options)
+
+
+def test_an_activation_that_is_no_number_is_refused_with_the_name_of_the_layer() -> None:
+    class Logarithm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.log()
+
+    a, b = (nn.Sequential(nn.Linear(4, 8), Logarithm(), nn.Linear(8, 3)) for _ in range(2))
+    with pytest.raises(NonFiniteError, match=r"'2\.weight'"):
+        fxmerge.merge(a, b, [torch.randn(16, 4)], alpha=1)
