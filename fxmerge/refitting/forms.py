@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -191,45 +191,3 @@ def _each(value: Any, count: int) -> list[int]:
         return [0] * count
     values = [value] if isinstance(value, int) else list(value)
     return values * count if len(values) == 1 else values
-
-
-# ---------------------------------------------------------------------- scales
-
-
-@form("mul")
-def _mul(call: Arguments) -> Form | None:
-    a, b = call["self"], call["other"]
-    if not isinstance(b, Tensor):
-        return None
-    out = _letters(max(a.ndim, b.ndim))
-    return Form(("self", "other"), (out[len(out) - a.ndim :], out[len(out) - b.ndim :], out))
-
-
-def _affine(call: Arguments, dims: Sequence[int], normalize: Callable[[Tensor, Arguments], Tensor]) -> Form:
-    """The normalized input times a scale for each position along some dims."""
-    out = _letters(call["input"].ndim)
-    own = "".join(out[d] for d in dims)
-    return Form(("input", "weight"), (out, own, out), "bias", own, {"input": normalize})
-
-
-@form("layer_norm", "rms_norm")
-def _layer_norm(call: Arguments) -> Form:
-    def normalize(x: Tensor, call: Arguments) -> Tensor:
-        function = functional.layer_norm if "bias" in call else functional.rms_norm
-        y: Tensor = function(x, call["normalized_shape"], eps=call["eps"])
-        return y
-
-    return _affine(call, range(-len(call["normalized_shape"]), 0), normalize)
-
-
-@form("group_norm")
-def _group_norm(call: Arguments) -> Form:
-    return _affine(call, [1], lambda x, call: functional.group_norm(x, call["num_groups"], eps=call["eps"]))
-
-
-@form("batch_norm", "_native_batch_norm_legit_no_training")
-def _batch_norm(call: Arguments) -> Form:
-    def normalize(x: Tensor, call: Arguments) -> Tensor:
-        return functional.batch_norm(x, call["running_mean"], call["running_var"], eps=call["eps"])
-
-    return _affine(call, [1], normalize)
