@@ -183,6 +183,29 @@ def test_a_tied_weight_is_fitted_from_all_of_its_uses() -> None:
     assert error(refitted, [a, b], data) < error(averaged, [a, b], data)
 
 
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_refitted(cell: Callable[..., nn.Module]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.cell, self.out = cell(3, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(self.cell(x)[0])
+            return out
+
+    g = torch.Generator().manual_seed(0)
+    a, b, data = Recurrent(0), Recurrent(1), [torch.randn(64, 6, 3, generator=g) for _ in range(4)]
+    merged = {c: fxmerge.merge(a, b, data, combine=c) for c in ("average", "readout", "least_squares")}
+    assert {"cell.weight_ih_l0", "cell.weight_hh_l0"} <= merged["least_squares"].meta["fxmerge"]["layers"].keys()
+    errors = {c: error(m, [a, b], data) for c, m in merged.items()}
+    assert max(errors["least_squares"], errors["readout"]) < errors["average"]
+    again = fxmerge.merge(a, copy_of(a, data[0], 1, Recurrent), data)
+    for key, value in a.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
 def test_dead_units_and_few_inputs_leave_the_average_where_nothing_is_known() -> None:
     a, b = (nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3)) for _ in range(2))
     with torch.no_grad():

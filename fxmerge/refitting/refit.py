@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,19 @@ from tqdm.auto import tqdm
 
 from fxmerge.program import Program
 from fxmerge.refitting.boundaries import Boundaries
+from fxmerge.refitting.forms import form_of
 from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher
 from fxmerge.refitting.layers import Layer, Layers, find_layers
 from fxmerge.refitting.schedule import Step, stages_of, walk
 from fxmerge.rewriting.calibrate import statistics_nodes
 from fxmerge.run import Call, Runner
+from fxmerge.symmetry import rules
 
 Report = dict[str, dict[str, float]]
 """Numbers on the fit of each layer, by its name."""
+
+ROUNDS = 3
+"""How often a layer is fitted whose inputs depend on itself, as in a recurrent network."""
 
 _MERGED = -1
 """The key of the merged network among those of its parents."""
@@ -79,6 +84,7 @@ def refit(
     Raises:
         NonFiniteError: if an activation is NaN or infinite.
     """
+    program = written_out(program)
     layers = find_layers(program)
     chosen = last_layers(program, layers) if only_last else list(layers.all)
     state = dict(start)
@@ -97,24 +103,29 @@ def refit(
         alike = Counter(shares for shares, _ in data)
         bar = tqdm(total=len(stages) * len(data), desc="refitting", leave=False, disable=disable)
         for stage in stages:
-            fits = [LayerFit(layer, state, teachers, len(data), seed) for layer in stage.layers]
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
-            for b, (shares, weight) in enumerate(data):
-                values = merged.advance(kept.take((b, _MERGED)), stage.mine)
-                kept.put((b, _MERGED), {n: values[n] for n in stage.mine.keep})
-                taught = {}
-                for j in _asked(shares):
-                    taught[j] = lanes[j].advance(kept.take((b, j)), stage.theirs)
-                    kept.put((b, j), {n: taught[j][n] for n in stage.theirs.keep})
+            for left in reversed(range(ROUNDS if stage.circular else 1)):
+                fits = [LayerFit(layer, state, teachers, len(data), seed) for layer in stage.layers]
+                for b, (shares, weight) in enumerate(data):
+                    before = kept.take((b, _MERGED))
+                    values = merged.advance(before, stage.mine)
+                    kept.put((b, _MERGED), before if left else {n: values[n] for n in stage.mine.keep})
+                    taught = {}
+                    for j in _asked(shares):
+                        before = kept.take((b, j))
+                        taught[j] = lanes[j].advance(before, stage.theirs)
+                        kept.put((b, j), before if left else {n: taught[j][n] for n in stage.theirs.keep})
+                    for fit in fits:
+                        fit.add(values, taught, shares, weight / alike[shares])
+                    for one in () if left else statistics:
+                        one.add(values, weight / alike[shares])
+                    bar.update(not left)
                 for fit in fits:
-                    fit.add(values, taught, shares, weight / alike[shares])
-                for one in statistics:
-                    one.add(values, weight / alike[shares])
-                bar.update()
+                    told[fit.layer.name] = fit.settle(state)
+                if left:
+                    merged.use(state)
             for one in statistics:
                 one.settle(state)
-            for fit in fits:
-                told[fit.layer.name] = fit.settle(state)
             merged.use(state)
         bar.close()
     return state, told
@@ -123,6 +134,22 @@ def refit(
 def _asked(shares: Shares) -> list[int]:
     """The parents that count."""
     return [j for j, share in enumerate(shares) if share > 0]
+
+
+def written_out(program: Program) -> Program:
+    """The program with its recurrent layers, and whatever else multiplies parameters inside of one op, written out in
+    simpler ops where torch can do that."""
+    ops = {
+        node.target
+        for node in program.graph.graph.nodes
+        if rules.contracts(node.target) and form_of(node) is None and _holds_weights(program, node)
+    }
+    simpler = program.aten.decompose(ops) if ops else None
+    return program if simpler is None else replace(program, aten=simpler)
+
+
+def _holds_weights(program: Program, node: fx.Node) -> bool:
+    return any(program.sources.get(n, ("", ""))[0] == "parameter" for n in node.all_input_nodes)
 
 
 def last_layers(program: Program, layers: Layers) -> list[Layer]:
@@ -142,11 +169,13 @@ class _Stage:
     Attributes:
         layers: to be refitted.
         statistics: running means and variances to be estimated, by their names, and the nodes that use them.
+        circular: whether what a layer reads depends on the layer itself.
         mine, theirs: how the merged network and the parents get there.
     """
 
     layers: Sequence[Layer]
     statistics: Mapping[tuple[str, str], Sequence[fx.Node]]
+    circular: bool
     mine: Step
     theirs: Step
 
@@ -161,8 +190,9 @@ def _plan(program: Program, layers: Layers, chosen: Sequence[Layer]) -> list[_St
     statistics = [dict(normal[i - len(chosen)] for i in numbers if i >= len(chosen)) for numbers in due]
     read = [_read(numbers, sets, derived) for numbers in due]
     taught = [_read([i for i in numbers if i < len(chosen)], sets, derived) for numbers in due]
+    circular = [any(final[n] > stage for n in nodes) for stage, nodes in enumerate(taught)]
     mine, theirs = walk(graph, read, derived, final), walk(graph, taught, derived)
-    return [_Stage(*each) for each in zip(own, statistics, mine, theirs, strict=True)]
+    return [_Stage(*each) for each in zip(own, statistics, circular, mine, theirs, strict=True)]
 
 
 def _read(numbers: Sequence[int], sets: Sequence[Sequence[fx.Node]], derived: frozenset[fx.Node]) -> set[fx.Node]:
