@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,8 @@ class LayerFit:
         groups, features, outputs = self.centre.shape
         self.folds = [Moments.none(groups, features, outputs, self.centre.device) for _ in range(FOLDS)]
         self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // (batches * len(layer.uses)) + 1
-        self.batches, self.next = batches, 0
+        self.batches = batches
+        self.seen: Counter[Shares] = Counter()
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
@@ -81,12 +83,12 @@ class LayerFit:
             for j, theirs in taught.items():
                 coefficients = torch.where(counted > 0, shares[j] * self.taught[j] / counted, 0.0).to(x)
                 y = y + use.features(_arguments(use, theirs), chosen) @ coefficients
-            # The rows of one batch may be of the same inputs, and then tell little of each other's folds.
+            # The rows of one batch may be of the same inputs, and then tell little of each other's folds; inputs of one
+            # task tell little of those of another.
             apart = [(x, y)] if self.batches > 1 else zip(x.chunk(FOLDS, 1), y.chunk(FOLDS, 1), strict=True)
-            for part in apart:
-                self.folds[self.next % FOLDS].add(*part, self.centre.to(x), weight)
-                self.next += self.batches == 1
-        self.next += self.batches > 1
+            for fold, part in enumerate(apart, start=self.seen[shares]):
+                self.folds[fold % FOLDS].add(*part, self.centre.to(x), weight)
+        self.seen[shares] += 1
 
     def settle(self, state: dict[str, Tensor]) -> dict[str, float]:
         """Puts the fitted coefficients into a state dict, and tells how they were found."""

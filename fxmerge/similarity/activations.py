@@ -193,10 +193,10 @@ def correlations(
                     raise NonFiniteError(f"An activation of {names[m]} is NaN or infinite at graph node {tap.node!r}.")
                 if (i, m) not in first:
                     deviation = x.std(dim=0, correction=0)
-                    first[i, m] = (
-                        x.mean(dim=0),
-                        torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation)),
-                    )
+                    varies = deviation > 1e-6
+                    # Units that do not vary yet may do so later, on data of another kind.
+                    usual = deviation[varies].mean() if varies.any() else deviation.new_ones(())
+                    first[i, m] = x.mean(dim=0), 1 / torch.where(varies, deviation, usual)
                 rows[m] = (x - first[i, m][0]) * first[i, m][1]
             moments[tap.number].add(rows)
     if not batches:
