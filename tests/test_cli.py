@@ -39,6 +39,11 @@ def test_the_merge_beats_plain_averaging(table: demo.Table) -> None:
     assert table["fxmerge"].joint > table["plain average"].joint + 0.1
 
 
+def test_refitting_adds_to_averaging_and_to_the_control(table: demo.Table) -> None:
+    assert table["fxmerge"].per_task >= table["MuDSC"].per_task
+    assert table["fxmerge"].joint > table["A, last layer refitted"].joint
+
+
 def test_the_merge_is_of_the_size_of_one_parent(table: demo.Table) -> None:
     assert table["fxmerge"].parameters == table["parent A (0-4)"].parameters
     assert table["ensemble"].parameters == 2 * table["fxmerge"].parameters

@@ -246,6 +246,8 @@ class _Finder:
         if codes is None:
             return f"computed with before it is used by {node.target} at graph node {node.name!r}"
         shown: dict[str, Any] = fx.map_arg(arguments, lambda n: n.meta.get("val"))
+        if _has_open_sizes(nodes[1 - at]):
+            return f"the number of its inputs depends on their values at graph node {node.name!r}"
         data_term, out = form.terms[1 - at], form.terms[2]
         codes, term = _without(
             codes=form.view(form.operands[at], codes, shown), term=form.terms[at], letters=set(data_term) & set(out)
@@ -301,8 +303,8 @@ class _Finder:
                     args, kwargs = fx.map_arg((n.args, n.kwargs), values.__getitem__)
                     try:
                         values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
-                    except (RuntimeError, TypeError, NotImplementedError):
-                        return None  # An op for floating-point numbers alone computes.
+                    except Exception:  # An op that is not for whole numbers computes; whatever it raises.
+                        return None
         codes, value = numbered[node], random[node]
         if not isinstance(codes, Tensor) or codes.dtype != torch.int64:
             return None
@@ -325,6 +327,13 @@ class _Finder:
 
         add(node)
         return list(found)
+
+
+def _has_open_sizes(node: fx.Node) -> bool:
+    """Whether the shape of a value depends on the values of the inputs: the rows of two networks are then not of the same
+    inputs."""
+    sizes = node.meta["val"].shape
+    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)
 
 
 def _without(codes: Tensor, term: str, letters: set[str]) -> tuple[Tensor, str]:
