@@ -133,8 +133,10 @@ class _Problem:
     def _shrinkage(self, axis: AxisLayout) -> Tensor:
         factor = np.ones(len(axis.index))
         for number, slots in axis.roles:
-            sizes = np.bincount(np.concatenate([own[number] for own in self.labels]))
-            factor[slots] = 1 / np.sqrt(sizes)
+            labels = np.concatenate([own[number] for own in self.labels])
+            sizes = np.bincount(labels, minlength=self.symmetry.units[number].size)
+            # Of what is the product of two classes, no model need have the two merged units that meet in one.
+            factor[slots] = np.where(sizes > 0, 1 / np.sqrt(np.maximum(sizes, 1)), 0.0)
         return along_axis(torch.from_numpy(factor[axis.slot]), axis)
 
     def similarity(self, number: int) -> Scores:

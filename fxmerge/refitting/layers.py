@@ -330,7 +330,7 @@ class _Finder:
 
 
 def _has_open_sizes(node: fx.Node) -> bool:
-    """Whether the shape of a value depends on the values of the inputs: the rows of two networks are then not of the same
+    """Whether the shape of a value depends on the values of the inputs: then rows of two networks are not of the same
     inputs."""
     sizes = node.meta["val"].shape
     return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGES = tuple(10.0**power for power in range(-5, 2))
-"""The strengths to choose from, relative to the mean square of a feature. Below them, rounding in the moments would
+RIDGES = tuple(10.0**power for power in range(1, -6, -1))
+"""The strengths to choose from, relative to the mean square of a feature, strongest first. Below them, rounding in the moments would
 count."""
 
 FOLDS = 2
@@ -95,14 +95,13 @@ def fit(folds: Sequence[Moments]) -> Fit:
     folds = [f for f in folds if f.rows]
     whole = _sum(folds)
     total = max(whole.targets, torch.finfo(torch.float64).tiny)
-    errors = dict.fromkeys(RIDGES, 0.0)
-    for own in folds if len(folds) > 1 else ():
-        rest = _sum([f for f in folds if f is not own])
-        for ridge in RIDGES:
-            factor, _ = _factor(rest, ridge)
-            errors[ridge] += own.error(torch.cholesky_solve(rest.cross, factor)) if factor is not None else math.inf
+    errors: dict[float, float] = {}
+    for ridge in RIDGES:
+        errors[ridge] = sum(_missed(own, folds, ridge) for own in folds) if len(folds) > 1 else 0.0
+        if errors[ridge] > 2 * min(errors.values()) + NEGLIGIBLE * total:
+            break  # It only gets worse from here.
     limit = min(errors.values()) * (1 + MARGIN) + NEGLIGIBLE * total
-    for ridge in sorted((r for r, error in errors.items() if error <= limit), reverse=True):
+    for ridge in (r for r, error in errors.items() if error <= limit):
         factor, scale = _factor(whole, ridge)
         if factor is not None:
             step = torch.cholesky_solve(whole.cross, factor)
@@ -112,7 +111,14 @@ def fit(folds: Sequence[Moments]) -> Fit:
     return Fit(torch.zeros_like(whole.cross), math.inf, whole.residuals / total, whole.residuals / total, 0.0)
 
 
-def _sum(folds: list[Moments]) -> Moments:
+def _missed(own: Moments, folds: Sequence[Moments], ridge: float) -> float:
+    """The error on one fold of what the others give."""
+    rest = _sum([f for f in folds if f is not own])
+    factor, _ = _factor(rest, ridge)
+    return own.error(torch.cholesky_solve(rest.cross, factor)) if factor is not None else math.inf
+
+
+def _sum(folds: Sequence[Moments]) -> Moments:
     total = folds[0]
     for other in folds[1:]:
         total = total + other

@@ -91,10 +91,15 @@ def _slots(units: AxisUnits, axis: AxisLayout) -> tuple[Ids, Ids]:
 
 
 def _consumed(graph: fx.Graph) -> list[fx.Node]:
-    """The operands of contractions, each once, in graph order."""
+    """The operands of contractions, each once, in graph order; but not the masks of attention, which are added."""
     users = [n for n in graph.nodes if n.op == "call_function" and rules.contracts(n.target)]
-    operands = {a for n in users for a in n.all_input_nodes if a.op == "call_function"}
+    masks = {n: n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask") for n in users if _attends(n)}
+    operands = {a for n in users for a in n.all_input_nodes if a.op == "call_function" and a is not masks.get(n)}
     return [n for n in graph.nodes if n in operands]
+
+
+def _attends(node: fx.Node) -> bool:
+    return getattr(getattr(node.target, "_schema", None), "name", "") == "aten::scaled_dot_product_attention"
 
 
 class _Tapped(Runner):
