@@ -161,7 +161,7 @@ def run(options: argparse.Namespace) -> int:
         options.plots.mkdir(parents=True, exist_ok=True)
         draw(found, options.plots)
     if options.markdown:
-        options.markdown.write_text(page(found, plots=bool(options.plots)))
+        options.markdown.write_text(page(found, options.plots))
     print(summary(found))
     return int(options.short and any("failure" in row for row in found))
 

@@ -172,6 +172,12 @@ METHODS: dict[str, Method] = {
 }
 
 
+REFITS = ("parent, readout", "random, readout", "average, readout", "refit, not aligned", "refit, aligned", DEFAULTS)
+"""What is refitted on one set of data for both parents: controls, and fxmerge."""
+APART = tuple(name for name in METHODS if name.endswith("own data"))
+"""What is refitted on data of each parent's own."""
+
+
 def available() -> list[str]:
     """The names of the methods whose packages are installed."""
     return [name for name in METHODS if name != "rebasin" or find_spec("rebasin")]

@@ -20,12 +20,12 @@ from tasks_suite.report import PICTURES, Results
 
 COLUMNS = 4
 LEVELS = 14
-LINES = {PLAIN: "tab:gray", "Git Re-Basin": "tab:orange", "activation align": "tab:green", DEFAULTS: "tab:blue"}
-"""The methods that are drawn, and their colours."""
+LINES = {PLAIN: "tab:gray", "Git Re-Basin": "tab:orange", "activation align": "tab:green", BY_ALPHA[0.5]: "tab:blue"}
+"""The methods whose ways from one parent to the other are drawn, and their colours."""
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
-    """Draws all pictures of which there are numbers."""
+    """Draws all pictures of which there are numbers; others are left as they are."""
     matplotlib.rcParams["svg.hashsalt"] = "fxmerge"  # The same numbers give the same file.
     results = Results(rows)
     planes = [row for row in rows if row["measure"] == "plane" and row["stage"] == "done"]
@@ -66,7 +66,12 @@ def _alpha(results: Results) -> Any:
         panel.plot(list(points), means, "o-", color="tab:purple", label="align", markersize=3)
         low, high = ([edge(v) for v in points.values()] for edge in (min, max))
         panel.fill_between(list(points), low, high, color="tab:purple", alpha=0.2, linewidth=0)
-        for method, colour in (("ensemble", "black"), (PLAIN, LINES[PLAIN]), (DEFAULTS, LINES[DEFAULTS])):
+        for method, colour in (
+            ("ensemble", "black"),
+            (PLAIN, LINES[PLAIN]),
+            ("MuDSC zip", "tab:red"),
+            (DEFAULTS, "tab:blue"),
+        ):
             mean = results.mean(name, "disjoint", method, "per_task")
             if mean is not None:
                 panel.axhline(100 * mean, color=colour, linestyle=":", label=method)

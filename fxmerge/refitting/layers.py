@@ -293,7 +293,7 @@ class _Finder:
             kind, name = self.sources.get(n, ("", ""))
             if kind == "parameter":
                 shape = self.shapes[name]
-                entries[name] = torch.rand(shape.numel(), generator=generator, dtype=torch.float64)
+                entries[name] = torch.randn(shape.numel(), generator=generator, dtype=torch.float64)
                 random[n] = entries[name].reshape(shape)
                 numbered[n] = torch.arange(shape.numel()).reshape(shape) + self.numbers[name] * _ROOM
             elif n.op == "placeholder":

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 RIDGES = tuple(10.0**power for power in range(1, -6, -1))
-"""The strengths to choose from, relative to the mean square of a feature, strongest first. Below them, rounding in the moments would
-count."""
+"""The strengths to choose from, relative to the mean square of a feature, strongest first. Below them, rounding in
+the moments would count."""
 
 FOLDS = 2
 
@@ -92,7 +92,7 @@ def fit(folds: Sequence[Moments]) -> Fit:
     Minimises  sum of |residual - x step|^2 + ridge * scale * |step|^2, where scale is the mean of the features' sums
     of squares: where the data say nothing, there is no step.
     """
-    folds = [f for f in folds if f.rows]
+    folds = [f for f in folds if f.rows] or folds[:1]
     whole = _sum(folds)
     total = max(whole.targets, torch.finfo(torch.float64).tiny)
     errors: dict[float, float] = {}

@@ -1,0 +1,66 @@
+"""Ridge regression from moments."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fxmerge.refitting.moments import Fit, Moments, fit
+
+
+def fitted(x: Tensor, y: Tensor, centre: Tensor) -> Fit:
+    folds = [Moments.none(*centre.shape, torch.device("cpu")) for _ in range(2)]
+    for fold, part in zip(folds, zip(x.chunk(2, 1), y.chunk(2, 1), strict=True), strict=True):
+        fold.add(*part, centre, 1.0)
+    return fit(folds)
+
+
+def problem(rows: int, features: int = 6, outputs: int = 3, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, rows, features, generator=g, dtype=torch.float64)
+    w = torch.randn(1, features, outputs, generator=g, dtype=torch.float64)
+    return x, x @ w + noise * torch.randn(1, rows, outputs, generator=g, dtype=torch.float64), w
+
+
+def test_without_noise_the_weights_are_found_with_the_weakest_ridge() -> None:
+    x, y, w = problem(400)
+    found = fitted(x, y, torch.zeros_like(w))
+    torch.testing.assert_close(found.step, w, rtol=1e-4, atol=1e-4)
+    assert (found.before, found.ridge) == (1.0, 1e-5)
+    assert found.after < 1e-9
+    assert 5.9 < found.rank <= 6
+
+
+def test_pure_noise_leaves_the_centre() -> None:
+    x, _, w = problem(40, features=30)
+    y = torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = fitted(x, y, torch.zeros_like(w))
+    assert found.ridge >= 1
+    assert found.rank < 15
+
+
+def test_a_centre_that_is_right_stays() -> None:
+    x, y, w = problem(100)
+    found = fitted(x, y, w)
+    assert found.ridge == 10
+    assert float(found.step.abs().max()) < 1e-12
+
+
+def test_directions_without_data_are_not_moved() -> None:
+    x, y, w = problem(200)
+    x[..., 2] = 0
+    found = fitted(x, y, torch.zeros_like(w))
+    assert torch.equal(found.step[:, 2], torch.zeros(1, 3, dtype=torch.float64))
+
+
+def test_no_rows_are_no_step() -> None:
+    found = fit([Moments.none(1, 4, 2, torch.device("cpu")) for _ in range(2)])
+    assert torch.equal(found.step, torch.zeros(1, 4, 2, dtype=torch.float64))
+    assert math.isfinite(found.after)
+
+
+def test_the_told_error_is_that_of_the_fit() -> None:
+    x, y, w = problem(300, noise=0.5)
+    found = fitted(x, y, torch.zeros_like(w))
+    expected = float((y - x @ found.step).square().sum() / y.square().sum())
+    assert abs(found.after - expected) < 1e-9

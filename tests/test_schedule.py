@@ -1,0 +1,70 @@
+"""The order in which a graph is computed while its parameters are being found."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.refitting.boundaries import Boundaries
+from fxmerge.refitting.schedule import stages_of, walk
+
+
+def graph_of(function: Any) -> dict[str, fx.Node]:
+    return {node.name: node for node in fx.symbolic_trace(function).graph.nodes}
+
+
+def branching(x: Tensor) -> Tensor:
+    a, b = torch.sin(x), torch.cos(x)
+    return torch.tanh(a + b) * x
+
+
+def test_sets_are_due_as_soon_as_their_inputs_are_final() -> None:
+    n = graph_of(branching)
+    due, final = stages_of(n["sin"].graph, [[n["sin"]], [n["cos"]], [n["tanh"]]], ())
+    assert due == [[0, 1], [2]]
+    assert [final[n[name]] for name in ("x", "sin", "add", "tanh", "mul")] == [0, 1, 1, 2, 2]
+
+
+def test_a_set_is_due_with_its_first_node_and_final_after_it() -> None:
+    def looping(x: Tensor) -> Tensor:
+        return torch.sin(torch.cos(torch.sin(x)))
+
+    n = graph_of(looping)
+    due, final = stages_of(n["sin"].graph, [[n["sin"], n["sin_1"]]], ())
+    assert due == [[0]]
+    assert final[n["sin_1"]] == 1
+
+
+def test_every_node_is_computed_once_and_kept_as_long_as_needed() -> None:
+    n = graph_of(branching)
+    graph = n["sin"].graph
+    _, final = stages_of(graph, [[n["sin"]], [n["cos"]], [n["tanh"]]], ())
+    first, second, third = walk(graph, [[n["x"]], [n["add"]], [n["mul"]]], (), final)
+    assert (first.run, first.keep) == ((), {n["x"]})
+    assert (second.run, second.keep) == ((n["sin"], n["cos"], n["add"]), {n["x"], n["add"]})
+    assert (third.run, third.keep) == ((n["tanh"], n["mul"]), set())
+
+
+def test_what_is_not_final_is_computed_again() -> None:
+    n = graph_of(branching)
+    graph = n["sin"].graph
+    _, final = stages_of(graph, [[n["sin"]]], ())
+    first, second = walk(graph, [[n["add"]], [n["add"]]], (), final)
+    assert first.run == (n["sin"], n["cos"], n["add"])
+    assert second.run == (n["sin"], n["add"])
+    assert n["cos"] in first.keep
+
+
+def test_values_beyond_the_budget_come_back_from_disk() -> None:
+    values = {i: {"a": torch.full((100,), float(i)), "b": i} for i in range(3)}
+    with Boundaries(budget=800) as kept:
+        for i, value in values.items():
+            kept.put((i, 0), value)
+        assert kept.bytes == 800
+        folder = kept._folder
+        assert folder is not None
+        for i, value in values.items():
+            got = kept.take((i, 0))
+            assert torch.equal(got["a"], value["a"])
+            assert got["b"] == i
+        assert kept.bytes == 0
