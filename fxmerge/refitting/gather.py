@@ -54,13 +54,14 @@ class LayerFit:
     ) -> None:
         self.began = time.perf_counter()
         self.layer, self.centre = layer, layer.read(state)
-        self.taught = [layer.read(teacher.state) for teacher in teachers]
+        self.coefficients = [layer.read(teacher.state) for teacher in teachers]
         self.members = [layer.read(teacher.members, missing=1.0) for teacher in teachers]
         groups, features, outputs = self.centre.shape
         self.folds = [Moments.none(groups, features, outputs, self.centre.device) for _ in range(FOLDS)]
         self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // (batches * len(layer.uses)) + 1
         self.batches = batches
         self.seen: Counter[Shares] = Counter()
+        self.parts: dict[tuple[int, Shares], Tensor] = {}
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
@@ -72,23 +73,28 @@ class LayerFit:
             shares: how much the outputs of each parent count in the targets.
             weight: how much the batch counts.
         """
-        counted = torch.stack([share * own for share, own in zip(shares, self.members, strict=True)]).sum(0)
         for use in self.layer.uses:
             mine = _arguments(use, values)
             rows, chosen = use.size(mine), None
             if rows > self.limit:
                 chosen = torch.randperm(rows, generator=self.generator)[: self.limit].sort().values
             x = use.features(mine, chosen)
-            y = x.new_zeros(())
-            for j, theirs in taught.items():
-                coefficients = torch.where(counted > 0, shares[j] * self.taught[j] / counted, 0.0).to(x)
-                y = y + use.features(_arguments(use, theirs), chosen) @ coefficients
+            given = [use.features(_arguments(use, theirs), chosen) for theirs in taught.values()]
+            y = torch.stack([f @ self._taught(j, shares).to(x) for j, f in zip(taught, given, strict=True)]).sum(0)
             # The rows of one batch may be of the same inputs, and then tell little of each other's folds; inputs of one
             # task tell little of those of another.
             apart = [(x, y)] if self.batches > 1 else zip(x.chunk(FOLDS, 1), y.chunk(FOLDS, 1), strict=True)
             for fold, part in enumerate(apart, start=self.seen[shares]):
                 self.folds[fold % FOLDS].add(*part, self.centre.to(x), weight)
         self.seen[shares] += 1
+
+    def _taught(self, number: int, shares: Shares) -> Tensor:
+        """The coefficients with which one parent has a part in the targets."""
+        if (number, shares) not in self.parts:
+            counted = torch.stack([share * own for share, own in zip(shares, self.members, strict=True)]).sum(0)
+            own = shares[number] * self.coefficients[number]
+            self.parts[number, shares] = torch.where(counted > 0, own / counted, 0.0)
+        return self.parts[number, shares]
 
     def settle(self, state: dict[str, Tensor]) -> dict[str, float]:
         """Puts the fitted coefficients into a state dict, and tells how they were found."""

@@ -1,0 +1,118 @@
+"""Whole merges: seconds by stage and peak memory, each in a process of its own, of networks with random weights.
+
+    python benchmarks/merging.py [--short] [--cases NAME ...] [--threads 2]
+
+All but the first case need `pip install -e '.[zoo]'`; those whose package is not installed are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from invariance import machine, table
+from models.processes import Note, Row, run_all
+from tasks_suite.networks import ResNet20
+from torch import Tensor, nn
+
+import fxmerge
+
+
+def _torchvision(name: str) -> nn.Module:
+    from torchvision.models import get_model
+
+    model: nn.Module = get_model(name, weights=None)
+    return model
+
+
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(name)
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two networks and how they are merged.
+
+    Attributes:
+        build: makes a network.
+        shape: of one input.
+        inputs: how many there are for calibration; none are given if it is zero.
+        package: what has to be installed.
+        batch: how many of them are in a batch.
+        options: of `fxmerge.merge`.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    inputs: int
+    package: str = "torch"
+    batch: int = 32
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES: dict[str, Case] = {
+    "ResNet20 of width 2, 2,000 images": Case(
+        partial(ResNet20, 2, 2, nn.BatchNorm2d, 32), (1, 28, 28), 2000, batch=250
+    ),
+    "ResNet-50, 256 images of 224 pixels": Case(partial(_torchvision, "resnet50"), (3, 224, 224), 256, "torchvision"),
+    "ResNet-50 aligned by weights": Case(
+        partial(_torchvision, "resnet50"), (3, 224, 224), 0, "torchvision", options={"method": "align"}
+    ),
+    "ViT-S/16 zipped by weights": Case(partial(_timm, "vit_small_patch16_224"), (3, 224, 224), 0, "timm"),
+}
+SHORT = Case(partial(ResNet20, 1, 2, nn.BatchNorm2d, 32), (1, 28, 28), 128, batch=32)
+
+
+def work(task: Row, note: Note) -> None:
+    """Merges one pair."""
+    case = SHORT if task["short"] else CASES[task["name"]]
+    torch.set_num_threads(task["threads"])
+    networks = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        networks.append(case.build().eval())
+    batches: list[Tensor] = list(torch.randn(case.inputs or 1, *case.shape).split(case.batch))
+    note("merge", machine=machine(), parameters=sum(p.numel() for p in networks[0].parameters()))
+    began = time.perf_counter()
+    merged = fxmerge.merge(
+        *networks, batches if case.inputs else None, args=(batches[0][:2],), progress=False, **case.options
+    )
+    note("done", seconds=time.perf_counter() - began, stages=merged.meta["fxmerge"]["seconds"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="only a small network")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), help="only these")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    options = parser.parse_args()
+    names = [n for n in options.cases or CASES if find_spec(CASES[n].package)]
+    names = ["ResNet20 of width 1, 128 images"] if options.short else names
+    tasks = [{"name": n, "short": options.short, "threads": options.threads, "family": ""} for n in names]
+    rows = list(run_all(work, tasks, 1, 3600, 16))
+    print(next((row["machine"] for row in rows if "machine" in row), ""), "\n")
+    stages = list(dict.fromkeys(stage for row in rows for stage in row.get("stages", ())))
+    lines = [
+        {"merge": row["name"], "parameters": f"{row['parameters']:,}", "seconds": f"{row['seconds']:.1f}"}
+        | {stage: f"{row['stages'][stage]:.1f}" if stage in row["stages"] else "-" for stage in stages}
+        | {"peak GiB": f"{row['peak_mib'] / 1024:.1f}"}
+        if "seconds" in row
+        else {"merge": row["name"], "parameters": row.get("failure", "failed")}
+        for row in rows
+    ]
+    print(table(lines))
+    return int(any("seconds" not in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
