@@ -62,6 +62,8 @@ def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs:
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram) and not args and not kwargs and model.example_inputs is not None:
         args, kwargs = model.example_inputs
+    # How the example lies in memory is not to become a condition on all inputs.
+    args, kwargs = pytree.tree_map(lambda v: v.contiguous() if isinstance(v, Tensor) else v, (tuple(args), kwargs))
     views = _Views(model, args, kwargs)
     module, route = _skeleton(views)
     return Program(module, views.analysed, route)

@@ -16,15 +16,17 @@ from fxmerge.job import Job
 from fxmerge.matching.assignment import Scores
 from fxmerge.matching.search import match
 from fxmerge.matching.universe import Alignment, canonical_order, find_universe, to_reference
-from fxmerge.matching.zip_search import ZipMatch, match_zip
+from fxmerge.matching.zip_search import ZipMatch, match_zip, zipped_classes
+from fxmerge.refitting.forms import bind
 from fxmerge.refitting.gather import Teacher
+from fxmerge.refitting.layers import Use, operand
 from fxmerge.refitting.refit import Lesson, Report, refit
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.rewriting.zipped import produced, zip_average
-from fxmerge.similarity.activations import Pair, correlations, whole
+from fxmerge.similarity.activations import Pair, classes_along, correlations, whole
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.permutation import Permutation
@@ -219,11 +221,20 @@ class Merger:
                 attempt.state,
                 self._lessons(),
                 teachers=teachers,
+                leave=self._has_zipped_rows if attempt.zipped is not None else lambda use: False,
                 only_last=only_last,
                 max_memory=max_memory,
                 seed=self.plan.seed,
                 progress=self.job.progress,
             )
+
+    def _has_zipped_rows(self, use: Use) -> bool:
+        """Whether units that are merged lie along the rows of a layer's data: the rows of the models are then not those
+        of the merged network."""
+        data = operand(bind(use.node), use.data)
+        zipped = zipped_classes(self.symmetry, flows(self.found))
+        moved = {shown for n in zipped for shown, _ in self.symmetry.views[n]}
+        return not moved.isdisjoint(classes_along(self.found, self.symmetry, data.name, use.row_dims))
 
     def _lessons(self) -> Iterator[Lesson]:
         assert self.job.data is not None

@@ -55,6 +55,11 @@ class Use:
     data_term: str
     biased: bool
 
+    @property
+    def row_dims(self) -> list[int]:
+        """The dimensions of the data that are rows, but for those of a convolution, which are inputs and places."""
+        return [] if self.form.views else [self.data_term.index(letter) for letter in self.kinds.rows]
+
     def size(self, arguments: Mapping[str, Any]) -> int:
         """How many rows the data have."""
         x = self.form.view(self.data, operand(arguments, self.data), arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from fxmerge.program import Program
 from fxmerge.refitting.boundaries import Boundaries
 from fxmerge.refitting.forms import form_of
 from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher
-from fxmerge.refitting.layers import Layer, Layers, find_layers
+from fxmerge.refitting.layers import Layer, Layers, Use, find_layers
 from fxmerge.refitting.schedule import Step, stages_of, walk
 from fxmerge.rewriting.calibrate import statistics_nodes
 from fxmerge.run import Call, Runner
@@ -54,6 +54,7 @@ def refit(
     lessons: Iterable[Lesson],
     *,
     teachers: Sequence[Teacher] | None = None,
+    leave: Callable[[Use], bool] = lambda use: False,
     only_last: bool = False,
     max_memory: float = math.inf,
     seed: int = 0,
@@ -71,6 +72,7 @@ def refit(
         start: the state dict to refit, such as the parents' average.
         lessons: the data.
         teachers: what the parents' layers give to learn from, where units are merged; by default the parents' own.
+        leave: tells layers, by their uses, that are to stay as they are.
         only_last: whether to refit only layers that no other layer comes after.
         max_memory: GiB of activations to keep in memory between stages; the rest goes to a temporary folder.
         seed: seed of the choice of rows.
@@ -87,6 +89,7 @@ def refit(
     program = written_out(program)
     layers = find_layers(program)
     chosen = last_layers(program, layers) if only_last else list(layers.all)
+    chosen = [layer for layer in chosen if not any(map(leave, layer.uses))]
     state = dict(start)
     told: Report = {}
     stages = _plan(program, layers, chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,15 +46,7 @@ class Tap:
 
 def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
     """All activations that carry a class's units where a contraction consumes them."""
-    number = np.full(found.units.size, -1)
-    place = np.zeros(found.units.size, np.int64)
-    for axis in symmetry.layout:
-        raw, slot = _slots(found.axes[axis.parameter, axis.dim], axis)
-        for n, slots in axis.roles:
-            unit = np.full(len(axis.index), -1)
-            unit[slots] = np.arange(len(slots))
-            own = unit[slot] >= 0
-            number[raw[own]], place[raw[own]] = n, unit[slot[own]]
+    number, place = _places(found, symmetry)
     taps = []
     for node in _consumed(found.program.graph.graph):
         labels = found.labels.get(node.name)
@@ -73,6 +65,30 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
                             where = torch.from_numpy(order[units].reshape(len(units), -1))
                             taps.append(Tap(node.name, owner, dims, where))
     return taps
+
+
+def classes_along(found: Propagation, symmetry: Symmetry, node: str, dims: Collection[int]) -> set[int]:
+    """The classes whose units lie along some dimensions of a node's value, among others."""
+    labels = found.labels.get(node)
+    if labels is None:
+        return set()
+    number, _ = _places(found, symmetry)
+    columns = [column for column in labels.columns if not set(support(column)).isdisjoint(dims)]
+    return {int(n) for c in columns for n in np.unique(number[core(c, support(c)).reshape(-1).numpy()])} - {-1}
+
+
+def _places(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
+    """For every unit of the walk the class that it is in, -1 if in none, and its place in it."""
+    number = np.full(found.units.size, -1)
+    place = np.zeros(found.units.size, np.int64)
+    for axis in symmetry.layout:
+        raw, slot = _slots(found.axes[axis.parameter, axis.dim], axis)
+        for n, slots in axis.roles:
+            unit = np.full(len(axis.index), -1)
+            unit[slots] = np.arange(len(slots))
+            own = unit[slot] >= 0
+            number[raw[own]], place[raw[own]] = n, unit[slot[own]]
+    return number, place
 
 
 def _slots(units: AxisUnits, axis: AxisLayout) -> tuple[Ids, Ids]:
