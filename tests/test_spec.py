@@ -61,6 +61,7 @@ class Sorts(nn.Module):
 def test_what_verification_found_comes_back(tmp_path: Path) -> None:
     from dataclasses import replace
 
+    torch.manual_seed(1)  # Not one whose units are all dead on these inputs.
     model, x = Sorts(), torch.randn(4, 3)
     symmetry = fxmerge.find_symmetry(model, (x,))
     wrong = replace(symmetry, layout=tuple(a for a in symmetry.layout if a.parameter != "c.weight")).verify(model, (x,))

@@ -179,6 +179,8 @@ def barriers(results: Results) -> list[Row]:
     methods = [m for m in results.methods if any(results.numbers(n, "same", m, "barrier") for n in results.networks)]
     for network in results.networks:
         plain = results.mean(network, "same", PLAIN, "barrier")
+        if plain is None:
+            continue
         line: Row = {"network": network}
         for method in methods:
             numbers = list(results.numbers(network, "same", method, "barrier").values())
@@ -226,7 +228,7 @@ def costs(results: Results) -> list[Row]:
         line: Row = {
             "network": network,
             "parameters": f"{first['parameters'] // networks:,}",
-            "pairs": entry.seeds,
+            "pairs": len({row["seed"] for row in results.rows.values() if row["network"] == network}),
             "steps": entry.steps,
             "batch": entry.batch,
         }
