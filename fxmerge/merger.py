@@ -37,7 +37,7 @@ Combine = Literal["average", "least_squares", "readout"]
 
 OWN = 0.5
 """Where every model has data of its own, the share of its outputs in what is to be learnt on these; the rest is the
-weighted mean of all models' outputs. `benchmarks/tasks.py` has what other shares give."""
+weighted mean of all models' outputs."""
 
 
 @dataclass(frozen=True)

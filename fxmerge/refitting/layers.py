@@ -167,12 +167,10 @@ class _Finder:
     def __init__(self, program: Program) -> None:
         self.numbers = {name: i for i, name in enumerate(program.parameters)}
         self.names = list(program.parameters)
-        self.codes: dict[fx.Node, Any] = {}
         self.derived: set[fx.Node] = set()
         self.read_from: dict[fx.Node, frozenset[str]] = {}
         self.products: list[tuple[Use, Tensor]] = []
         self.elsewhere: dict[str, str] = {}
-        self.constants: dict[fx.Node, Any] = {}
         self.shapes = {name: p.shape for name, p in program.parameters.items()}
         self.sources = program.sources
         self.program = program
