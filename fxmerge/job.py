@@ -17,7 +17,7 @@ from torch.export.passes import move_to_device_pass
 from fxmerge import validate
 from fxmerge.capture import Args, Kwargs, capture_program, evaluating
 from fxmerge.choose import Alpha
-from fxmerge.errors import OptionError
+from fxmerge.errors import LoaderError, OptionError
 from fxmerge.program import Program
 from fxmerge.run import Apart, Data, Inputs, batch_inputs
 from fxmerge.symmetry.group import Symmetry, analyse
@@ -103,6 +103,9 @@ def prepare(
     data = None
     if loaders is not None:
         loader = Apart([_again(own) for own in loaders])
+        for i, own in enumerate(loader.loaders):
+            if next(iter(own), None) is None:
+                raise LoaderError(f"The loader of {validate.name_of(i)} is empty: it gave no batch.")
     if loader is not None:
         loader = _again(loader)
         where = next((t.device for t in states[0].values()), torch.device("cpu"))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxmerge
-from fxmerge.errors import NonFiniteError, OptionError
+from fxmerge.errors import LoaderError, NonFiniteError, OptionError
 from tests.test_universe import mlp, vectors
 
 
@@ -240,6 +240,11 @@ def test_the_dtype_is_kept() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         fxmerge.merge(mlp(0), mlp(1), **{"loader": vectors(), "args": (vectors()[0],)} | options)
+
+
+def test_an_empty_loader_of_one_model_is_named() -> None:
+    with pytest.raises(LoaderError, match="loader of model B is empty"):
+        fxmerge.merge(mlp(0), mlp(1), loaders=[vectors(), []])
 
 
 def test_an_activation_that_is_no_number_is_refused_with_the_name_of_the_layer() -> None:
