@@ -80,6 +80,18 @@ REGRESSIONS: dict[str, tuple[str, Recipe]] = {
             (4,),
         ),
     ),
+    "places that a stride passes over": (
+        EXACT,
+        Recipe(
+            ((1, 2, 2),),
+            (
+                ("linear", (0,), ("p1", 3, False)),
+                ("conv", (1,), ("p2", 1, 1, 1, 2, 0)),
+                ("linear", (2,), ("p3", 1, False)),
+            ),
+            (3,),
+        ),
+    ),
     "GRU cell": (
         EXACT,
         Recipe(((1, 2),), (("cell", (0,), ("p2", 3, "gru")), ("linear", (1,), ("p9", 2, False))), (2,)),

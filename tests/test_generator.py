@@ -1,7 +1,7 @@
 """Random architectures against the exact oracle: nothing is claimed that is no symmetry, and nothing is missed.
 
-`FXMERGE_EXAMPLES=5000 pytest tests/test_generator.py` tries more of them; `python -m tests.hunt 5000` does not stop
-at the first failure.
+The architectures are those of the first seeds, so that an edit elsewhere does not change which are tried.
+`FXMERGE_EXAMPLES=5000 pytest tests/test_generator.py` tries more of them; so does `python -m tests.hunt 5000`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, event, given, settings
-from hypothesis import strategies as st
 
-from tests.generator import Recipe, build, random_recipe
+from tests.generator import build, random_recipe
 from tests.hunt import EXACT, INCOMPLETE, UNUSED, examine, excuses, shorten
 from tests.regressions import REGRESSIONS
-
-recipes = st.builds(random_recipe, st.randoms(use_true_random=False))
 
 
 @pytest.fixture(autouse=True)
@@ -31,18 +27,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@settings(
-    max_examples=int(os.environ.get("FXMERGE_EXAMPLES", "200")),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
-@given(recipes)
-def test_symmetry_of_random_architectures(recipe: Recipe) -> None:
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FXMERGE_EXAMPLES", "200"))))
+def test_symmetry_of_random_architectures(seed: int) -> None:
+    recipe = random_recipe(Random(seed))
     finding = examine(recipe)
-    event(finding.state)
     excused = finding.state == UNUSED or (finding.state == INCOMPLETE and excuses(recipe))
     if finding.state != EXACT and not excused:
         short = shorten(recipe, finding.state)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, core, support
-from fxmerge.symmetry.labels import Labels, inert, pin, reduce, rows_apart
+from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce, rows_apart
 from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import distinct
 
@@ -137,10 +137,18 @@ def conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Labels:
-    """(groups, out/groups, in/groups) is contracted over its last index; space is inert."""
+    """(groups, out/groups, in/groups) is contracted over its last index; space is inert.
+
+    A kernel of one tap reads every place, or with a stride some places, alone.
+    """
     rows, columns, *kernel = weight.shape
     w = at.labels(weight).reshape((groups, rows // groups, columns, *kernel))
-    return _convolve(at, at.labels(x), w, "goi", bias, still=_is_point(kernel, stride, padding))
+    labels, still = at.labels(x), _is_point(kernel, padding)
+    if still:
+        places = (..., *(slice(None, None, int(s)) for s in np.broadcast_to(stride, len(kernel))))
+        read = (*labels.shape[: -len(kernel)], *at.shape[-len(kernel) :])
+        labels = move(at.units, labels, lambda column: column[places], read, at.name)
+    return _convolve(at, labels, w, "goi", bias, still=still)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", contracts=True)
@@ -158,7 +166,8 @@ def conv_transpose(
     """As a convolution, with the weight as (groups, in/groups, out/groups)."""
     rows, columns, *kernel = weight.shape
     w = at.labels(weight).reshape((groups, rows // groups, columns, *kernel))
-    return _convolve(at, at.labels(x), w, "gio", bias, still=_is_point(kernel, stride, padding))
+    still = _is_point(kernel, padding) and _all_are(stride, 1) and _all_are(output_padding, 0)
+    return _convolve(at, at.labels(x), w, "gio", bias, still=still)
 
 
 @rule("convolution", contracts=True)
@@ -179,13 +188,13 @@ def convolution(
     return conv(at, x, weight, bias, stride, padding, dilation, groups)
 
 
-def _is_point(kernel: Sequence[int], stride: Any, padding: Any) -> bool:
-    """Whether every window is one place of the input, its own."""
+def _is_point(kernel: Sequence[int], padding: Any) -> bool:
+    """Whether every window is one place of the input."""
+    return all(k == 1 for k in kernel) and (padding in ("valid", "same") or _all_are(padding, 0))
 
-    def all_are(value: Any, one: int) -> bool:
-        return all(v == one for v in value) if isinstance(value, (list, tuple)) else value in (one, "valid", "same")
 
-    return all(k == 1 for k in kernel) and all_are(stride, 1) and all_are(padding, 0)
+def _all_are(value: Any, one: int) -> bool:
+    return all(v == one for v in value) if isinstance(value, (list, tuple)) else bool(value == one)
 
 
 def _convolve(at: Site, x: Labels, w: Labels, order: str, bias: Operand | None, *, still: bool) -> Labels:
