@@ -264,9 +264,9 @@ def with_readout(model: nn.Module, other: nn.Module, batches: Sequence[Tensor]) 
     program = capture_program(model, (batches[0],), {})
     states = [dict(m.state_dict()) for m in (model, other)]
     lessons = [Lesson(((batch,), {}), (0.5, 0.5), 1.0) for batch in batches]
-    state, _ = refit(program, states, states[0], lessons, only_last=True, progress=False)
+    refitted = refit(program, states, states[0], lessons, only_last=True, progress=False)
     twin = copy.deepcopy(model)
-    twin.load_state_dict(state)
+    twin.load_state_dict(refitted.state)
     return twin
 
 

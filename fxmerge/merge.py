@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +15,15 @@ from fxmerge.capture import Args, Kwargs
 from fxmerge.choose import DEFAULT, Alpha
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
-from fxmerge.merger import Combine, Merger, Method, Plan, images
+from fxmerge.merger import Combine, Merger, Method, Outputs, Plan, images
+from fxmerge.refitting.outputs import standardized
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.run import Inputs
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
+
+logger = logging.getLogger(__name__)
 
 ALPHA = DEFAULT
 """Default weight of the weight-space similarity."""
@@ -41,6 +46,8 @@ def merge(
     weights: Sequence[float] = (0.5, 0.5),
     base: Model | None = None,
     task_vectors: TaskVectors | None = None,
+    outputs: Outputs = "mean",
+    or_parent: bool = True,
     max_memory: float = MAX_MEMORY,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -80,6 +87,11 @@ def merge(
         base: the model that both were fine-tuned from. Both are aligned to it, and their differences to it are
             combined and added to it, in place of the average; the result is in its units.
         task_vectors: how the differences are combined: `TaskArithmetic` (if None) or `Ties`.
+        outputs: what last layers learn: the weighted "mean" of the models' outputs; or, for models of different tasks
+            whose outputs are compared with each other or by direction, that of "standardized" ones: each output shifted
+            to mean zero over all data, and all scaled to one deviation.
+        or_parent: with "least_squares": whether to return one of the models, only its last layers refitted, where that
+            answers more like the mean of all models than the merged network does; a warning says so.
         max_memory: GiB of activations that refitting keeps in memory; what is more goes to a temporary folder.
         seed: seed of the random order of the search.
         device: where to work and where the result is; by default where the base or else `gm_a` is.
@@ -124,6 +136,8 @@ def merge(
         weights=weights,
         base=base,
         task_vectors=task_vectors,
+        outputs=outputs,
+        or_parent=or_parent,
         max_memory=max_memory,
         seed=seed,
         device=device,
@@ -150,6 +164,8 @@ def merge_many(
     reference: int | None = None,
     base: Model | None = None,
     task_vectors: TaskVectors | None = None,
+    outputs: Outputs = "mean",
+    or_parent: bool = True,
     max_memory: float = MAX_MEMORY,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -192,23 +208,39 @@ def merge_many(
     given = loader is not None or loaders is not None
     combine = ("least_squares" if base is None and given else "average") if combine is None else combine
     validate.check_combine(combine, base, given, max_memory)
+    validate.check_outputs(outputs, base, given)
     job = prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base, loaders)
     found, symmetry = job.symmetry(symmetry, verify)
     validate.check_class_names(alpha, symmetry)
+    if outputs == "standardized" and job.data is not None:
+        with job.timed("standardizing"):
+            job = replace(job, states=standardized(job.program, job.states, job.data))
     home = reference if base is None else 0  # The base comes first.
     merger = Merger(job, found, symmetry, Plan(shares, method, home, budget, damping, task_vectors, seed))
     attempt, told = merger.choose(alpha)
     if combine == "average":
         merged = merger.finish(attempt.state)
     else:
-        state, layers = merger.refit(attempt, only_last=combine == "readout", max_memory=max_memory)
-        merged, told = merger.finish(state, calibrate=False), told | {"layers": layers}
+        full = combine == "least_squares"
+        refitted = merger.refit(attempt, only_last=not full, or_parent=full and or_parent, max_memory=max_memory)
+        merged = merger.finish(refitted.state, calibrate=False)
+        told |= {"layers": refitted.layers, "parent": refitted.parent, "errors": dict(refitted.errors)}
+        if refitted.parent is not None:
+            logger.warning(
+                "%s with its last layers refitted answers more like the mean of all models than the merged network "
+                "does (squared error %.3g of the targets', against %.3g), and is returned. Pass or_parent=False for "
+                "the merged network.",
+                job.names[refitted.parent],
+                refitted.errors[refitted.parent],
+                refitted.errors[None],
+            )
     merged.meta["fxmerge"] = job.report(symmetry) | told
     merged.meta["fxmerge"] |= {
         "models": len(models),
         "weights": tuple(shares),
         "method": method,
         "combine": combine,
+        "outputs": outputs,
         "reference": reference,
         "units_of": attempt.aligned.home if base is None else None,
         "images": [images(symmetry, p) for p in attempt.aligned.permutations[-len(models) :]],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations, combinations_with_replacement
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from fxmerge.matching.zip_search import ZipMatch, match_zip, zipped_classes
 from fxmerge.refitting.forms import bind
 from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.layers import Use, operand
-from fxmerge.refitting.refit import Lesson, Report, refit
+from fxmerge.refitting.refit import Lesson, refit
+from fxmerge.refitting.rivals import Refitted
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
@@ -34,6 +35,7 @@ from fxmerge.symmetry.propagate import Propagation
 
 Method = Literal["align", "zip"]
 Combine = Literal["average", "least_squares", "readout"]
+Outputs = Literal["mean", "standardized"]
 
 OWN = 0.5
 """Where every model has data of its own, the share of its outputs in what is to be learnt on these; the rest is the
@@ -205,8 +207,9 @@ class Merger:
                 progress=self.job.progress,
             )
 
-    def refit(self, attempt: Attempt, *, only_last: bool, max_memory: float) -> tuple[dict[str, Tensor], Report]:
-        """The parameters of an attempt, its layers refitted."""
+    def refit(self, attempt: Attempt, *, only_last: bool, or_parent: bool, max_memory: float) -> Refitted:
+        """The parameters of an attempt, its layers refitted, or if better those of a parent; parents are numbered as
+        in the job."""
         permutations = [attempt.aligned.permutations[i] for i in self.order]
         states = [p.apply(s) for p, s in zip(permutations, self.states, strict=True)]
         teachers = None
@@ -215,7 +218,7 @@ class Merger:
             each = zip(states, attempt.zipped.labels, strict=True)
             teachers = [Teacher(*produced(state, labels, layout, flow)) for state, labels in each]
         with self.job.timed("refitting"):
-            return refit(
+            refitted = refit(
                 self.job.program,
                 states,
                 attempt.state,
@@ -223,10 +226,15 @@ class Merger:
                 teachers=teachers,
                 leave=self._has_zipped_rows if attempt.zipped is not None else lambda use: False,
                 only_last=only_last,
+                or_parent=or_parent,
                 max_memory=max_memory,
                 seed=self.plan.seed,
                 progress=self.job.progress,
             )
+        numbers = dict(enumerate(self.order))
+        errors = {number if number is None else numbers[number]: e for number, e in refitted.errors.items()}
+        parent = None if refitted.parent is None else numbers[refitted.parent]
+        return replace(refitted, parent=parent, errors=errors)
 
     def _has_zipped_rows(self, use: Use) -> bool:
         """Whether units that are merged lie along the rows of a layer's data: the rows of the models are then not those

@@ -103,6 +103,15 @@ def check_combine(combine: str, base: Model | None, given: bool, max_memory: flo
         raise OptionError(f"max_memory is {max_memory!r}; it must be a positive number of GiB.")
 
 
+def check_outputs(outputs: str, base: Model | None, given: bool) -> None:
+    if outputs not in ("mean", "standardized"):
+        raise OptionError(f"outputs is {outputs!r}; it must be 'mean' or 'standardized'.")
+    if outputs == "standardized" and base is not None:
+        raise OptionError("outputs is 'standardized', which knows no base; with a base it must be 'mean'.")
+    if outputs == "standardized" and not given:
+        raise OptionError("outputs is 'standardized', which needs data: pass a loader, or outputs='mean'.")
+
+
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """The combination weights, normalised to sum to one; equal ones if None."""
     if weights is None:

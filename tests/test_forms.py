@@ -82,13 +82,11 @@ def test_the_weights_behind_outputs_are_found(case: str) -> None:
     net, other = build().double().eval(), build().double().eval()
     inputs = [torch.randn(shape, dtype=torch.float64) for _ in range(4)]
     program = capture_program(net, (inputs[0],))
-    state, told = refit(
-        program, [net.state_dict()], other.state_dict(), [Lesson(((x,), {}), (1.0,), 1.0) for x in inputs]
-    )
-    assert told
-    assert all(layer["after"] < 1e-6 < layer["before"] for layer in told.values())
+    refitted = refit(program, [net.state_dict()], other.state_dict(), [Lesson(((x,), {}), (1.0,), 1.0) for x in inputs])
+    assert refitted.layers
+    assert all(layer["after"] < 1e-6 < layer["before"] for layer in refitted.layers.values())
     for name, value in net.state_dict().items():
-        torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(refitted.state[name], value, rtol=1e-3, atol=1e-3)
 
 
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {

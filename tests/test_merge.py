@@ -149,8 +149,8 @@ def test_the_same_inputs_and_seed_give_the_same_bytes() -> None:
 
 
 def test_meta_tells_what_was_done() -> None:
-    meta = fxmerge.merge(settled(0), settled(1), data(), alpha=0.25).meta["fxmerge"]
-    assert meta["alpha"] == 0.25
+    meta = fxmerge.merge(settled(0), settled(1), data(), alpha=0.25, or_parent=False).meta["fxmerge"]
+    assert (meta["alpha"], meta["parent"], meta["outputs"]) == (0.25, None, "mean")
     assert meta["verification_error"] < 1e-12
     stages = {"capture", "symmetry", "verification", "activations", "matching", "rewriting", "refitting"}
     assert set(meta["seconds"]) == stages

@@ -1,6 +1,7 @@
 """Refitting: exact where the answer is known, never worse where there is nothing to learn, and within its memory."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 import fxmerge
 from fxmerge.errors import LoaderError, NonFiniteError, OptionError
 from tests.test_universe import mlp, vectors
+
+merge = partial(fxmerge.merge, or_parent=False)
 
 
 class Convolutional(nn.Module):
@@ -83,7 +86,7 @@ def error(merged: nn.Module, parents: list[nn.Module], data: list[Tensor]) -> fl
 def test_permuted_copies_give_the_network_back(name: str, method: Any) -> None:
     build, batches = NETS[name]
     net, data = build(0), batches()
-    merged = fxmerge.merge(net, copy_of(net, data[0], 1, build), data, method=method)
+    merged = merge(net, copy_of(net, data[0], 1, build), data, method=method)
     for key, value in net.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
@@ -94,7 +97,7 @@ def test_a_refitted_merge_is_nearer_to_its_parents_than_their_average(name: str,
     build, batches = NETS[name]
     parents, data = [build(0), build(1)], batches()
     errors = {
-        combine: error(fxmerge.merge(*parents, data, method=method, combine=combine), parents, data)
+        combine: error(merge(*parents, data, method=method, combine=combine), parents, data)
         for combine in ("average", "readout", "least_squares")
     }
     assert errors["readout"] < errors["average"]
@@ -105,7 +108,7 @@ def test_a_refitted_merge_is_nearer_to_its_parents_than_their_average(name: str,
 def test_all_layers_are_found_and_reported(name: str) -> None:
     build, batches = NETS[name]
     net = build(0)
-    layers = fxmerge.merge(net, build(1), batches()).meta["fxmerge"]["layers"]
+    layers = merge(net, build(1), batches()).meta["fxmerge"]["layers"]
     modules = {n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))}
     assert {f"{n}.weight" for n in modules} <= layers.keys()
     for told in layers.values():
@@ -115,8 +118,8 @@ def test_all_layers_are_found_and_reported(name: str) -> None:
 
 
 def test_only_the_last_layer_is_refitted_as_a_readout() -> None:
-    merged = fxmerge.merge(Convolutional(0), Convolutional(1), pictures(), combine="readout")
-    averaged = fxmerge.merge(Convolutional(0), Convolutional(1), pictures(), combine="average")
+    merged = merge(Convolutional(0), Convolutional(1), pictures(), combine="readout")
+    averaged = merge(Convolutional(0), Convolutional(1), pictures(), combine="average")
     assert set(merged.meta["fxmerge"]["layers"]) == {"head.weight"}
     same = {k for k, v in merged.state_dict().items() if torch.equal(v, averaged.state_dict()[k])}
     assert same == merged.state_dict().keys() - {"head.weight", "head.bias"}
@@ -124,7 +127,7 @@ def test_only_the_last_layer_is_refitted_as_a_readout() -> None:
 
 def test_the_first_layer_is_the_mean_as_its_inputs_are_the_same() -> None:
     a, b = mlp(0), mlp(1)
-    averaged, refitted = (fxmerge.merge(a, b, vectors(), combine=c) for c in ("average", "least_squares"))
+    averaged, refitted = (merge(a, b, vectors(), combine=c) for c in ("average", "least_squares"))
     for name in list(a.state_dict())[:2]:
         torch.testing.assert_close(refitted.state_dict()[name], averaged.state_dict()[name], rtol=1e-4, atol=1e-5)
 
@@ -133,7 +136,7 @@ def test_a_layer_is_the_least_squares_fit_of_the_features_before_it() -> None:
     a, b = (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)).double() for _ in range(2))
     g = torch.Generator().manual_seed(0)
     data = [torch.randn(400, 5, generator=g, dtype=torch.float64) for _ in range(4)]
-    merged = fxmerge.merge(a, b, data, method="align")
+    merged = merge(a, b, data, method="align")
     x = torch.cat(data)
     with torch.no_grad():
         features = torch.cat([torch.tanh(getattr(merged, "0")(x)), torch.ones(len(x), 1)], 1)
@@ -145,7 +148,7 @@ def test_a_layer_is_the_least_squares_fit_of_the_features_before_it() -> None:
 
 def test_memory_beyond_the_budget_goes_to_disk_and_changes_nothing() -> None:
     a, b, data = Convolutional(0), Convolutional(1), pictures()
-    whole, little = (fxmerge.merge(a, b, data, max_memory=gib) for gib in (4.0, 1e-6))
+    whole, little = (merge(a, b, data, max_memory=gib) for gib in (4.0, 1e-6))
     assert all(torch.equal(v, little.state_dict()[k]) for k, v in whole.state_dict().items())
 
 
@@ -157,8 +160,8 @@ def test_every_model_teaches_on_its_own_data() -> None:
     def missed(merged: nn.Module) -> float:
         return sum(error(merged, [net], own) for net, own in zip((a, b), loaders, strict=True))
 
-    own = fxmerge.merge(a, b, loaders=loaders)
-    joint = fxmerge.merge(a, b, [*loaders[0], *loaders[1]])
+    own = merge(a, b, loaders=loaders)
+    joint = merge(a, b, [*loaders[0], *loaders[1]])
     assert missed(own) < missed(joint)
 
 
@@ -178,7 +181,7 @@ def test_a_tied_weight_is_fitted_from_all_of_its_uses() -> None:
 
     g = torch.Generator().manual_seed(0)
     a, b, data = Tied(0), Tied(1), [torch.randn(256, 3, generator=g) for _ in range(4)]
-    refitted, averaged = (fxmerge.merge(a, b, data, combine=c) for c in ("least_squares", "average"))
+    refitted, averaged = (merge(a, b, data, combine=c) for c in ("least_squares", "average"))
     assert refitted.meta["fxmerge"]["layers"]["cell.weight"]["rows"] == 3 * 1024
     assert error(refitted, [a, b], data) < error(averaged, [a, b], data)
 
@@ -197,11 +200,11 @@ def test_recurrent_layers_are_refitted(cell: Callable[..., nn.Module]) -> None:
 
     g = torch.Generator().manual_seed(0)
     a, b, data = Recurrent(0), Recurrent(1), [torch.randn(64, 6, 3, generator=g) for _ in range(4)]
-    merged = {c: fxmerge.merge(a, b, data, combine=c) for c in ("average", "readout", "least_squares")}
+    merged = {c: merge(a, b, data, combine=c) for c in ("average", "readout", "least_squares")}
     assert {"cell.weight_ih_l0", "cell.weight_hh_l0"} <= merged["least_squares"].meta["fxmerge"]["layers"].keys()
     errors = {c: error(m, [a, b], data) for c, m in merged.items()}
     assert max(errors["least_squares"], errors["readout"]) < errors["average"]
-    again = fxmerge.merge(a, copy_of(a, data[0], 1, Recurrent), data)
+    again = merge(a, copy_of(a, data[0], 1, Recurrent), data)
     for key, value in a.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
@@ -212,7 +215,7 @@ def test_dead_units_and_few_inputs_leave_the_average_where_nothing_is_known() ->
         for net in (a, b):
             net[0].bias[:8] = -100.0
     data = [torch.randn(5, 4, generator=torch.Generator().manual_seed(0))]
-    refitted, averaged = (fxmerge.merge(a, b, data, method="align", combine=c) for c in ("least_squares", "average"))
+    refitted, averaged = (merge(a, b, data, method="align", combine=c) for c in ("least_squares", "average"))
     dead = getattr(averaged, "0").bias < -40
     assert int(dead.sum()) >= 8
     same = getattr(refitted, "2").weight[:, dead], getattr(averaged, "2").weight[:, dead]
@@ -222,7 +225,7 @@ def test_dead_units_and_few_inputs_leave_the_average_where_nothing_is_known() ->
 
 def test_the_dtype_is_kept() -> None:
     a, b = mlp(0).bfloat16(), mlp(1).bfloat16()
-    merged = fxmerge.merge(a, b, [x.bfloat16() for x in vectors()])
+    merged = merge(a, b, [x.bfloat16() for x in vectors()])
     assert {v.dtype for v in merged.state_dict().values()} == {torch.bfloat16}
 
 
@@ -239,12 +242,12 @@ def test_the_dtype_is_kept() -> None:
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        fxmerge.merge(mlp(0), mlp(1), **{"loader": vectors(), "args": (vectors()[0],)} | options)
+        merge(mlp(0), mlp(1), **{"loader": vectors(), "args": (vectors()[0],)} | options)
 
 
 def test_an_empty_loader_of_one_model_is_named() -> None:
     with pytest.raises(LoaderError, match="loader of model B is empty"):
-        fxmerge.merge(mlp(0), mlp(1), loaders=[vectors(), []])
+        merge(mlp(0), mlp(1), loaders=[vectors(), []])
 
 
 def test_an_activation_that_is_no_number_is_refused_with_the_name_of_the_layer() -> None:
@@ -254,4 +257,4 @@ def test_an_activation_that_is_no_number_is_refused_with_the_name_of_the_layer()
 
     a, b = (nn.Sequential(nn.Linear(4, 8), Logarithm(), nn.Linear(8, 3)) for _ in range(2))
     with pytest.raises(NonFiniteError, match=r"'2\.weight'"):
-        fxmerge.merge(a, b, [torch.randn(16, 4)], alpha=1)
+        merge(a, b, [torch.randn(16, 4)], alpha=1)

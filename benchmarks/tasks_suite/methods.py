@@ -8,7 +8,7 @@ benchmark, for all methods alike. To add a method, add a line to `METHODS`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -19,7 +19,9 @@ import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.demo import average, recalibrated
 from fxmerge.merger import OWN
+from fxmerge.refitting.outputs import standardized
 from fxmerge.refitting.refit import Lesson, refit
+from fxmerge.run import Data, batch_inputs
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def _merge(pair: Pair, options: dict[str, object], *, apart: bool = False) -> nn
     return with_state_of(pair.a, merged)
 
 
-def refitting(start: Callable[[Pair], nn.Module], *, apart: bool, only_last: bool = True) -> Method:
+def refitting(
+    start: Callable[[Pair], nn.Module], *, apart: bool = False, standard: bool = False, only_last: bool = True
+) -> Method:
     """A control: a network whose layers are fitted to both parents without any alignment."""
 
     def networks(pair: Pair) -> tuple[nn.Module, ...]:
@@ -84,10 +88,13 @@ def refitting(start: Callable[[Pair], nn.Module], *, apart: bool, only_last: boo
             lessons = [
                 Lesson(((x,), {}), share, 0.5) for share, own in zip(shares, pair.apart, strict=True) for x in own
             ]
-        parents, own = [pair.a.state_dict(), pair.b.state_dict()], start(pair).state_dict()
-        state, _ = refit(program, parents, own, lessons, only_last=only_last, seed=pair.seed, progress=False)
+        parents: Sequence[dict[str, Tensor]] = [pair.a.state_dict(), pair.b.state_dict()]
+        if standard:
+            parents = standardized(program, parents, Data(pair.batches, batch_inputs(pair.a), progress=False))
+        own = start(pair).state_dict()
+        refitted = refit(program, parents, own, lessons, only_last=only_last, seed=pair.seed, progress=False)
         network = copy.deepcopy(pair.a)
-        network.load_state_dict(state)
+        network.load_state_dict(refitted.state)
         return (network,)
 
     return Method(networks)
@@ -136,6 +143,7 @@ def result(method: Method, pair: Pair) -> tuple[tuple[nn.Module, ...], nn.Module
 
 DEFAULTS = "fxmerge"
 OWN_DATA = "fxmerge, own data"
+STANDARDIZED = "fxmerge, standardized"
 PLAIN = "plain average"
 BY_ALPHA = {
     0.0: "activation align",
@@ -158,24 +166,34 @@ METHODS: dict[str, Method] = {
     "align auto": aligning(alpha="auto", published=False),
     "zip auto": merging(combine="average", alpha="auto", published=False),
     "rebasin": permuting(_rebasin),
-    "parent, readout": refitting(lambda pair: pair.a, apart=False),
-    "random, readout": refitting(_random, apart=False),
+    "parent, readout": refitting(lambda pair: pair.a),
+    "random, readout": refitting(_random),
     "average, readout": merging(combine="readout", published=False),
-    "refit, not aligned": refitting(lambda pair: average(pair.a, pair.b), apart=False, only_last=False),
-    "refit, aligned": merging(method="align", published=False),
+    "refit, not aligned": refitting(lambda pair: average(pair.a, pair.b), only_last=False),
+    "refit, aligned": merging(method="align", or_parent=False, published=False),
+    "refit, zipped": merging(or_parent=False, published=False),
     DEFAULTS: merging(published=False),
     "parent, readout, own data": refitting(lambda pair: pair.a, apart=True),
     "random, readout, own data": refitting(_random, apart=True),
     "average, readout, own data": Method(lambda pair: (_merge(pair, {"combine": "readout"}, apart=True),)),
     "refit, not aligned, own data": refitting(lambda pair: average(pair.a, pair.b), apart=True, only_last=False),
     OWN_DATA: Method(lambda pair: (_merge(pair, {}, apart=True),)),
+    "parent, readout, standardized": refitting(lambda pair: pair.a, standard=True),
+    "average, readout, standardized": merging(combine="readout", outputs="standardized", published=False),
+    "refit, not aligned, standardized": refitting(lambda pair: average(pair.a, pair.b), standard=True, only_last=False),
+    STANDARDIZED: merging(outputs="standardized", published=False),
 }
 
 
-REFITS = ("parent, readout", "random, readout", "average, readout", "refit, not aligned", "refit, aligned", DEFAULTS)
+REFITS = (
+    *("parent, readout", "random, readout", "average, readout"),
+    *("refit, not aligned", "refit, aligned", "refit, zipped", DEFAULTS),
+)
 """What is refitted on one set of data for both parents: controls, and fxmerge."""
 APART = tuple(name for name in METHODS if name.endswith("own data"))
 """What is refitted on data of each parent's own."""
+STANDARD = tuple(name for name in METHODS if name.endswith("standardized"))
+"""What is refitted to outputs of mean zero and equal deviation."""
 
 
 def available() -> list[str]:

@@ -12,7 +12,7 @@ from invariance import table
 from models.processes import Row
 
 from tasks_suite.judging import POINTS
-from tasks_suite.methods import APART, BY_ALPHA, DEFAULTS, METHODS, OWN_DATA, PLAIN, REFITS
+from tasks_suite.methods import APART, BY_ALPHA, DEFAULTS, METHODS, OWN_DATA, PLAIN, REFITS, STANDARD, STANDARDIZED
 from tasks_suite.suite import NETWORKS
 
 BEST = "best align"
@@ -97,7 +97,7 @@ def accuracies(results: Results, setting: str, name: str, only: Collection[str] 
     networks = [n for n in networks if any(results.numbers(n, setting, m, name) for m in results.methods)]
     if not networks:
         return []
-    averaged = [m for m in results.methods if m not in (*REFITS, *APART)]
+    averaged = [m for m in results.methods if m not in (*REFITS, *APART, *STANDARD)]
     known = [*averaged, DEFAULTS, BEST] if only is None else [m for m in results.methods if m in only]
     methods = [m for m in known if any(results.numbers(n, setting, m, name) for n in networks)]
     lines: list[Row] = []
@@ -295,7 +295,8 @@ SECTIONS: tuple[Section, ...] = (
         "Refitting and its controls: accuracy per task",
         "All fitted on the same 2,000 images of both tasks (256 windows of text) to the mean of both parents. "
         "Controls: one parent, a random network, and the zipped average, of which only the last layer is fitted; and a "
-        "refit of the plain average, nothing matched.",
+        "refit of the plain average, nothing matched. fxmerge is the refit of the zipped average, or a parent with a "
+        "new readout where that comes much nearer to the mean of both parents.",
         lambda r: accuracies(r, "disjoint", "per_task", REFITS),
     ),
     (
@@ -315,11 +316,24 @@ SECTIONS: tuple[Section, ...] = (
         lambda r: accuracies(r, "disjoint", "joint", APART),
     ),
     (
+        "Refitting to standardized outputs: accuracy per task",
+        "One set of images for both, as above, but every output of both parents is first shifted to mean zero over "
+        "these images, and scaled to equal deviations. That needs neither labels nor the task that an image is of. It is for "
+        "parents that give different answers: on text, where both give the same, it takes away what they agree on.",
+        lambda r: accuracies(r, "disjoint", "per_task", STANDARD),
+    ),
+    (
+        "Refitting to standardized outputs: joint accuracy",
+        "The same networks, choosing among all ten classes.",
+        lambda r: accuracies(r, "disjoint", "joint", STANDARD),
+    ),
+    (
         f"{DEFAULTS} over its controls",
         "Accuracy per task, in points: the mean over networks, the least of them, and how many are above zero.",
         lambda r: (
             over_controls(r, "per_task", DEFAULTS, ("MuDSC zip", *REFITS[:-1]))
             + over_controls(r, "per_task", OWN_DATA, APART[:-1])
+            + over_controls(r, "per_task", STANDARDIZED, STANDARD[:-1])
         ),
     ),
     (
@@ -328,6 +342,7 @@ SECTIONS: tuple[Section, ...] = (
         lambda r: (
             over_controls(r, "joint", DEFAULTS, ("MuDSC zip", *REFITS[:-1]))
             + over_controls(r, "joint", OWN_DATA, APART[:-1])
+            + over_controls(r, "joint", STANDARDIZED, STANDARD[:-1])
         ),
     ),
     (

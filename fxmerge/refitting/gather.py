@@ -74,12 +74,12 @@ class LayerFit:
             weight: how much the batch counts.
         """
         for use in self.layer.uses:
-            mine = _arguments(use, values)
+            mine = arguments(use, values)
             rows, chosen = use.size(mine), None
             if rows > self.limit:
                 chosen = torch.randperm(rows, generator=self.generator)[: self.limit].sort().values
             x = use.features(mine, chosen)
-            given = [use.features(_arguments(use, theirs), chosen) for theirs in taught.values()]
+            given = [use.features(arguments(use, theirs), chosen) for theirs in taught.values()]
             y = torch.stack([f @ self._taught(j, shares).to(x) for j, f in zip(taught, given, strict=True)]).sum(0)
             # The rows of one batch may be of the same inputs, and then tell little of each other's folds; inputs of one
             # task tell little of those of another.
@@ -108,6 +108,7 @@ class LayerFit:
         return {
             "before": found.before,
             "after": found.after,
+            "held_out": found.held_out,
             "ridge": found.ridge,
             "rank": found.rank,
             "features": self.centre.shape[1],
@@ -116,7 +117,8 @@ class LayerFit:
         }
 
 
-def _arguments(use: Use, values: Values) -> dict[str, Any]:
+def arguments(use: Use, values: Values) -> dict[str, Any]:
+    """The arguments of a node by their names."""
     found: dict[str, Any] = fx.map_arg(bind(use.node), values.__getitem__)
     return found
 

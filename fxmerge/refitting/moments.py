@@ -76,6 +76,7 @@ class Fit:
         step: what to add to the coefficients, shape (groups, features, outputs), float64.
         ridge: the chosen strength, relative to the mean square of a feature.
         before, after: squared error of the centre and of the fit, relative to the square of the targets.
+        held_out: the same of fits on rows that the fit was not made of.
         rank: how many of the features' directions the ridge leaves free, the mean over groups.
     """
 
@@ -83,6 +84,7 @@ class Fit:
     ridge: float
     before: float
     after: float
+    held_out: float
     rank: float
 
 
@@ -107,8 +109,10 @@ def fit(folds: Sequence[Moments]) -> Fit:
             step = torch.cholesky_solve(whole.cross, factor)
             inverse = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
             rank = float((inverse.shape[1] - scale * inverse.sum(1)).mean())
-            return Fit(step, ridge, whole.residuals / total, whole.error(step) / total, rank)
-    return Fit(torch.zeros_like(whole.cross), math.inf, whole.residuals / total, whole.residuals / total, 0.0)
+            before, after, held_out = (e / total for e in (whole.residuals, whole.error(step), errors[ridge]))
+            return Fit(step, ridge, before, after, held_out if len(folds) > 1 else after, rank)
+    before = whole.residuals / total
+    return Fit(torch.zeros_like(whole.cross), math.inf, before, before, before, 0.0)
 
 
 def _missed(own: Moments, folds: Sequence[Moments], ridge: float) -> float:

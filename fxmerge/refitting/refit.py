@@ -17,13 +17,11 @@ from fxmerge.refitting.boundaries import Boundaries
 from fxmerge.refitting.forms import form_of
 from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers
+from fxmerge.refitting.rivals import Refitted, Report, Rivals, asked
 from fxmerge.refitting.schedule import Step, stages_of, walk
 from fxmerge.rewriting.calibrate import statistics_nodes
 from fxmerge.run import Call, Runner
 from fxmerge.symmetry import rules
-
-Report = dict[str, dict[str, float]]
-"""Numbers on the fit of each layer, by its name."""
 
 ROUNDS = 3
 """How often a layer is fitted whose inputs depend on itself, as in a recurrent network."""
@@ -56,10 +54,11 @@ def refit(
     teachers: Sequence[Teacher] | None = None,
     leave: Callable[[Use], bool] = lambda use: False,
     only_last: bool = False,
+    or_parent: bool = False,
     max_memory: float = math.inf,
     seed: int = 0,
     progress: bool | None = None,
-) -> tuple[dict[str, Tensor], Report]:
+) -> Refitted:
     """Fits the layers of a merged network, in graph order, to what its parents compute there.
 
     Each layer is the ridge regression, around the coefficients that it starts with, from the features that the already
@@ -74,22 +73,19 @@ def refit(
         teachers: what the parents' layers give to learn from, where units are merged; by default the parents' own.
         leave: tells layers, by their uses, that are to stay as they are.
         only_last: whether to refit only layers that no other layer comes after.
+        or_parent: whether to give a parent, its last layers fitted to the same targets, where that comes nearer to
+            them on rows that are held out.
         max_memory: GiB of activations to keep in memory between stages; the rest goes to a temporary folder.
         seed: seed of the choice of rows.
         progress: whether to show a progress bar; None shows it on a terminal.
-
-    Returns:
-        The new state dict, and for every layer by name: `before` and `after`, the squared error relative to the
-        square of the targets; `ridge`, relative to the mean square of a feature; `rank`, how many directions of
-        the features it leaves free, of `features`; `rows`, the number of equations; `seconds`.
 
     Raises:
         NonFiniteError: if an activation is NaN or infinite.
     """
     program = written_out(program)
     layers = find_layers(program)
-    chosen = last_layers(program, layers) if only_last else list(layers.all)
-    chosen = [layer for layer in chosen if not any(map(leave, layer.uses))]
+    last = last_layers(program, layers)
+    chosen = [layer for layer in (last if only_last else layers.all) if not any(map(leave, layer.uses))]
     state = dict(start)
     told: Report = {}
     stages = _plan(program, layers, chosen)
@@ -100,43 +96,45 @@ def refit(
         data: list[tuple[Shares, float]] = []
         for lesson in lessons:
             inputs = merged.inputs(*lesson.call)
-            for lane in (_MERGED, *_asked(lesson.shares)):
+            for lane in (_MERGED, *asked(lesson.shares)):
                 kept.put((len(data), lane), inputs)
             data.append((lesson.shares, lesson.weight))
         alike = Counter(shares for shares, _ in data)
+        rivals = Rivals(program, layers, last, chosen, parents, teachers, list(alike)) if or_parent else None
         bar = tqdm(total=len(stages) * len(data), desc="refitting", leave=False, disable=disable)
         for stage in stages:
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
             for left in reversed(range(ROUNDS if stage.circular else 1)):
                 fits = [LayerFit(layer, state, teachers, len(data), seed) for layer in stage.layers]
+                theirs = rivals.enter(stage.layers, len(data), seed) if rivals and not left else {}
                 for b, (shares, weight) in enumerate(data):
                     before = kept.take((b, _MERGED))
                     values = merged.advance(before, stage.mine)
                     kept.put((b, _MERGED), before if left else {n: values[n] for n in stage.mine.keep})
                     taught = {}
-                    for j in _asked(shares):
+                    for j in asked(shares):
                         before = kept.take((b, j))
                         taught[j] = lanes[j].advance(before, stage.theirs)
                         kept.put((b, j), before if left else {n: taught[j][n] for n in stage.theirs.keep})
                     for fit in fits:
                         fit.add(values, taught, shares, weight / alike[shares])
+                    for j, fits_of_parent in theirs.items():
+                        for fit in fits_of_parent:
+                            fit.add(taught[j], taught, shares, weight / alike[shares])
                     for one in () if left else statistics:
                         one.add(values, weight / alike[shares])
                     bar.update(not left)
                 for fit in fits:
                     told[fit.layer.name] = fit.settle(state)
+                if rivals:
+                    rivals.settle(theirs)
                 if left:
                     merged.use(state)
             for one in statistics:
                 one.settle(state)
             merged.use(state)
         bar.close()
-    return state, told
-
-
-def _asked(shares: Shares) -> list[int]:
-    """The parents that count."""
-    return [j for j, share in enumerate(shares) if share > 0]
+    return Refitted(state, told) if rivals is None else rivals.choose(state, told)
 
 
 def written_out(program: Program) -> Program:

@@ -145,7 +145,8 @@ def conv(
     w = at.labels(weight).reshape((groups, rows // groups, columns, *kernel))
     labels, still = at.labels(x), _is_point(kernel, padding)
     if still:
-        places = (..., *(slice(None, None, int(s)) for s in np.broadcast_to(stride, len(kernel))))
+        places = (slice(None),) * (labels.ndim - len(kernel))
+        places += tuple(slice(None, None, int(s)) for s in np.broadcast_to(stride, len(kernel)))
         read = (*labels.shape[: -len(kernel)], *at.shape[-len(kernel) :])
         labels = move(at.units, labels, lambda column: column[places], read, at.name)
     return _convolve(at, labels, w, "goi", bias, still=still)

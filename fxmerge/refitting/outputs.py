@@ -1,0 +1,89 @@
+"""Outputs of networks that learnt different tasks, made comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.errors import OptionError
+from fxmerge.program import Program
+from fxmerge.refitting.gather import arguments
+from fxmerge.refitting.layers import Layer, find_layers
+from fxmerge.refitting.refit import last_layers, written_out
+from fxmerge.refitting.rivals import used_after
+from fxmerge.run import Data, Runner
+
+
+def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data: Data) -> tuple[dict[str, Tensor], ...]:
+    """Shifts and scales the last layers of networks, so that their outputs have mean zero and equal deviations.
+
+    A network answers inputs of a task that it did not learn with what its own task made common. The mean of several
+    networks' outputs then leans towards the answers that each gives most often, and towards the networks with large
+    outputs. Each output of a last layer gets the mean zero over all data; all outputs of a layer are scaled by
+    one number, so that their deviation is the mean of that of all networks.
+
+    Arguments:
+        program: the captured program.
+        states: the state dicts of the networks.
+        data: inputs of all tasks.
+
+    Returns:
+        New state dicts.
+
+    Raises:
+        OptionError: if a last layer has no bias, or a parameter is used after it.
+    """
+    program = written_out(program)
+    layers = find_layers(program)
+    last = last_layers(program, layers)
+    fixed = [layer.name for layer in last if not all(use.biased for use in layer.uses)]
+    if not last or fixed or used_after(program, layers, last):
+        why = (
+            f"{fixed[0]!r} has no bias that could shift its outputs"
+            if fixed
+            else "there is no last layer after which no parameter is used"
+        )
+        raise OptionError(f"outputs is 'standardized', but {why}; pass outputs='mean'.")
+    moved = tuple(dict(state) for state in states)
+    found = [_moments(program, last, state, data) for state in states]
+    for i, layer in enumerate(last):
+        common = torch.stack([own[i][1] for own in found]).mean()
+        for state, own in zip(moved, found, strict=True):
+            mean, deviation = own[i]
+            coefficients = layer.read(state)
+            coefficients[:, -1] -= mean
+            layer.write(state, coefficients * (common / deviation if deviation > 0 else 1.0))
+    return moved
+
+
+def _moments(
+    program: Program, last: Sequence[Layer], state: Mapping[str, Tensor], data: Data
+) -> list[tuple[Tensor, Tensor]]:
+    """For every layer, the mean of each of its outputs, shape (groups, outputs), and the deviation of all."""
+    coefficients = [layer.read(state) for layer in last]
+    sums = [(c.new_zeros(()), c.new_zeros(c[:, 0].shape), c.new_zeros(c[:, 0].shape)) for c in coefficients]
+    runner = _Shown(program, {use.node for layer in last for use in layer.uses})
+    for args, kwargs in data.batches("standardizing outputs"):
+        runner.call(state, args, kwargs)
+        for i, (layer, own) in enumerate(zip(last, coefficients, strict=True)):
+            for use in layer.uses:
+                y = use.features(arguments(use, runner.seen[use.node]), None).double() @ own
+                count, total, squares = sums[i]
+                sums[i] = count + y.shape[1], total + y.sum(1), squares + y.square().sum(1)
+    return [(total / n, (squares / n - (total / n) ** 2).clamp(min=0).mean().sqrt()) for n, total, squares in sums]
+
+
+class _Shown(Runner):
+    """Runs a program, and keeps what some nodes are given."""
+
+    def __init__(self, program: Program, nodes: set[fx.Node]) -> None:
+        super().__init__(program)
+        self.nodes = nodes
+        self.seen: dict[fx.Node, dict[fx.Node, object]] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        if n in self.nodes:
+            self.seen[n] = {given: self.env[given] for given in n.all_input_nodes}
+        return super().run_node(n)

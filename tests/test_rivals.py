@@ -1,0 +1,75 @@
+"""A parent with a new readout, where the merged network knows less."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+from tests.test_universe import mlp, vectors
+
+
+def muted(net: nn.Module) -> nn.Module:
+    """A network whose outputs are next to nothing."""
+    with torch.no_grad():
+        for parameter in list(net.parameters())[-2:]:
+            parameter.mul_(1e-3)
+    return net
+
+
+@pytest.mark.parametrize("numbers", [(0, 1), (1, 0)])
+def test_a_parent_that_says_all_there_is_to_say_is_returned(
+    numbers: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    telling, silent = mlp(0), muted(mlp(1))
+    pair = [(telling, silent)[n] for n in numbers]
+    data = [torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    with caplog.at_level(logging.WARNING):
+        merged = fxmerge.merge(*pair, data)
+    told, parent = merged.meta["fxmerge"], numbers.index(0)
+    assert told["parent"] == parent
+    assert f"model {'AB'[parent]} with its last layers refitted" in caplog.text
+    assert set(told["layers"]) == {"5.weight"}
+    assert set(told["errors"]) == {None, 0, 1}
+    assert told["errors"][parent] == told["layers"]["5.weight"]["held_out"] < 0.1 * told["errors"][None]
+    x = torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(9))
+    mean = (telling(x) + silent(x)) / 2
+    assert (merged(x) - mean).square().mean() < 1e-4 * mean.square().mean()
+
+
+def test_the_merged_network_can_be_asked_for() -> None:
+    told = fxmerge.merge(mlp(0), muted(mlp(1)), vectors(), or_parent=False).meta["fxmerge"]
+    assert told["parent"] is None
+    assert told["errors"] == {}
+    assert len(told["layers"]) == 3
+
+
+def test_a_merged_network_that_is_as_good_is_kept() -> None:
+    told = fxmerge.merge(mlp(0), mlp(0), vectors()).meta["fxmerge"]
+    assert told["parent"] is None
+    assert max(told["errors"].values()) < 1e-6
+
+
+class Gained(nn.Module):
+    """A parameter after the last layer, whose outputs are therefore in units of the network's own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.net = mlp(seed)
+        self.gain = nn.Parameter(torch.rand(10) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = self.net(x) * self.gain
+        return scaled
+
+
+def test_outputs_in_units_of_a_networks_own_are_not_compared() -> None:
+    told = fxmerge.merge(Gained(0), muted(Gained(1)), vectors()).meta["fxmerge"]
+    assert told["parent"] is None
+    assert told["errors"] == {}
+
+
+def test_a_model_that_does_not_count_is_no_rival() -> None:
+    told = fxmerge.merge(mlp(0), mlp(1), vectors(), weights=(1, 0)).meta["fxmerge"]
+    assert set(told["errors"]) == {None, 0}
