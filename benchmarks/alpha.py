@@ -53,7 +53,7 @@ from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
 from fxmerge.run import Data, batch_inputs
-from fxmerge.similarity.activations import correlations
+from fxmerge.similarity.activations import similarities
 from fxmerge.symmetry.group import analyse
 
 DEMO = {f"demo-{arch}": arch for arch in demo.RECIPES}
@@ -116,7 +116,7 @@ def run(network: str, setting: str, seed: int, count: int | None, cache: Path) -
     ]
     for name, part in parts.items():
         data = Data(part, batch_inputs(a), progress=False)
-        pairs = correlations(found, symmetry, states, data, ("model A", "model B"), [(0, 1)])
+        pairs = similarities(found, symmetry, states, data, ("model A", "model B"), [(0, 1)])
         correlation = {number: own[0, 1] for number, own in pairs.items()}
         for row in rows:
             matched = match(symmetry, *states, correlation, alpha=row["alpha"], seed=seed, progress=False)

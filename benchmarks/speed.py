@@ -21,7 +21,7 @@ from torch import Tensor
 from fxmerge.capture import capture_program
 from fxmerge.matching.search import match
 from fxmerge.run import Data, Runner, batch_inputs
-from fxmerge.similarity.activations import correlations
+from fxmerge.similarity.activations import similarities
 from fxmerge.symmetry.group import analyse
 
 REPEATS = 3
@@ -65,7 +65,7 @@ def run(name: str) -> dict[str, str]:
     inference = seconds(lambda: analyse(program))
     alignment = seconds(lambda: match(symmetry, *states, {}, alpha=1.0, progress=False), 1)
     passes = seconds(forward, 2)
-    statistics = seconds(lambda: correlations(found, symmetry, states, data, ("A", "B"), [(0, 1)]), 2)
+    statistics = seconds(lambda: similarities(found, symmetry, states, data, ("A", "B"), [(0, 1)]), 2)
     return {
         "model": name,
         "inference s": f"{inference:.2f}",

@@ -20,6 +20,7 @@ from fxmerge.refitting.outputs import standardized
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.run import Inputs
+from fxmerge.similarity.activations import Activations, Similarity
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
 
@@ -41,6 +42,8 @@ def merge(
     method: Method | None = None,
     combine: Combine | None = None,
     alpha: Alpha = ALPHA,
+    similarity: Similarity = "pearson",
+    activations: Activations = "every",
     budget: float = 1.0,
     damping: float = 0.5,
     weights: Sequence[float] = (0.5, 0.5),
@@ -49,6 +52,7 @@ def merge(
     outputs: Outputs = "mean",
     or_parent: bool = True,
     max_memory: float = MAX_MEMORY,
+    restarts: int = 0,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -80,6 +84,8 @@ def merge(
         alpha: weight of the weight-space similarity, from 0 (activations only) to 1 (weights only); or a mapping from
             names of classes, as in `Symmetry.names`, to such numbers, 0.5 for the others; or "auto": the candidate
             whose merge has outputs most like the mean of the models' own, without labels.
+        similarity: how activations of units are compared: by "pearson" correlation, "cosine" or "covariance".
+        activations: of "every" activation that shows units to a layer, or of the "last" one of each class.
         budget: zip only: in [0, 1], the share of the merges that may be of units of one model.
         damping: zip only: in [0, 1], what the similarities of a merged unit are multiplied with, so that it is less
             likely to be merged again.
@@ -93,6 +99,7 @@ def merge(
         or_parent: with "least_squares": whether to return one of the models, only its last layers refitted, where that
             answers more like the mean of all models than the merged network does; a warning says so.
         max_memory: GiB of activations that refitting keeps in memory; what is more goes to a temporary folder.
+        restarts: how often the search is made again in another order; what has the highest objective is taken.
         seed: seed of the random order of the search.
         device: where to work and where the result is; by default where the base or else `gm_a` is.
         progress: whether to show progress; None shows it on a terminal.
@@ -131,6 +138,8 @@ def merge(
         method=method,
         combine=combine,
         alpha=alpha,
+        similarity=similarity,
+        activations=activations,
         budget=budget,
         damping=damping,
         weights=weights,
@@ -139,6 +148,7 @@ def merge(
         outputs=outputs,
         or_parent=or_parent,
         max_memory=max_memory,
+        restarts=restarts,
         seed=seed,
         device=device,
         progress=progress,
@@ -158,6 +168,8 @@ def merge_many(
     method: Method | None = None,
     combine: Combine | None = None,
     alpha: Alpha = ALPHA,
+    similarity: Similarity = "pearson",
+    activations: Activations = "every",
     budget: float = 1.0,
     damping: float = 0.5,
     weights: Sequence[float] | None = None,
@@ -167,6 +179,7 @@ def merge_many(
     outputs: Outputs = "mean",
     or_parent: bool = True,
     max_memory: float = MAX_MEMORY,
+    restarts: int = 0,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -209,6 +222,7 @@ def merge_many(
     combine = ("least_squares" if base is None and given else "average") if combine is None else combine
     validate.check_combine(combine, base, given, max_memory)
     validate.check_outputs(outputs, base, given)
+    validate.check_search(similarity, activations, restarts)
     job = prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base, loaders)
     found, symmetry = job.symmetry(symmetry, verify)
     validate.check_class_names(alpha, symmetry)
@@ -216,7 +230,19 @@ def merge_many(
         with job.timed("standardizing"):
             job = replace(job, states=standardized(job.program, job.states, job.data))
     home = reference if base is None else 0  # The base comes first.
-    merger = Merger(job, found, symmetry, Plan(shares, method, home, budget, damping, task_vectors, seed))
+    plan = Plan(
+        shares,
+        method,
+        home,
+        budget=budget,
+        damping=damping,
+        task_vectors=task_vectors,
+        seed=seed,
+        restarts=restarts,
+        similarity=similarity,
+        activations=activations,
+    )
+    merger = Merger(job, found, symmetry, plan)
     attempt, told = merger.choose(alpha)
     if combine == "average":
         merged = merger.finish(attempt.state)
@@ -254,6 +280,9 @@ def align(
     loader: Iterable[Any] | None = None,
     *,
     alpha: Alpha = ALPHA,
+    similarity: Similarity = "pearson",
+    activations: Activations = "every",
+    restarts: int = 0,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -278,10 +307,12 @@ def align(
         >>> aligned.meta["fxmerge"]["images"]
         {'0.weight[0]': [0, 1, 2, 3, 4, 5, 6, 7]}
     """
+    validate.check_search(similarity, activations, restarts)
     job = prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
     found, symmetry = job.symmetry(symmetry, verify)
     validate.check_class_names(alpha, symmetry)
-    attempt, told = Merger(job, found, symmetry, Plan((0.5, 0.5), seed=seed)).choose(alpha)
+    plan = Plan((0.5, 0.5), seed=seed, restarts=restarts, similarity=similarity, activations=activations)
+    attempt, told = Merger(job, found, symmetry, plan).choose(alpha)
     permutation = attempt.aligned.permutations[1]
     with job.timed("rewriting"):
         aligned = bake(job.program, permutation.apply(job.states[1]))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations, combinations_with_replacement
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -27,7 +27,7 @@ from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.rewriting.zipped import produced, zip_average
-from fxmerge.similarity.activations import Pair, classes_along, correlations, whole
+from fxmerge.similarity.activations import Activations, Pair, Similarity, classes_along, similarities, whole
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.permutation import Permutation
@@ -36,6 +36,8 @@ from fxmerge.symmetry.propagate import Propagation
 Method = Literal["align", "zip"]
 Combine = Literal["average", "least_squares", "readout"]
 Outputs = Literal["mean", "standardized"]
+
+Found = TypeVar("Found")
 
 OWN = 0.5
 """Where every model has data of its own, the share of its outputs in what is to be learnt on these; the rest is the
@@ -53,6 +55,8 @@ class Plan:
         budget, damping: options of the zip.
         task_vectors: how differences to the first model, the base, are combined, in place of the average.
         seed: seed of the random order of the search.
+        restarts: how often the search is made again, in another order.
+        similarity, activations: how activations are compared, and which.
     """
 
     shares: Sequence[float]
@@ -62,6 +66,9 @@ class Plan:
     damping: float = 0.5
     task_vectors: TaskVectors | None = None
     seed: int = 0
+    restarts: int = 0
+    similarity: Similarity = "pearson"
+    activations: Activations = "every"
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,8 @@ class Merger:
             pairs = [p for p in combinations(numbers, 2) if home is None or home in p]
         names = [self.job.names[i] for i in self.order]
         with self.job.timed("activations"):
-            return correlations(self.found, self.symmetry, self.states, self.job.data, names, pairs)
+            kind, taken = self.plan.similarity, self.plan.activations
+            return similarities(self.found, self.symmetry, self.states, self.job.data, names, pairs, kind, taken)
 
     def choose(self, alpha: Alpha) -> tuple[Attempt, dict[str, Any]]:
         """The merge for an alpha, or for the one of several that is best by the merge's outputs; and what the report
@@ -166,20 +174,24 @@ class Merger:
 
     def _align(self, shown: Mapping[int, Mapping[Pair, Tensor]], alpha: float | Mapping[int, float]) -> Alignment:
         """All models in the units of one, or of all."""
-        symmetry, states, home = self.symmetry, self.states, self.plan.reference
-        seed, progress = self.plan.seed, self.job.progress
+        symmetry, states, home, seen = self.symmetry, self.states, self.plan.reference, self.job.progress
         with self.job.timed("matching"):
             if home is None:
                 across = {n: {p: c for p, c in pairs.items() if p[0] != p[1]} for n, pairs in shown.items()}
-                return find_universe(symmetry, states, across, alpha=alpha, seed=seed, progress=progress)
+                search = partial(find_universe, symmetry, states, across, alpha=alpha, progress=seen)
+                return self._highest(search, lambda found: found.traces[0][-1])
             matches = {}
             for i in range(len(states)):
                 if i != home:
                     own = {n: pairs[home, i] if home < i else pairs[i, home].T for n, pairs in shown.items()}
-                    matches[i] = match(
-                        symmetry, states[home], states[i], own, alpha=alpha, seed=seed, progress=progress
-                    )
+                    one = partial(match, symmetry, states[home], states[i], own, alpha=alpha, progress=seen)
+                    matches[i] = self._highest(one, lambda found: found.trace[-1])
             return to_reference(symmetry, matches, home)
+
+    def _highest(self, search: Callable[..., Found], objective: Callable[[Found], float]) -> Found:
+        """The best of several searches, each with a seed of its own; of equals the first."""
+        seeds = range(self.plan.seed, self.plan.seed + self.plan.restarts + 1)
+        return max((search(seed=seed) for seed in seeds), key=objective)
 
     def _zip(
         self,
@@ -195,7 +207,8 @@ class Merger:
             placed = {(i, j): c[at[i]][:, at[j]] for (i, j), c in pairs.items()}
             correlation[n] = whole(placed, len(states))
         with self.job.timed("matching"):
-            return match_zip(
+            search = partial(
+                match_zip,
                 self.symmetry,
                 states,
                 correlation,
@@ -203,9 +216,9 @@ class Merger:
                 alpha=alpha,
                 budget=self.plan.budget,
                 damping=self.plan.damping,
-                seed=self.plan.seed,
                 progress=self.job.progress,
             )
+            return self._highest(search, lambda found: found.trace[-1])
 
     def refit(self, attempt: Attempt, *, only_last: bool, or_parent: bool, max_memory: float) -> Refitted:
         """The parameters of an attempt, its layers refitted, or if better those of a parent; parents are numbered as

@@ -112,6 +112,15 @@ def check_outputs(outputs: str, base: Model | None, given: bool) -> None:
         raise OptionError("outputs is 'standardized', which needs data: pass a loader, or outputs='mean'.")
 
 
+def check_search(similarity: str, activations: str, restarts: int) -> None:
+    if similarity not in ("pearson", "cosine", "covariance"):
+        raise OptionError(f"similarity is {similarity!r}; it must be 'pearson', 'cosine' or 'covariance'.")
+    if activations not in ("every", "last"):
+        raise OptionError(f"activations is {activations!r}; it must be 'every' or 'last'.")
+    if not isinstance(restarts, int) or restarts < 0:
+        raise OptionError(f"restarts is {restarts!r}; it must be a number of times, 0 or more.")
+
+
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """The combination weights, normalised to sum to one; equal ones if None."""
     if weights is None:

@@ -212,3 +212,39 @@ def test_a_graph_written_out_for_one_length_is_not_run_at_another() -> None:
     assert merged(torch.randn(3, 5, 3)).shape == (3, 2)
     with pytest.raises(fxmerge.LoaderError, match=r"has shape \(4, 7, 3\) .* takes \(any, 5, 3\)"):
         fxmerge.merge(Recurrent(0), Recurrent(1), [torch.randn(4, 5, 3), torch.randn(4, 7, 3)])
+
+
+@pytest.mark.parametrize("method", ["align", "zip"])
+def test_restarts_never_lower_the_objective(method: Any) -> None:
+    def objective(restarts: int) -> float:
+        told = fxmerge.merge(settled(0), settled(1), data(), method=method, combine="average", restarts=restarts).meta[
+            "fxmerge"
+        ]
+        return float(told["zip_objective"][-1] if method == "zip" else told["objective"][0][-1])
+
+    assert objective(3) >= objective(0)
+
+
+def test_what_is_compared_can_be_chosen() -> None:
+    found = {
+        (kind, taken): fxmerge.merge(settled(0), settled(1), data(), similarity=kind, activations=taken, alpha=0.0)
+        for kind in ("pearson", "cosine", "covariance")
+        for taken in ("every", "last")
+    }
+    images = {str(m.meta["fxmerge"]["quality"]) for m in found.values()}
+    assert len(images) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"similarity": "dot"}, "similarity is 'dot'"),
+        ({"activations": "first"}, "activations is 'first'"),
+        ({"restarts": -1}, "restarts is -1"),
+    ],
+)
+def test_bad_options_of_the_search_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fxmerge.OptionError, match=message):
+        fxmerge.merge(settled(0), settled(1), data(), **options)
+    with pytest.raises(fxmerge.OptionError, match=message):
+        fxmerge.align(settled(0), settled(1), data(), **options)

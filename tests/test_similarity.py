@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.run import Data, batch_inputs
 from fxmerge.similarity import weights
-from fxmerge.similarity.activations import MAX_ROWS, correlations, find_taps
+from fxmerge.similarity.activations import MAX_ROWS, find_taps, similarities
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
 
@@ -26,12 +28,65 @@ def test_activation_correlations_equal_numpy_on_all_data_at_once() -> None:
     batches = [torch.randn(4, 2, 6, 6) for _ in range(3)]
     found, symmetry = analysed(a, batches[0])
     states, pairs = (a.state_dict(), b.state_dict()), [(0, 0), (0, 1)]
-    got = correlations(found, symmetry, states, Data(batches, batch_inputs(a)), ("model A", "model B"), pairs)[0]
+    got = similarities(found, symmetry, states, Data(batches, batch_inputs(a)), ("model A", "model B"), pairs)[0]
     with torch.no_grad():
         units = [m[:3](torch.cat(batches)).transpose(0, 1).reshape(5, -1).numpy() for m in (a, b)]
     expected = np.corrcoef(*units)
     np.testing.assert_allclose(got[0, 0], expected[:5, :5], atol=1e-5)
     np.testing.assert_allclose(got[0, 1], expected[:5, 5:], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "covariance"])
+def test_other_similarities_equal_numpy_on_all_data_at_once(kind: Any) -> None:
+    a, b = cnn(0), cnn(1)
+    batches = [torch.randn(4, 2, 6, 6) for _ in range(3)]
+    found, symmetry = analysed(a, batches[0])
+    states, names = (a.state_dict(), b.state_dict()), ("model A", "model B")
+    # Each batch counts in units of the first, which for all data at once is the whole.
+    data = Data([torch.cat(batches)], batch_inputs(a))
+    got = similarities(found, symmetry, states, data, names, [(0, 1)], kind)[0][0, 1]
+    with torch.no_grad():
+        x, y = (m[:3](torch.cat(batches)).transpose(0, 1).reshape(5, -1).double().numpy() for m in (a, b))
+    if kind == "cosine":
+        expected = x @ y.T / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(y, axis=1)
+    else:
+        x, y = (v - v.mean(1, keepdims=True) for v in (x, y))
+        expected = x @ y.T / x.shape[1] / np.sqrt(x.var(1).mean() * y.var(1).mean())
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """A class that two activations show."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.inner, self.outer = nn.Linear(3, 6), nn.Linear(6, 4), nn.Linear(4, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).tanh()
+        out: Tensor = self.head(x + self.outer(self.inner(x).tanh()))
+        return out
+
+
+def test_only_the_last_activation_of_a_class_may_count() -> None:
+    a, b, x = Twice(0), Twice(1), torch.randn(40, 3)
+    found, symmetry = analysed(a, x)
+    states, data, names = (a.state_dict(), b.state_dict()), Data([x], batch_inputs(a)), ("A", "B")
+    every, last = (
+        similarities(found, symmetry, states, data, names, [(0, 1)], "pearson", taken) for taken in ("every", "last")
+    )
+    (stream,) = (n for n in every if symmetry.units[n].size == 6)
+
+    def ends(m: Twice) -> tuple[Tensor, Tensor]:
+        early = m.stem(x).tanh()
+        return early, early + m.outer(m.inner(early).tanh())
+
+    with torch.no_grad():
+        early, late = (np.corrcoef(u.T, v.T)[:6, 6:] for u, v in zip(ends(a), ends(b), strict=True))
+    np.testing.assert_allclose(last[stream][0, 1], late, atol=1e-5)
+    np.testing.assert_allclose(every[stream][0, 1], (early + late) / 2, atol=1e-5)
 
 
 def test_activations_are_taken_where_a_contraction_consumes_them() -> None:
@@ -48,7 +103,7 @@ def test_a_unit_that_never_varies_correlates_with_nothing() -> None:
         a[1].bias[2] = -1e4
     x = torch.randn(4, 2, 6, 6)
     found, symmetry = analysed(a, x)
-    got = correlations(
+    got = similarities(
         found, symmetry, (a.state_dict(), b.state_dict()), Data([x], batch_inputs(a)), ("A", "B"), [(0, 1)]
     )[0][0, 1]
     assert torch.equal(got[2], torch.zeros(5))
@@ -60,7 +115,7 @@ def test_rows_are_subsampled_above_the_limit() -> None:
     x = torch.randn(3 * MAX_ROWS, 3)
     found, symmetry = analysed(model, x)
     state = model.state_dict()
-    got = correlations(found, symmetry, (state, state), Data([x], batch_inputs(model)), ("A", "B"), [(0, 1)])[0][0, 1]
+    got = similarities(found, symmetry, (state, state), Data([x], batch_inputs(model)), ("A", "B"), [(0, 1)])[0][0, 1]
     assert torch.allclose(got.diagonal(), torch.ones(4), atol=1e-4)
 
 
@@ -69,8 +124,8 @@ def test_the_order_and_size_of_batches_do_not_matter_for_what_streams() -> None:
     x = torch.randn(8, 2, 6, 6)
     found, symmetry = analysed(a, x)
     states = (a.state_dict(), b.state_dict())
-    one = correlations(found, symmetry, states, Data([x], batch_inputs(a)), ("A", "B"), [(0, 1)])[0][0, 1]
-    two = correlations(found, symmetry, states, Data([x[:5], x[5:]], batch_inputs(a)), ("A", "B"), [(0, 1)])[0][0, 1]
+    one = similarities(found, symmetry, states, Data([x], batch_inputs(a)), ("A", "B"), [(0, 1)])[0][0, 1]
+    two = similarities(found, symmetry, states, Data([x[:5], x[5:]], batch_inputs(a)), ("A", "B"), [(0, 1)])[0][0, 1]
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 
@@ -82,7 +137,7 @@ def test_a_nan_activation_is_refused_with_its_place() -> None:
     bad[0] = float("inf")
     state = model.state_dict()
     with pytest.raises(fxmerge.NonFiniteError, match=r"model B|model A.*graph node"):
-        correlations(
+        similarities(
             found, symmetry, (state, state), Data([bad], batch_inputs(model)), ("model A", "model B"), [(0, 1)]
         )
 

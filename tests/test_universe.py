@@ -16,7 +16,7 @@ from fxmerge.matching.search import match
 from fxmerge.matching.universe import find_universe
 from fxmerge.rewriting.combine import average
 from fxmerge.run import Data, batch_inputs
-from fxmerge.similarity.activations import correlations
+from fxmerge.similarity.activations import similarities
 from fxmerge.symmetry.group import analyse
 from fxmerge.symmetry.permutation import Permutation
 
@@ -168,7 +168,7 @@ class Trained:
         found, self.symmetry = analyse(program)
         data = Data([training.images[:512]], batch_inputs(self.models[0]), torch.device("cpu"), False)
         pairs, names = list(combinations(range(MODELS), 2)), [f"model {i}" for i in range(MODELS)]
-        self.correlation = correlations(found, self.symmetry, self.states, data, names, pairs)
+        self.correlation = similarities(found, self.symmetry, self.states, data, names, pairs)
 
     def between(self, i: int, j: int) -> dict[int, Tensor]:
         return {n: c[i, j] if i < j else c[j, i].T for n, c in self.correlation.items()}

@@ -9,7 +9,7 @@ from fxmerge.demo import ViT
 from fxmerge.matching.zip_search import match_zip, zipped_classes
 from fxmerge.rewriting.zipped import zip_average
 from fxmerge.run import Data, batch_inputs
-from fxmerge.similarity.activations import correlations, whole
+from fxmerge.similarity.activations import similarities, whole
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import analyse
 from tests.published_zip import published_zip
@@ -74,7 +74,7 @@ def test_with_alpha_0_every_class_is_zipped_as_published() -> None:
     found, symmetry = analyse(capture_program(a, (x,)))
     states = [m.state_dict() for m in (a, b)]
     pairs = [(0, 0), (0, 1), (1, 1)]
-    shown = correlations(found, symmetry, states, Data([x], batch_inputs(a)), ("A", "B"), pairs)
+    shown = similarities(found, symmetry, states, Data([x], batch_inputs(a)), ("A", "B"), pairs)
     correlation = {n: whole(blocks, 2) for n, blocks in shown.items()}
     got = match_zip(symmetry, states, correlation, flows(found), alpha=0.0, budget=1.0, damping=0.5)
     with torch.no_grad():

@@ -318,7 +318,7 @@ SECTIONS: tuple[Section, ...] = (
     (
         "Refitting to standardized outputs: accuracy per task",
         "One set of images for both, as above, but every output of both parents is first shifted to mean zero over "
-        "these images, and scaled to equal deviations. That needs neither labels nor the task that an image is of. It is for "
+        "these images, and scaled to equal deviations. That needs neither labels nor the task of an image. It is for "
         "parents that give different answers: on text, where both give the same, it takes away what they agree on.",
         lambda r: accuracies(r, "disjoint", "per_task", STANDARD),
     ),

@@ -1,11 +1,11 @@
-"""Activation space: streaming correlation of several models' units on the same inputs."""
+"""Activation space: streaming similarity of several models' units on the same inputs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,14 @@ from fxmerge.symmetry.units import Ids
 MAX_ROWS, MAX_ENTRIES = 4096, 2**20
 """Rows (samples times places) and entries (rows times units) taken of one activation in one batch; rows above
 that are subsampled evenly, so that the statistics of a class of n units cost at most n * 2**20 multiplications."""
+
+
+Similarity = Literal["pearson", "cosine", "covariance"]
+"""How similar two units' activations are: their Pearson correlation; their cosine, without subtracting the means; or
+their covariance, relative to the mean variance of the class, so that units that vary more count more."""
+
+Activations = Literal["every", "last"]
+"""Of which activations that show a class: of every one that a contraction consumes, or of the last."""
 
 
 @dataclass(frozen=True)
@@ -153,29 +161,44 @@ class _Moments:
         for i, j in self.products:
             self.products[i, j] = (rows[i].T @ rows[j]).double().add_(self.products[i, j])
 
-    def correlations(self) -> dict[Pair, Tensor]:
-        mean = [torch.as_tensor(s) / self.rows for s in self.sums]
-        scale = []
-        for m, squares in zip(mean, self.squares, strict=True):
-            deviation = (torch.as_tensor(squares) / self.rows - m**2).clamp(min=0).sqrt()
-            # A unit that never varies correlates with nothing.
-            scale.append(torch.where(deviation > 1e-6, 1 / deviation, torch.zeros_like(deviation)))
+    def similarities(self, kind: Similarity) -> dict[Pair, Tensor]:
+        shift, scale = [], []
+        for sums, squares in zip(self.sums, self.squares, strict=True):
+            mean = torch.as_tensor(sums) / self.rows
+            shift.append(torch.zeros_like(mean) if kind == "cosine" else mean)
+            size = (torch.as_tensor(squares) / self.rows - shift[-1] ** 2).clamp(min=0).sqrt()
+            # A unit that never varies is similar to nothing.
+            varies, usual = size > 1e-6, size.square().mean().sqrt()
+            scale.append(torch.where(varies, 1 / (usual if kind == "covariance" else size), torch.zeros_like(size)))
         found = {}
         for (i, j), products in self.products.items():
-            covariance = torch.as_tensor(products).div_(self.rows).addr_(mean[i], mean[j], alpha=-1)
-            found[i, j] = covariance.mul_(scale[i][:, None]).mul_(scale[j]).float()
+            centred = torch.as_tensor(products).div_(self.rows).addr_(shift[i], shift[j], alpha=-1)
+            found[i, j] = centred.mul_(scale[i][:, None]).mul_(scale[j]).float()
         return found
 
 
-def correlations(
+def _first(x: Tensor, kind: Similarity) -> tuple[Tensor, Tensor]:
+    """What is subtracted from an activation's units, and what they are multiplied with, so that all activations of a
+    class count alike; by the first batch."""
+    shift = torch.zeros_like(x[0]) if kind == "cosine" else x.mean(dim=0)
+    size = (x - shift).square().mean(dim=0).sqrt()
+    varies = size > 1e-6
+    # Units that do not vary yet may do so later, on data of another kind.
+    usual = size[varies].mean() if varies.any() else size.new_ones(())
+    return shift, 1 / torch.where(varies & (kind != "covariance"), size, usual)
+
+
+def similarities(
     found: Propagation,
     symmetry: Symmetry,
     models: Sequence[Mapping[str, Tensor]],
     data: Data,
     names: Sequence[str],
     pairs: Sequence[Pair],
+    kind: Similarity = "pearson",
+    activations: Activations = "every",
 ) -> dict[int, dict[Pair, Tensor]]:
-    """Pearson correlation of all pairs of units of some pairs of models, for every class that an activation shows.
+    """Similarity of all pairs of units of some pairs of models, for every class that an activation shows.
 
     Every activation is standardised by its units' means and deviations on the first batch and then
     counts alike. Memory does not depend on the number of batches: the product sums of each class and pair.
@@ -187,15 +210,20 @@ def correlations(
         data: calibration batches.
         names: what to call the models in errors.
         pairs: the numbers of the models to compare; a model may be compared with itself.
+        kind: how similarity is measured.
+        activations: whether every activation counts, or the last one of each class.
 
     Returns:
-        For each class number and pair a tensor of shape (units, units), rows for the first model, in [-1, 1].
+        For each class number and pair a tensor of shape (units, units), rows for the first model; in [-1, 1], but for
+        covariances.
 
     Raises:
         LoaderError: if the loader is empty.
         NonFiniteError: if an activation is NaN or infinite.
     """
     taps = find_taps(found, symmetry)
+    if activations == "last":
+        taps = list({tap.number: tap for tap in taps}.values())
     runner = _Tapped(found.program, taps)
     first: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     moments = {tap.number: _Moments(len(models), pairs) for tap in taps}
@@ -213,16 +241,12 @@ def correlations(
                 if not torch.isfinite(x).all():
                     raise NonFiniteError(f"An activation of {names[m]} is NaN or infinite at graph node {tap.node!r}.")
                 if (i, m) not in first:
-                    deviation = x.std(dim=0, correction=0)
-                    varies = deviation > 1e-6
-                    # Units that do not vary yet may do so later, on data of another kind.
-                    usual = deviation[varies].mean() if varies.any() else deviation.new_ones(())
-                    first[i, m] = x.mean(dim=0), 1 / torch.where(varies, deviation, usual)
+                    first[i, m] = _first(x, kind)
                 rows[m] = (x - first[i, m][0]) * first[i, m][1]
             moments[tap.number].add(rows)
     if not batches:
         raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
-    return {number: m.correlations() for number, m in moments.items()}
+    return {number: m.similarities(kind) for number, m in moments.items()}
 
 
 def whole(blocks: Mapping[Pair, Tensor], models: int) -> NDArray[np.float64]:
