@@ -26,7 +26,7 @@ from pathlib import Path
 
 from models.processes import Row, append_row, read_rows, run_all
 from tasks_suite import images, judging, training
-from tasks_suite.methods import BY_ALPHA, DEFAULTS, METHODS, PLAIN, available
+from tasks_suite.methods import APART, BY_ALPHA, DEFAULTS, METHODS, PLAIN, SEARCHES, STANDARD, available
 from tasks_suite.report import key, page, summary
 from tasks_suite.suite import LONG, NETWORKS, SHORT
 
@@ -36,7 +36,9 @@ PLANES = ("mlp", "resnet20-1-bn")
 
 
 GRID = [name for alpha, name in BY_ALPHA.items() if alpha not in (0, 0.5, 1)]
-"""The methods that only fill the grid over alpha: for disjoint tasks only."""
+ONLY_DISJOINT = {*GRID, *SEARCHES, *APART, *STANDARD} - {BY_ALPHA[0.5], "MuDSC zip"}
+"""The methods that fill a grid, or that are for tasks that differ."""
+
 PRELOAD = ("sklearn.datasets", "sklearn.model_selection", "tasks_suite.judging", "tasks_suite.training")
 
 
@@ -105,7 +107,7 @@ def select(options: argparse.Namespace) -> tuple[list[tuple[str, str, int]], lis
         {"network": network, "setting": setting, "seed": seed, "method": method, "measure": "merge"}
         for network, setting, seed in chosen
         for method in methods
-        if setting != "same" or method not in GRID
+        if setting != "same" or method not in ONLY_DISJOINT
     ]
     if options.plots:
         planes = [pair for pair in chosen if pair[0] in PLANES and pair[1:] == ("same", 0)]

@@ -154,6 +154,14 @@ BY_ALPHA = {
 }
 """The methods that differ only in the weight of the weight-space similarity."""
 
+CHOICES: dict[str, dict[str, object]] = {
+    "cosine": {"similarity": "cosine"},
+    "covariance": {"similarity": "covariance"},
+    "last activation": {"activations": "last"},
+    "4 restarts": {"restarts": 4},
+}
+"""Options of the search, each apart from its default."""
+
 METHODS: dict[str, Method] = {
     "parent A": Method(lambda pair: (pair.a,), merges=False),
     "parent B": Method(lambda pair: (pair.b,), merges=False),
@@ -166,6 +174,8 @@ METHODS: dict[str, Method] = {
     "align auto": aligning(alpha="auto", published=False),
     "zip auto": merging(combine="average", alpha="auto", published=False),
     "rebasin": permuting(_rebasin),
+    **{f"align, {name}": aligning(published=False, **options) for name, options in CHOICES.items()},
+    **{f"zip, {name}": merging(combine="average", published=False, **options) for name, options in CHOICES.items()},
     "parent, readout": refitting(lambda pair: pair.a),
     "random, readout": refitting(_random),
     "average, readout": merging(combine="readout", published=False),
@@ -184,6 +194,13 @@ METHODS: dict[str, Method] = {
     STANDARDIZED: merging(outputs="standardized", published=False),
 }
 
+
+SEARCHES = tuple(
+    f"{method}, {name}" if name else base
+    for method, base in (("align", BY_ALPHA[0.5]), ("zip", "MuDSC zip"))
+    for name in ("", *CHOICES)
+)
+"""What is averaged after searches with other options than their defaults, and with these."""
 
 REFITS = (
     *("parent, readout", "random, readout", "average, readout"),

@@ -12,7 +12,18 @@ from invariance import table
 from models.processes import Row
 
 from tasks_suite.judging import POINTS
-from tasks_suite.methods import APART, BY_ALPHA, DEFAULTS, METHODS, OWN_DATA, PLAIN, REFITS, STANDARD, STANDARDIZED
+from tasks_suite.methods import (
+    APART,
+    BY_ALPHA,
+    DEFAULTS,
+    METHODS,
+    OWN_DATA,
+    PLAIN,
+    REFITS,
+    SEARCHES,
+    STANDARD,
+    STANDARDIZED,
+)
 from tasks_suite.suite import NETWORKS
 
 BEST = "best align"
@@ -97,7 +108,8 @@ def accuracies(results: Results, setting: str, name: str, only: Collection[str] 
     networks = [n for n in networks if any(results.numbers(n, setting, m, name) for m in results.methods)]
     if not networks:
         return []
-    averaged = [m for m in results.methods if m not in (*REFITS, *APART, *STANDARD)]
+    apart = {*REFITS, *APART, *STANDARD, *SEARCHES} - {BY_ALPHA[0.5], "MuDSC zip"}
+    averaged = [m for m in results.methods if m not in apart]
     known = [*averaged, DEFAULTS, BEST] if only is None else [m for m in results.methods if m in only]
     methods = [m for m in known if any(results.numbers(n, setting, m, name) for n in networks)]
     lines: list[Row] = []
@@ -349,6 +361,12 @@ SECTIONS: tuple[Section, ...] = (
         "Over alpha",
         "Accuracy per task of alignment, in percent, by the weight of the weight-space similarity.",
         lambda r: over_alpha(r, "disjoint", "per_task"),
+    ),
+    (
+        "Options of the search",
+        "Accuracy per task, averaged, alpha 0.5: the defaults (Pearson correlation over every activation of a class, "
+        "one search) beside each other choice.",
+        lambda r: accuracies(r, "disjoint", "per_task", SEARCHES),
     ),
     ("Loss on text", "Cross-entropy of the next character, in nats.", text_losses),
     (
