@@ -1,0 +1,47 @@
+"""Merging what is one network, over random architectures: the network comes back.
+
+`FXMERGE_EXAMPLES=200 pytest tests/test_exactness.py` tries more of them.
+"""
+
+import copy
+import os
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import fxmerge
+from fxmerge.capture import capture_program
+from fxmerge.rewriting.calibrate import statistics_nodes
+from tests.generator import build, random_recipe
+
+METHODS: dict[str, dict[str, Any]] = {
+    "zip": {},
+    "align": {"method": "align"},
+    "zip, averaged": {"combine": "average"},
+    "align, averaged": {"method": "align", "combine": "average"},
+}
+
+
+@pytest.mark.parametrize("seed", range(min(int(os.environ.get("FXMERGE_EXAMPLES", "16")), 1000)))
+def test_a_network_and_its_permuted_copy_give_the_network_back(seed: int) -> None:
+    net, args = build(random_recipe(Random(seed)))
+    net, args = net.double().eval(), tuple(a.double() for a in args)
+    if statistics_nodes(capture_program(net, args)):
+        pytest.skip("BatchNorm is estimated anew, which changes the function")
+    generator = torch.Generator().manual_seed(seed)
+    data = [(tuple(torch.randn(a.shape, generator=generator).double() for a in args),) for _ in range(3)]
+    symmetry = fxmerge.find_symmetry(net, args).verify(net, args)
+    copied = copy.deepcopy(net)
+    copied.load_state_dict(symmetry.sample(generator).apply(net.state_dict()))
+    with torch.no_grad():
+        expected = pytree.tree_leaves(net(*args))
+        for options in METHODS.values():
+            for other in (net, copied):
+                found = pytree.tree_leaves(
+                    fxmerge.merge(net, other, data, symmetry=symmetry, verify=False, **options)(*args)
+                )
+                for y, z in zip(expected, found, strict=True):
+                    torch.testing.assert_close(z, y, rtol=1e-6, atol=1e-6 * float(y.abs().max()))
