@@ -4,7 +4,8 @@ In the setting `disjoint` one parent learns task A and the other task B: the fir
 Fashion-MNIST, or two kinds of sources in Python's own library. In the setting `same` both learn both tasks, from
 two initialisations. Every method gives one network, in which BatchNorm statistics are re-estimated over the same
 2,000 unlabelled training images; then it is tested on both tasks, and in the setting `same` the loss is followed on
-the straight line from one parent to the other, re-estimating at every point.
+the straight line from one parent to the other, re-estimating at every point. The setting `few` is `disjoint` with 200
+images, 20 of each class, and 26 windows of text in place of 256.
 
     python benchmarks/tasks.py [--short] [--networks NAME ...] [--settings NAME ...] [--methods NAME ...]
         [--seeds N] [--train] [--report] [--again METHOD ... | failed] [--results FILE] [--cache FOLDER] [--jobs 2]
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from models.processes import Row, append_row, read_rows, run_all
 from tasks_suite import images, judging, training
-from tasks_suite.methods import APART, BY_ALPHA, DEFAULTS, METHODS, PLAIN, SEARCHES, STANDARD, available
+from tasks_suite.methods import APART, BY_ALPHA, DEFAULTS, METHODS, PLAIN, REFITS, SEARCHES, STANDARD, available
 from tasks_suite.report import key, page, summary
 from tasks_suite.suite import LONG, NETWORKS, SHORT
 
@@ -38,6 +39,9 @@ PLANES = ("mlp", "resnet20-1-bn")
 GRID = [name for alpha, name in BY_ALPHA.items() if alpha not in (0, 0.5, 1)]
 ONLY_DISJOINT = {*GRID, *SEARCHES, *APART, *STANDARD} - {BY_ALPHA[0.5], "MuDSC zip"}
 """The methods that fill a grid, or that are for tasks that differ."""
+
+WITH_FEW = {"ensemble", PLAIN, "MuDSC zip", *REFITS}
+"""The methods of the setting with little data."""
 
 PRELOAD = ("sklearn.datasets", "sklearn.model_selection", "tasks_suite.judging", "tasks_suite.training")
 
@@ -107,7 +111,7 @@ def select(options: argparse.Namespace) -> tuple[list[tuple[str, str, int]], lis
         {"network": network, "setting": setting, "seed": seed, "method": method, "measure": "merge"}
         for network, setting, seed in chosen
         for method in methods
-        if setting != "same" or method not in ONLY_DISJOINT
+        if (setting != "same" or method not in ONLY_DISJOINT) and (setting != "few" or method in WITH_FEW)
     ]
     if options.plots:
         planes = [pair for pair in chosen if pair[0] in PLANES and pair[1:] == ("same", 0)]

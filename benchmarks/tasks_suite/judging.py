@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxmerge.demo import count_parameters, recalibrated
 from tasks_suite.methods import METHODS, Method, Pair, result
-from tasks_suite.problem import Problem
+from tasks_suite.problem import CHUNK, Problem
 from tasks_suite.suite import NETWORKS, PROBLEMS
 from tasks_suite.training import load, parents_of
 
@@ -25,6 +25,9 @@ PLANE = 13
 MARGIN = 0.25
 """How far a plane goes beyond the parents, as a share of their distance."""
 
+FEW = 10
+"""In the setting `few`, one of so many calibration inputs is used: 20 images of each class."""
+
 State = Mapping[str, Tensor]
 Place = tuple[float, float]
 
@@ -34,7 +37,10 @@ def work(task: Row, note: Note) -> None:
     entry = NETWORKS[task["network"]]
     problem, method = PROBLEMS[entry.data](), METHODS[task["method"]]
     a, b = (load(p, Path(task["cache"])) for p in parents_of(task["network"], task["setting"], task["seed"]))
-    pair = Pair(a, b, problem.calibration(), problem.apart(), task["seed"])
+    batches, own = problem.calibration(), problem.apart()
+    if task["setting"] == "few":
+        batches, own = _fewer(batches), (_fewer(own[0]), _fewer(own[1]))
+    pair = Pair(a, b, batches, own, task["seed"])
     if task["measure"] == "plane":
         note("plane")
         note("done", **plane(problem, method, pair))
@@ -53,6 +59,10 @@ def work(task: Row, note: Note) -> None:
             losses = curve(problem, pair, aligned)
             note("curve", curve=losses, barrier=barrier(losses))
     note("done")
+
+
+def _fewer(batches: Sequence[Tensor]) -> list[Tensor]:
+    return list(torch.cat(list(batches))[::FEW].split(CHUNK // FEW))
 
 
 def change(pair: Pair, aligned: nn.Module) -> float:

@@ -317,6 +317,11 @@ SECTIONS: tuple[Section, ...] = (
         lambda r: accuracies(r, "disjoint", "joint", REFITS),
     ),
     (
+        "Refitting with few images: accuracy per task",
+        "As above, with 200 images, 20 of each class (26 windows of text), for matching, BatchNorm and refitting.",
+        lambda r: accuracies(r, "few", "per_task", ("ensemble", PLAIN, "MuDSC zip", *REFITS)),
+    ),
+    (
         "Refitting on data of each parent's own: accuracy per task",
         "The same inputs, but it is known which task each is of, and half of what is learnt is what the parent of that "
         "task gives.",

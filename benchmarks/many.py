@@ -1,0 +1,134 @@
+"""Merging several networks that learnt the same from different seeds into one of their size.
+
+Every parent, their ensemble, their plain average, the second, third and so on aligned to the running average one after
+the other (chained), and what `fxmerge.merge_many` makes of all at once. Parents are those of `benchmarks/tasks.py` in
+its setting `same`, trained once and kept in the same folder; the data, and BatchNorm for all alike, are as there.
+
+    python benchmarks/many.py [--short] [--networks NAME ...] [--count 5] [--cache FOLDER] [--jobs 2] [--markdown FILE]
+
+Needs what `benchmarks/tasks.py` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from invariance import machine, table
+from models.processes import Row, run_all
+from tasks import PRELOAD, default_cache
+from tasks_suite import training
+from tasks_suite.methods import with_state_of
+from tasks_suite.problem import Problem
+from tasks_suite.suite import NETWORKS, PROBLEMS
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge.demo import recalibrated
+
+LONG = ("mlp", "resnet20-1-bn", "resnet20-1-gn", "vit-fused", "gpt")
+SHORT = ("digits-mlp",)
+
+Networks = Sequence[nn.Module]
+
+
+def mean(networks: Networks, weights: Sequence[float] | None = None) -> nn.Module:
+    """A network with the weighted mean of the parameters of several."""
+    weights = weights or [1 / len(networks)] * len(networks)
+    states = [n.state_dict() for n in networks]
+    twin = copy.deepcopy(networks[0])
+    twin.load_state_dict(
+        {
+            name: sum(w * s[name] for w, s in zip(weights, states, strict=True)) if v.is_floating_point() else v
+            for name, v in states[0].items()
+        }
+    )
+    return twin
+
+
+def chained(networks: Networks, batches: list[Tensor]) -> nn.Module:
+    """Each network aligned to the average of those before it, and averaged with them."""
+    merged = networks[0]
+    for count, other in enumerate(networks[1:], start=1):
+        aligned = with_state_of(other, fxmerge.align(other, merged, batches, progress=False))
+        merged = recalibrated(mean([merged, aligned], [count / (count + 1), 1 / (count + 1)]), batches)
+    return merged
+
+
+def many(**options: object) -> Callable[[Networks, list[Tensor]], nn.Module]:
+    """What `fxmerge.merge_many` gives with some options."""
+    return lambda networks, batches: with_state_of(
+        networks[0],
+        fxmerge.merge_many(networks, batches, progress=False, **options),  # type: ignore[arg-type]
+    )
+
+
+METHODS: dict[str, Callable[[Networks, list[Tensor]], nn.Module]] = {
+    "plain average": lambda networks, batches: mean(networks),
+    "chained": chained,
+    "merge_many, align, averaged": many(method="align", combine="average"),
+    "merge_many, zip, averaged": many(combine="average"),
+    "merge_many, merged network": many(or_parent=False),
+    "merge_many": many(),
+}
+
+
+def judged(problem: Problem, networks: Networks) -> str:
+    scores = problem.evaluate(networks)
+    return f"{100 * scores['joint']:.1f} ({scores['loss']:.3f})"
+
+
+def compare(network: str, count: int, cache: Path) -> Row:
+    """One line of the table: accuracy in percent, and the loss."""
+    problem = PROBLEMS[NETWORKS[network].data]()
+    parents = [training.load((network, "both", seed), cache) for seed in range(count)]
+    own = [problem.evaluate([p])["joint"] for p in parents]
+    row: Row = {
+        "network": network,
+        "parents, mean": f"{100 * statistics.fmean(own):.1f}",
+        "best parent": judged(problem, [parents[own.index(max(own))]]),
+        "ensemble": judged(problem, parents),
+    }
+    batches = problem.calibration()
+    for name, method in METHODS.items():
+        began = time.perf_counter()
+        merged = recalibrated(method(parents, batches), batches)
+        row[name] = judged(problem, [merged])
+        print(f"{network}, {name}: {row[name]}, {time.perf_counter() - began:.0f} s", flush=True)
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help=f"three of {', '.join(SHORT)}, and nothing is kept")
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), help="only these")
+    parser.add_argument("--count", type=int, default=5, help="how many parents")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained parents")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, for training")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    networks, count = options.networks or (SHORT if options.short else LONG), 3 if options.short else options.count
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = Path(scratch) if options.short else options.cache
+        cache.mkdir(parents=True, exist_ok=True)
+        todo = training.missing([(n, "both", seed) for n in networks for seed in range(count)], cache)
+        for row in run_all(training.work, todo, options.jobs, 1800, 6, PRELOAD):
+            print(f"trained {row['network']}, seed {row['seed']}: {row.get('failure', 'done')}", flush=True)
+        rows = [compare(network, count, cache) for network in networks]
+    text = f"{machine()}\n\n{count} parents each; accuracy in percent, and the loss\n\n{table(rows)}"
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
