@@ -27,7 +27,18 @@ from pathlib import Path
 
 from models.processes import Row, append_row, read_rows, run_all
 from tasks_suite import images, judging, training
-from tasks_suite.methods import APART, BY_ALPHA, DEFAULTS, METHODS, PLAIN, REFITS, SEARCHES, STANDARD, available
+from tasks_suite.methods import (
+    APART,
+    BY_ALPHA,
+    DEFAULTS,
+    METHODS,
+    PLAIN,
+    REFITS,
+    REPAIRS,
+    SEARCHES,
+    STANDARD,
+    available,
+)
 from tasks_suite.report import key, page, summary
 from tasks_suite.suite import LONG, NETWORKS, SHORT
 
@@ -37,7 +48,7 @@ PLANES = ("mlp", "resnet20-1-bn")
 
 
 GRID = [name for alpha, name in BY_ALPHA.items() if alpha not in (0, 0.5, 1)]
-ONLY_DISJOINT = {*GRID, *SEARCHES, *APART, *STANDARD} - {BY_ALPHA[0.5], "MuDSC zip"}
+ONLY_DISJOINT = {*GRID, *SEARCHES, *APART, *STANDARD, *REPAIRS} - {BY_ALPHA[0.5], "MuDSC zip"}
 """The methods that fill a grid, or that are for tasks that differ."""
 
 WITH_FEW = {"ensemble", PLAIN, "MuDSC zip", *REFITS}

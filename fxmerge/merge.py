@@ -80,7 +80,8 @@ def merge(
         method: "zip" merges the most similar units, within models too (ZipIt!, arXiv 2305.03053), inside of aligned
             blocks such as attention heads; "align" matches units one to one. None is "zip", with a base "align".
         combine: "least_squares" refits every layer after averaging; "readout" only layers that no other comes after;
-            "average" none. None is "least_squares" where there are data and no base, else "average".
+            "repair" gives every unit the mean and deviation of the models' (arXiv 2211.08403); "average" does nothing
+            more. None is "least_squares" where there are data and no base, else "average".
         alpha: weight of the weight-space similarity, from 0 (activations only) to 1 (weights only); or a mapping from
             names of classes, as in `Symmetry.names`, to such numbers, 0.5 for the others; or "auto": the candidate
             whose merge has outputs most like the mean of the models' own, without labels.
@@ -247,8 +248,7 @@ def merge_many(
     if combine == "average":
         merged = merger.finish(attempt.state)
     else:
-        full = combine == "least_squares"
-        refitted = merger.refit(attempt, only_last=not full, or_parent=full and or_parent, max_memory=max_memory)
+        refitted = merger.refit(attempt, combine, or_parent=or_parent, max_memory=max_memory)
         merged = merger.finish(refitted.state, calibrate=False)
         told |= {"layers": refitted.layers, "parent": refitted.parent, "errors": dict(refitted.errors)}
         if refitted.parent is not None:

@@ -34,7 +34,7 @@ from fxmerge.symmetry.permutation import Permutation
 from fxmerge.symmetry.propagate import Propagation
 
 Method = Literal["align", "zip"]
-Combine = Literal["average", "least_squares", "readout"]
+Combine = Literal["average", "repair", "least_squares", "readout"]
 Outputs = Literal["mean", "standardized"]
 
 Found = TypeVar("Found")
@@ -220,7 +220,7 @@ class Merger:
             )
             return self._highest(search, lambda found: found.trace[-1])
 
-    def refit(self, attempt: Attempt, *, only_last: bool, or_parent: bool, max_memory: float) -> Refitted:
+    def refit(self, attempt: Attempt, combine: Combine, *, or_parent: bool, max_memory: float) -> Refitted:
         """The parameters of an attempt, its layers refitted, or if better those of a parent; parents are numbered as
         in the job."""
         permutations = [attempt.aligned.permutations[i] for i in self.order]
@@ -238,8 +238,9 @@ class Merger:
                 self._lessons(),
                 teachers=teachers,
                 leave=self._has_zipped_rows if attempt.zipped is not None else lambda use: False,
-                only_last=only_last,
-                or_parent=or_parent,
+                only_last=combine == "readout",
+                or_parent=or_parent and combine == "least_squares",
+                repair=combine == "repair",
                 max_memory=max_memory,
                 seed=self.plan.seed,
                 progress=self.job.progress,

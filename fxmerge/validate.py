@@ -93,8 +93,8 @@ def check_loaders(loader: Any, loaders: Sequence[Any] | None, count: int) -> Non
 
 
 def check_combine(combine: str, base: Model | None, given: bool, max_memory: float) -> None:
-    if combine not in ("average", "least_squares", "readout"):
-        raise OptionError(f"combine is {combine!r}; it must be 'average', 'least_squares' or 'readout'.")
+    if combine not in ("average", "repair", "least_squares", "readout"):
+        raise OptionError(f"combine is {combine!r}; it must be 'average', 'repair', 'least_squares' or 'readout'.")
     if combine != "average" and base is not None:
         raise OptionError(f"combine is {combine!r}, which knows no base; with a base it must be 'average'.")
     if combine != "average" and not given:

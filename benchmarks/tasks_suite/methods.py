@@ -176,6 +176,8 @@ METHODS: dict[str, Method] = {
     "rebasin": permuting(_rebasin),
     **{f"align, {name}": aligning(published=False, **options) for name, options in CHOICES.items()},
     **{f"zip, {name}": merging(combine="average", published=False, **options) for name, options in CHOICES.items()},
+    "align, repaired": merging(method="align", combine="repair", published=False),
+    "zip, repaired": merging(combine="repair", published=False),
     "parent, readout": refitting(lambda pair: pair.a),
     "random, readout": refitting(_random),
     "average, readout": merging(combine="readout", published=False),
@@ -201,6 +203,9 @@ SEARCHES = tuple(
     for name in ("", *CHOICES)
 )
 """What is averaged after searches with other options than their defaults, and with these."""
+
+REPAIRS = (BY_ALPHA[0.5], "align, repaired", "MuDSC zip", "zip, repaired")
+"""What is averaged, and the same with the means and deviations of the parents' units."""
 
 REFITS = (
     *("parent, readout", "random, readout", "average, readout"),

@@ -108,7 +108,7 @@ def accuracies(results: Results, setting: str, name: str, only: Collection[str] 
     networks = [n for n in networks if any(results.numbers(n, setting, m, name) for m in results.methods)]
     if not networks:
         return []
-    apart = {*REFITS, *APART, *STANDARD, *SEARCHES} - {BY_ALPHA[0.5], "MuDSC zip"}
+    apart = {*REFITS, *APART, *STANDARD, *SEARCHES, *REPAIRS} - {BY_ALPHA[0.5], "MuDSC zip"}
     averaged = [m for m in results.methods if m not in apart]
     known = [*averaged, DEFAULTS, BEST] if only is None else [m for m in results.methods if m in only]
     methods = [m for m in known if any(results.numbers(n, setting, m, name) for n in networks)]
@@ -372,6 +372,12 @@ SECTIONS: tuple[Section, ...] = (
         "Accuracy per task, averaged, alpha 0.5: the defaults (Pearson correlation over every activation of a class, "
         "one search) beside each other choice.",
         lambda r: accuracies(r, "disjoint", "per_task", SEARCHES),
+    ),
+    (
+        "REPAIR",
+        "Accuracy per task, averaged, and with the means and deviations of every unit reset to those of the parents. "
+        "BatchNorm, which is estimated anew for all, does the same by itself.",
+        lambda r: accuracies(r, "disjoint", "per_task", REPAIRS),
     ),
     ("Loss on text", "Cross-entropy of the next character, in nats.", text_losses),
     (

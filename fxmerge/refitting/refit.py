@@ -17,6 +17,7 @@ from fxmerge.refitting.boundaries import Boundaries
 from fxmerge.refitting.forms import form_of
 from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers
+from fxmerge.refitting.repair import Repair
 from fxmerge.refitting.rivals import Refitted, Report, Rivals, asked
 from fxmerge.refitting.schedule import Step, stages_of, walk
 from fxmerge.rewriting.calibrate import statistics_nodes
@@ -55,6 +56,7 @@ def refit(
     leave: Callable[[Use], bool] = lambda use: False,
     only_last: bool = False,
     or_parent: bool = False,
+    repair: bool = False,
     max_memory: float = math.inf,
     seed: int = 0,
     progress: bool | None = None,
@@ -75,6 +77,7 @@ def refit(
         only_last: whether to refit only layers that no other layer comes after.
         or_parent: whether to give a parent, its last layers fitted to the same targets, where that comes nearer to
             them on rows that are held out.
+        repair: whether to shift and scale the outputs of the layers, in place of fitting them.
         max_memory: GiB of activations to keep in memory between stages; the rest goes to a temporary folder.
         seed: seed of the choice of rows.
         progress: whether to show a progress bar; None shows it on a terminal.
@@ -105,7 +108,10 @@ def refit(
         for stage in stages:
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
             for left in reversed(range(ROUNDS if stage.circular else 1)):
-                fits = [LayerFit(layer, state, teachers, len(data), seed) for layer in stage.layers]
+                fits: Sequence[LayerFit | Repair] = [
+                    Repair(layer, state, teachers) if repair else LayerFit(layer, state, teachers, len(data), seed)
+                    for layer in stage.layers
+                ]
                 theirs = rivals.enter(stage.layers, len(data), seed) if rivals and not left else {}
                 for b, (shares, weight) in enumerate(data):
                     before = kept.take((b, _MERGED))

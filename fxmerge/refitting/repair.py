@@ -1,0 +1,84 @@
+"""REPAIR: each unit of a merged network gets the mean and the deviation that the parents' units have."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fxmerge.refitting.gather import Shares, Teacher, Values, arguments
+from fxmerge.refitting.layers import Layer
+
+NEVER = 1e-6
+"""The deviation of an output that does not vary."""
+
+
+class Repair:
+    """The means and deviations of a layer's outputs, and what they are shifted and scaled by.
+
+    The targets are the weighted means of the parents' own (REPAIR, arXiv 2211.08403), which an average
+    falls short of: the variance of a mean of two units is less than theirs unless they are equal.
+
+    Arguments:
+        layer: the layer.
+        state: holds its coefficients.
+        teachers: the parents.
+    """
+
+    def __init__(self, layer: Layer, state: Mapping[str, Tensor], teachers: Sequence[Teacher]) -> None:
+        self.began = time.perf_counter()
+        self.layer, self.centre = layer, layer.read(state)
+        members = [layer.read(teacher.members, missing=1.0) for teacher in teachers]
+        own = [layer.read(teacher.state) for teacher in teachers]
+        self.coefficients = [torch.where(m > 0, c / m, 0.0) for c, m in zip(own, members, strict=True)]
+        self.known = [(m > 0).any(dim=1).double() for m in members]
+        self.mine = _Sums(self.centre[:, 0])
+        self.theirs = [_Sums(self.centre[:, 0]) for _ in teachers]
+
+    def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
+        """Takes in a batch; see `LayerFit.add`."""
+        for use in self.layer.uses:
+            self.mine.add(use.features(arguments(use, values), None), self.centre, weight)
+            for j, theirs in taught.items():
+                x = use.features(arguments(use, theirs), None)
+                self.theirs[j].add(x, self.coefficients[j], weight * shares[j])
+
+    def settle(self, state: dict[str, Tensor]) -> dict[str, float]:
+        """Puts the new coefficients into a state dict, and tells by how much the outputs were scaled."""
+        counts = [own.count * known for own, known in zip(self.theirs, self.known, strict=True)]
+        total = torch.stack(counts).sum(0)
+        share = [torch.where(total > 0, count / total, 0.0) for count in counts]
+        mean, deviation = (
+            torch.stack([s * value for s, value in zip(share, values, strict=True)]).sum(0)
+            for values in zip(*(own.moments() for own in self.theirs), strict=True)
+        )
+        now, spread = self.mine.moments()
+        gain = torch.where((spread > NEVER) & (total > 0), deviation / spread, 1.0)
+        coefficients = self.centre * gain[:, None]
+        if all(use.biased for use in self.layer.uses):
+            coefficients[:, -1] += torch.where(total > 0, mean - now * gain, 0.0)
+        self.layer.write(state, coefficients)
+        return {"gain": float(gain.mean()), "rows": self.mine.rows, "seconds": time.perf_counter() - self.began}
+
+
+class _Sums:
+    """Sums of outputs and of their squares over rows."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.rows, self.count = 0, 0.0
+        self.sums, self.squares = torch.zeros_like(like), torch.zeros_like(like)
+
+    def add(self, x: Tensor, coefficients: Tensor, weight: float) -> None:
+        y = (x @ coefficients.to(x)).double()
+        self.rows += x.shape[1]
+        self.count += weight * x.shape[1]
+        self.sums += weight * y.sum(1)
+        self.squares += weight * y.square().sum(1)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """The mean and the deviation of every output."""
+        mean = self.sums / max(self.count, torch.finfo(torch.float64).tiny)
+        square = self.squares / max(self.count, torch.finfo(torch.float64).tiny)
+        return mean, (square - mean**2).clamp(min=0).sqrt()
