@@ -20,6 +20,7 @@ from tasks_suite.methods import (
     OWN_DATA,
     PLAIN,
     REFITS,
+    REPAIRS,
     SEARCHES,
     STANDARD,
     STANDARDIZED,
