@@ -250,7 +250,8 @@ def merge_many(
     else:
         refitted = merger.refit(attempt, combine, or_parent=or_parent, max_memory=max_memory)
         merged = merger.finish(refitted.state, calibrate=False)
-        told |= {"layers": refitted.layers, "parent": refitted.parent, "errors": dict(refitted.errors)}
+        told |= {"layers": refitted.layers, "left": dict(refitted.left)}
+        told |= {"parent": refitted.parent, "errors": dict(refitted.errors)}
         if refitted.parent is not None:
             logger.warning(
                 "%s with its last layers refitted answers more like the mean of all models than the merged network "

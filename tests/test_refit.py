@@ -258,3 +258,33 @@ def test_an_activation_that_is_no_number_is_refused_with_the_name_of_the_layer()
     a, b = (nn.Sequential(nn.Linear(4, 8), Logarithm(), nn.Linear(8, 3)) for _ in range(2))
     with pytest.raises(NonFiniteError, match=r"'2\.weight'"):
         merge(a, b, [torch.randn(16, 4)], alpha=1)
+
+
+def test_what_is_not_refitted_is_told_with_the_reason() -> None:
+    told = merge(Attentive(0), Attentive(1), pictures()).meta["fxmerge"]
+    assert set(told["left"]) == {"norm.weight", "norm.bias"}
+    assert "layer_norm" in told["left"]["norm.weight"]
+
+
+def test_layers_over_whose_rows_merged_units_lie_are_left_to_the_average() -> None:
+    class Mixing(nn.Module):
+        """A layer over places, whose rows are channels."""
+
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.stem, self.places, self.head = nn.Linear(2, 8), nn.Linear(64, 64), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x.flatten(2).transpose(1, 2)))
+            x = torch.relu(self.places(x.transpose(1, 2)))
+            out: Tensor = self.head(x.mean(2))
+            return out
+
+    zipped, aligned = (
+        merge(Mixing(0), Mixing(1), pictures(), method=method).meta["fxmerge"] for method in ("zip", "align")
+    )
+    assert "merged units" in zipped["left"]["places.weight"]
+    assert "places.weight" not in zipped["layers"]
+    assert aligned["left"] == {}
+    assert "places.weight" in aligned["layers"]

@@ -88,7 +88,12 @@ def refit(
     program = written_out(program)
     layers = find_layers(program)
     last = last_layers(program, layers)
-    chosen = [layer for layer in (last if only_last else layers.all) if not any(map(leave, layer.uses))]
+    chosen, left = [], {} if only_last else dict(layers.left)
+    for layer in last if only_last else layers.all:
+        if any(map(leave, layer.uses)):
+            left[layer.name] = "merged units lie along the rows of its data"
+        else:
+            chosen.append(layer)
     state = dict(start)
     told: Report = {}
     stages = _plan(program, layers, chosen)
@@ -107,40 +112,41 @@ def refit(
         bar = tqdm(total=len(stages) * len(data), desc="refitting", leave=False, disable=disable)
         for stage in stages:
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
-            for left in reversed(range(ROUNDS if stage.circular else 1)):
+            for again in reversed(range(ROUNDS if stage.circular else 1)):
                 fits: Sequence[LayerFit | Repair] = [
                     Repair(layer, state, teachers) if repair else LayerFit(layer, state, teachers, len(data), seed)
                     for layer in stage.layers
                 ]
-                theirs = rivals.enter(stage.layers, len(data), seed) if rivals and not left else {}
+                theirs = rivals.enter(stage.layers, len(data), seed) if rivals and not again else {}
                 for b, (shares, weight) in enumerate(data):
                     before = kept.take((b, _MERGED))
                     values = merged.advance(before, stage.mine)
-                    kept.put((b, _MERGED), before if left else {n: values[n] for n in stage.mine.keep})
+                    kept.put((b, _MERGED), before if again else {n: values[n] for n in stage.mine.keep})
                     taught = {}
                     for j in asked(shares):
                         before = kept.take((b, j))
                         taught[j] = lanes[j].advance(before, stage.theirs)
-                        kept.put((b, j), before if left else {n: taught[j][n] for n in stage.theirs.keep})
+                        kept.put((b, j), before if again else {n: taught[j][n] for n in stage.theirs.keep})
                     for fit in fits:
                         fit.add(values, taught, shares, weight / alike[shares])
                     for j, fits_of_parent in theirs.items():
                         for fit in fits_of_parent:
                             fit.add(taught[j], taught, shares, weight / alike[shares])
-                    for one in () if left else statistics:
+                    for one in () if again else statistics:
                         one.add(values, weight / alike[shares])
-                    bar.update(not left)
+                    bar.update(not again)
                 for fit in fits:
                     told[fit.layer.name] = fit.settle(state)
                 if rivals:
                     rivals.settle(theirs)
-                if left:
+                if again:
                     merged.use(state)
             for one in statistics:
                 one.settle(state)
             merged.use(state)
         bar.close()
-    return Refitted(state, told) if rivals is None else rivals.choose(state, told)
+    found = Refitted(state, told, left)
+    return found if rivals is None else rivals.choose(found)
 
 
 def written_out(program: Program) -> Program:

@@ -8,7 +8,7 @@ costs next to nothing, since the parents run on all data anyway.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
@@ -37,6 +37,7 @@ class Refitted:
             targets; `held_out`, the same on rows apart from those of the fit; `ridge`, relative to the mean square of
             a feature; `rank`, how many directions of the features it leaves free, of `features`; `rows`, the number
             of equations; `seconds`.
+        left: for parameters that some op multiplies with data and that were left as they were, the reason.
         parent: the number of the parent that the state is of, all but its last layers; None for the merged network.
         errors: the error held out of the last layers of the parents, and at None of the merged network; empty where
             they were not compared.
@@ -44,6 +45,7 @@ class Refitted:
 
     state: dict[str, Tensor]
     layers: Report
+    left: Mapping[str, str]
     parent: int | None = None
     errors: Mapping[int | None, float] = field(default_factory=dict)
 
@@ -93,17 +95,17 @@ class Rivals:
             for fit in own:
                 self.told[j][fit.layer.name] = fit.settle(self.states[j])
 
-    def choose(self, state: dict[str, Tensor], told: Report) -> Refitted:
+    def choose(self, merged: Refitted) -> Refitted:
         """The merged network, unless a parent has a clearly smaller error."""
         names = [layer.name for layer in self.last]
         if not names:
-            return Refitted(state, told)
-        reports = [(None, told), *self.told.items()]
+            return merged
+        reports = [(None, merged.layers), *self.told.items()]
         errors = {j: sum(own[n]["held_out"] for n in names) / len(names) for j, own in reports}
         best = min(errors, key=lambda j: errors[j])
         if best is None or errors[None] - errors[best] <= MARGIN * errors[None] + NEGLIGIBLE:
-            return Refitted(state, told, None, errors)
-        return Refitted(self.states[best], self.told[best], best, errors)
+            return replace(merged, errors=errors)
+        return Refitted(self.states[best], self.told[best], {}, best, errors)
 
 
 def used_after(program: Program, layers: Layers, last: Sequence[Layer]) -> bool:
