@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from fxmerge.program import Program
 from fxmerge.refitting.boundaries import Boundaries
 from fxmerge.refitting.forms import form_of
-from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher
+from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher, Values
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers
 from fxmerge.refitting.repair import Repair
 from fxmerge.refitting.rivals import Refitted, Report, Rivals, asked
@@ -94,49 +94,34 @@ def refit(
             left[layer.name] = "merged units lie along the rows of its data"
         else:
             chosen.append(layer)
-    state = dict(start)
+    state, stages = dict(start), _plan(program, layers, chosen)
     told: Report = {}
-    stages = _plan(program, layers, chosen)
     merged, *lanes = (_Lane(program, own, layers.derived) for own in (state, *parents))
     teachers = teachers or [Teacher(own, {}) for own in parents]
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
-        data: list[tuple[Shares, float]] = []
-        for lesson in lessons:
-            inputs = merged.inputs(*lesson.call)
-            for lane in (_MERGED, *asked(lesson.shares)):
-                kept.put((len(data), lane), inputs)
-            data.append((lesson.shares, lesson.weight))
-        alike = Counter(shares for shares, _ in data)
-        rivals = Rivals(program, layers, last, chosen, parents, teachers, list(alike)) if or_parent else None
-        bar = tqdm(total=len(stages) * len(data), desc="refitting", leave=False, disable=disable)
+        course = _Course(kept, merged, lanes, lessons)
+        rivals = Rivals(program, layers, last, chosen, parents, teachers, list(course.alike)) if or_parent else None
+        count = len(course.data)
+        bar = tqdm(total=len(stages) * count, desc="refitting", leave=False, disable=disable)
         for stage in stages:
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
             for again in reversed(range(ROUNDS if stage.circular else 1)):
                 fits: Sequence[LayerFit | Repair] = [
-                    Repair(layer, state, teachers) if repair else LayerFit(layer, state, teachers, len(data), seed)
+                    Repair(layer, state, teachers) if repair else LayerFit(layer, state, teachers, count, seed)
                     for layer in stage.layers
                 ]
-                theirs = rivals.enter(stage.layers, len(data), seed) if rivals and not again else {}
-                for b, (shares, weight) in enumerate(data):
-                    before = kept.take((b, _MERGED))
-                    values = merged.advance(before, stage.mine)
-                    kept.put((b, _MERGED), before if again else {n: values[n] for n in stage.mine.keep})
-                    taught = {}
-                    for j in asked(shares):
-                        before = kept.take((b, j))
-                        taught[j] = lanes[j].advance(before, stage.theirs)
-                        kept.put((b, j), before if again else {n: taught[j][n] for n in stage.theirs.keep})
+                theirs = rivals.enter(stage.layers, count, seed) if rivals and not again else {}
+                for values, taught, shares, weight in course.batches(stage, onward=not again):
                     for fit in fits:
-                        fit.add(values, taught, shares, weight / alike[shares])
-                    for j, fits_of_parent in theirs.items():
-                        for fit in fits_of_parent:
-                            fit.add(taught[j], taught, shares, weight / alike[shares])
+                        fit.add(values, taught, shares, weight)
+                    for j, own in theirs.items():
+                        for rival in own:
+                            rival.add(taught[j], taught, shares, weight)
                     for one in () if again else statistics:
-                        one.add(values, weight / alike[shares])
+                        one.add(values, weight)
                     bar.update(not again)
-                for fit in fits:
-                    told[fit.layer.name] = fit.settle(state)
+                told |= {fit.layer.name: fit.settle(state) for fit in fits}
                 if rivals:
                     rivals.settle(theirs)
                 if again:
@@ -211,6 +196,39 @@ def _plan(program: Program, layers: Layers, chosen: Sequence[Layer]) -> list[_St
 def _read(numbers: Sequence[int], sets: Sequence[Sequence[fx.Node]], derived: frozenset[fx.Node]) -> set[fx.Node]:
     """What the nodes of some sets read."""
     return {n for i in numbers for node in sets[i] for n in node.all_input_nodes} - derived
+
+
+class _Course:
+    """All networks on their way through the stages, on all data.
+
+    Attributes:
+        data: the shares and the weight of every batch.
+        alike: how many batches have the same shares.
+    """
+
+    def __init__(self, kept: Boundaries, merged: _Lane, lanes: Sequence[_Lane], lessons: Iterable[Lesson]) -> None:
+        self.kept, self.merged, self.lanes = kept, merged, lanes
+        self.data: list[tuple[Shares, float]] = []
+        for lesson in lessons:
+            inputs = merged.inputs(*lesson.call)
+            for lane in (_MERGED, *asked(lesson.shares)):
+                kept.put((len(self.data), lane), inputs)
+            self.data.append((lesson.shares, lesson.weight))
+        self.alike = Counter(shares for shares, _ in self.data)
+
+    def batches(self, stage: _Stage, *, onward: bool) -> Iterator[tuple[Values, dict[int, Values], Shares, float]]:
+        """Of every batch what the merged network computes in a stage and what the parents do, whom to learn from, and
+        how much the batch counts; without `onward`, the stage comes again."""
+        for b, (shares, weight) in enumerate(self.data):
+            values = self._advance((b, _MERGED), self.merged, stage.mine, onward)
+            taught = {j: self._advance((b, j), self.lanes[j], stage.theirs, onward) for j in asked(shares)}
+            yield values, taught, shares, weight / self.alike[shares]
+
+    def _advance(self, key: tuple[int, int], lane: _Lane, step: Step, onward: bool) -> Values:
+        before = self.kept.take(key)
+        values = lane.advance(before, step)
+        self.kept.put(key, {n: values[n] for n in step.keep} if onward else before)
+        return values
 
 
 class _Lane(Runner):
