@@ -37,6 +37,7 @@ from tasks_suite.methods import (
     REPAIRS,
     SEARCHES,
     STANDARD,
+    WEIGHTED,
     available,
 )
 from tasks_suite.report import key, page, summary
@@ -46,6 +47,9 @@ SHORT_METHODS = ("ensemble", PLAIN, "Git Re-Basin", DEFAULTS)
 PLANES = ("mlp", "resnet20-1-bn")
 """The networks around which a loss plane is drawn."""
 
+
+TRADED = ("mlp", "resnet20-1-bn", "vit-fused", "convnext")
+"""The networks of which the way from one task to the other is drawn."""
 
 GRID = [name for alpha, name in BY_ALPHA.items() if alpha not in (0, 0.5, 1)]
 ONLY_DISJOINT = {*GRID, *SEARCHES, *APART, *STANDARD, *REPAIRS} - {BY_ALPHA[0.5], "MuDSC zip"}
@@ -129,6 +133,12 @@ def select(options: argparse.Namespace) -> tuple[list[tuple[str, str, int]], lis
         tasks += [
             {"network": network, "setting": setting, "seed": seed, "method": DEFAULTS, "measure": "plane"}
             for network, setting, seed in planes
+        ]
+        traded = [pair for pair in chosen if pair[0] in TRADED and pair[1:] == ("disjoint", 0)]
+        tasks += [
+            {"network": network, "setting": setting, "seed": seed, "method": method, "measure": "tradeoff"}
+            for network, setting, seed in traded
+            for method in WEIGHTED
         ]
     return chosen, [{**task, "cache": str(options.cache)} for task in tasks]
 

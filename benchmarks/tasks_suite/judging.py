@@ -13,7 +13,7 @@ from models.processes import Note, Row
 from torch import Tensor, nn
 
 from fxmerge.demo import count_parameters, recalibrated
-from tasks_suite.methods import METHODS, Method, Pair, result
+from tasks_suite.methods import METHODS, OWN_DATA, WEIGHTED, Method, Pair, merged, result
 from tasks_suite.problem import CHUNK, Problem
 from tasks_suite.suite import NETWORKS, PROBLEMS
 from tasks_suite.training import load, parents_of
@@ -25,6 +25,8 @@ PLANE = 13
 MARGIN = 0.25
 """How far a plane goes beyond the parents, as a share of their distance."""
 
+WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""How much the first parent counts, on the way from one task to the other."""
 FEW = 10
 """In the setting `few`, one of so many calibration inputs is used: 20 images of each class."""
 
@@ -44,6 +46,10 @@ def work(task: Row, note: Note) -> None:
     if task["measure"] == "plane":
         note("plane")
         note("done", **plane(problem, method, pair))
+        return
+    if task["measure"] == "tradeoff":
+        note("tradeoff")
+        note("done", tasks=tradeoff(problem, pair, task["method"]))
         return
     note("merge")
     began = time.perf_counter()
@@ -104,6 +110,17 @@ def barrier(losses: Sequence[float]) -> float:
     return max(loss - (losses[0] * (last - n) + losses[-1] * n) / last for n, loss in enumerate(losses))
 
 
+def tradeoff(problem: Problem, pair: Pair, method: str) -> list[tuple[float, float]]:
+    """The accuracies on both tasks for every weight of the first parent."""
+    found = []
+    for weight in WEIGHTS:
+        options = {**WEIGHTED[method], "weights": (weight, 1 - weight)}
+        network = recalibrated(merged(pair, options, apart=method == OWN_DATA), pair.batches)
+        scores = problem.evaluate([network])
+        found.append((scores["task_a"], scores["task_b"]))
+    return found
+
+
 # ---------------------------------------------------------------------- the plane
 
 
@@ -114,8 +131,8 @@ def plane(problem: Problem, method: Method, pair: Pair) -> Row:
         The coordinates of the three networks, the coordinates of the columns and rows of a grid, and the
         losses of the grid, row by row. Distances are those of parameter space.
     """
-    (merged,) = result(method, pair)[0]
-    states = [model.state_dict() for model in (pair.a, pair.b, merged)]
+    (network,) = result(method, pair)[0]
+    states = [model.state_dict() for model in (pair.a, pair.b, network)]
     names = [name for name, _ in pair.a.named_parameters()]
     flat = [torch.cat([state[name].flatten() for name in names]).double() for state in states]
     places = coordinates(*flat)

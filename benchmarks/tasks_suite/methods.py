@@ -61,7 +61,7 @@ def permuting(aligned: Callable[[Pair], nn.Module], *, published: bool = True) -
 
 def merging(*, published: bool = True, **options: object) -> Method:
     """What `fxmerge.merge` gives with some options."""
-    return Method(lambda pair: (_merge(pair, options),), published=published)
+    return Method(lambda pair: (merged(pair, options),), published=published)
 
 
 def aligning(*, published: bool = True, **options: object) -> Method:
@@ -69,10 +69,11 @@ def aligning(*, published: bool = True, **options: object) -> Method:
     return permuting(lambda pair: _align(pair, options), published=published)
 
 
-def _merge(pair: Pair, options: dict[str, object], *, apart: bool = False) -> nn.Module:
+def merged(pair: Pair, options: dict[str, object], *, apart: bool = False) -> nn.Module:
+    """What `fxmerge.merge` gives with some options, on one loader or on one for each parent."""
     data = {"loaders": pair.apart} if apart else {"loader": pair.batches}
-    merged = fxmerge.merge(pair.a, pair.b, seed=pair.seed, progress=False, **data, **options)  # type: ignore[arg-type]
-    return with_state_of(pair.a, merged)
+    found = fxmerge.merge(pair.a, pair.b, seed=pair.seed, progress=False, **data, **options)  # type: ignore[arg-type]
+    return with_state_of(pair.a, found)
 
 
 def refitting(
@@ -187,9 +188,9 @@ METHODS: dict[str, Method] = {
     DEFAULTS: merging(published=False),
     "parent, readout, own data": refitting(lambda pair: pair.a, apart=True),
     "random, readout, own data": refitting(_random, apart=True),
-    "average, readout, own data": Method(lambda pair: (_merge(pair, {"combine": "readout"}, apart=True),)),
+    "average, readout, own data": Method(lambda pair: (merged(pair, {"combine": "readout"}, apart=True),)),
     "refit, not aligned, own data": refitting(lambda pair: average(pair.a, pair.b), apart=True, only_last=False),
-    OWN_DATA: Method(lambda pair: (_merge(pair, {}, apart=True),)),
+    OWN_DATA: Method(lambda pair: (merged(pair, {}, apart=True),)),
     "parent, readout, standardized": refitting(lambda pair: pair.a, standard=True),
     "average, readout, standardized": merging(combine="readout", outputs="standardized", published=False),
     "refit, not aligned, standardized": refitting(lambda pair: average(pair.a, pair.b), standard=True, only_last=False),
@@ -216,6 +217,10 @@ APART = tuple(name for name in METHODS if name.endswith("own data"))
 """What is refitted on data of each parent's own."""
 STANDARD = tuple(name for name in METHODS if name.endswith("standardized"))
 """What is refitted to outputs of mean zero and equal deviation."""
+
+
+WEIGHTED: dict[str, dict[str, object]] = {"MuDSC zip": {"combine": "average"}, DEFAULTS: {}, OWN_DATA: {}}
+"""The methods that are also tried with parents that count unequally, and their options."""
 
 
 def available() -> list[str]:

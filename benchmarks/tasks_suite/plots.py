@@ -1,4 +1,4 @@
-"""Pictures of what was measured: accuracy over alpha, loss between parents, loss on a plane."""
+"""Pictures of what was measured: accuracy over alpha, loss between parents and on a plane, one task for another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from models.processes import Row
 
-from tasks_suite.methods import BY_ALPHA, DEFAULTS, PLAIN
+from tasks_suite.methods import BY_ALPHA, DEFAULTS, PLAIN, WEIGHTED
 from tasks_suite.report import PICTURES, Results
 
 COLUMNS = 4
@@ -29,7 +29,8 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "fxmerge"  # The same numbers give the same file.
     results = Results(rows)
     planes = [row for row in rows if row["measure"] == "plane" and row["stage"] == "done"]
-    figures = (_alpha(results), _barrier(results), _planes(planes))
+    trades = [row for row in rows if row["measure"] == "tradeoff" and row["stage"] == "done"]
+    figures = (_alpha(results), _barrier(results), _planes(planes), _tradeoffs(results, trades))
     for figure, (_, name) in zip(figures, PICTURES, strict=True):
         if figure is not None:
             metadata = {"Date": None} if name.endswith("svg") else {}
@@ -113,3 +114,20 @@ def _planes(rows: Sequence[Row]) -> Any:
         panel.set_title(f"{row['network']}, distances in parameter space", fontsize=9)
         panel.set_aspect("equal")
     return figure
+
+
+def _tradeoffs(results: Results, rows: Sequence[Row]) -> Any:
+    """Accuracy on one task over that on the other, for weights of the parents."""
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    if not names:
+        return None
+    colours = dict(zip(WEIGHTED, ("tab:red", "tab:blue", "tab:green"), strict=True))
+    for name, panel in _panels(names, "accuracy on task B, %", "accuracy on task A, %"):
+        for row in (row for row in rows if row["network"] == name):
+            a, b = 100 * np.array(row["tasks"]).T
+            panel.plot(a, b, "o-", color=colours[row["method"]], label=row["method"], markersize=3)
+        for method, mark in (("parent A", "<"), ("parent B", "^"), ("ensemble", "*")):
+            a, b = (results.mean(name, "disjoint", method, task) for task in ("task_a", "task_b"))
+            if a is not None and b is not None:
+                panel.plot(100 * a, 100 * b, mark, color="black", label=method, markersize=5)
+    return plt.gcf()

@@ -413,6 +413,7 @@ PICTURES = (
     ("Accuracy over alpha", "tasks-alpha.svg"),
     ("Loss between parents that learnt the same", "tasks-barrier.svg"),
     ("Loss on the plane through two parents and their merge", "tasks-plane.png"),
+    ("One task for the other: parents that count unequally, from 0.1 to 0.9", "tasks-tradeoff.svg"),
 )
 
 PREFACE = """# Real tasks
