@@ -40,7 +40,8 @@ from tasks_suite.methods import (
     WEIGHTED,
     available,
 )
-from tasks_suite.report import key, page, summary
+from tasks_suite.page import page
+from tasks_suite.report import key, summary
 from tasks_suite.suite import LONG, NETWORKS, SHORT
 
 SHORT_METHODS = ("ensemble", PLAIN, "Git Re-Basin", DEFAULTS)

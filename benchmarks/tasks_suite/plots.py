@@ -16,7 +16,8 @@ from matplotlib import pyplot as plt
 from models.processes import Row
 
 from tasks_suite.methods import BY_ALPHA, DEFAULTS, PLAIN, WEIGHTED
-from tasks_suite.report import PICTURES, Results
+from tasks_suite.page import PICTURES
+from tasks_suite.report import Results
 
 COLUMNS = 4
 LEVELS = 14
