@@ -28,7 +28,7 @@ from fxmerge.matching.zipping import zip_groups, zip_units
 from tests.published_zip import published_zip
 
 UNITS = (256, 512, 1024, 2048)
-LITERAL = 512
+LITERAL = 1024
 """Units of one model above which the literal transcription is not run: it takes minutes."""
 
 HEADS = 8
