@@ -28,20 +28,16 @@ from pathlib import Path
 from models.processes import Row, append_row, read_rows, run_all
 from tasks_suite import images, judging, training
 from tasks_suite.methods import (
-    APART,
     BY_ALPHA,
     DEFAULTS,
     METHODS,
     PLAIN,
     REFITS,
-    REPAIRS,
-    SEARCHES,
-    STANDARD,
     WEIGHTED,
     available,
 )
 from tasks_suite.page import page
-from tasks_suite.report import key, summary
+from tasks_suite.report import VARIANTS, key, summary
 from tasks_suite.suite import LONG, NETWORKS, SHORT
 
 SHORT_METHODS = ("ensemble", PLAIN, "Git Re-Basin", DEFAULTS)
@@ -53,8 +49,8 @@ TRADED = ("mlp", "resnet20-1-bn", "vit-fused", "convnext")
 """The networks of which the way from one task to the other is drawn."""
 
 GRID = [name for alpha, name in BY_ALPHA.items() if alpha not in (0, 0.5, 1)]
-ONLY_DISJOINT = {*GRID, *SEARCHES, *APART, *STANDARD, *REPAIRS} - {BY_ALPHA[0.5], "MuDSC zip"}
-"""The methods that fill a grid, or that are for tasks that differ."""
+ONLY_DISJOINT = {*GRID, *VARIANTS}
+"""The methods that fill a grid, or that have tables of their own: for disjoint tasks only."""
 
 WITH_FEW = {"ensemble", PLAIN, "MuDSC zip", *REFITS}
 """The methods of the setting with little data."""

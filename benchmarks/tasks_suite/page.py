@@ -103,6 +103,7 @@ SECTIONS: tuple[Section, ...] = (
         "Accuracy per task, in points: the mean over networks, the least of them, and how many are above zero.",
         lambda r: (
             over_controls(r, "per_task", DEFAULTS, ("MuDSC zip", *REFITS[:-1]))
+            + over_controls(r, "per_task", DEFAULTS, ("MuDSC zip", *REFITS[:-1]), "few")
             + over_controls(r, "per_task", OWN_DATA, APART[:-1])
             + over_controls(r, "per_task", STANDARDIZED, STANDARD[:-1])
         ),

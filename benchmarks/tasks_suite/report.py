@@ -25,6 +25,9 @@ from tasks_suite.suite import NETWORKS
 BEST = "best align"
 """The best of the grid over alpha, chosen for each pair by the accuracy itself."""
 
+VARIANTS = {*APART, *STANDARD, *SEARCHES, *REPAIRS} - {BY_ALPHA[0.5], "MuDSC zip"}
+"""Methods that have tables of their own."""
+
 Key = tuple[object, ...]
 
 
@@ -104,8 +107,7 @@ def accuracies(results: Results, setting: str, name: str, only: Collection[str] 
     networks = [n for n in networks if any(results.numbers(n, setting, m, name) for m in results.methods)]
     if not networks:
         return []
-    apart = {*REFITS, *APART, *STANDARD, *SEARCHES, *REPAIRS} - {BY_ALPHA[0.5], "MuDSC zip"}
-    averaged = [m for m in results.methods if m not in apart]
+    averaged = [m for m in results.methods if m not in {*REFITS, *VARIANTS}]
     known = [*averaged, DEFAULTS, BEST] if only is None else [m for m in results.methods if m in only]
     methods = [m for m in known if any(results.numbers(n, setting, m, name) for n in networks)]
     lines: list[Row] = []
@@ -148,7 +150,9 @@ def margins(results: Results, setting: str, name: str) -> list[Row]:
     return lines
 
 
-def over_controls(results: Results, name: str, ours: str, controls: Sequence[str]) -> list[Row]:
+def over_controls(
+    results: Results, name: str, ours: str, controls: Sequence[str], setting: str = "disjoint"
+) -> list[Row]:
     """By how much a refit of fxmerge is ahead of every control, the mean over networks and, of these, the least."""
     lines: list[Row] = []
     for control in controls:
@@ -156,13 +160,13 @@ def over_controls(results: Results, name: str, ours: str, controls: Sequence[str
             100 * advantage(mine, theirs)[0]
             for network in results.networks
             if (name != "joint" or NETWORKS[network].data != "text")
-            and (mine := results.numbers(network, "disjoint", ours, name)).keys()
-            & (theirs := results.numbers(network, "disjoint", control, name)).keys()
+            and (mine := results.numbers(network, setting, ours, name)).keys()
+            & (theirs := results.numbers(network, setting, control, name)).keys()
         ]
         if gaps:
             lines.append(
                 {
-                    "control": control,
+                    "control": control + (", few images" if setting == "few" else ""),
                     "networks": len(gaps),
                     "mean": f"{statistics.fmean(gaps):+.1f}",
                     "least": f"{min(gaps):+.1f}",
@@ -219,7 +223,7 @@ def changes(results: Results) -> list[Row]:
     for network in results.networks:
         line: Row = {"network": network}
         for method in results.methods:
-            if METHODS[method].aligned is None or method == PLAIN:
+            if METHODS[method].aligned is None or method in {PLAIN, *VARIANTS}:
                 continue
             found = [c for s in ("disjoint", "same") for c in results.numbers(network, s, method, "change").values()]
             line[method] = f"{max(found):.0e}" if found else "-"
@@ -241,7 +245,7 @@ def costs(results: Results) -> list[Row]:
             "batch": entry.batch,
         }
         for method in results.methods:
-            if METHODS[method].merges and method != PLAIN:
+            if METHODS[method].merges and method not in {PLAIN, *VARIANTS}:
                 numbers = [
                     n for s in ("disjoint", "same") for n in results.numbers(network, s, method, "seconds").values()
                 ]
