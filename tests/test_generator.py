@@ -14,7 +14,7 @@ from random import Random
 import pytest
 import torch
 
-from tests.generator import build, random_recipe
+from tests.generator import Recipe, build, random_recipe
 from tests.hunt import EXACT, INCOMPLETE, UNUSED, examine, excuses, shorten
 from tests.regressions import REGRESSIONS
 
@@ -39,7 +39,7 @@ def test_symmetry_of_random_architectures(seed: int) -> None:
 
 def test_recipes_are_plain_data() -> None:
     recipe = random_recipe(Random(0))
-    assert eval(repr(recipe)) == recipe
+    assert eval(repr(recipe), {"Recipe": Recipe}) == recipe
     (a, x), (b, y) = build(recipe), build(recipe)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert all(torch.equal(p, q) for p, q in zip(a(*x), b(*y), strict=True))
