@@ -177,7 +177,7 @@ METHODS: dict[str, Method] = {
     "rebasin": permuting(_rebasin),
     **{f"align, {name}": aligning(published=False, **options) for name, options in CHOICES.items()},
     **{f"zip, {name}": merging(combine="average", published=False, **options) for name, options in CHOICES.items()},
-    "align, repaired": merging(method="align", combine="repair", published=False),
+    "align, repaired": merging(method="align", combine="repair"),
     "zip, repaired": merging(combine="repair", published=False),
     "parent, readout": refitting(lambda pair: pair.a),
     "random, readout": refitting(_random),

@@ -131,7 +131,7 @@ SECTIONS: tuple[Section, ...] = (
     (
         "REPAIR",
         "Accuracy per task, averaged, and with the means and deviations of every unit reset to those of the parents. "
-        "BatchNorm, which is estimated anew for all, does the same by itself.",
+        "BatchNorm is estimated anew for all.",
         lambda r: accuracies(r, "disjoint", "per_task", REPAIRS),
     ),
     ("Loss on text", "Cross-entropy of the next character, in nats.", text_losses),
