@@ -111,14 +111,18 @@ def accuracies(results: Results, setting: str, name: str, only: Collection[str] 
     known = [*averaged, DEFAULTS, BEST] if only is None else [m for m in results.methods if m in only]
     methods = [m for m in known if any(results.numbers(n, setting, m, name) for n in networks)]
     lines: list[Row] = []
+    means: dict[str, list[float]] = {m: [] for m in methods}
     for network in networks:
-        cells = {m: percent(results.numbers(network, setting, m, name).values()) for m in methods}
-        lines.append({"network": network, **cells})
-    means = {m: [results.mean(n, setting, m, name) for n in networks] for m in methods}
-    whole = {m: [v for v in values if v is not None] for m, values in means.items()}
+        numbers = {m: found for m in methods if (found := results.numbers(network, setting, m, name))}
+        # In a table of its own, what stands side by side is of the same pairs.
+        pairs = set.intersection(*(set(found) for found in numbers.values())) if only is not None else None
+        cells = {m: [v for seed, v in numbers.get(m, {}).items() if pairs is None or seed in pairs] for m in methods}
+        lines.append({"network": network} | {m: percent(values) for m, values in cells.items()})
+        for m, values in cells.items():
+            means[m] += [statistics.fmean(values)] if values else []
     lines.append(
         {"network": "mean"}
-        | {m: f"{100 * statistics.fmean(v):.1f}" if v and len(v) == len(networks) else "-" for m, v in whole.items()}
+        | {m: f"{100 * statistics.fmean(v):.1f}" if len(v) == len(networks) else "-" for m, v in means.items()}
     )
     return lines
 
