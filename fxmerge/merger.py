@@ -237,7 +237,7 @@ class Merger:
                 attempt.state,
                 self._lessons(),
                 teachers=teachers,
-                leave=self._has_zipped_rows if attempt.zipped is not None else lambda use: False,
+                leave=self._with_zipped_rows() if attempt.zipped is not None else lambda use: False,
                 only_last=combine == "readout",
                 or_parent=or_parent and combine == "least_squares",
                 repair=combine == "repair",
@@ -250,13 +250,18 @@ class Merger:
         parent = None if refitted.parent is None else numbers[refitted.parent]
         return replace(refitted, parent=parent, errors=errors)
 
-    def _has_zipped_rows(self, use: Use) -> bool:
-        """Whether units that are merged lie along the rows of a layer's data: the rows of the models are then not those
-        of the merged network."""
-        data = operand(bind(use.node), use.data)
+    def _with_zipped_rows(self) -> Callable[[Use], bool]:
+        """Tells whether units that are merged lie along the rows of a layer's data: the rows of the models are then not
+        those of the merged network."""
         zipped = zipped_classes(self.symmetry, flows(self.found))
         moved = {shown for n in zipped for shown, _ in self.symmetry.views[n]}
-        return not moved.isdisjoint(classes_along(self.found, self.symmetry, data.name, use.row_dims))
+        along = classes_along(self.found, self.symmetry)
+
+        def tell(use: Use) -> bool:
+            data = operand(bind(use.node), use.data)
+            return not moved.isdisjoint(along(data.name, use.row_dims))
+
+        return tell
 
     def _lessons(self) -> Iterator[Lesson]:
         assert self.job.data is not None

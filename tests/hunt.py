@@ -93,7 +93,7 @@ def excuses(recipe: Recipe) -> list[str]:
         "taps of a kernel": "deconv" in ops,
         "groups that do not nest": len(groups) > 1,
         "two axes as one": bool(ops & {"flatten", "unflatten", "shuffle", "pixel_shuffle", "pixel_unshuffle"}),
-        "rows of a parameter that are reduced": "parameter" in ops,
+        "rows of a parameter that are reduced": "parameter" in ops or ("einsum" in ops and "reduce" in ops),
         "space that is padded": "pad" in ops,
         "ops without a rule": bool(kinds & {("cell", "gru"), ("cell", "lstm")}),
         "experts whose outputs are used apart": "experts" in ops,

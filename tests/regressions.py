@@ -92,6 +92,14 @@ REGRESSIONS: dict[str, tuple[str, Recipe]] = {
             (3,),
         ),
     ),
+    "a sum right after a product: places in each row of the weight": (
+        INCOMPLETE,
+        Recipe(
+            ((1, 2),),
+            (("einsum", (0,), ("p2", "bi,ijk->bjk", 2)), ("reduce", (1,), (1, "mean", False))),
+            (2,),
+        ),
+    ),
     "GRU cell": (
         EXACT,
         Recipe(((1, 2),), (("cell", (0,), ("p2", 3, "gru")), ("linear", (1,), ("p9", 2, False))), (2,)),

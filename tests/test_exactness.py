@@ -4,6 +4,7 @@
 """
 
 import copy
+import itertools
 import os
 from random import Random
 from typing import Any
@@ -25,12 +26,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("seed", range(min(int(os.environ.get("FXMERGE_EXAMPLES", "16")), 1000)))
+def seeds(count: int) -> list[int]:
+    """Of recipes without BatchNorm, which is estimated anew, so that the function changes."""
+    plain = (s for s in itertools.count() if all("batch" not in more for _, _, more in random_recipe(Random(s)).steps))
+    return list(itertools.islice(plain, count))
+
+
+@pytest.mark.parametrize("seed", seeds(int(os.environ.get("FXMERGE_EXAMPLES", "16"))))
 def test_a_network_and_its_permuted_copy_give_the_network_back(seed: int) -> None:
     net, args = build(random_recipe(Random(seed)))
     net, args = net.double().eval(), tuple(a.double() for a in args)
-    if statistics_nodes(capture_program(net, args)):
-        pytest.skip("BatchNorm is estimated anew, which changes the function")
+    assert not statistics_nodes(capture_program(net, args))
     generator = torch.Generator().manual_seed(seed)
     data = [(tuple(torch.randn(a.shape, generator=generator).double() for a in args),) for _ in range(3)]
     symmetry = fxmerge.find_symmetry(net, args).verify(net, args)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.errors import OptionError
+from fxmerge.errors import NonFiniteError, OptionError
 from tests.test_universe import mlp, vectors
 
 
@@ -65,6 +65,20 @@ def test_the_models_stay_as_they_are() -> None:
     before = {k: v.clone() for k, v in a.state_dict().items()}
     fxmerge.merge(a, b, vectors(), outputs="standardized")
     assert all(torch.equal(v, before[k]) for k, v in a.state_dict().items())
+
+
+class Logarithm(nn.Module):
+    """The logarithm: of a negative number there is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
+@pytest.mark.parametrize("options", [{"outputs": "standardized"}, {"combine": "repair"}])
+def test_outputs_that_are_no_numbers_are_refused_with_the_name_of_the_layer(options: dict[str, Any]) -> None:
+    a, b = (nn.Sequential(nn.Linear(4, 8), Logarithm(), nn.Linear(8, 3)) for _ in range(2))
+    with pytest.raises(NonFiniteError, match=r"'2\.weight'"):
+        fxmerge.merge(a, b, [torch.randn(16, 4)], alpha=1, **options)
 
 
 def unbiased() -> nn.Module:

@@ -9,7 +9,7 @@ import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.run import Data, batch_inputs
 from fxmerge.similarity import weights
-from fxmerge.similarity.activations import MAX_ROWS, find_taps, similarities
+from fxmerge.similarity.activations import MAX_ROWS, _consumed, find_taps, similarities
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
 
@@ -95,6 +95,29 @@ def test_activations_are_taken_where_a_contraction_consumes_them() -> None:
     # After the flatten, every channel shows at 16 places.
     assert tap.order.shape == (5, 16)
     assert tap.order[1].tolist() == list(range(16, 32))
+
+
+class Biased(nn.Module):
+    """Attention whose mask is computed, and a product to which an activation is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far, self.mask, self.added = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        near, far = self.near(x), self.far(x)
+        mask = self.mask(x).tanh()
+        x = nn.functional.scaled_dot_product_attention(near, far, x, attn_mask=mask)
+        return torch.baddbmm(self.added(x).tanh(), near, far)
+
+
+def test_what_is_only_added_is_not_consumed() -> None:
+    program = capture_program(Biased().eval(), (torch.randn(2, 4, 4),))
+    consumed = {node.name for node in _consumed(program.graph.graph)}
+    added = {n.name for n in program.graph.graph.nodes if "tanh" in n.name}
+    assert len(added) == 2
+    assert added.isdisjoint(consumed)
+    assert {"linear", "linear_1"} <= consumed
 
 
 def test_a_unit_that_never_varies_correlates_with_nothing() -> None:

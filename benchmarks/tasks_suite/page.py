@@ -178,8 +178,8 @@ about formats, from the sources of Python's own library; or both learn everythin
 are predicted into a space in which every class has a fixed direction, so that one head serves all classes. Published
 methods average; fxmerge refits after averaging. All see the same 2,000 unlabelled training images, over which
 BatchNorm statistics are re-estimated for all alike.
-Numbers are means over pairs of parents and, where there are several, their standard deviation. No two pairs of a
-setting share a parent."""
+Numbers are means over pairs of parents and, where there are several, their standard deviation: one without is of one
+pair. No two pairs of a setting share a parent."""
 
 
 def page(rows: Sequence[Row], plots: Path | None) -> str:

@@ -62,8 +62,8 @@ def _alpha(results: Results) -> Any:
     if not names:
         return None
     for name, panel in _panels(names, "accuracy per task, %", "alpha: weight of the weight-space similarity"):
-        found = {a: results.numbers(name, "disjoint", m, "per_task") for a, m in BY_ALPHA.items()}
-        points = {a: [100 * v for v in numbers.values()] for a, numbers in found.items() if numbers}
+        found = results.side_by_side(name, "disjoint", BY_ALPHA.values(), "per_task")
+        points = {a: [100 * v for v in found[m]] for a, m in BY_ALPHA.items() if found[m]}
         means = [statistics.fmean(v) for v in points.values()]
         panel.plot(list(points), means, "o-", color="tab:purple", label="align", markersize=3)
         low, high = ([edge(v) for v in points.values()] for edge in (min, max))

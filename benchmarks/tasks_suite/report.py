@@ -74,6 +74,12 @@ class Results:
         numbers = self.numbers(network, setting, method, name)
         return statistics.fmean(numbers.values()) if numbers else None
 
+    def side_by_side(self, network: str, setting: str, methods: Iterable[str], name: str) -> dict[str, list[float]]:
+        """The numbers of several methods over those pairs that all of them have that have any."""
+        found = {m: self.numbers(network, setting, m, name) for m in methods}
+        pairs = set.intersection(*([set(numbers) for numbers in found.values() if numbers] or [set()]))
+        return {m: [v for seed, v in numbers.items() if seed in pairs] for m, numbers in found.items()}
+
 
 # ---------------------------------------------------------------------- cells
 
@@ -113,10 +119,9 @@ def accuracies(results: Results, setting: str, name: str, only: Collection[str] 
     lines: list[Row] = []
     means: dict[str, list[float]] = {m: [] for m in methods}
     for network in networks:
-        numbers = {m: found for m in methods if (found := results.numbers(network, setting, m, name))}
-        # In a table of its own, what stands side by side is of the same pairs.
-        pairs = set.intersection(*(set(found) for found in numbers.values())) if only is not None else None
-        cells = {m: [v for seed, v in numbers.get(m, {}).items() if pairs is None or seed in pairs] for m in methods}
+        cells = {m: list(results.numbers(network, setting, m, name).values()) for m in methods}
+        if only is not None:
+            cells = results.side_by_side(network, setting, methods, name)
         lines.append({"network": network} | {m: percent(values) for m, values in cells.items()})
         for m, values in cells.items():
             means[m] += [statistics.fmean(values)] if values else []
@@ -182,11 +187,11 @@ def over_controls(
 
 def over_alpha(results: Results, setting: str, name: str) -> list[Row]:
     """Networks by the weight of the weight-space similarity."""
-    return [
-        {"network": n}
-        | {f"alpha {alpha:g}": percent(results.numbers(n, setting, m, name).values()) for alpha, m in BY_ALPHA.items()}
-        for n in results.networks
-    ]
+    lines: list[Row] = []
+    for n in results.networks:
+        cells = results.side_by_side(n, setting, BY_ALPHA.values(), name)
+        lines.append({"network": n} | {f"alpha {alpha:g}": percent(cells[m]) for alpha, m in BY_ALPHA.items()})
+    return lines
 
 
 def barriers(results: Results) -> list[Row]:

@@ -99,10 +99,7 @@ class LayerFit:
     def settle(self, state: dict[str, Tensor]) -> dict[str, float]:
         """Puts the fitted coefficients into a state dict, and tells how they were found."""
         if not all(bool(torch.isfinite(m.features).all() and torch.isfinite(m.cross).all()) for m in self.folds):
-            raise NonFiniteError(
-                f"An activation is NaN or infinite where {self.layer.name!r} (graph node "
-                f"{self.layer.uses[0].node.name!r}) was to be refitted. Check the models' outputs on this data."
-            )
+            raise not_finite(self.layer)
         found = fit(self.folds)
         self.layer.write(state, self.centre + found.step)
         return {
@@ -115,6 +112,14 @@ class LayerFit:
             "rows": sum(fold.rows for fold in self.folds),
             "seconds": time.perf_counter() - self.began,
         }
+
+
+def not_finite(layer: Layer) -> NonFiniteError:
+    """The error for a layer whose inputs or outputs cannot be learnt from."""
+    return NonFiniteError(
+        f"An activation is NaN or infinite where {layer.name!r} (graph node {layer.uses[0].node.name!r}) was to be "
+        "refitted. Check the models' outputs on this data."
+    )
 
 
 def arguments(use: Use, values: Values) -> dict[str, Any]:

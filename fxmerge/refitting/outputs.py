@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fxmerge.errors import OptionError
 from fxmerge.program import Program
-from fxmerge.refitting.gather import arguments
+from fxmerge.refitting.gather import arguments, not_finite
 from fxmerge.refitting.layers import Layer, find_layers
 from fxmerge.refitting.refit import last_layers, written_out
 from fxmerge.refitting.rivals import used_after
@@ -33,6 +33,7 @@ def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data:
         New state dicts.
 
     Raises:
+        NonFiniteError: if an output is NaN or infinite.
         OptionError: if a last layer has no bias, or a parameter is used after it.
     """
     program = written_out(program)
@@ -72,7 +73,14 @@ def _moments(
                 y = use.features(arguments(use, runner.seen[use.node]), None).double() @ own
                 count, total, squares = sums[i]
                 sums[i] = count + y.shape[1], total + y.sum(1), squares + y.square().sum(1)
-    return [(total / n, (squares / n - (total / n) ** 2).clamp(min=0).mean().sqrt()) for n, total, squares in sums]
+    found = []
+    for layer, (count, total, squares) in zip(last, sums, strict=True):
+        mean = total / count.clamp(min=1)  # A layer that no data reach stays as it is.
+        deviation = (squares / count.clamp(min=1) - mean**2).clamp(min=0).mean().sqrt()
+        if not torch.isfinite(deviation):
+            raise not_finite(layer)
+        found.append((mean, deviation))
+    return found
 
 
 class _Shown(Runner):

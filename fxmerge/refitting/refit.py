@@ -82,6 +82,9 @@ def refit(
         seed: seed of the choice of rows.
         progress: whether to show a progress bar; None shows it on a terminal.
 
+    Returns:
+        The new state dict, and what is told of it.
+
     Raises:
         NonFiniteError: if an activation is NaN or infinite.
     """

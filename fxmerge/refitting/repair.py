@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fxmerge.refitting.gather import Shares, Teacher, Values, arguments
+from fxmerge.refitting.gather import Shares, Teacher, Values, arguments, not_finite
 from fxmerge.refitting.layers import Layer
 
 NEVER = 1e-6
@@ -55,6 +55,8 @@ class Repair:
             for values in zip(*(own.moments() for own in self.theirs), strict=True)
         )
         now, spread = self.mine.moments()
+        if not bool(torch.isfinite(torch.stack([mean, deviation, now, spread])).all()):
+            raise not_finite(self.layer)
         gain = torch.where((spread > NEVER) & (total > 0), deviation / spread, 1.0)
         coefficients = self.centre * gain[:, None]
         if all(use.biased for use in self.layer.uses):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,14 +75,16 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
     return taps
 
 
-def classes_along(found: Propagation, symmetry: Symmetry, node: str, dims: Collection[int]) -> set[int]:
-    """The classes whose units lie along some dimensions of a node's value, among others."""
-    labels = found.labels.get(node)
-    if labels is None:
-        return set()
+def classes_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, Collection[int]], set[int]]:
+    """Tells the classes whose units lie along some dimensions of a node's value, among others, by the node's name."""
     number, _ = _places(found, symmetry)
-    columns = [column for column in labels.columns if not set(support(column)).isdisjoint(dims)]
-    return {int(n) for c in columns for n in np.unique(number[core(c, support(c)).reshape(-1).numpy()])} - {-1}
+
+    def along(node: str, dims: Collection[int]) -> set[int]:
+        labels = found.labels.get(node)
+        columns = [c for c in labels.columns if not set(support(c)).isdisjoint(dims)] if labels is not None else []
+        return {int(n) for c in columns for n in np.unique(number[core(c, support(c)).reshape(-1).numpy()])} - {-1}
+
+    return along
 
 
 def _places(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
@@ -115,15 +117,9 @@ def _slots(units: AxisUnits, axis: AxisLayout) -> tuple[Ids, Ids]:
 
 
 def _consumed(graph: fx.Graph) -> list[fx.Node]:
-    """The operands of contractions, each once, in graph order; but not the masks of attention, which are added."""
-    users = [n for n in graph.nodes if n.op == "call_function" and rules.contracts(n.target)]
-    masks = {n: n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask") for n in users if _attends(n)}
-    operands = {a for n in users for a in n.all_input_nodes if a.op == "call_function" and a is not masks.get(n)}
+    """What contractions multiply, each once, in graph order."""
+    operands = {a for n in graph.nodes for a in rules.multiplied(n) if a.op == "call_function"}
     return [n for n in graph.nodes if n in operands]
-
-
-def _attends(node: fx.Node) -> bool:
-    return getattr(getattr(node.target, "_schema", None), "name", "") == "aten::scaled_dot_product_attention"
 
 
 class _Tapped(Runner):

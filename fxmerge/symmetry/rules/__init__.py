@@ -12,7 +12,7 @@ from fxmerge.symmetry.rules import (
     reduction,
     vision,
 )
-from fxmerge.symmetry.rules.registry import Lookup, Rule, Site, Value, contracts, find_rule, rule
+from fxmerge.symmetry.rules.registry import Lookup, Rule, Site, Value, contracts, find_rule, multiplied, rule
 
 __all__ = [
     "Lookup",
@@ -26,6 +26,7 @@ __all__ = [
     "find_rule",
     "indexing",
     "movement",
+    "multiplied",
     "normalization",
     "pooling",
     "recurrent",

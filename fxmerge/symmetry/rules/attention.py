@@ -15,7 +15,7 @@ from fxmerge.symmetry.rules.registry import Site, rule
 Operand = Labels | Tensor
 
 
-@rule("scaled_dot_product_attention", contracts=True)
+@rule("scaled_dot_product_attention", contracts=True, adds="attn_mask")
 def attention(
     at: Site,
     query: Labels,

@@ -97,7 +97,7 @@ def einsum(at: Site, equation: str, operands: Sequence[Operand], **kwargs: Any) 
     return contract(at, operands, full, out.replace("...", dots))
 
 
-@rule("linear", contracts=True)
+@rule("linear", contracts=True, adds="bias")
 def linear(at: Site, x: Operand, weight: Operand, bias: Operand | None = None) -> Labels:
     batch = string.ascii_lowercase[: len(x.shape) - 1]
     if len(weight.shape) == 1:
@@ -113,20 +113,20 @@ def matmul(at: Site, a: Operand, b: Operand, *args: Any, **kwargs: Any) -> Label
     return contract(at, [a, b], [term_a, term_b], batch + "M" * (len(a.shape) > 1) + "N" * (len(b.shape) > 1))
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm", contracts=True)
+@rule("addmm", "baddbmm", "addmv", "addbmm", contracts=True, adds="self")
 def addmm(at: Site, bias: Operand, a: Operand, b: Operand, **kwargs: Any) -> Labels:
     if at.target._schema.name == "aten::addbmm":
         return at.join(contract(at, [a, b], ["bMK", "bKN"], "MN"), bias)
     return at.join(matmul(at, a, b), bias)
 
 
-@rule("bilinear", contracts=True)
+@rule("bilinear", contracts=True, adds="bias")
 def bilinear(at: Site, x: Operand, y: Operand, weight: Operand, bias: Operand | None = None) -> Labels:
     batch = string.ascii_lowercase[: len(x.shape) - 1]
     return at.join(contract(at, [x, y, weight], [batch + "I", batch + "J", "OIJ"], batch + "O"), bias)
 
 
-@rule("conv1d", "conv2d", "conv3d", contracts=True)
+@rule("conv1d", "conv2d", "conv3d", contracts=True, adds="bias")
 def conv(
     at: Site,
     x: Operand,
@@ -144,7 +144,7 @@ def conv(
     rows, columns, *kernel = weight.shape
     w = at.labels(weight).reshape((groups, rows // groups, columns, *kernel))
     labels, still = at.labels(x), _is_point(kernel, padding)
-    if still:
+    if still and not _all_are(stride, 1):
         places = (slice(None),) * (labels.ndim - len(kernel))
         places += tuple(slice(None, None, int(s)) for s in np.broadcast_to(stride, len(kernel)))
         read = (*labels.shape[: -len(kernel)], *at.shape[-len(kernel) :])
@@ -152,7 +152,7 @@ def conv(
     return _convolve(at, labels, w, "goi", bias, still=still)
 
 
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", contracts=True)
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", contracts=True, adds="bias")
 def conv_transpose(
     at: Site,
     x: Operand,
@@ -171,7 +171,7 @@ def conv_transpose(
     return _convolve(at, at.labels(x), w, "gio", bias, still=still)
 
 
-@rule("convolution", contracts=True)
+@rule("convolution", contracts=True, adds="bias")
 def convolution(
     at: Site,
     x: Operand,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxmerge.symmetry.columns import Shape
 from fxmerge.symmetry.labels import Labels, constant, join, move, pin, reduce
@@ -61,15 +61,17 @@ Lookup = Callable[[Any], Rule | None]
 """From an op to its rule, None if there is none."""
 R = TypeVar("R", bound=Rule)
 _RULES: dict[str, Rule] = {}
-_CONTRACTIONS: set[str] = set()
+_CONTRACTIONS: dict[str, str] = {}
+"""The ops that sum products, and the name in its schema of the operand that each only adds."""
 
 
-def rule(*names: str, contracts: bool = False) -> Callable[[R], R]:
+def rule(*names: str, contracts: bool = False, adds: str = "") -> Callable[[R], R]:
     """Registers a rule for all overloads of the named ops (`"linear"` means `aten::linear`).
 
     A rule takes a `Site` and the op's own arguments, in which every tensor is either `Labels` or,
     if it is a constant, a `torch.Tensor`; it returns the `Labels` of the output. `contracts` says that
-    the ops sum products of their operands, so that they consume the units of these.
+    the ops sum products of their operands, so that they consume the units of these, but for the one that is only
+    added, which `adds` names as the ops' schemas do.
     """
 
     def register(function: R) -> R:
@@ -77,7 +79,7 @@ def rule(*names: str, contracts: bool = False) -> Callable[[R], R]:
             full = name if "::" in name else f"aten::{name}"
             _RULES[full] = function
             if contracts:
-                _CONTRACTIONS.add(full)
+                _CONTRACTIONS[full] = adds
         return function
 
     return register
@@ -96,6 +98,19 @@ def find_rule(target: Any) -> Rule | None:
 def contracts(target: Any) -> bool:
     """Whether an op sums products of its operands, as a linear layer does."""
     return getattr(getattr(target, "_schema", None), "name", None) in _CONTRACTIONS
+
+
+def multiplied(node: fx.Node) -> list[fx.Node]:
+    """The operands that a node multiplies with each other, as far as a graph computes them; none of an op that does not
+    sum products."""
+    if not contracts(node.target):
+        return []
+    schema = node.target._schema  # type: ignore[union-attr]
+    operands = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
+    operands.pop(_CONTRACTIONS[schema.name], None)
+    found: list[fx.Node] = []
+    fx.map_arg(operands, found.append)
+    return found
 
 
 def normalize_dims(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
