@@ -1,12 +1,13 @@
 """Speed of the zip on one thread, beside a literal transcription of the published code.
 
-For two models: pairs of like units in noise ("twins"), and units that have nothing in common ("random"). The
-published code searches the whole matrix of similarities for every merge; `tests/published_zip.py` does the same in
-numpy, and both must give the same merged units, entry for entry.
+For two models: pairs of like units in noise ("twins"), units that have nothing in common ("random"), and hidden units
+of two networks that were trained on scikit-learn's digits ("trained"). The published code searches the whole matrix of
+similarities for every merge; `tests/published_zip.py` does the same in numpy, and both must give the same merged units,
+entry for entry.
 
     python benchmarks/zipping.py [--short]
 
-Run it where `pip install -e .` was run, which also makes `tests` importable.
+Run it where `pip install -e '.[test]'` was run, which also makes `tests` importable.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import torch
 from invariance import machine, table
+from sklearn.datasets import load_digits
+from torch import nn
 
 from fxmerge.matching.zipping import zip_groups, zip_units
 from tests.published_zip import published_zip
@@ -32,15 +35,34 @@ LITERAL = 1024
 """Units of one model above which the literal transcription is not run: it takes minutes."""
 
 HEADS = 8
+STEPS = 100
+"""How long networks are trained, on all images at once."""
 
 
 def similarity(kind: str, units: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     rng = np.random.default_rng(0)
-    features = rng.normal(size=(2 * units, 200))
+    if kind == "trained":
+        features = np.concatenate([trained(seed, units) for seed in (0, 1)])
+    else:
+        features = rng.normal(size=(2 * units, 200))
     if kind == "twins":
         features[units:] += features[:units]
     correlation = np.corrcoef(features)
     return np.triu(correlation) + np.triu(correlation, 1).T
+
+
+def trained(seed: int, units: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """What the hidden units of a small network say to all digits: shape (units, images)."""
+    digits = load_digits()
+    x, y = torch.from_numpy(digits.data / 16).float(), torch.from_numpy(digits.target)
+    torch.manual_seed(seed)
+    hidden, last = nn.Linear(x.shape[1], units), nn.Linear(units, 10)
+    optimizer = torch.optim.Adam([*hidden.parameters(), *last.parameters()])
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(last(hidden(x).relu()), y).backward()
+        optimizer.step()
+    return hidden(x).detach().double().T.numpy()
 
 
 def run(kind: str, units: int, blocks: int | None, budget: float, damping: float) -> dict[str, str]:
@@ -77,7 +99,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = []
     for units in UNITS if not options.short else (512, 2048):
-        for kind in ("random", "twins"):
+        for kind in ("random", "trained", "twins"):
             for budget, damping in ((1.0, 0.5),) if options.short else ((1.0, 0.5), (0.125, 0.3), (1.0, 1.0)):
                 rows.append(run(kind, units, None, budget, damping))
         rows.append(run("random", units, HEADS, 1.0, 0.5))

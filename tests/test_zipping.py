@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import fxmerge
+from fxmerge.matching import agglomerate
 from fxmerge.matching.assignment import Scores
 from fxmerge.matching.blocks import match_blocks, nest
 from fxmerge.matching.zipping import zip_blocks, zip_groups, zip_units
@@ -45,6 +46,12 @@ def _symmetric(x: Scores) -> Scores:
     return x + x.T + np.eye(len(x))
 
 
+@pytest.fixture(params=[agglomerate.CHUNK, 3])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units are few here: only with small chunks are there several, and is what is left of many merges made compact."""
+    monkeypatch.setattr(agglomerate, "CHUNK", request.param)
+
+
 KINDS = [uniform, correlated, tied, negative, crowded]
 
 
@@ -52,6 +59,7 @@ def partition(labels: Ids) -> set[frozenset[int]]:
     return {frozenset(np.flatnonzero(labels.reshape(-1) == k).tolist()) for k in np.unique(labels)}
 
 
+@pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize(("budget", "damping"), OPTIONS)
 @pytest.mark.parametrize("models", [2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,6 +73,7 @@ def test_the_zip_is_the_published_one(kind, models: int, budget: float, damping:
         assert zipped.forced == forced
 
 
+@pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize(("budget", "damping"), OPTIONS)
 @pytest.mark.parametrize("models", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,10 +2,14 @@
 
 The result is that of searching the whole matrix for the most similar pair before every merge, ties included. Two
 things make it fast. As in the generic algorithm of Müllner (arXiv 1109.2378), every unit knows the nearest of the
-units after it, or a bound on how near that is. And merges that cannot influence each other are made together.
+units after it, or a bound on how near that is. And merges that cannot influence each other are made together: damping
+bounds how similar to any unit that can be which the most similar pair becomes, so that pairs of others that are more
+similar than that are merged without looking at it.
 """
 
 from __future__ import annotations
+
+import heapq
 
 import numpy as np
 
@@ -15,15 +19,14 @@ from fxmerge.symmetry.units import Ids
 NEVER = -np.inf
 """The similarity of two units that must not be merged."""
 
-MAX_BATCH = 256
-"""The most merges that are made together, which bounds the memory for their rows."""
-
+CHUNK = 64
+"""Merges of which the similarities are worked out together, which bounds the memory for them."""
 
 PADDING = 8
 """Entries between the rows of a matrix, without which entries of one column share few cache lines if the rows'
 length is a power of two: writing a column then takes ten times as long."""
 
-TILE = 64
+TILE = 32
 """Rows that are transposed at a time."""
 
 
@@ -51,31 +54,30 @@ def agglomerate(similarity: Scores, model: Ids, merges: int, limits: Ids, dampin
         state.part(m)
     width = 1
     while merges:
-        one, two = state.candidates(min(merges, width))
-        if not len(one):
+        # With a damping of 0, what one merge forbids depends on those before it.
+        one, two, near = state.candidates(merges if damping > 0 else 1, width, damping)
+        made = len(one)
+        if not made:
             break
-        rows = np.minimum(state.links[one], state.links[two])
-        if damping > 0:
-            rows *= damping
-            made = _independent(state.bound[one], rows)
-        else:
-            made = 1
-            rows[:, (model == model[one]) | (model == model[two])] = NEVER
         within = np.where(model[one] == model[two], model[one], -1)
         for m in np.unique(within[within >= 0]).tolist():
             # The merge that reaches a limit is the last of its batch, since no other may follow.
             last = np.flatnonzero(within == m)[left[m] - 1 :]
             made = min(made, int(last[0]) + 1) if len(last) else made
-        one, two, rows, within = one[:made], two[:made], rows[:made], within[:made]
-        if made > 1:
-            rows[:, one] = np.minimum(rows[:, one], rows[:, two]) * damping
-        state.merge(one, two, rows)
+        if not (near[1:made] > _most(near[0], damping)).all():
+            made = state.independent(one[:made], two[:made], near[:made], damping)
+        state.join(one[:made], two[:made])
         merges -= made
-        # With a damping of 0, what one merge forbids depends on those before it.
-        width = min(2 * made, MAX_BATCH) if damping > 0 else 1
-        for m in within[within >= 0].tolist():
-            left[m] -= 1
-            if left[m] == 0:
+        left -= np.bincount(within[:made][within[:made] >= 0], minlength=len(left))
+        if merges and made > CHUNK:
+            kept, smaller = state.compact(one[:made], two[:made], damping)
+            further, used = agglomerate(smaller, model[kept], merges, left, damping)
+            return kept[further[np.searchsorted(kept, state.first)]], limits - left + used
+        if merges:
+            state.place(one[:made], two[:made], damping)
+        width = min(2 * made, CHUNK)
+        for m in np.unique(within[:made]).tolist():
+            if m >= 0 and left[m] == 0:
                 state.part(m)
     return state.first, limits - left
 
@@ -94,22 +96,17 @@ def symmetric(similarity: Scores) -> Scores:
     return links
 
 
-def _independent(values: Scores, rows: Scores) -> int:
-    """How many merges of falling similarity can be made together: until one of them makes a pair that is as similar.
-
-    A pair of two units of which both are new can only be more similar than `rows` say if damping raises it,
-    which is to 0 at most.
-    """
-    made = np.maximum.accumulate(np.maximum(rows.max(axis=1), 0))
-    dependent = np.flatnonzero(values[1:] <= made[:-1])
-    return int(dependent[0]) + 1 if len(dependent) else len(values)
+def _most(near: float, damping: float) -> float:
+    """How similar to any unit what a merge makes is at most, if no pair is more similar than the merged one."""
+    return max(near, 0.0) * damping
 
 
 class _State:
     """What is merged so far, and for every unit the nearest of those after it.
 
     Attributes:
-        links: how similar any two merged units are; -inf if they must not be merged.
+        links: how similar any two merged units are; -inf if they must not be merged. What is not above the diagonal is
+            there as soon as `whole` is true.
         first: for every unit, the first of those that it is merged with.
         nearest: for every unit, the nearest of the units after it; of equals the first.
         bound: how near that is.
@@ -118,7 +115,7 @@ class _State:
 
     def __init__(self, similarity: Scores, model: Ids) -> None:
         size = len(similarity)
-        self.links = symmetric(similarity)
+        self.links, self.whole = similarity, False
         self.model, self.units = model, np.arange(size)
         self.first, self.nearest = self.units.copy(), np.zeros(size, np.int64)
         self.bound, self.stale = np.full(size, NEVER), np.zeros(size, bool)
@@ -132,52 +129,122 @@ class _State:
             self.nearest[i], self.bound[i] = i + 1 + near, after[near]
         self.stale[units] = False
 
+    def _complete(self) -> None:
+        """Makes the links this state's own, on both sides of the diagonal."""
+        if not self.whole:
+            self.links, self.whole = symmetric(self.links), True
+
     def part(self, m: int) -> None:
         """Forbids all merges inside of a model."""
+        self._complete()
         own = np.flatnonzero((self.model == m) & (self.first == self.units))
         self.links[np.ix_(own, own)] = NEVER
         self.stale[own[(self.model[self.nearest[own]] == m) & (self.bound[own] > NEVER)]] = True
 
-    def candidates(self, most: int) -> tuple[Ids, Ids]:
-        """The next pairs in the order of the merges, as long as each is not changed by those before; none if all
-        that is left is forbidden."""
-        enough = 2 * most
-        fresh = self.bound[~self.stale]
-        least = np.partition(fresh, -enough)[-enough] if len(fresh) > enough else NEVER
-        self._look(np.flatnonzero(self.stale & (self.bound >= least)))
-        order = np.argsort(-self.bound, kind="stable")[:enough]
-        used: set[int] = set()
-        one: list[int] = []
-        two: list[int] = []
-        for i, j, near in zip(order.tolist(), self.nearest[order].tolist(), self.bound[order].tolist(), strict=True):
-            if i in used:
-                continue  # it has been merged into a unit before it
-            if j in used or near == NEVER or len(one) == most:
-                break
-            used |= {i, j}
-            one.append(i)
-            two.append(j)
-        return np.array(one, np.int64), np.array(two, np.int64)
+    def candidates(self, most: int, width: int, damping: float) -> tuple[Ids, Ids, Scores]:
+        """The next pairs in the order of the merges, and how similar they are, as far as no merge changes the order.
 
-    def merge(self, one: Ids, two: Ids, rows: Scores) -> None:
-        """Merges pairs; `rows` are the similarities of the merged units."""
-        rows[:, two] = NEVER
-        self.links[one], self.links[:, one], self.links[:, two] = rows, rows.T, NEVER
+        These are the ones that are known to be independent of each other, and at least `width`, or twice as many, of
+        which that is still to be seen. There are none if all that is left is forbidden.
+        """
+        order = np.argsort(-self.bound, kind="stable")
+        ahead = list(zip((-self.bound[order]).tolist(), order.tolist(), self.nearest[order].tolist(), strict=True))
+        ahead.reverse()
+        again: list[tuple[float, int, int]] = []  # those whose nearest was merged, with the nearest of the others
+        taken = np.zeros(len(order))
+        used: set[int] = set()
+        found: list[tuple[int, int, float]] = []
+        known = 0
+        while len(found) < most and (ahead or again):
+            first_again = not ahead or (again and again[0] < ahead[-1])
+            distance, i, j = heapq.heappop(again) if first_again else ahead.pop()
+            if -distance == NEVER:
+                break
+            if found and not known and -distance <= _most(found[0][2], damping):
+                known = len(found)
+            if known and len(found) >= max(width, 2 * known):
+                break
+            if i in used:
+                continue
+            if self.stale[i]:
+                self._look(self.units[i : i + 1])
+                heapq.heappush(again, (-float(self.bound[i]), i, int(self.nearest[i])))
+            elif j in used:
+                after = self.links[i, i + 1 :] + taken[i + 1 :]
+                near = int(after.argmax())
+                heapq.heappush(again, (-float(after[near]), i, i + 1 + near))
+            else:
+                found.append((i, j, -distance))
+                used |= {i, j}
+                taken[i] = taken[j] = NEVER
+        pairs = np.array([(i, j) for i, j, _ in found], np.int64).reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1], np.array([near for _, _, near in found])
+
+    def rows(self, one: Ids, two: Ids) -> Scores:
+        """How similar merged pairs are to all other units, undamped."""
+        self._complete()
+        return np.minimum(self.links[one], self.links[two])
+
+    def independent(self, one: Ids, two: Ids, near: Scores, damping: float) -> int:
+        """How many merges of falling similarity can be made together: until one of them makes a pair that is as
+        similar.
+
+        A pair of two units of which both are new can only be more similar than to one that is not if damping raises
+        it, which is to 0 at most.
+        """
+        made = 0.0
+        for start in range(0, len(one), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            rows = self.rows(one[chunk], two[chunk])
+            most = np.maximum.accumulate(np.maximum(rows.max(axis=1) * damping, made))
+            dependent = np.flatnonzero(near[start + 1 : start + 1 + CHUNK] <= most[: len(near) - start - 1])
+            if len(dependent):
+                return start + int(dependent[0]) + 1
+            made = float(most[-1])
+        return len(one)
+
+    def join(self, one: Ids, two: Ids) -> None:
+        """Notes merges of pairs."""
         into = self.units.copy()
         into[two] = one
         self.first = into[self.first]
+
+    def compact(self, one: Ids, two: Ids, damping: float) -> tuple[Ids, Scores]:
+        """The units that are left by merges of pairs, and above the diagonal how similar they are."""
+        kept = np.flatnonzero(self.first == self.units)
+        at = np.searchsorted(kept, one)
+        other, scale = kept.copy(), np.ones(len(kept))
+        other[at], scale[at] = two, damping
+        links = np.empty((len(kept), len(kept)))
+        for start in range(0, len(kept), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            rows = self.rows(kept[chunk], other[chunk]) * scale[chunk, None]
+            links[chunk, start:] = np.minimum(rows.take(kept[start:], axis=1), rows.take(other[start:], axis=1))
+            links[chunk, start:] *= scale[start:]
+        return kept, links
+
+    def place(self, one: Ids, two: Ids, damping: float) -> None:
+        """Puts what merges make in the places of the first of each pair."""
+        rows = self.rows(one, two)
+        if damping > 0:
+            rows *= damping
+            rows[:, one] = np.minimum(rows[:, one], rows[:, two]) * damping
+        else:
+            rows[:, (self.model == self.model[one[0]]) | (self.model == self.model[two[0]])] = NEVER
+        rows[:, two] = NEVER
+        self.links[one], self.links[:, one], self.links[:, two] = rows, rows.T, NEVER
         self.bound[two], self.stale[two] = NEVER, False
 
-        # A unit may have found a nearer one, since damping raises what is negative, or have lost its nearest.
+        # A unit may have lost its nearest, or, since damping raises what is negative, have found a nearer one.
+        low = np.flatnonzero((self.bound < 0) & (self.bound > NEVER))
         ascending = np.argsort(one)
-        new = np.where(one[ascending, None] > self.units, rows[ascending], NEVER)
+        new = np.where(one[ascending, None] > low, rows[np.ix_(ascending, low)], NEVER)
         near = new.max(axis=0)
-        found = np.flatnonzero((near >= self.bound) & (near > NEVER))
-        at = one[ascending[new[:, found].argmax(axis=0)]]
-        nearer = (near[found] > self.bound[found]) | ((self.nearest[found] >= at) & ~self.stale[found])
-        found, at = found[nearer], at[nearer]
+        at = one[ascending[new.argmax(axis=0)]]
+        nearer = (near > self.bound[low]) | ((near == self.bound[low]) & (self.nearest[low] >= at) & ~self.stale[low])
         gone = np.zeros(len(self.units), bool)
         gone[one] = gone[two] = True
         self.stale |= gone[self.nearest] & (self.bound > NEVER)
-        self.nearest[found], self.bound[found], self.stale[found] = at, near[found], False
+        found = low[nearer]
+        self.nearest[found], self.bound[found], self.stale[found] = at[nearer], near[nearer], False
         self._look(one)
