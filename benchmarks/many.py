@@ -1,8 +1,9 @@
 """Merging several networks that learnt the same from different seeds into one of their size.
 
 Every parent, their ensemble, their plain average, the second, third and so on aligned to the running average one after
-the other (chained), and what `fxmerge.merge_many` makes of all at once. Parents are those of `benchmarks/tasks.py` in
-its setting `same`, trained once and kept in the same folder; the data, and BatchNorm for all alike, are as there.
+the other, or merged with the merge of those before it (chained), and what `fxmerge.merge_many` makes of all at once.
+Parents are those of `benchmarks/tasks.py` in its setting `same`, trained once and kept in the same folder; the data,
+and BatchNorm for all alike, are as there.
 
     python benchmarks/many.py [--short] [--networks NAME ...] [--count 5] [--cache FOLDER] [--jobs 2] [--markdown FILE]
 
@@ -62,6 +63,20 @@ def chained(networks: Networks, batches: list[Tensor]) -> nn.Module:
     return merged
 
 
+def chained_merges(**options: object) -> Callable[[Networks, list[Tensor]], nn.Module]:
+    """Each network merged by `fxmerge.merge` with the merge of those before it."""
+
+    def merge(networks: Networks, batches: list[Tensor]) -> nn.Module:
+        merged = networks[0]
+        for count, other in enumerate(networks[1:], start=1):
+            weights = (count / (count + 1), 1 / (count + 1))
+            found = fxmerge.merge(merged, other, batches, weights=weights, progress=False, **options)  # type: ignore[arg-type]
+            merged = with_state_of(other, found)
+        return merged
+
+    return merge
+
+
 def many(**options: object) -> Callable[[Networks, list[Tensor]], nn.Module]:
     """What `fxmerge.merge_many` gives with some options."""
     return lambda networks, batches: with_state_of(
@@ -72,9 +87,10 @@ def many(**options: object) -> Callable[[Networks, list[Tensor]], nn.Module]:
 
 METHODS: dict[str, Callable[[Networks, list[Tensor]], nn.Module]] = {
     "plain average": lambda networks, batches: mean(networks),
-    "chained": chained,
+    "chained, averaged": chained,
     "merge_many, align, averaged": many(method="align", combine="average"),
     "merge_many, zip, averaged": many(combine="average"),
+    "chained, merged network": chained_merges(or_parent=False),
     "merge_many, merged network": many(or_parent=False),
     "merge_many": many(),
 }

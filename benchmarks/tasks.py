@@ -1,7 +1,8 @@
 """Merging on real data: networks trained apart, on different classes or from different seeds, and what is left of them.
 
 In the setting `disjoint` one parent learns task A and the other task B: the first and the last five classes of
-Fashion-MNIST, or two kinds of sources in Python's own library. In the setting `same` both learn both tasks, from
+Fashion-MNIST, two kinds of sources in Python's own library, or two maps of noisy images, without the noise and of
+edges. In the setting `same` both learn both tasks, from
 two initialisations. Every method gives one network, in which BatchNorm statistics are re-estimated over the same
 2,000 unlabelled training images; then it is tested on both tasks, and in the setting `same` the loss is followed on
 the straight line from one parent to the other, re-estimating at every point. The setting `few` is `disjoint` with 200
@@ -28,11 +29,14 @@ from pathlib import Path
 from models.processes import Row, append_row, read_rows, run_all
 from tasks_suite import images, judging, training
 from tasks_suite.methods import (
+    APART,
     BY_ALPHA,
     DEFAULTS,
     METHODS,
     PLAIN,
     REFITS,
+    SEARCHES,
+    STANDARD,
     WEIGHTED,
     available,
 )
@@ -54,6 +58,9 @@ ONLY_DISJOINT = {*GRID, *VARIANTS}
 
 WITH_FEW = {"ensemble", PLAIN, "MuDSC zip", *REFITS}
 """The methods of the setting with little data."""
+
+FOR_MAPS = {*METHODS} - {*GRID, *APART, *STANDARD, *SEARCHES} | {BY_ALPHA[0.5], "MuDSC zip"}
+"""The methods of networks that give maps: all data are of both tasks there, and outputs are not compared."""
 
 PRELOAD = ("sklearn.datasets", "sklearn.model_selection", "tasks_suite.judging", "tasks_suite.training")
 
@@ -114,6 +121,13 @@ def _brief(row: Row) -> str:
     return text + (f", barrier {row['barrier']:.3f}" if "barrier" in row else "")
 
 
+def applies(network: str, setting: str, method: str) -> bool:
+    """Whether a method is measured on a network in a setting."""
+    if NETWORKS[network].data == "dense":
+        return setting == "disjoint" and method in FOR_MAPS
+    return (setting != "same" or method not in ONLY_DISJOINT) and (setting != "few" or method in WITH_FEW)
+
+
 def select(options: argparse.Namespace) -> tuple[list[tuple[str, str, int]], list[Row]]:
     """The pairs and the tasks that the options ask for."""
     networks = options.networks or (SHORT if options.short else LONG)
@@ -123,7 +137,7 @@ def select(options: argparse.Namespace) -> tuple[list[tuple[str, str, int]], lis
         {"network": network, "setting": setting, "seed": seed, "method": method, "measure": "merge"}
         for network, setting, seed in chosen
         for method in methods
-        if (setting != "same" or method not in ONLY_DISJOINT) and (setting != "few" or method in WITH_FEW)
+        if applies(network, setting, method)
     ]
     if options.plots:
         planes = [pair for pair in chosen if pair[0] in PLANES and pair[1:] == ("same", 0)]
@@ -168,7 +182,7 @@ def run(options: argparse.Namespace) -> int:
     """Does what the options ask for; 0 if nothing went wrong."""
     chosen, tasks = select(options)
     if not options.report:
-        if any(NETWORKS[network].data == "fashion" for network, _, _ in chosen):
+        if any(NETWORKS[network].data in ("fashion", "dense") for network, _, _ in chosen):
             images.check_installed()
         options.cache.mkdir(parents=True, exist_ok=True)
         if not train(chosen, options):

@@ -17,21 +17,21 @@ from fxmerge.matching.assignment import Scores
 from fxmerge.matching.search import match
 from fxmerge.matching.universe import Alignment, canonical_order, find_universe, to_reference
 from fxmerge.matching.zip_search import ZipMatch, match_zip, zipped_classes
-from fxmerge.refitting.forms import bind
+from fxmerge.program import Program
 from fxmerge.refitting.gather import Teacher
-from fxmerge.refitting.layers import Use, operand
-from fxmerge.refitting.refit import Lesson, refit
+from fxmerge.refitting.places import Places
+from fxmerge.refitting.refit import Lesson, refit, written_out
 from fxmerge.refitting.rivals import Refitted
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.rewriting.zipped import produced, zip_average
-from fxmerge.similarity.activations import Activations, Pair, Similarity, classes_along, similarities, whole
+from fxmerge.similarity.activations import Activations, Pair, Similarity, similarities, whole
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.permutation import Permutation
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagate import Propagation, propagate
 
 Method = Literal["align", "zip"]
 Combine = Literal["average", "repair", "least_squares", "readout"]
@@ -225,19 +225,14 @@ class Merger:
         in the job."""
         permutations = [attempt.aligned.permutations[i] for i in self.order]
         states = [p.apply(s) for p, s in zip(permutations, self.states, strict=True)]
-        teachers = None
-        if attempt.zipped is not None:
-            flow, layout = flows(self.found), self.symmetry.layout
-            each = zip(states, attempt.zipped.labels, strict=True)
-            teachers = [Teacher(*produced(state, labels, layout, flow)) for state, labels in each]
+        program = written_out(self.found.program)
         with self.job.timed("refitting"):
             refitted = refit(
-                self.job.program,
+                program,
                 states,
                 attempt.state,
                 self._lessons(),
-                teachers=teachers,
-                leave=self._with_zipped_rows() if attempt.zipped is not None else lambda use: False,
+                teachers=None if attempt.zipped is None else self.teachers(program, states, attempt.zipped),
                 only_last=combine == "readout",
                 or_parent=or_parent and combine == "least_squares",
                 repair=combine == "repair",
@@ -250,18 +245,15 @@ class Merger:
         parent = None if refitted.parent is None else numbers[refitted.parent]
         return replace(refitted, parent=parent, errors=errors)
 
-    def _with_zipped_rows(self) -> Callable[[Use], bool]:
-        """Tells whether units that are merged lie along the rows of a layer's data: the rows of the models are then not
-        those of the merged network."""
-        zipped = zipped_classes(self.symmetry, flows(self.found))
-        moved = {shown for n in zipped for shown, _ in self.symmetry.views[n]}
-        along = classes_along(self.found, self.symmetry)
-
-        def tell(use: Use) -> bool:
-            data = operand(bind(use.node), use.data)
-            return not moved.isdisjoint(along(data.name, use.row_dims))
-
-        return tell
+    def teachers(self, program: Program, states: Sequence[Mapping[str, Tensor]], zipped: ZipMatch) -> list[Teacher]:
+        """The models as the layers of a zipped network learn from them."""
+        flow, layout = flows(self.found), self.symmetry.layout
+        merged = [n for c in zipped_classes(self.symmetry, flow) for n, _ in self.symmetry.views[c]]
+        found = self.found if program is self.found.program else propagate(program)
+        return [
+            Teacher(*produced(state, labels, layout, flow), Places(found, self.symmetry, merged, labels))
+            for state, labels in zip(states, zipped.labels, strict=True)
+        ]
 
     def _lessons(self) -> Iterator[Lesson]:
         assert self.job.data is not None

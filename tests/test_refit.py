@@ -266,25 +266,43 @@ def test_what_is_not_refitted_is_told_with_the_reason() -> None:
     assert "layer_norm" in told["left"]["norm.weight"]
 
 
-def test_layers_over_whose_rows_merged_units_lie_are_left_to_the_average() -> None:
-    class Mixing(nn.Module):
-        """A layer over places, whose rows are channels."""
+class Mixing(nn.Module):
+    """A layer over places, whose rows are channels."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.places, self.head = nn.Linear(2, 8), nn.Linear(64, 64), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x.flatten(2).transpose(1, 2)))
+        x = x + torch.relu(self.places(x.transpose(1, 2))).transpose(1, 2)
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+def test_layers_over_whose_rows_merged_units_lie_are_refitted() -> None:
+    told = merge(Mixing(0), Mixing(1), pictures(), method="zip").meta["fxmerge"]
+    assert told["left"] == {}
+    assert told["layers"]["places.weight"]["held_out"] < told["layers"]["places.weight"]["before"]
+
+
+def test_a_layer_that_is_added_to_something_makes_up_for_what_that_is_off() -> None:
+    class Stream(nn.Module):
+        """What is averaged wrongly, the square of a parameter, is within reach of the layer beside it."""
 
         def __init__(self, seed: int) -> None:
             super().__init__()
             torch.manual_seed(seed)
-            self.stem, self.places, self.head = nn.Linear(2, 8), nn.Linear(64, 64), nn.Linear(8, 3)
+            self.scale, self.layer = nn.Parameter(torch.randn(6)), nn.Linear(6, 6)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = torch.relu(self.stem(x.flatten(2).transpose(1, 2)))
-            x = torch.relu(self.places(x.transpose(1, 2)))
-            out: Tensor = self.head(x.mean(2))
-            return out
+            return x * self.scale**2 + self.layer(x)
 
-    zipped, aligned = (
-        merge(Mixing(0), Mixing(1), pictures(), method=method).meta["fxmerge"] for method in ("zip", "align")
-    )
-    assert "merged units" in zipped["left"]["places.weight"]
-    assert "places.weight" not in zipped["layers"]
-    assert aligned["left"] == {}
-    assert "places.weight" in aligned["layers"]
+    x = [torch.randn(64, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    a, b = Stream(0), Stream(1)
+    with torch.no_grad():
+        wanted = (a(x[0]) + b(x[0])) / 2
+        averaged, refitted = (merge(a, b, x, combine=c)(x[0]) for c in ("average", "least_squares"))
+    assert (averaged - wanted).abs().max() > 0.1
+    torch.testing.assert_close(refitted, wanted, atol=1e-3, rtol=1e-3)

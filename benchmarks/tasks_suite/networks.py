@@ -1,4 +1,4 @@
-"""The image networks without attention: a perceptron, VGG, ResNet20, ConvNeXt and an MLP-Mixer."""
+"""The image networks without attention: a perceptron, VGG, ResNet20, ConvNeXt, an MLP-Mixer and a U-Net."""
 
 from __future__ import annotations
 
@@ -170,3 +170,33 @@ class Mixer(nn.Module):
         tokens = self.patches(x).flatten(2).transpose(1, 2)
         y: Tensor = self.head(self.norm(self.blocks(tokens)).mean(1))
         return y
+
+
+class UNet(nn.Module):
+    """Convolutions down to a quarter of the size and up again, each level joined with what it was on the way down.
+
+    Arguments:
+        widths: the channels of the three levels.
+        norm: what follows each convolution.
+        out: the maps.
+    """
+
+    def __init__(self, widths: tuple[int, int, int], norm: Norm, out: int) -> None:
+        super().__init__()
+        large, middle, small = widths
+
+        def convolve(channels: int, width: int) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), norm(width), nn.ReLU())
+
+        self.down1, self.down2 = convolve(1, large), convolve(large, middle)
+        self.bottom = nn.Sequential(convolve(middle, small), convolve(small, middle))
+        self.up2, self.up1 = convolve(2 * middle, large), convolve(2 * large, large)
+        self.head = nn.Conv2d(large, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1 = self.down1(x)
+        x2 = self.down2(F.max_pool2d(x1, 2))
+        y = F.interpolate(self.bottom(F.max_pool2d(x2, 2)), scale_factor=2.0)
+        y = F.interpolate(self.up2(torch.cat([y, x2], 1)), scale_factor=2.0)
+        out: Tensor = self.head(self.up1(torch.cat([y, x1], 1)))
+        return out

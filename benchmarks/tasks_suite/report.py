@@ -48,9 +48,18 @@ class Results:
 
     @property
     def networks(self) -> list[str]:
-        """The networks of which there is something, in the order of the suite."""
+        """The networks that choose among classes or characters of which there is something, in the order of the
+        suite."""
+        return self._networks(maps=False)
+
+    @property
+    def dense(self) -> list[str]:
+        """The networks that give maps of which there is something, in the order of the suite."""
+        return self._networks(maps=True)
+
+    def _networks(self, *, maps: bool) -> list[str]:
         found = {row["network"] for row in self.rows.values()}
-        return [name for name in NETWORKS if name in found]
+        return [name for name in NETWORKS if name in found and (NETWORKS[name].data == "dense") == maps]
 
     @property
     def methods(self) -> list[str]:
@@ -226,10 +235,24 @@ def text_losses(results: Results) -> list[Row]:
     ]
 
 
+def dense_scores(results: Results) -> list[Row]:
+    """The share of the variance of each map that is explained, for the networks that give maps."""
+    return [
+        {"network": network, "method": method}
+        | {
+            heading: percent(results.numbers(network, "disjoint", method, name).values())
+            for heading, name in (("without noise", "task_a"), ("edges", "task_b"), ("mean", "per_task"))
+        }
+        for network in results.dense
+        for method in results.methods
+        if results.numbers(network, "disjoint", method, "per_task")
+    ]
+
+
 def changes(results: Results) -> list[Row]:
     """The largest change of a parent's outputs by its alignment alone."""
     lines: list[Row] = []
-    for network in results.networks:
+    for network in [*results.networks, *results.dense]:
         line: Row = {"network": network}
         for method in results.methods:
             if METHODS[method].aligned is None or method in {PLAIN, *VARIANTS}:
@@ -243,7 +266,7 @@ def changes(results: Results) -> list[Row]:
 def costs(results: Results) -> list[Row]:
     """Parameters of a network, what its training was, and seconds of each merge."""
     lines: list[Row] = []
-    for network in results.networks:
+    for network in [*results.networks, *results.dense]:
         entry, first = NETWORKS[network], next(r for r in results.rows.values() if r["network"] == network)
         networks = 2 if first["method"] == "ensemble" else 1
         line: Row = {

@@ -9,8 +9,8 @@ from functools import partial
 from torch import nn
 
 from fxmerge.demo import EMBEDDING
-from tasks_suite import images, text
-from tasks_suite.networks import MLP, VGG, ConvNeXt, Mixer, ResNet20, group_norm
+from tasks_suite import dense, images, text
+from tasks_suite.networks import MLP, VGG, ConvNeXt, Mixer, ResNet20, UNet, group_norm
 from tasks_suite.problem import Problem
 from tasks_suite.sequences import GPT, LSTM, ViT
 
@@ -18,6 +18,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "fashion": images.fashion,
     "digits": images.digits,
     "text": text.library,
+    "dense": dense.dense,
 }
 
 
@@ -71,6 +72,8 @@ NETWORKS: dict[str, Entry] = {
     "mixer": Entry(partial(Mixer, 28, 4, 64, 3, EMBEDDING), "fashion", 1000, 2e-3),
     "gpt": Entry(partial(GPT, _CHARACTERS, text.CONTEXT, 96, 2, 4), "text", 1200, 3e-3, batch=32),
     "lstm": Entry(partial(LSTM, _CHARACTERS, 64, 192, 1), "text", 1200, 5e-3, batch=32),
+    "unet-bn": Entry(partial(UNet, (24, 48, 96), nn.BatchNorm2d, dense.MAPS), "dense", 600, 3e-3),
+    "unet-gn": Entry(partial(UNet, (24, 48, 96), group_norm, dense.MAPS), "dense", 600, 3e-3),
     "digits-mlp": Entry(partial(MLP, 64, 64, EMBEDDING), "digits", 300, 3e-3, seeds=1),
     "digits-vgg-bn": Entry(partial(VGG, ((16,), (32,)), nn.BatchNorm2d, EMBEDDING), "digits", 100, 1e-2, seeds=1),
 }

@@ -14,6 +14,10 @@ Arguments = Mapping[str, Any]
 """The arguments of a call by name, tensors among them as they are or as nodes."""
 
 
+RESULT = "result"
+"""The name of what a call gives."""
+
+
 @dataclass(frozen=True)
 class Form:
     """A call as `einsum(terms) + bias`, where every operand is first brought into shape.
@@ -23,7 +27,8 @@ class Form:
         terms: the letters of the first operand, of the second, and of the result.
         bias: the name of what is added, if anything can be.
         bias_term: its letters.
-        views: for some operands, how the tensor is brought into shape; it is given the tensor and all arguments.
+        views: for some operands, and for the result under `RESULT`, how the tensor is brought into shape; it is given
+            the tensor and all arguments.
     """
 
     operands: tuple[str, str]
@@ -33,7 +38,7 @@ class Form:
     views: Mapping[str, Callable[[Tensor, Arguments], Tensor]] | None = None
 
     def view(self, name: str, value: Tensor, arguments: Arguments) -> Tensor:
-        """An operand or bias with one dimension for each of its letters."""
+        """An operand, bias or result with one dimension for each of its letters."""
         view = (self.views or {}).get(name)
         return value if view is None else view(value, arguments)
 
@@ -153,7 +158,10 @@ def _convolution(call: Arguments, *, transposed: bool) -> Form | None:
         x = patches(x, call, transposed=transposed)
         return x.view(len(x), call["groups"], -1, *x.shape[2:])
 
-    views = {"input": data, "weight": weight, "bias": grouped}
+    def result(y: Tensor, call: Arguments) -> Tensor:
+        return y.reshape(len(y), call["groups"], -1, *y.shape[2:])
+
+    views = {"input": data, "weight": weight, "bias": grouped, RESULT: result}
     terms = (f"nGY{places}{kernel}", f"G{own}{kernel}", f"nGX{places}")
     return Form(("input", "weight"), terms, "bias", "GX", views)
 

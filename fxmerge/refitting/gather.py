@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from fxmerge.errors import NonFiniteError
 from fxmerge.refitting.forms import bind
 from fxmerge.refitting.layers import Layer, Use
 from fxmerge.refitting.moments import FOLDS, Moments, fit
+from fxmerge.refitting.places import Places
+from fxmerge.refitting.sums import Summand
 
 ROWS_PER_FEATURE, MIN_ROWS = 16, 8192
 """How many equations a fit is made of at most: so many for each feature, and at least so many. Tokens and places of an
@@ -32,10 +35,16 @@ class Teacher:
         state: its parameters. Where units are merged, its layers give sums over the members of a merged unit, from
             inputs in units of its own.
         members: for parameters by name, how many members each entry is a sum of; one where it is not told.
+        places: where its units go in its values; None where nothing is merged.
     """
 
     state: Mapping[str, Tensor]
     members: Mapping[str, Tensor]
+    places: Places | None = None
+
+    def gather(self, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What it computes at a node, in merged units: sums over their members, and how many there are."""
+        return (value, value.new_ones([1] * value.ndim)) if self.places is None else self.places.gather(node, value)
 
 
 class LayerFit:
@@ -45,15 +54,25 @@ class LayerFit:
         layer: the layer.
         state: holds the coefficients around which it is fitted.
         teachers: the parents.
+        summands: what the outputs of some uses are added to.
+        shown: the uses that learn from the teachers' outputs; others do from their coefficients, for chosen rows only.
         batches: how many there will be.
         seed: seed of the choice of rows.
     """
 
     def __init__(
-        self, layer: Layer, state: Mapping[str, Tensor], teachers: Sequence[Teacher], batches: int, seed: int
+        self,
+        layer: Layer,
+        state: Mapping[str, Tensor],
+        teachers: Sequence[Teacher],
+        summands: Mapping[Use, Summand],
+        shown: Collection[Use],
+        batches: int,
+        seed: int,
     ) -> None:
         self.began = time.perf_counter()
-        self.layer, self.centre = layer, layer.read(state)
+        self.layer, self.teachers, self.summands, self.shown = layer, teachers, summands, shown
+        self.centre = layer.read(state)
         self.coefficients = [layer.read(teacher.state) for teacher in teachers]
         self.members = [layer.read(teacher.members, missing=1.0) for teacher in teachers]
         groups, features, outputs = self.centre.shape
@@ -79,8 +98,11 @@ class LayerFit:
             if rows > self.limit:
                 chosen = torch.randperm(rows, generator=self.generator)[: self.limit].sort().values
             x = use.features(mine, chosen)
-            given = [use.features(arguments(use, theirs), chosen) for theirs in taught.values()]
-            y = torch.stack([f @ self._taught(j, shares).to(x) for j, f in zip(taught, given, strict=True)]).sum(0)
+            y = self.targets(use, taught, shares, chosen)
+            if use in self.summands:
+                summand = self.summands[use]
+                drift = self.mean(summand.node, taught, shares) - values[summand.node]
+                y = y + use.outputs(summand.placed(drift), mine, chosen)
             # The rows of one batch may be of the same inputs, and then tell little of each other's folds; inputs of one
             # task tell little of those of another.
             apart = [(x, y)] if self.batches > 1 else zip(x.chunk(FOLDS, 1), y.chunk(FOLDS, 1), strict=True)
@@ -88,12 +110,27 @@ class LayerFit:
                 self.folds[fold % FOLDS].add(*part, self.centre.to(x), weight)
         self.seen[shares] += 1
 
+    def targets(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:
+        """What the parents give at a use, in merged units: shape (groups, rows, outputs)."""
+        if use in self.shown:
+            return use.outputs(self.mean(use.node, taught, shares), arguments(use, next(iter(taught.values()))), chosen)
+        given = ((j, use.features(arguments(use, theirs), chosen)) for j, theirs in taught.items())
+        return _sum(f @ self._taught(j, shares).to(f) for j, f in given)
+
+    def mean(self, node: fx.Node, taught: Mapping[int, Values], shares: Shares) -> Tensor:
+        """What the parents compute at a node, in merged units."""
+        total, counted = [], []
+        for j, theirs in taught.items():
+            own, members = self.teachers[j].gather(node, theirs[node])
+            total.append(shares[j] * own)
+            counted.append(shares[j] * members)
+        return _ratio(_sum(total), _sum(counted))
+
     def _taught(self, number: int, shares: Shares) -> Tensor:
         """The coefficients with which one parent has a part in the targets."""
         if (number, shares) not in self.parts:
-            counted = torch.stack([share * own for share, own in zip(shares, self.members, strict=True)]).sum(0)
-            own = shares[number] * self.coefficients[number]
-            self.parts[number, shares] = torch.where(counted > 0, own / counted, 0.0)
+            counted = _sum(share * own for share, own in zip(shares, self.members, strict=True))
+            self.parts[number, shares] = _ratio(shares[number] * self.coefficients[number], counted)
         return self.parts[number, shares]
 
     def settle(self, state: dict[str, Tensor]) -> dict[str, float]:
@@ -112,6 +149,15 @@ class LayerFit:
             "rows": sum(fold.rows for fold in self.folds),
             "seconds": time.perf_counter() - self.began,
         }
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
+
+
+def _ratio(total: Tensor, count: Tensor) -> Tensor:
+    """The mean over members; 0 where there are none."""
+    return torch.where(count > 0, total / count, 0.0)
 
 
 def not_finite(layer: Layer) -> NonFiniteError:

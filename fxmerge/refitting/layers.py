@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.program import Program
-from fxmerge.refitting.forms import Form, bind, form_of
+from fxmerge.refitting.forms import RESULT, Form, bind, form_of
 
 _ROOM = 2**40
 """More than the entries of any parameter: an entry's code is its parameter's number times this, plus its position."""
@@ -56,9 +56,11 @@ class Use:
     biased: bool
 
     @property
-    def row_dims(self) -> list[int]:
-        """The dimensions of the data that are rows, but for those of a convolution, which are inputs and places."""
-        return [] if self.form.views else [self.data_term.index(letter) for letter in self.kinds.rows]
+    def kept_dims(self) -> list[int]:
+        """The dimensions of the data along which the output lies too, so that it has their units: rows and groups."""
+        if self.form.views:  # Of a convolution's data, the places that are rows hold no units.
+            return [1] if bind(self.node)["groups"] > 1 else []
+        return [self.data_term.index(letter) for letter in self.kinds.rows + self.kinds.groups]
 
     def size(self, arguments: Mapping[str, Any]) -> int:
         """How many rows the data have."""
@@ -69,14 +71,21 @@ class Use:
         """What is multiplied with the coefficients: shape (groups, rows, features), of some rows or of all; at least
         in float32."""
         x = self.form.view(self.data, operand(arguments, self.data), arguments)
-        kinds, term = self.kinds, self.data_term
-        x = x.permute([term.index(letter) for letter in kinds.rows + kinds.groups + kinds.features])
-        sizes, others = x.shape[: len(kinds.rows)], x.shape[len(kinds.rows) :]
-        x = x.reshape(prod(sizes), *others) if chosen is None else x[torch.unravel_index(chosen, sizes)]
-        split = len(kinds.groups)
-        x = x.reshape(len(x), prod(others[:split]), prod(others[split:])).transpose(0, 1)
-        x = x.float() if x.element_size() < 4 else x
+        x = self._matrices(x, self.data_term, self.kinds.features, chosen)
         return torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2) if self.biased else x
+
+    def outputs(self, value: Tensor, arguments: Mapping[str, Any], chosen: Tensor | None) -> Tensor:
+        """A tensor like what the node gives as its equations have it: shape (groups, rows, outputs)."""
+        return self._matrices(self.form.view(RESULT, value, arguments), self.form.terms[2], self.kinds.outputs, chosen)
+
+    def _matrices(self, x: Tensor, term: str, columns: str, chosen: Tensor | None) -> Tensor:
+        x = x.permute([term.index(letter) for letter in self.kinds.rows + self.kinds.groups + columns])
+        count = len(self.kinds.rows)
+        sizes, others = x.shape[:count], x.shape[count:]
+        x = x.reshape(prod(sizes), *others) if chosen is None else x[torch.unravel_index(chosen, sizes)]
+        split = len(self.kinds.groups)
+        x = x.reshape(len(x), prod(others[:split]), prod(others[split:])).transpose(0, 1)
+        return x.float() if x.element_size() < 4 else x
 
 
 def operand(arguments: Mapping[str, Any], name: str) -> Any:

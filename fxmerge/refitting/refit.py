@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +14,14 @@ from tqdm.auto import tqdm
 
 from fxmerge.program import Program
 from fxmerge.refitting.boundaries import Boundaries
-from fxmerge.refitting.forms import form_of
+from fxmerge.refitting.forms import bind, form_of
 from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher, Values
-from fxmerge.refitting.layers import Layer, Layers, Use, find_layers
+from fxmerge.refitting.layers import Layer, Layers, Use, find_layers, operand
+from fxmerge.refitting.places import Places
 from fxmerge.refitting.repair import Repair
 from fxmerge.refitting.rivals import Refitted, Report, Rivals, asked
 from fxmerge.refitting.schedule import Step, stages_of, walk
+from fxmerge.refitting.sums import Summand, summand_of
 from fxmerge.rewriting.calibrate import statistics_nodes
 from fxmerge.run import Call, Runner
 from fxmerge.symmetry import rules
@@ -53,7 +55,6 @@ def refit(
     lessons: Iterable[Lesson],
     *,
     teachers: Sequence[Teacher] | None = None,
-    leave: Callable[[Use], bool] = lambda use: False,
     only_last: bool = False,
     or_parent: bool = False,
     repair: bool = False,
@@ -73,7 +74,6 @@ def refit(
         start: the state dict to refit, such as the parents' average.
         lessons: the data.
         teachers: what the parents' layers give to learn from, where units are merged; by default the parents' own.
-        leave: tells layers, by their uses, that are to stay as they are.
         only_last: whether to refit only layers that no other layer comes after.
         or_parent: whether to give a parent, its last layers fitted to the same targets, where that comes nearer to
             them on rows that are held out.
@@ -91,16 +91,17 @@ def refit(
     program = written_out(program)
     layers = find_layers(program)
     last = last_layers(program, layers)
+    teachers = teachers or [Teacher(own, {}) for own in parents]
+    places = [teacher.places for teacher in teachers if teacher.places is not None]
     chosen, left = [], {} if only_last else dict(layers.left)
     for layer in last if only_last else layers.all:
-        if any(map(leave, layer.uses)):
-            left[layer.name] = "merged units lie along the rows of its data"
+        if any(_apart(use, own) and (repair or not _shown(use, own)) for use in layer.uses for own in places):
+            left[layer.name] = "merged units lie along the rows or groups of its data"
         else:
             chosen.append(layer)
-    state, stages = dict(start), _plan(program, layers, chosen)
+    state, stages = dict(start), _plan(program, layers, chosen, places)
     told: Report = {}
     merged, *lanes = (_Lane(program, own, layers.derived) for own in (state, *parents))
-    teachers = teachers or [Teacher(own, {}) for own in parents]
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
         course = _Course(kept, merged, lanes, lessons)
@@ -111,10 +112,14 @@ def refit(
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
             for again in reversed(range(ROUNDS if stage.circular else 1)):
                 fits: Sequence[LayerFit | Repair] = [
-                    Repair(layer, state, teachers) if repair else LayerFit(layer, state, teachers, count, seed)
+                    Repair(layer, state, teachers)
+                    if repair
+                    else LayerFit(layer, state, teachers, stage.summands, stage.shown, count, seed)
                     for layer in stage.layers
                 ]
-                theirs = rivals.enter(stage.layers, count, seed) if rivals and not again else {}
+                theirs = (
+                    rivals.enter(stage.layers, stage.summands, stage.shown, count, seed) if rivals and not again else {}
+                )
                 for values, taught, shares, weight in course.batches(stage, onward=not again):
                     for fit in fits:
                         fit.add(values, taught, shares, weight)
@@ -169,19 +174,24 @@ class _Stage:
 
     Attributes:
         layers: to be refitted.
+        summands: what the outputs of some of their uses are added to, and is final.
+        shown: the uses that are to give what their parents' outputs are in merged units, and not what follows from
+            coefficients.
         statistics: running means and variances to be estimated, by their names, and the nodes that use them.
         circular: whether what a layer reads depends on the layer itself.
         mine, theirs: how the merged network and the parents get there.
     """
 
     layers: Sequence[Layer]
+    summands: Mapping[Use, Summand]
+    shown: Collection[Use]
     statistics: Mapping[tuple[str, str], Sequence[fx.Node]]
     circular: bool
     mine: Step
     theirs: Step
 
 
-def _plan(program: Program, layers: Layers, chosen: Sequence[Layer]) -> list[_Stage]:
+def _plan(program: Program, layers: Layers, chosen: Sequence[Layer], places: Sequence[Places]) -> list[_Stage]:
     """The stages of a refit of some layers."""
     graph, derived = program.graph.graph, layers.derived
     normal = list(statistics_nodes(program).items())
@@ -192,8 +202,31 @@ def _plan(program: Program, layers: Layers, chosen: Sequence[Layer]) -> list[_St
     read = [_read(numbers, sets, derived) for numbers in due]
     taught = [_read([i for i in numbers if i < len(chosen)], sets, derived) for numbers in due]
     circular = [any(final[n] > stage for n in nodes) for stage, nodes in enumerate(taught)]
-    mine, theirs = walk(graph, read, derived, final), walk(graph, taught, derived)
-    return [_Stage(*each) for each in zip(own, statistics, circular, mine, theirs, strict=True)]
+    summands: list[dict[Use, Summand]] = [{} for _ in due]
+    shown: list[set[Use]] = [set() for _ in due]
+    for stage, use in ((stage, use) for stage, fitted in enumerate(own) for layer in fitted for use in layer.uses):
+        beside = summand_of(use.node, derived)
+        if beside is not None and final[beside.node] <= stage and all(one.known(beside.node) for one in places):
+            summands[stage][use] = beside
+            read[stage].add(beside.node)
+            taught[stage].add(beside.node)
+        if any(_apart(use, one) for one in places):
+            shown[stage].add(use)
+            taught[stage].add(use.node)
+    ways = walk(graph, read, derived, final), walk(graph, taught, derived)
+    return [_Stage(*each) for each in zip(own, summands, shown, statistics, circular, *ways, strict=True)]
+
+
+def _apart(use: Use, places: Places) -> bool:
+    """Whether merged units lie along the data of a use and along its output too: what it gives in units of a parent's
+    own does not become what it gives in merged ones by merging its outputs."""
+    return places.moved(operand(bind(use.node), use.data), use.kept_dims)
+
+
+def _shown(use: Use, places: Places) -> bool:
+    """Whether a use's output is what is fitted, and shows in which merged units it is."""
+    added = use.form.bias is not None and operand(bind(use.node), use.form.bias) is not None
+    return places.known(use.node) and added == use.biased
 
 
 def _read(numbers: Sequence[int], sets: Sequence[Sequence[fx.Node]], derived: frozenset[fx.Node]) -> set[fx.Node]:

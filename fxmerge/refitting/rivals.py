@@ -7,7 +7,7 @@ costs next to nothing, since the parents run on all data anyway.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, fx
 
 from fxmerge.program import Program
 from fxmerge.refitting.gather import LayerFit, Shares, Teacher
-from fxmerge.refitting.layers import Layer, Layers
+from fxmerge.refitting.layers import Layer, Layers, Use
 from fxmerge.refitting.moments import NEGLIGIBLE
+from fxmerge.refitting.sums import Summand
 
 Report = dict[str, dict[str, float]]
 """Numbers on the fit of each layer, by its name."""
@@ -82,11 +83,19 @@ class Rivals:
         self.states = {j: dict(own) for j, own in enumerate(parents) if all(j in asked(each) for each in shares)}
         self.told: dict[int, Report] = {j: {} for j in self.states}
 
-    def enter(self, layers: Sequence[Layer], batches: int, seed: int) -> dict[int, list[LayerFit]]:
+    def enter(
+        self,
+        layers: Sequence[Layer],
+        summands: Mapping[Use, Summand],
+        shown: Collection[Use],
+        batches: int,
+        seed: int,
+    ) -> dict[int, list[LayerFit]]:
         """The fits of some layers, by the parent."""
         due = [layer for layer in layers if layer in self.last]
         return {
-            j: [LayerFit(layer, own, self.teachers, batches, seed) for layer in due] for j, own in self.states.items()
+            j: [LayerFit(layer, own, self.teachers, summands, shown, batches, seed) for layer in due]
+            for j, own in self.states.items()
         }
 
     def settle(self, fits: Mapping[int, Sequence[LayerFit]]) -> None:

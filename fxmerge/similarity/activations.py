@@ -87,6 +87,22 @@ def classes_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, Coll
     return along
 
 
+def units_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, int], tuple[Ids, Ids] | None]:
+    """Tells the class, -1 for none, and the unit in it at every position along a dimension of a node's value, by the
+    node's name. None if no units lie there, or if which ones depends on other dimensions too."""
+    number, place = _places(found, symmetry)
+
+    def along(node: str, dim: int) -> tuple[Ids, Ids] | None:
+        labels = found.labels.get(node)
+        columns = [c for c in labels.columns if dim in support(c)] if labels is not None else []
+        if not columns or any(support(c) != (dim,) for c in columns):
+            return None
+        ids = core(columns[0], (dim,)).numpy()
+        return number[ids], place[ids]
+
+    return along
+
+
 def _places(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
     """For every unit of the walk the class that it is in, -1 if in none, and its place in it."""
     number = np.full(found.units.size, -1)

@@ -1,0 +1,84 @@
+"""Where the units that lie along a parent's values go in the merged network."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fxmerge.similarity.activations import classes_along, units_along
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.units import Ids
+
+
+class Places:
+    """The merged units that the units of one parent go into, by the dimensions of a graph's values.
+
+    Arguments:
+        found: the graph's labels.
+        symmetry: the classes of units.
+        merged: the classes whose units are merged.
+        labels: for every class, the merged unit that each unit goes into.
+    """
+
+    def __init__(self, found: Propagation, symmetry: Symmetry, merged: Collection[int], labels: Sequence[Ids]) -> None:
+        self._classes = classes_along(found, symmetry)
+        self._units = units_along(found, symmetry)
+        self._merged, self._labels = frozenset(merged), labels
+        self._known: dict[fx.Node, dict[int, Ids | None]] = {}
+
+    def moved(self, node: fx.Node, dims: Collection[int]) -> bool:
+        """Whether merged units lie along some dimensions of a node's value."""
+        return not self._merged.isdisjoint(self._classes(node.name, dims))
+
+    def known(self, node: fx.Node) -> bool:
+        """Whether it can be told what lies where in a node's value."""
+        return all(target is not None for target in self._targets(node).values())
+
+    def gather(self, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A node's value in merged units.
+
+        Returns:
+            The sums over the members of each unit, and how many there are, with 1 in place of the size of every
+            dimension along which that is the same.
+
+        Raises:
+            ValueError: if it cannot be told what lies where.
+        """
+        members = value.new_ones([1] * value.ndim)
+        for dim, target in self._targets(node).items():
+            if target is None:
+                raise ValueError(f"It cannot be told what units lie along dimension {dim} of graph node {node.name!r}.")
+            index = torch.from_numpy(target).to(value.device)
+            value = torch.zeros_like(value).index_add_(dim, index, value)
+            counts = torch.bincount(index, minlength=len(index)).to(value)
+            members = members * counts.reshape([-1 if d == dim else 1 for d in range(value.ndim)])
+        return value, members
+
+    def _targets(self, node: fx.Node) -> dict[int, Ids | None]:
+        """For those dimensions of a node's value along which merged units lie, the position that the merged unit has
+        for every position; None if that cannot be told."""
+        if node not in self._known:
+            dims = [d for d in range(node.meta["val"].ndim) if self.moved(node, [d])]
+            self._known[node] = {d: self._target(node, d) for d in dims}
+        return self._known[node]
+
+    def _target(self, node: fx.Node, dim: int) -> Ids | None:
+        units = self._units(node.name, dim)
+        if units is None:
+            return None
+        number, unit = units
+        goal = unit.copy()
+        for n in self._merged & set(np.unique(number).tolist()):
+            own = number == n
+            goal[own] = self._labels[n][unit[own]]
+        size = int(max(unit.max(initial=0), goal.max(initial=0))) + 1
+        at, wanted = number * size + unit, number * size + goal
+        order = np.argsort(at, kind="stable")
+        target = order[np.minimum(np.searchsorted(at[order], wanted), len(order) - 1)]
+        target = np.where(number >= 0, target, np.arange(len(target)))
+        alone = len(np.unique(at[number >= 0])) == np.count_nonzero(number >= 0)
+        return target if alone and np.array_equal(at[target], wanted) else None
