@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -39,7 +39,7 @@ def merge(
     loader: Iterable[Any] | None = None,
     *,
     loaders: Sequence[Iterable[Any]] | None = None,
-    method: Method | None = None,
+    method: Method | Literal["auto"] | None = None,
     combine: Combine | None = None,
     alpha: Alpha = ALPHA,
     similarity: Similarity = "pearson",
@@ -78,7 +78,8 @@ def merge(
         loaders: in place of a loader, one for each model with data of its own task: refitted layers then learn from
             each model mostly on its own data. No input needs a label, but for the task it is of.
         method: "zip" merges the most similar units, within models too (ZipIt!, arXiv 2305.03053), inside of aligned
-            blocks such as attention heads; "align" matches units one to one. None is "zip", with a base "align".
+            blocks such as attention heads; "align" matches units one to one; "auto" refits both, and takes the one
+            with the smaller error of the last layers on data that are held out. None is "zip", with a base "align".
         combine: "least_squares" refits every layer after averaging; "readout" only layers that no other comes after;
             "repair" gives every unit the mean and deviation of the models' (arXiv 2211.08403); "average" does nothing
             more. None is "least_squares" where there are data and no base, else "average".
@@ -166,7 +167,7 @@ def merge_many(
     loader: Iterable[Any] | None = None,
     *,
     loaders: Sequence[Iterable[Any]] | None = None,
-    method: Method | None = None,
+    method: Method | Literal["auto"] | None = None,
     combine: Combine | None = None,
     alpha: Alpha = ALPHA,
     similarity: Similarity = "pearson",
@@ -221,7 +222,7 @@ def merge_many(
     validate.check_loaders(loader, loaders, len(models))
     given = loader is not None or loaders is not None
     combine = ("least_squares" if base is None and given else "average") if combine is None else combine
-    validate.check_combine(combine, base, given, max_memory)
+    validate.check_combine(combine, method, base, given, max_memory)
     validate.check_outputs(outputs, base, given)
     validate.check_search(similarity, activations, restarts)
     job = prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base, loaders)
@@ -233,7 +234,7 @@ def merge_many(
     home = reference if base is None else 0  # The base comes first.
     plan = Plan(
         shares,
-        method,
+        "align" if method == "align" else "zip",
         home,
         budget=budget,
         damping=damping,
@@ -243,12 +244,20 @@ def merge_many(
         similarity=similarity,
         activations=activations,
     )
-    merger = Merger(job, found, symmetry, plan)
-    attempt, told = merger.choose(alpha)
+    plans = [plan, replace(plan, method="align")] if method == "auto" else [plan]
+    mergers = [Merger(job, found, symmetry, one) for one in plans]
+    attempts = [merger.choose(alpha) for merger in mergers]
     if combine == "average":
+        (merger,), ((attempt, told),) = mergers, attempts
         merged = merger.finish(attempt.state)
     else:
-        refitted = merger.refit(attempt, combine, or_parent=or_parent, max_memory=max_memory)
+        refits = [
+            merger.refit(attempt, combine, or_parent=or_parent, max_memory=max_memory)
+            for merger, (attempt, _) in zip(mergers, attempts, strict=True)
+        ]
+        number = min(range(len(refits)), key=lambda i: refits[i].error)
+        merger, refitted, (attempt, told) = mergers[number], refits[number], attempts[number]
+        told["method_errors"] = {m.plan.method: r.error for m, r in zip(mergers, refits, strict=True)}
         merged = merger.finish(refitted.state, calibrate=False)
         told |= {"layers": refitted.layers, "left": dict(refitted.left)}
         told |= {"parent": refitted.parent, "errors": dict(refitted.errors)}
@@ -265,7 +274,7 @@ def merge_many(
     merged.meta["fxmerge"] |= {
         "models": len(models),
         "weights": tuple(shares),
-        "method": method,
+        "method": merger.plan.method,
         "combine": combine,
         "outputs": outputs,
         "reference": reference,

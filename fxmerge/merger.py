@@ -27,7 +27,15 @@ from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.rewriting.zipped import produced, zip_average
-from fxmerge.similarity.activations import Activations, Pair, Similarity, similarities, whole
+from fxmerge.similarity.activations import (
+    Activations,
+    Pair,
+    Similarity,
+    classes_along,
+    similarities,
+    units_along,
+    whole,
+)
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.permutation import Permutation
@@ -248,10 +256,11 @@ class Merger:
     def teachers(self, program: Program, states: Sequence[Mapping[str, Tensor]], zipped: ZipMatch) -> list[Teacher]:
         """The models as the layers of a zipped network learn from them."""
         flow, layout = flows(self.found), self.symmetry.layout
-        merged = [n for c in zipped_classes(self.symmetry, flow) for n, _ in self.symmetry.views[c]]
+        merged = frozenset(n for c in zipped_classes(self.symmetry, flow) for n, _ in self.symmetry.views[c])
         found = self.found if program is self.found.program else propagate(program)
+        classes, units = classes_along(found, self.symmetry), units_along(found, self.symmetry)
         return [
-            Teacher(*produced(state, labels, layout, flow), Places(found, self.symmetry, merged, labels))
+            Teacher(*produced(state, labels, layout, flow), Places(classes, units, merged, labels))
             for state, labels in zip(states, zipped.labels, strict=True)
         ]
 

@@ -78,8 +78,8 @@ def check_class_names(alpha: Alpha, symmetry: Symmetry) -> None:
 
 
 def check_method(method: str, budget: float, damping: float) -> None:
-    if method not in ("align", "zip"):
-        raise OptionError(f"method is {method!r}; it must be 'align' or 'zip'.")
+    if method not in ("align", "zip", "auto"):
+        raise OptionError(f"method is {method!r}; it must be 'align', 'zip' or 'auto'.")
     for name, value in (("budget", budget), ("damping", damping)):
         if not 0 <= value <= 1:
             raise OptionError(f"{name} is {value!r}; it must be a number from 0 to 1.")
@@ -92,9 +92,14 @@ def check_loaders(loader: Any, loaders: Sequence[Any] | None, count: int) -> Non
         raise OptionError(f"loaders has {len(loaders)} entries for {count} models; give one for each model.")
 
 
-def check_combine(combine: str, base: Model | None, given: bool, max_memory: float) -> None:
+def check_combine(combine: str, method: str, base: Model | None, given: bool, max_memory: float) -> None:
     if combine not in ("average", "repair", "least_squares", "readout"):
         raise OptionError(f"combine is {combine!r}; it must be 'average', 'repair', 'least_squares' or 'readout'.")
+    if method == "auto" and combine not in ("least_squares", "readout"):
+        raise OptionError(
+            f"method is 'auto', which compares refits, and combine is {combine!r}: pass method='zip' or 'align', or a "
+            "loader and combine='least_squares'."
+        )
     if combine != "average" and base is not None:
         raise OptionError(f"combine is {combine!r}, which knows no base; with a base it must be 'average'.")
     if combine != "average" and not given:

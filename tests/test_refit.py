@@ -233,6 +233,8 @@ def test_the_dtype_is_kept() -> None:
     ("options", "message"),
     [
         ({"combine": "sum"}, "combine is 'sum'"),
+        ({"method": "auto", "combine": "average"}, "method is 'auto', which compares refits"),
+        ({"method": "auto", "loader": None}, "method is 'auto', which compares refits"),
         ({"combine": "least_squares", "loader": None}, "needs data"),
         ({"max_memory": 0}, "max_memory is 0"),
         ({"loaders": [[], []]}, "Both loader and loaders"),
@@ -306,3 +308,14 @@ def test_a_layer_that_is_added_to_something_makes_up_for_what_that_is_off() -> N
         averaged, refitted = (merge(a, b, x, combine=c)(x[0]) for c in ("average", "least_squares"))
     assert (averaged - wanted).abs().max() > 0.1
     torch.testing.assert_close(refitted, wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (2, 3), (4, 5)])
+def test_of_two_methods_that_with_the_smaller_error_is_taken(seeds: tuple[int, int]) -> None:
+    a, b = map(Convolutional, seeds)
+    found = {method: merge(a, b, pictures(), method=method) for method in ("zip", "align", "auto")}
+    told = found["auto"].meta["fxmerge"]
+    errors = {m: found[m].meta["fxmerge"]["layers"]["head.weight"]["held_out"] for m in ("zip", "align")}
+    assert told["method_errors"] == pytest.approx(errors)
+    assert told["method"] == min(errors, key=lambda m: errors[m])
+    torch.testing.assert_close(found["auto"].state_dict(), found[told["method"]].state_dict())

@@ -185,6 +185,7 @@ METHODS: dict[str, Method] = {
     "refit, not aligned": refitting(lambda pair: average(pair.a, pair.b), only_last=False),
     "refit, aligned": merging(method="align", or_parent=False, published=False),
     "refit, zipped": merging(or_parent=False, published=False),
+    "refit, better of both": merging(method="auto", or_parent=False, published=False),
     DEFAULTS: merging(published=False),
     "parent, readout, own data": refitting(lambda pair: pair.a, apart=True),
     "random, readout, own data": refitting(_random, apart=True),
@@ -210,7 +211,7 @@ REPAIRS = (BY_ALPHA[0.5], "align, repaired", "MuDSC zip", "zip, repaired")
 
 REFITS = (
     *("parent, readout", "random, readout", "average, readout"),
-    *("refit, not aligned", "refit, aligned", "refit, zipped", DEFAULTS),
+    *("refit, not aligned", "refit, aligned", "refit, zipped", "refit, better of both", DEFAULTS),
 )
 """What is refitted on one set of data for both parents: controls, and fxmerge."""
 APART = tuple(name for name in METHODS if name.endswith("own data"))

@@ -62,8 +62,9 @@ SECTIONS: tuple[Section, ...] = (
         "Refitting and its controls: accuracy per task",
         "All fitted on the same 2,000 images of both tasks (256 windows of text) to the mean of both parents. "
         "Controls: one parent, a random network, and the zipped average, of which only the last layer is fitted; and a "
-        "refit of the plain average, nothing matched. fxmerge is the refit of the zipped average, or a parent with a "
-        "new readout where that comes much nearer to the mean of both parents.",
+        "refit of the plain average, nothing matched. `better of both` is that of the refits, aligned and zipped, "
+        'which has the smaller error on held-out data (`method="auto"`). fxmerge is the refit of the zipped average, '
+        "or a parent with a new readout where that comes much nearer to the mean of both parents.",
         lambda r: accuracies(r, "disjoint", "per_task", REFITS),
     ),
     (

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxmerge.similarity.activations import classes_along, units_along
-from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Propagation
 from fxmerge.symmetry.units import Ids
 
 
+@dataclass(frozen=True, eq=False)
 class Places:
     """The merged units that the units of one parent go into, by the dimensions of a graph's values.
 
-    Arguments:
-        found: the graph's labels.
-        symmetry: the classes of units.
+    Attributes:
+        classes: tells the classes whose units lie along some dimensions of a node's value, by the node's name.
+        units: tells the class and the unit at every position along a dimension, or None where that cannot be told.
         merged: the classes whose units are merged.
         labels: for every class, the merged unit that each unit goes into.
     """
 
-    def __init__(self, found: Propagation, symmetry: Symmetry, merged: Collection[int], labels: Sequence[Ids]) -> None:
-        self._classes = classes_along(found, symmetry)
-        self._units = units_along(found, symmetry)
-        self._merged, self._labels = frozenset(merged), labels
-        self._known: dict[fx.Node, dict[int, Ids | None]] = {}
+    classes: Callable[[str, Collection[int]], set[int]]
+    units: Callable[[str, int], tuple[Ids, Ids] | None]
+    merged: frozenset[int]
+    labels: Sequence[Ids]
+    _known: dict[fx.Node, dict[int, Ids | None]] = field(default_factory=dict)
 
     def moved(self, node: fx.Node, dims: Collection[int]) -> bool:
         """Whether merged units lie along some dimensions of a node's value."""
-        return not self._merged.isdisjoint(self._classes(node.name, dims))
+        return not self.merged.isdisjoint(self.classes(node.name, dims))
 
     def known(self, node: fx.Node) -> bool:
         """Whether it can be told what lies where in a node's value."""
@@ -67,14 +66,14 @@ class Places:
         return self._known[node]
 
     def _target(self, node: fx.Node, dim: int) -> Ids | None:
-        units = self._units(node.name, dim)
+        units = self.units(node.name, dim)
         if units is None:
             return None
         number, unit = units
         goal = unit.copy()
-        for n in self._merged & set(np.unique(number).tolist()):
+        for n in self.merged & set(np.unique(number).tolist()):
             own = number == n
-            goal[own] = self._labels[n][unit[own]]
+            goal[own] = self.labels[n][unit[own]]
         size = int(max(unit.max(initial=0), goal.max(initial=0))) + 1
         at, wanted = number * size + unit, number * size + goal
         order = np.argsort(at, kind="stable")

@@ -7,6 +7,7 @@ costs next to nothing, since the parents run on all data anyway.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -42,6 +43,7 @@ class Refitted:
         parent: the number of the parent that the state is of, all but its last layers; None for the merged network.
         errors: the error held out of the last layers of the parents, and at None of the merged network; empty where
             they were not compared.
+        error: that of the network that the state is of; NaN if no last layer was fitted.
     """
 
     state: dict[str, Tensor]
@@ -49,6 +51,7 @@ class Refitted:
     left: Mapping[str, str]
     parent: int | None = None
     errors: Mapping[int | None, float] = field(default_factory=dict)
+    error: float = math.nan
 
 
 def asked(shares: Shares) -> list[int]:
@@ -106,15 +109,19 @@ class Rivals:
 
     def choose(self, merged: Refitted) -> Refitted:
         """The merged network, unless a parent has a clearly smaller error."""
-        names = [layer.name for layer in self.last]
-        if not names:
+        if not self.last:
             return merged
-        reports = [(None, merged.layers), *self.told.items()]
-        errors = {j: sum(own[n]["held_out"] for n in names) / len(names) for j, own in reports}
+        errors = {None: merged.error} | {j: held_out(told, self.last) for j, told in self.told.items()}
         best = min(errors, key=lambda j: errors[j])
         if best is None or errors[None] - errors[best] <= MARGIN * errors[None] + NEGLIGIBLE:
             return replace(merged, errors=errors)
-        return Refitted(self.states[best], self.told[best], {}, best, errors)
+        return Refitted(self.states[best], self.told[best], {}, best, errors, errors[best])
+
+
+def held_out(told: Report, last: Sequence[Layer]) -> float:
+    """The mean error of those last layers that were fitted, on rows apart from those of the fit."""
+    errors = [told[layer.name]["held_out"] for layer in last if "held_out" in told.get(layer.name, ())]
+    return sum(errors) / len(errors) if errors else math.nan
 
 
 def used_after(program: Program, layers: Layers, last: Sequence[Layer]) -> bool:

@@ -25,7 +25,8 @@ class TaskArithmetic:
 
     Attributes:
         scale: what the sum of the task vectors is multiplied with. 0.4 is what the TIES paper takes for this
-            method where no data is left to choose it on. A negative one makes the base forget.
+            method where no data is left to choose it on (arXiv 2306.01708, appendix C.4). A negative one makes
+            the base forget.
 
     Raises:
         OptionError: if `scale` is not a finite number.
