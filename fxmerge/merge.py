@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -74,7 +75,8 @@ def merge(
         gm_b: a model of the same architecture.
         loader: calibration data, unlabelled: an iterable of tensors, of tuples (inputs, targets), or of dicts
             of keyword arguments. It is iterated several times (an iterator is read into a list first).
-            Without it, units are matched by their weights alone, averaged, and BatchNorm statistics are pooled.
+            Without it, units are matched by their weights alone and averaged, and BatchNorm statistics are
+            estimated from the models' and the weights.
         loaders: in place of a loader, one for each model with data of its own task: refitted layers then learn from
             each model mostly on its own data. No input needs a label, but for the task it is of.
         method: "zip" merges the most similar units, within models too (ZipIt!, arXiv 2305.03053), inside of aligned
@@ -255,9 +257,11 @@ def merge_many(
             merger.refit(attempt, combine, or_parent=or_parent, max_memory=max_memory)
             for merger, (attempt, _) in zip(mergers, attempts, strict=True)
         ]
-        number = min(range(len(refits)), key=lambda i: refits[i].error)
+        errors = [math.inf if math.isnan(one.error) else one.error for one in refits]
+        number = errors.index(min(errors))
         merger, refitted, (attempt, told) = mergers[number], refits[number], attempts[number]
-        told["method_errors"] = {m.plan.method: r.error for m, r in zip(mergers, refits, strict=True)}
+        if method == "auto":
+            told["method_errors"] = {m.plan.method: r.error for m, r in zip(mergers, refits, strict=True)}
         merged = merger.finish(refitted.state, calibrate=False)
         told |= {"layers": refitted.layers, "left": dict(refitted.left)}
         told |= {"parent": refitted.parent, "errors": dict(refitted.errors)}

@@ -18,6 +18,7 @@ from fxmerge.matching.search import match
 from fxmerge.matching.universe import Alignment, canonical_order, find_universe, to_reference
 from fxmerge.matching.zip_search import ZipMatch, match_zip, zipped_classes
 from fxmerge.program import Program
+from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.refit import Lesson, refit, written_out
@@ -170,12 +171,14 @@ class Merger:
         shares = [plan.shares[i] for i in self.order]
         if plan.method == "zip":
             zipped = self._zip(states, aligned, shown, alpha)
-            with self.job.timed("rewriting"):
-                flow = flows(self.found)
-                state = zip_average(states, zipped.labels, self.symmetry.layout, flow, shares, statistics)
+            layout, flow = self.symmetry.layout, flows(self.found)
+            combine = partial(zip_average, labels=zipped.labels, layout=layout, flow=flow, weights=shares)
         else:
-            with self.job.timed("rewriting"):
-                state = average(states, shares, statistics)
+            combine = partial(average, weights=shares)
+        with self.job.timed("rewriting"):
+            state = combine(states, statistics=statistics)
+            if self.job.data is None and statistics:
+                state = folded(self.job.program, states, shares, state, partial(combine, statistics=()))
         if plan.reference is None:
             aligned = aligned.renumbered(self.order)
         return Attempt(aligned, zipped, state)

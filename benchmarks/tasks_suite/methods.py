@@ -21,6 +21,8 @@ from fxmerge.demo import average, recalibrated
 from fxmerge.merger import OWN
 from fxmerge.refitting.outputs import standardized
 from fxmerge.refitting.refit import Lesson, refit
+from fxmerge.rewriting.calibrate import batch_norm_statistics
+from fxmerge.rewriting.combine import average as pooled
 from fxmerge.run import Data, batch_inputs
 
 
@@ -123,6 +125,26 @@ def with_state_of(model: nn.Module, other: nn.Module) -> nn.Module:
     return twin
 
 
+def without_data(**options: object) -> Method:
+    """What `fxmerge.merge` gives without data; nothing is estimated anew."""
+
+    def networks(pair: Pair) -> tuple[nn.Module, ...]:
+        merged = fxmerge.merge(pair.a, pair.b, args=(pair.batches[0],), seed=pair.seed, progress=False, **options)  # type: ignore[arg-type]
+        return (with_state_of(pair.a, merged),)
+
+    return Method(networks, merges=False)
+
+
+def _pooled(pair: Pair) -> nn.Module:
+    """The average after an alignment by weights, with BatchNorm statistics that are pooled."""
+    aligned = fxmerge.align(pair.b, pair.a, args=(pair.batches[0],), seed=pair.seed, progress=False)
+    program = capture_program(pair.a, (pair.batches[0],), {})
+    states = (pair.a.state_dict(), aligned.state_dict())
+    network = copy.deepcopy(pair.a)
+    network.load_state_dict(pooled(states, (0.5, 0.5), batch_norm_statistics(program)))
+    return network
+
+
 def _rebasin(pair: Pair) -> nn.Module:
     """The second parent as rebasin permutes it."""
     from rebasin import PermutationCoordinateDescent
@@ -179,6 +201,9 @@ METHODS: dict[str, Method] = {
     **{f"zip, {name}": merging(combine="average", published=False, **options) for name, options in CHOICES.items()},
     "align, repaired": merging(method="align", combine="repair"),
     "zip, repaired": merging(combine="repair", published=False),
+    "align, no data": without_data(method="align"),
+    "align, no data, pooled": Method(lambda pair: (_pooled(pair),), merges=False),
+    "zip, no data": without_data(method="zip"),
     "parent, readout": refitting(lambda pair: pair.a),
     "random, readout": refitting(_random),
     "average, readout": merging(combine="readout", published=False),
@@ -208,6 +233,9 @@ SEARCHES = tuple(
 
 REPAIRS = (BY_ALPHA[0.5], "align, repaired", "MuDSC zip", "zip, repaired")
 """What is averaged, and the same with the means and deviations of the parents' units."""
+
+NO_DATA = ("align, no data, pooled", "align, no data", BY_ALPHA[1.0], "zip, no data", "weight zip")
+"""What is averaged by weights alone, and the same with BatchNorm estimated over data."""
 
 REFITS = (
     *("parent, readout", "random, readout", "average, readout"),

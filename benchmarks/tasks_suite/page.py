@@ -34,6 +34,7 @@ from tasks_suite.report import (
     over_alpha,
     over_controls,
     text_losses,
+    without_data,
 )
 from tasks_suite.suite import NETWORKS
 
@@ -135,6 +136,13 @@ SECTIONS: tuple[Section, ...] = (
         "Accuracy per task, averaged, and with the means and deviations of every unit reset to those of the parents. "
         "BatchNorm is estimated anew for all.",
         lambda r: accuracies(r, "disjoint", "per_task", REPAIRS),
+    ),
+    (
+        "Without data",
+        "Accuracy per task of what weights alone give, for the networks with BatchNorm: with statistics that are "
+        "pooled; with variances corrected for what averaging takes from the weights, as fxmerge does without a loader; "
+        "and with statistics estimated over the 2,000 images.",
+        without_data,
     ),
     (
         "Maps of images",

@@ -14,6 +14,7 @@ from tasks_suite.methods import (
     BY_ALPHA,
     DEFAULTS,
     METHODS,
+    NO_DATA,
     PLAIN,
     REFITS,
     REPAIRS,
@@ -25,7 +26,12 @@ from tasks_suite.suite import NETWORKS
 BEST = "best align"
 """The best of the grid over alpha, chosen for each pair by the accuracy itself."""
 
-VARIANTS = {*APART, *STANDARD, *SEARCHES, *REPAIRS} - {BY_ALPHA[0.5], "MuDSC zip"}
+VARIANTS = {*APART, *STANDARD, *SEARCHES, *REPAIRS, *NO_DATA} - {
+    BY_ALPHA[0.5],
+    BY_ALPHA[1.0],
+    "MuDSC zip",
+    "weight zip",
+}
 """Methods that have tables of their own."""
 
 Key = tuple[object, ...]
@@ -233,6 +239,12 @@ def text_losses(results: Results) -> list[Row]:
         for method in results.methods
         if results.numbers(network, "disjoint", method, "loss")
     ]
+
+
+def without_data(results: Results) -> list[Row]:
+    """What is merged by weights alone, for networks with BatchNorm."""
+    lines = accuracies(results, "disjoint", "per_task", NO_DATA)
+    return [line for line in lines if "-" not in list(line.values())[1:4] and line["network"].endswith("-bn")]
 
 
 def dense_scores(results: Results) -> list[Row]:

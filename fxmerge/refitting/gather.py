@@ -43,7 +43,9 @@ class Teacher:
     places: Places | None = None
 
     def gather(self, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What it computes at a node, in merged units: sums over their members, and how many there are."""
+        """What it computes at a node, in merged units: sums over their members, and how many there are; at least in
+        float32."""
+        value = value.float() if value.element_size() < 4 else value
         return (value, value.new_ones([1] * value.ndim)) if self.places is None else self.places.gather(node, value)
 
 
@@ -101,8 +103,7 @@ class LayerFit:
             y = self.targets(use, taught, shares, chosen)
             if use in self.summands:
                 summand = self.summands[use]
-                drift = self.mean(summand.node, taught, shares) - values[summand.node]
-                y = y + use.outputs(summand.placed(drift), mine, chosen)
+                y = y + use.outputs(summand.placed(self._off(summand.node, values, taught, shares)), mine, chosen)
             # The rows of one batch may be of the same inputs, and then tell little of each other's folds; inputs of one
             # task tell little of those of another.
             apart = [(x, y)] if self.batches > 1 else zip(x.chunk(FOLDS, 1), y.chunk(FOLDS, 1), strict=True)
@@ -119,12 +120,16 @@ class LayerFit:
 
     def mean(self, node: fx.Node, taught: Mapping[int, Values], shares: Shares) -> Tensor:
         """What the parents compute at a node, in merged units."""
-        total, counted = [], []
-        for j, theirs in taught.items():
-            own, members = self.teachers[j].gather(node, theirs[node])
-            total.append(shares[j] * own)
-            counted.append(shares[j] * members)
-        return _ratio(_sum(total), _sum(counted))
+        given = [(shares[j], *self.teachers[j].gather(node, theirs[node])) for j, theirs in taught.items()]
+        return _ratio(_sum(share * own for share, own, _ in given), _sum(share * count for share, _, count in given))
+
+    def _off(self, node: fx.Node, values: Values, taught: Mapping[int, Values], shares: Shares) -> Tensor:
+        """What the parents compute at a node more than the merged network does, in merged units."""
+        mine = values[node]
+        given = [(shares[j], *self.teachers[j].gather(node, theirs[node])) for j, theirs in taught.items()]
+        # Differences come first: of large values that are alike, the mean is another value.
+        more = (share * torch.where(own == count * mine, 0.0, own - count * mine) for share, own, count in given)
+        return _ratio(_sum(more), _sum(share * count for share, _, count in given))
 
     def _taught(self, number: int, shares: Shares) -> Tensor:
         """The coefficients with which one parent has a part in the targets."""

@@ -53,7 +53,7 @@ class Places:
                 raise ValueError(f"It cannot be told what units lie along dimension {dim} of graph node {node.name!r}.")
             index = torch.from_numpy(target).to(value.device)
             value = torch.zeros_like(value).index_add_(dim, index, value)
-            counts = torch.bincount(index, minlength=len(index)).to(value)
+            counts = torch.from_numpy(np.bincount(target, minlength=len(target))).to(value)
             members = members * counts.reshape([-1 if d == dim else 1 for d in range(value.ndim)])
         return value, members
 

@@ -95,11 +95,19 @@ def refit(
     places = [teacher.places for teacher in teachers if teacher.places is not None]
     chosen, left = [], {} if only_last else dict(layers.left)
     for layer in last if only_last else layers.all:
-        if any(_apart(use, own) and (repair or not _shown(use, own)) for use in layer.uses for own in places):
-            left[layer.name] = "merged units lie along the rows or groups of its data"
+        apart = any(_apart(use, own) for use in layer.uses for own in places)
+        if apart and (repair or layer in last or not all(_shown(use, own) for use in layer.uses for own in places)):
+            left[layer.name] = "merged units lie along the rows or groups of its data, and " + (
+                "means and deviations do not tell them apart"
+                if repair
+                else "no layer after it reads them"
+                if layer in last
+                else "it cannot be told where they are in its output"
+            )
         else:
             chosen.append(layer)
-    state, stages = dict(start), _plan(program, layers, chosen, places)
+    towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
+    state, stages = dict(start), _plan(program, layers, chosen, towards_sums, places)
     told: Report = {}
     merged, *lanes = (_Lane(program, own, layers.derived) for own in (state, *parents))
     disable = None if progress is None else not progress
@@ -117,9 +125,7 @@ def refit(
                     else LayerFit(layer, state, teachers, stage.summands, stage.shown, count, seed)
                     for layer in stage.layers
                 ]
-                theirs = (
-                    rivals.enter(stage.layers, stage.summands, stage.shown, count, seed) if rivals and not again else {}
-                )
+                theirs = rivals.enter(stage.layers, count, seed) if rivals and not again else {}
                 for values, taught, shares, weight in course.batches(stage, onward=not again):
                     for fit in fits:
                         fit.add(values, taught, shares, weight)
@@ -191,8 +197,14 @@ class _Stage:
     theirs: Step
 
 
-def _plan(program: Program, layers: Layers, chosen: Sequence[Layer], places: Sequence[Places]) -> list[_Stage]:
-    """The stages of a refit of some layers."""
+def _plan(
+    program: Program,
+    layers: Layers,
+    chosen: Sequence[Layer],
+    towards_sums: Collection[Layer],
+    places: Sequence[Places],
+) -> list[_Stage]:
+    """The stages of a refit of some layers, of which some learn what the sums are to be that their outputs go into."""
     graph, derived = program.graph.graph, layers.derived
     normal = list(statistics_nodes(program).items())
     sets = [[use.node for use in layer.uses] for layer in chosen] + [nodes for _, nodes in normal]
@@ -202,19 +214,35 @@ def _plan(program: Program, layers: Layers, chosen: Sequence[Layer], places: Seq
     read = [_read(numbers, sets, derived) for numbers in due]
     taught = [_read([i for i in numbers if i < len(chosen)], sets, derived) for numbers in due]
     circular = [any(final[n] > stage for n in nodes) for stage, nodes in enumerate(taught)]
+    dependent = learnt(program, derived)
     summands: list[dict[Use, Summand]] = [{} for _ in due]
     shown: list[set[Use]] = [set() for _ in due]
-    for stage, use in ((stage, use) for stage, fitted in enumerate(own) for layer in fitted for use in layer.uses):
-        beside = summand_of(use.node, derived)
-        if beside is not None and final[beside.node] <= stage and all(one.known(beside.node) for one in places):
-            summands[stage][use] = beside
-            read[stage].add(beside.node)
-            taught[stage].add(beside.node)
-        if any(_apart(use, one) for one in places):
-            shown[stage].add(use)
-            taught[stage].add(use.node)
+    for stage, layer in ((stage, layer) for stage, fitted in enumerate(own) for layer in fitted):
+        beside = {use: summand_of(use.node, dependent) for use in layer.uses} if layer in towards_sums else {}
+        final_ones = {
+            use: one
+            for use, one in beside.items()
+            if one is not None and final[one.node] <= stage and all(own.known(one.node) for own in places)
+        }
+        if len(final_ones) == len(layer.uses):
+            summands[stage] |= final_ones
+            read[stage] |= {one.node for one in final_ones.values()}
+            taught[stage] |= {one.node for one in final_ones.values()}
+        for use in layer.uses:
+            if any(_apart(use, own) for own in places):
+                shown[stage].add(use)
+                taught[stage].add(use.node)
     ways = walk(graph, read, derived, final), walk(graph, taught, derived)
     return [_Stage(*each) for each in zip(own, summands, shown, statistics, circular, *ways, strict=True)]
+
+
+def learnt(program: Program, derived: Collection[fx.Node]) -> set[fx.Node]:
+    """The activations that depend on parameters."""
+    of_parameters: set[fx.Node] = set()
+    for node in program.graph.graph.nodes:
+        if program.sources.get(node, ("", ""))[0] == "parameter" or not of_parameters.isdisjoint(node.all_input_nodes):
+            of_parameters.add(node)
+    return of_parameters - set(derived)
 
 
 def _apart(use: Use, places: Places) -> bool:

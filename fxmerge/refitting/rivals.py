@@ -8,7 +8,7 @@ costs next to nothing, since the parents run on all data anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,9 +16,8 @@ from torch import Tensor, fx
 
 from fxmerge.program import Program
 from fxmerge.refitting.gather import LayerFit, Shares, Teacher
-from fxmerge.refitting.layers import Layer, Layers, Use
+from fxmerge.refitting.layers import Layer, Layers
 from fxmerge.refitting.moments import NEGLIGIBLE
-from fxmerge.refitting.sums import Summand
 
 Report = dict[str, dict[str, float]]
 """Numbers on the fit of each layer, by its name."""
@@ -43,7 +42,7 @@ class Refitted:
         parent: the number of the parent that the state is of, all but its last layers; None for the merged network.
         errors: the error held out of the last layers of the parents, and at None of the merged network; empty where
             they were not compared.
-        error: that of the network that the state is of; NaN if no last layer was fitted.
+        error: that of the merged network, whatever the state is of; NaN if a last layer was not fitted.
     """
 
     state: dict[str, Tensor]
@@ -86,18 +85,11 @@ class Rivals:
         self.states = {j: dict(own) for j, own in enumerate(parents) if all(j in asked(each) for each in shares)}
         self.told: dict[int, Report] = {j: {} for j in self.states}
 
-    def enter(
-        self,
-        layers: Sequence[Layer],
-        summands: Mapping[Use, Summand],
-        shown: Collection[Use],
-        batches: int,
-        seed: int,
-    ) -> dict[int, list[LayerFit]]:
+    def enter(self, layers: Sequence[Layer], batches: int, seed: int) -> dict[int, list[LayerFit]]:
         """The fits of some layers, by the parent."""
         due = [layer for layer in layers if layer in self.last]
         return {
-            j: [LayerFit(layer, own, self.teachers, summands, shown, batches, seed) for layer in due]
+            j: [LayerFit(layer, own, self.teachers, {}, (), batches, seed) for layer in due]
             for j, own in self.states.items()
         }
 
@@ -115,12 +107,12 @@ class Rivals:
         best = min(errors, key=lambda j: errors[j])
         if best is None or errors[None] - errors[best] <= MARGIN * errors[None] + NEGLIGIBLE:
             return replace(merged, errors=errors)
-        return Refitted(self.states[best], self.told[best], {}, best, errors, errors[best])
+        return Refitted(self.states[best], self.told[best], {}, best, errors, merged.error)
 
 
 def held_out(told: Report, last: Sequence[Layer]) -> float:
-    """The mean error of those last layers that were fitted, on rows apart from those of the fit."""
-    errors = [told[layer.name]["held_out"] for layer in last if "held_out" in told.get(layer.name, ())]
+    """The mean error of the last layers, on rows apart from those of the fit; NaN unless all were fitted."""
+    errors = [told.get(layer.name, {}).get("held_out", math.nan) for layer in last]
     return sum(errors) / len(errors) if errors else math.nan
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, fx
 
 from fxmerge.refitting.forms import bind
+
+_Step = tuple[Literal["permute", "reshape"], tuple[int, ...]]
+
+_VIEWS = ("aten::view", "aten::_unsafe_view", "aten::reshape")
+_COPIES = ("aten::clone", "aten::contiguous", "aten::alias")
 
 
 @dataclass(frozen=True)
@@ -16,38 +22,67 @@ class Summand:
 
     Attributes:
         node: the other summand.
-        order: for every dimension of the node's output, where it is in the sum.
+        back: how a tensor like the sum is brought into the shape of the node's output, step by step.
     """
 
     node: fx.Node
-    order: tuple[int, ...]
+    back: tuple[_Step, ...] = ()
 
     def placed(self, value: Tensor) -> Tensor:
-        """A value of the other summand, its dimensions in the order of the node's output."""
-        return value.permute(self.order)
+        """A tensor like the sum in the shape of the node's output."""
+        for kind, sizes in self.back:
+            value = value.permute(sizes) if kind == "permute" else value.reshape(sizes)
+        return value
 
 
-def summand_of(node: fx.Node, derived: Collection[fx.Node]) -> Summand | None:
-    """What a node's output is added to, directly or with its dimensions reordered; None if that is no activation of
-    its shape, or if the output is used in any other way."""
-    last, order = node, list(range(node.meta["val"].ndim))
+def summand_of(node: fx.Node, learnt: Collection[fx.Node]) -> Summand | None:
+    """What a node's output is added to, straight or after its dimensions were reordered, split or joined.
+
+    Arguments:
+        node: the node.
+        learnt: the activations that depend on parameters; what is no such activation of the same shape and dtype is
+            the same in every network, or of another kind, and no summand.
+    """
+    last, back = node, list[_Step]()
     while len(last.users) == 1:
         (user,) = last.users
-        call = bind(user) if hasattr(user.target, "_schema") else {}
-        match getattr(getattr(user.target, "_schema", None), "name", ""):
-            case "aten::add":
-                (other,) = [n for n in (call["self"], call["other"]) if n is not last] or (None,)
-                if not isinstance(other, fx.Node) or other in derived or call["alpha"] != 1:
-                    return None
-                alike = other.meta["val"].shape == last.meta["val"].shape
-                return Summand(other, tuple(order)) if alike else None
-            case "aten::transpose":
-                moved = list(range(len(order)))
-                moved[call["dim0"]], moved[call["dim1"]] = moved[call["dim1"]], moved[call["dim0"]]
-            case "aten::permute":
-                moved = [d % len(order) for d in call["dims"]]
-            case _:
+        name = getattr(getattr(user.target, "_schema", None), "name", "")
+        call = bind(user) if name else {}
+        value = last.meta["val"]
+        if name == "aten::add":
+            others = [n for n in (call["self"], call["other"]) if n is not last]
+            return Summand(others[0], tuple(reversed(back))) if _fits(others, last, call, learnt) else None
+        if name in ("aten::transpose", "aten::permute"):
+            back.append(("permute", _back(call, value.ndim)))
+        elif name in _VIEWS:
+            sizes = tuple(n if isinstance(n, int) else -1 for n in value.shape)
+            if sizes.count(-1) > 1:
                 return None
-        order = [moved.index(d) for d in order]
+            back.append(("reshape", sizes))
+        elif name not in _COPIES:
+            return None
         last = user
     return None
+
+
+def _fits(others: list[object], last: fx.Node, call: dict[str, object], learnt: Collection[fx.Node]) -> bool:
+    """Whether the other operand of a sum is a summand."""
+    if len(others) != 1 or call["alpha"] != 1 or others[0] not in learnt:
+        return False
+    (other,) = others
+    assert isinstance(other, fx.Node)
+    mine, its = last.meta["val"], other.meta.get("val")
+    if not isinstance(its, Tensor) or not its.is_floating_point():
+        return False
+    return bool(its.shape == mine.shape and its.dtype == mine.dtype)
+
+
+def _back(call: dict[str, object], ndim: int) -> tuple[int, ...]:
+    """The permutation that undoes a reordering of dimensions."""
+    order = list(range(ndim))
+    if "dims" in call:
+        order = [d % ndim for d in call["dims"]]  # type: ignore[attr-defined]
+    else:
+        a, b = call["dim0"], call["dim1"]
+        order[a], order[b] = order[b], order[a]  # type: ignore[call-overload]
+    return tuple(order.index(d) for d in range(ndim))
