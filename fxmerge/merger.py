@@ -178,7 +178,7 @@ class Merger:
         with self.job.timed("rewriting"):
             state = combine(states, statistics=statistics)
             if self.job.data is None and statistics:
-                state = folded(self.job.program, states, shares, state, partial(combine, statistics=()))
+                state = folded(self.job.program, states, state, partial(combine, statistics=()))
         if plan.reference is None:
             aligned = aligned.renumbered(self.order)
         return Attempt(aligned, zipped, state)

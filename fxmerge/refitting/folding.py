@@ -13,11 +13,13 @@ from fxmerge.rewriting.calibrate import statistics_nodes
 
 State = Mapping[str, Tensor]
 
+SAME = 1e-4
+"""Weights are the same if averaging changes their squares by less than this share."""
+
 
 def folded(
     program: Program,
     states: Sequence[State],
-    shares: Sequence[float],
     merged: State,
     combine: Callable[[Sequence[State]], State],
 ) -> dict[str, Tensor]:
@@ -26,13 +28,12 @@ def folded(
     A mean of weights that differ is shorter than they are, and its outputs vary less than theirs: normalized by their
     variances, signals fade. How much less is estimated from the weights alone, as the model folding of arXiv 2502.10216
     does for the merged channels of one network. The estimate is right for inputs that vary alike and independently:
-    of these, a weighted sum has a variance in proportion to the sum of the squares of the weights. By as much as the
-    weights are alike, the variance of the models' means counts too.
+    of these, a weighted sum has a variance in proportion to the sum of the squares of the weights. The variance of the
+    models' means is one of their weights, and left out; but where all have the same weights, it is one of their data.
 
     Arguments:
         program: the captured program.
         states: the state dicts that were merged, in units that match.
-        shares: how much each counts; they sum to one.
         merged: what was made of them, with variances that are pooled.
         combine: merges state dicts in the same way, but for running variances the mean is taken.
 
@@ -50,13 +51,11 @@ def folded(
     means = combine(states)
     found = dict(merged)
     for name, layer in known.items():
-        expected, within = theirs[name].double(), means[name].double()
+        expected = theirs[name].double()
         shrunk = torch.where(expected > 0, _squares(layer, merged).to(expected) / expected, 1.0)
-        # What is left of weights that have nothing in common.
-        least = sum(share**2 for share in shares)
-        alike = ((shrunk - least) / (1 - least)).clamp(0, 1) if least < 1 else 1.0
-        spread = (merged[name].double() - within).clamp(min=0)
-        found[name] = (within * shrunk + spread * alike).to(merged[name])
+        same = (shrunk - 1).abs() < SAME
+        estimated = torch.where(same, merged[name].double(), means[name].double() * shrunk)
+        found[name] = estimated.to(merged[name])
     return found
 
 
