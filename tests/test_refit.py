@@ -1,5 +1,6 @@
 """Refitting: exact where the answer is known, never worse where there is nothing to learn, and within its memory."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -323,3 +324,23 @@ def test_of_two_methods_that_with_the_smaller_error_is_taken(seeds: tuple[int, i
     assert told["method_errors"] == pytest.approx(errors)
     assert told["method"] == min(errors, key=lambda m: errors[m])
     torch.testing.assert_close(found["auto"].state_dict(), found[told["method"]].state_dict())
+
+
+def test_a_method_that_leaves_a_last_layer_is_not_taken() -> None:
+    class Last(nn.Module):
+        """The last layer is over tokens; its rows are channels."""
+
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.channels, self.tokens = nn.Linear(2, 8), nn.Linear(64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.channels(x.flatten(2).transpose(1, 2)))
+            out: Tensor = self.tokens(x.transpose(1, 2)).mean(1)
+            return out
+
+    zipped, either = (merge(Last(0), Last(1), pictures(), method=m).meta["fxmerge"] for m in ("zip", "auto"))
+    assert "no layer after it" in zipped["left"]["tokens.weight"]
+    assert either["method"] == "align"
+    assert math.isnan(either["method_errors"]["zip"])

@@ -73,3 +73,29 @@ def test_outputs_in_units_of_a_networks_own_are_not_compared() -> None:
 def test_a_model_that_does_not_count_is_no_rival() -> None:
     told = fxmerge.merge(mlp(0), mlp(1), vectors(), weights=(1, 0)).meta["fxmerge"]
     assert set(told["errors"]) == {None, 0}
+
+
+def test_last_layers_beside_each_other_are_compared_by_what_they_give() -> None:
+    """What one last layer of a parent makes up for, another one must not make up for again."""
+
+    class Wide(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.wide, self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.wide(x) + self.second(torch.tanh(self.first(x)))
+            return out
+
+    a, b = Wide(0), Wide(1)
+    with torch.no_grad():
+        b.second.weight *= 0.05
+        a.first.weight *= 2
+        a.second.weight *= 3
+    data = [torch.randn(256, 6, generator=torch.Generator().manual_seed(k)) for k in range(4)]
+    merged = fxmerge.merge(a, b, data)
+    assert merged.meta["fxmerge"]["parent"] == 0
+    x = torch.cat(data)
+    mean = (a(x) + b(x)) / 2
+    assert (merged(x) - mean).square().sum() < 1e-4 * mean.square().sum()
