@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -64,3 +65,17 @@ def test_the_told_error_is_that_of_the_fit() -> None:
     found = fitted(x, y, torch.zeros_like(w))
     expected = float((y - x @ found.step).square().sum() / y.square().sum())
     assert abs(found.after - expected) < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_linear_is_fitted_whatever_rounding_leaves_of_the_error(seed: int) -> None:
+    """The sum of squares is a difference of large numbers, which may fall below zero."""
+    g = torch.Generator().manual_seed(seed)
+    x, truth = torch.randn(1, 512, 7, generator=g), torch.randn(1, 7, 3, generator=g)
+    folds = [Moments.none(1, 7, 3, torch.device("cpu")) for _ in range(2)]
+    for fold, part in zip(folds, x.chunk(2, 1), strict=True):
+        fold.add(part, part @ truth, -truth, 1.0)
+    found = fit(folds)
+    assert found.before > 1
+    assert 0 <= found.after < 1e-6
+    torch.testing.assert_close(found.step, 2 * truth.double(), atol=1e-3, rtol=1e-3)

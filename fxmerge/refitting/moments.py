@@ -64,8 +64,8 @@ class Moments:
         )
 
     def error(self, step: Tensor) -> float:
-        """The sum of squared errors once a step is added to the centre."""
-        return self.residuals + float((step * (self.features @ step - 2 * self.cross)).sum())
+        """The sum of squared errors once a step is added to the centre; rounding may not leave less than nothing."""
+        return max(self.residuals + float((step * (self.features @ step - 2 * self.cross)).sum()), 0.0)
 
 
 @dataclass(frozen=True)
