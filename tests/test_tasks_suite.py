@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tasks_suite import images, judging, report, text, training
+from tasks_suite import dense, images, judging, report, text, training
 from tasks_suite.methods import BY_ALPHA, METHODS, Pair, result
 from tasks_suite.suite import NETWORKS, PROBLEMS
 from torch import nn
@@ -53,6 +53,31 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
         file.write(struct.pack(">HBBI", 0, 13, 1, 0))
     with pytest.raises(ValueError, match="IDX"):
         images.read_idx(path, 1)
+
+
+def test_maps_of_an_image_are_itself_and_its_edges() -> None:
+    image = torch.zeros(1, 1, 9, 9)
+    image[..., 4:] = 0.5
+    same, edges = dense.maps(image)[0]
+    assert torch.equal(same, image[0, 0])
+    # A step of one half, seen from both of its sides.
+    assert edges[4].tolist() == [0, 0, 0, 0.5, 0.5, 0, 0, 0, 0.5]
+
+
+def test_a_task_that_is_not_learnt_has_zeros_as_its_map() -> None:
+    problem = dense.DenseProblem(torch.rand(8, 1, 6, 6), torch.rand(4, 1, 6, 6))
+    _, targets = problem.batch("a", 4, torch.Generator().manual_seed(0))
+    other = targets * torch.tensor([1.0, 0.0])[:, None, None]
+    assert problem.objective(other, targets, "a") == 0
+    assert problem.objective(targets, targets, "both") == 0
+    assert problem.objective(other, targets, "b") > 0
+
+
+def test_what_is_explained_of_a_map_does_not_depend_on_its_scale() -> None:
+    x, noise = torch.randn(2, 4, 100, 100, generator=torch.Generator().manual_seed(0))
+    assert dense.explained(3 * x + 1, x) == pytest.approx(1)
+    assert dense.explained(x + noise, x) == pytest.approx(0.5, abs=0.02)
+    assert dense.explained(torch.zeros_like(x), x) == 0
 
 
 def test_text_for_testing_is_not_trained_on() -> None:
@@ -184,6 +209,7 @@ def test_differences_are_those_of_pairs() -> None:
 
 def test_every_network_takes_its_data() -> None:
     shapes = {"fashion": torch.zeros(2, 1, 28, 28), "digits": torch.zeros(2, 1, 8, 8)}
+    shapes["dense"] = shapes["fashion"]
     shapes["text"] = torch.zeros(2, text.CONTEXT, dtype=torch.long)
     assert shapes.keys() == PROBLEMS.keys()
     for name, entry in NETWORKS.items():
