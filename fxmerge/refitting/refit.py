@@ -218,20 +218,16 @@ def _plan(
     summands: list[dict[Use, Summand]] = [{} for _ in due]
     shown: list[set[Use]] = [set() for _ in due]
     for stage, layer in ((stage, layer) for stage, fitted in enumerate(own) for layer in fitted):
-        beside = {use: summand_of(use.node, dependent) for use in layer.uses} if layer in towards_sums else {}
-        final_ones = {
-            use: one
-            for use, one in beside.items()
-            if one is not None and final[one.node] <= stage and all(own.known(one.node) for own in places)
-        }
-        if len(final_ones) == len(layer.uses):
-            summands[stage] |= final_ones
-            read[stage] |= {one.node for one in final_ones.values()}
-            taught[stage] |= {one.node for one in final_ones.values()}
-        for use in layer.uses:
-            if any(_apart(use, own) for own in places):
-                shown[stage].add(use)
-                taught[stage].add(use.node)
+        found = {use: summand_of(use.node, dependent) for use in layer.uses} if layer in towards_sums else {}
+        beside = {use: one for use, one in found.items() if one is not None and final[one.node] <= stage}
+        # A weight that is used again and again learns towards sums everywhere or nowhere.
+        if len(beside) == len(layer.uses) and all(p.known(one.node) for one in beside.values() for p in places):
+            summands[stage] |= beside
+            read[stage] |= {one.node for one in beside.values()}
+            taught[stage] |= {one.node for one in beside.values()}
+        apart = {use for use in layer.uses if any(_apart(use, p) for p in places)}
+        shown[stage] |= apart
+        taught[stage] |= {use.node for use in apart}
     ways = walk(graph, read, derived, final), walk(graph, taught, derived)
     return [_Stage(*each) for each in zip(own, summands, shown, statistics, circular, *ways, strict=True)]
 
