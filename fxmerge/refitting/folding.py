@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxmerge.program import Program
-from fxmerge.refitting.layers import Layer, Use, find_layers
+from fxmerge.refitting.forms import Form, bind, form_of
+from fxmerge.refitting.layers import operand
 from fxmerge.rewriting.calibrate import statistics_nodes
 
 State = Mapping[str, Tensor]
@@ -40,31 +43,56 @@ def folded(
     Returns:
         `merged` with other variances, for every normalization of what a layer gives.
     """
-    behind = {use.node: layer for layer in find_layers(program).all for use in layer.uses if _gives_channels(use)}
     known = {
-        variance: behind[nodes[0].args[0]]  # type: ignore[index]
+        variance: layer
         for (_, variance), nodes in statistics_nodes(program).items()
-        if len(nodes) == 1 and nodes[0].args[0] in behind
+        if len(nodes) == 1 and (layer := _layer(program, nodes[0].args[0])) is not None
     }
-    squares = [{name: _squares(layer, s).to(s[name]) for name, layer in known.items()} for s in states]
+    squares = [{name: layer.squares(s).to(s[name]) for name, layer in known.items()} for s in states]
     theirs = combine([{**s, **own} for s, own in zip(states, squares, strict=True)])
     means = combine(states)
     found = dict(merged)
     for name, layer in known.items():
         expected = theirs[name].double()
-        shrunk = torch.where(expected > 0, _squares(layer, merged).to(expected) / expected, 1.0)
+        shrunk = torch.where(expected > 0, layer.squares(merged).to(expected) / expected, 1.0)
         same = (shrunk - 1).abs() < SAME
         estimated = torch.where(same, merged[name].double(), means[name].double() * shrunk)
         found[name] = estimated.to(merged[name])
     return found
 
 
-def _gives_channels(use: Use) -> bool:
-    """Whether the second dimension of a use's output is that of its layer's groups and outputs."""
-    return bool(use.form.views) or use.form.terms[2].find(use.kinds.outputs) == 1 == len(use.kinds.outputs)
+@dataclass(frozen=True)
+class _Layer:
+    """A node that multiplies data with a parameter, and gives one channel for each output."""
+
+    parameter: str
+    form: Form
+    at: int
+    call: Mapping[str, Any]
+
+    def squares(self, state: State) -> Tensor:
+        """The sum of the squares of the weights of every output."""
+        term, out = self.form.terms[self.at], self.form.terms[2]
+        weights = self.form.view(self.form.operands[self.at], state[self.parameter], self.call)
+        kept = [c for c in out if c in term]
+        summed = [d for d, c in enumerate(term) if c not in out]
+        squares = weights.square().sum(summed, dtype=torch.float64) if summed else weights.double().square()
+        left = [c for c in term if c in out]
+        return squares.permute([left.index(c) for c in kept]).reshape(-1)
 
 
-def _squares(layer: Layer, state: State) -> Tensor:
-    """The sum of the squares of the weights of every output."""
-    weights = layer.read(state)
-    return (weights[:, :-1] if layer.uses[0].biased else weights).square().sum(1).reshape(-1)
+def _layer(program: Program, node: Any) -> _Layer | None:
+    """What a node is as a layer; None if it is none whose outputs are its second dimension."""
+    form = form_of(node) if isinstance(node, fx.Node) else None
+    if form is None:
+        return None
+    arguments = bind(node)
+    sources = [program.sources.get(operand(arguments, name), ("", "")) for name in form.operands]
+    of_parameters = [i for i, (kind, _) in enumerate(sources) if kind == "parameter"]
+    if len(of_parameters) != 1:
+        return None
+    (at,) = of_parameters
+    channels = [d for d, c in enumerate(form.terms[2]) if c in form.terms[at]]
+    if not form.views and channels != [1]:
+        return None
+    return _Layer(sources[at][1], form, at, fx.map_arg(arguments, lambda n: n.meta.get("val")))
