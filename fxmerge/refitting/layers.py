@@ -58,8 +58,11 @@ class Use:
     @property
     def kept_dims(self) -> list[int]:
         """The dimensions of the data along which the output lies too, so that it has their units: rows and groups."""
-        if self.form.views:  # Of a convolution's data, the places that are rows hold no units.
-            return [1] if bind(self.node)["groups"] > 1 else []
+        if self.form.views:
+            # Of a convolution's data, the places that are rows hold no units, and groups of several channels are
+            # blocks, which are not merged.
+            call = bind(self.node)
+            return [1] if 1 < call["groups"] == call["input"].meta["val"].shape[1] else []
         return [self.data_term.index(letter) for letter in self.kinds.rows + self.kinds.groups]
 
     def size(self, arguments: Mapping[str, Any]) -> int:
