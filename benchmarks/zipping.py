@@ -1,11 +1,12 @@
-"""Speed of the zip on one thread, beside a literal transcription of the published code.
+"""Speed of the zip on one thread, beside the published code and a literal transcription of it.
 
 For two models: pairs of like units in noise ("twins"), units that have nothing in common ("random"), and hidden units
 of two networks that were trained on scikit-learn's digits ("trained"). The published code searches the whole matrix of
 similarities for every merge; `tests/published_zip.py` does the same in numpy, and both must give the same merged units,
-entry for entry.
+entry for entry. With a clone of https://github.com/gstoica27/ZipIt, its own function runs beside them, in the same
+precision; it copies the matrix several times for every merge, which the transcription does not.
 
-    python benchmarks/zipping.py [--short]
+    python benchmarks/zipping.py [--short] [--published CLONE]
 
 Run it where `pip install -e '.[test]'` was run, which also makes `tests` importable.
 """
@@ -13,9 +14,12 @@ Run it where `pip install -e '.[test]'` was run, which also makes `tests` import
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Before numpy is imported, which reads it.
@@ -65,7 +69,22 @@ def trained(seed: int, units: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     return hidden(x).detach().double().T.numpy()
 
 
-def run(kind: str, units: int, blocks: int | None, budget: float, damping: float) -> dict[str, str]:
+Published = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def published(clone: Path) -> Published:
+    """The zip of ZipIt!, from a clone of its repository."""
+    spec = importlib.util.spec_from_file_location("matching_functions", clone / "matching_functions.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function: Published = module.match_tensors_zipit
+    return function
+
+
+def run(
+    kind: str, units: int, blocks: int | None, budget: float, damping: float, beside: Published | None
+) -> dict[str, str]:
     links = similarity(kind, units)
     times = []
     for _ in range(5 if units <= LITERAL else 2):
@@ -88,21 +107,31 @@ def run(kind: str, units: int, blocks: int | None, budget: float, damping: float
         labels, _ = published_zip(links, 2, budget, damping, blocks)
         literal = time.process_time() - began
         same = np.array_equal(labels, found.labels)
-        row |= {"literal s": f"{literal:.2f}", "times": f"{literal / min(times):.0f}", "same": "yes" if same else "NO"}
+        row |= {"literal s": f"{literal:.2f}", "times": f"{literal / min(times):.0f}"}
+        if beside and not blocks:
+            metric = {"cossim": torch.from_numpy(links.copy())}
+            began = time.process_time()
+            _, unmerge = beside(metric, a=damping, b=budget)
+            seconds = time.process_time() - began
+            same &= np.array_equal(unmerge.argmax(1).numpy(), found.labels.reshape(-1))
+            row |= {"published s": f"{seconds:.2f}", "times published": f"{seconds / min(times):.0f}"}
+        row["same"] = "yes" if same else "NO"
     return row
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="only 512 and 2048 units, with the default options")
+    parser.add_argument("--published", type=Path, metavar="CLONE", help="a clone of the repository of ZipIt!")
     options = parser.parse_args()
+    beside = published(options.published) if options.published else None
     torch.set_num_threads(1)
     rows = []
     for units in UNITS if not options.short else (512, 2048):
         for kind in ("random", "trained", "twins"):
             for budget, damping in ((1.0, 0.5),) if options.short else ((1.0, 0.5), (0.125, 0.3), (1.0, 1.0)):
-                rows.append(run(kind, units, None, budget, damping))
-        rows.append(run("random", units, HEADS, 1.0, 0.5))
+                rows.append(run(kind, units, None, budget, damping, beside))
+        rows.append(run("random", units, HEADS, 1.0, 0.5, beside))
     print(f"{machine()}; seconds of CPU time\n\n{table(rows)}")
     return int(any(row.get("same") == "NO" for row in rows))
 

@@ -55,21 +55,17 @@ def agglomerate(similarity: Scores, model: Ids, merges: int, limits: Ids, dampin
     width = 1
     while merges:
         # With a damping of 0, what one merge forbids depends on those before it.
-        one, two, near = state.candidates(merges if damping > 0 else 1, width, damping)
+        one, two, near = state.candidates(merges if damping > 0 else 1, left, width, damping)
         made = len(one)
         if not made:
             break
         within = np.where(model[one] == model[two], model[one], -1)
-        for m in np.unique(within[within >= 0]).tolist():
-            # The merge that reaches a limit is the last of its batch, since no other may follow.
-            last = np.flatnonzero(within == m)[left[m] - 1 :]
-            made = min(made, int(last[0]) + 1) if len(last) else made
         if not (near[1:made] > _most(near[0], damping)).all():
             made = state.independent(one[:made], two[:made], near[:made], damping)
         state.join(one[:made], two[:made])
         merges -= made
         left -= np.bincount(within[:made][within[:made] >= 0], minlength=len(left))
-        if merges and made > CHUNK:
+        if merges and made > max(CHUNK, len(model) // 4):  # A copy of fewer rows costs less than it saves later.
             kept, smaller = state.compact(one[:made], two[:made], damping)
             further, used = agglomerate(smaller, model[kept], merges, left, damping)
             return kept[further[np.searchsorted(kept, state.first)]], limits - left + used
@@ -141,12 +137,14 @@ class _State:
         self.links[np.ix_(own, own)] = NEVER
         self.stale[own[(self.model[self.nearest[own]] == m) & (self.bound[own] > NEVER)]] = True
 
-    def candidates(self, most: int, width: int, damping: float) -> tuple[Ids, Ids, Scores]:
+    def candidates(self, most: int, limits: Ids, width: int, damping: float) -> tuple[Ids, Ids, Scores]:
         """The next pairs in the order of the merges, and how similar they are, as far as no merge changes the order.
 
         These are the ones that are known to be independent of each other, and at least `width`, or twice as many, of
-        which that is still to be seen. There are none if all that is left is forbidden.
+        which that is still to be seen, but none after the one that reaches the limit of a model. There are none if
+        all that is left is forbidden.
         """
+        model, left = self.model.tolist(), limits.tolist()
         order = np.argsort(-self.bound, kind="stable")
         ahead = list(zip((-self.bound[order]).tolist(), order.tolist(), self.nearest[order].tolist(), strict=True))
         ahead.reverse()
@@ -177,6 +175,10 @@ class _State:
                 found.append((i, j, -distance))
                 used |= {i, j}
                 taken[i] = taken[j] = NEVER
+                if model[i] == model[j]:
+                    left[model[i]] -= 1
+                    if not left[model[i]]:
+                        break
         pairs = np.array([(i, j) for i, j, _ in found], np.int64).reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1], np.array([near for _, _, near in found])
 
