@@ -6,7 +6,7 @@ edges. In the setting `same` both learn both tasks, from
 two initialisations. Every method gives one network, in which BatchNorm statistics are re-estimated over the same
 2,000 unlabelled training images; then it is tested on both tasks, and in the setting `same` the loss is followed on
 the straight line from one parent to the other, re-estimating at every point. The setting `few` is `disjoint` with 200
-images, 20 of each class, and 26 windows of text in place of 256.
+images, 20 of each class, and 26 windows of text in place of 256; `fewest` is it with 50 images and 7 windows.
 
     python benchmarks/tasks.py [--short] [--networks NAME ...] [--settings NAME ...] [--methods NAME ...]
         [--seeds N] [--train] [--report] [--again METHOD ... | failed] [--results FILE] [--cache FOLDER] [--jobs 2]
@@ -125,7 +125,7 @@ def applies(network: str, setting: str, method: str) -> bool:
     """Whether a method is measured on a network in a setting."""
     if NETWORKS[network].data == "dense":
         return setting == "disjoint" and method in FOR_MAPS
-    return (setting != "same" or method not in ONLY_DISJOINT) and (setting != "few" or method in WITH_FEW)
+    return (setting != "same" or method not in ONLY_DISJOINT) and (setting not in judging.FEW or method in WITH_FEW)
 
 
 def select(options: argparse.Namespace) -> tuple[list[tuple[str, str, int]], list[Row]]:

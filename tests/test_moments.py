@@ -32,6 +32,11 @@ def test_without_noise_the_weights_are_found_with_the_weakest_ridge() -> None:
     assert 5.9 < found.rank <= 6
 
 
+@pytest.mark.parametrize(("features", "folds"), [(6, 5), (3_000, 3), (20_000, 2)])
+def test_moments_that_take_much_memory_are_kept_in_fewer_parts(features: int, folds: int) -> None:
+    assert len(Moments.folds(1, features, 10, torch.device("meta"))) == folds
+
+
 def test_pure_noise_leaves_the_centre() -> None:
     x, _, w = problem(40, features=30)
     y = torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.capture import capture_program
+from fxmerge.refitting.gather import Teacher
+from fxmerge.refitting.layers import find_layers
+from fxmerge.refitting.refit import last_layers
+from fxmerge.refitting.rivals import Refitted, Rivals
 from tests.test_universe import mlp, vectors
 
 
@@ -36,6 +41,21 @@ def test_a_parent_that_says_all_there_is_to_say_is_returned(
     x = torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(9))
     mean = (telling(x) + silent(x)) / 2
     assert (merged(x) - mean).square().mean() < 1e-4 * mean.square().mean()
+
+
+@pytest.mark.parametrize(("disagreement", "parent"), [(1.2, None), (0.5, None), (0.1, 0)])
+def test_how_much_nearer_a_parent_must_be_depends_on_how_far_parents_disagree(
+    disagreement: float, parent: int | None
+) -> None:
+    program = capture_program(mlp(0), (vectors()[0],))
+    layers = find_layers(program)
+    states = [mlp(k).state_dict() for k in range(2)]
+    last = last_layers(program, layers)
+    teachers = [Teacher(own, {}) for own in states]
+    rivals = Rivals(program, layers, last, layers.all, states, teachers, [(0.5, 0.5)])
+    (name,) = (layer.name for layer in last)
+    rivals.told = {j: {name: {"before": disagreement, "held_out": error}} for j, error in enumerate((0.95, 1.5))}
+    assert rivals.choose(Refitted({}, {}, {}, error=1.0)).parent == parent
 
 
 def test_the_merged_network_can_be_asked_for() -> None:

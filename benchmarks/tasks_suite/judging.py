@@ -27,8 +27,8 @@ MARGIN = 0.25
 
 WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """How much the first parent counts, on the way from one task to the other."""
-FEW = 10
-"""In the setting `few`, one of so many calibration inputs is used: 20 images of each class."""
+FEW = {"few": 10, "fewest": 40}
+"""In settings with few data, one of so many calibration inputs is used: 20 and 5 images of each class."""
 
 State = Mapping[str, Tensor]
 Place = tuple[float, float]
@@ -40,8 +40,8 @@ def work(task: Row, note: Note) -> None:
     problem, method = PROBLEMS[entry.data](), METHODS[task["method"]]
     a, b = (load(p, Path(task["cache"])) for p in parents_of(task["network"], task["setting"], task["seed"]))
     batches, own = problem.calibration(), problem.apart()
-    if task["setting"] == "few":
-        batches, own = _fewer(batches), (_fewer(own[0]), _fewer(own[1]))
+    if every := FEW.get(task["setting"]):
+        batches, own = _fewer(batches, every), (_fewer(own[0], every), _fewer(own[1], every))
     pair = Pair(a, b, batches, own, task["seed"])
     if task["measure"] == "plane":
         note("plane")
@@ -67,8 +67,8 @@ def work(task: Row, note: Note) -> None:
     note("done")
 
 
-def _fewer(batches: Sequence[Tensor]) -> list[Tensor]:
-    return list(torch.cat(list(batches))[::FEW].split(CHUNK // FEW))
+def _fewer(batches: Sequence[Tensor], every: int) -> list[Tensor]:
+    return list(torch.cat(list(batches))[::every].split(CHUNK // every))
 
 
 def change(pair: Pair, aligned: nn.Module) -> float:

@@ -79,6 +79,11 @@ SECTIONS: tuple[Section, ...] = (
         lambda r: accuracies(r, "few", "per_task", ("ensemble", PLAIN, "MuDSC zip", *REFITS)),
     ),
     (
+        "Refitting with fewest images: accuracy per task",
+        "As above, with 50 images, 5 of each class (7 windows of text).",
+        lambda r: accuracies(r, "fewest", "per_task", ("ensemble", PLAIN, "MuDSC zip", *REFITS)),
+    ),
+    (
         "Refitting on data of each parent's own: accuracy per task",
         "The same inputs, but it is known which task each is of, and half of what is learnt is what the parent of that "
         "task gives.",
@@ -107,6 +112,7 @@ SECTIONS: tuple[Section, ...] = (
         lambda r: (
             over_controls(r, "per_task", DEFAULTS, ("MuDSC zip", *REFITS[:-1]))
             + over_controls(r, "per_task", DEFAULTS, ("MuDSC zip", *REFITS[:-1]), "few")
+            + over_controls(r, "per_task", DEFAULTS, ("MuDSC zip", *REFITS[:-1]), "fewest")
             + over_controls(r, "per_task", OWN_DATA, APART[:-1])
             + over_controls(r, "per_task", STANDARDIZED, STANDARD[:-1])
         ),

@@ -190,7 +190,7 @@ def over_controls(
         if gaps:
             lines.append(
                 {
-                    "control": control + (", few images" if setting == "few" else ""),
+                    "control": control + ("" if setting == "disjoint" else f", {setting} images"),
                     "networks": len(gaps),
                     "mean": f"{statistics.fmean(gaps):+.1f}",
                     "least": f"{min(gaps):+.1f}",

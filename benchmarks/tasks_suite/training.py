@@ -19,7 +19,12 @@ from tasks_suite.suite import NETWORKS, PROBLEMS, Entry
 Parent = tuple[str, Part, int]
 """A network, what it is trained on, and the seed of its initialisation and of its batches."""
 
-SETTINGS: dict[str, tuple[Part, Part]] = {"disjoint": ("a", "b"), "same": ("both", "both"), "few": ("a", "b")}
+SETTINGS: dict[str, tuple[Part, Part]] = {
+    "disjoint": ("a", "b"),
+    "same": ("both", "both"),
+    "few": ("a", "b"),
+    "fewest": ("a", "b"),
+}
 """What the two parents of a pair are trained on."""
 
 

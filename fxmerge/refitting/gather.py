@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fxmerge.errors import NonFiniteError
 from fxmerge.refitting.forms import bind
 from fxmerge.refitting.layers import Layer, Use
-from fxmerge.refitting.moments import FOLDS, Moments, fit
+from fxmerge.refitting.moments import Moments, fit
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.sums import Summand
 
@@ -78,7 +78,7 @@ class LayerFit:
         self.coefficients = [layer.read(teacher.state) for teacher in teachers]
         self.members = [layer.read(teacher.members, missing=1.0) for teacher in teachers]
         groups, features, outputs = self.centre.shape
-        self.folds = [Moments.none(groups, features, outputs, self.centre.device) for _ in range(FOLDS)]
+        self.folds = Moments.folds(groups, features, outputs, self.centre.device)
         self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // (batches * len(layer.uses)) + 1
         self.batches = batches
         self.seen: Counter[Shares] = Counter()
@@ -106,9 +106,10 @@ class LayerFit:
                 y = y + use.outputs(summand.placed(self._off(summand.node, values, taught, shares)), mine, chosen)
             # The rows of one batch may be of the same inputs, and then tell little of each other's folds; inputs of one
             # task tell little of those of another.
-            apart = [(x, y)] if self.batches > 1 else zip(x.chunk(FOLDS, 1), y.chunk(FOLDS, 1), strict=True)
+            count = len(self.folds)
+            apart = [(x, y)] if self.batches > 1 else zip(x.chunk(count, 1), y.chunk(count, 1), strict=True)
             for fold, part in enumerate(apart, start=self.seen[shares]):
-                self.folds[fold % FOLDS].add(*part, self.centre.to(x), weight)
+                self.folds[fold % count].add(*part, self.centre.to(x), weight)
         self.seen[shares] += 1
 
     def targets(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:

@@ -13,8 +13,10 @@ RIDGES = tuple(10.0**power for power in range(1, -6, -1))
 """The strengths to choose from, relative to the mean square of a feature, strongest first. Below them, rounding in
 the moments would count."""
 
-FOLDS = 2
-
+FOLDS, LEAST_FOLDS = 5, 2
+FOLD_MEMORY = 2**28
+"""Into how many parts the data go of which each is predicted from the others: fewer where their moments would take
+more bytes than this, but no less than two."""
 
 MARGIN, NEGLIGIBLE = 0.01, 1e-10
 """A stronger ridge is preferred if its error is greater by no more than this share, and this share of the targets."""
@@ -37,6 +39,13 @@ class Moments:
     residuals: float = 0.0
     targets: float = 0.0
     rows: int = 0
+
+    @classmethod
+    def folds(cls, groups: int, features: int, outputs: int, device: torch.device) -> list[Moments]:
+        """One for each part of the data, still empty."""
+        size = groups * features * (features + outputs) * torch.float64.itemsize
+        count = min(max(FOLD_MEMORY // max(size, 1), LEAST_FOLDS), FOLDS)
+        return [cls.none(groups, features, outputs, device) for _ in range(count)]
 
     @classmethod
     def none(cls, groups: int, features: int, outputs: int, device: torch.device) -> Moments:

@@ -19,7 +19,7 @@ from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher, Valu
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers, operand
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.repair import Repair
-from fxmerge.refitting.rivals import Refitted, Report, Rivals, asked, held_out
+from fxmerge.refitting.rivals import Refitted, Report, Rivals, asked, mean_of
 from fxmerge.refitting.schedule import Step, stages_of, walk
 from fxmerge.refitting.sums import Summand, summand_of
 from fxmerge.rewriting.calibrate import statistics_nodes
@@ -144,7 +144,7 @@ def refit(
                 one.settle(state)
             merged.use(state)
         bar.close()
-    found = Refitted(state, told, left, error=held_out(told, last))
+    found = Refitted(state, told, left, error=mean_of(told, last, "held_out"))
     return found if rivals is None else rivals.choose(found)
 
 

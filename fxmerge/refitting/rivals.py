@@ -24,8 +24,10 @@ Report = dict[str, dict[str, float]]
 
 MARGIN = 0.25
 """By what share the error of a parent with its last layers refitted must be below that of the merged network for it to
-be preferred. A parent makes no error in what it says itself, and all of it in what the others say, so that of two
-networks with equal errors the merged one serves the tasks better."""
+be preferred, where the parents say different things. A parent makes no error in what it says itself, and all of it in
+what the others say, so that of two networks with equal errors the merged one serves the tasks better. The more the
+parents say the same, the less that matters: the margin is in proportion to what a parent as it is misses of the mean
+of all."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,20 @@ class Rivals:
         """The merged network, unless a parent has a clearly smaller error."""
         if not self.last:
             return merged
-        errors = {None: merged.error} | {j: held_out(told, self.last) for j, told in self.told.items()}
+        errors = {None: merged.error} | {j: mean_of(told, self.last, "held_out") for j, told in self.told.items()}
         best = min(errors, key=lambda j: errors[j])
-        if best is None or errors[None] - errors[best] <= MARGIN * errors[None] + NEGLIGIBLE:
+        if best is None:
+            return replace(merged, errors=errors)
+        margin = MARGIN * min(mean_of(self.told[best], self.last, "before"), 1.0)
+        if errors[None] - errors[best] <= margin * errors[None] + NEGLIGIBLE:
             return replace(merged, errors=errors)
         return Refitted(self.states[best], self.told[best], {}, best, errors, merged.error)
 
 
-def held_out(told: Report, last: Sequence[Layer]) -> float:
-    """The mean error of the last layers, on rows apart from those of the fit; NaN unless all were fitted."""
-    errors = [told.get(layer.name, {}).get("held_out", math.nan) for layer in last]
-    return sum(errors) / len(errors) if errors else math.nan
+def mean_of(told: Report, last: Sequence[Layer], number: str) -> float:
+    """The mean of a number over the last layers; NaN unless all were fitted."""
+    found = [told.get(layer.name, {}).get(number, math.nan) for layer in last]
+    return sum(found) / len(found) if found else math.nan
 
 
 def used_after(program: Program, layers: Layers, last: Sequence[Layer]) -> bool:
