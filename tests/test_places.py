@@ -60,7 +60,9 @@ def test_layers_learn_their_parents_outputs_in_merged_units(
         assert known == (layer.name not in unknown)
         if known:
             by_outputs, by_coefficients = (
-                LayerFit(layer, attempt.state, teachers, {}, shown, 1, 0).targets(use, taught, (0.3, 0.7), None)
+                LayerFit(layer, attempt.state, teachers, {}, shown, {(0.3, 0.7): 1}, 0).targets(
+                    use, taught, (0.3, 0.7), None
+                )
                 for shown in ({use}, set[Use]())
             )
             alike = torch.allclose(by_outputs, by_coefficients, atol=1e-5)

@@ -344,3 +344,10 @@ def test_a_method_that_leaves_a_last_layer_is_not_taken() -> None:
     assert "no layer after it" in zipped["left"]["tokens.weight"]
     assert either["method"] == "align"
     assert math.isnan(either["method_errors"]["zip"])
+
+
+def test_one_batch_of_each_models_own_data_is_enough_to_choose_a_ridge() -> None:
+    apart = [[torch.randn(400, 1, 8, 8, generator=torch.Generator().manual_seed(k))] for k in range(2)]
+    _, *later = merge(mlp(0), mlp(1), loaders=apart).meta["fxmerge"]["layers"].values()
+    assert len(later) == 2
+    assert all(told["ridge"] < 1 and told["after"] < 0.9 * told["before"] for told in later)

@@ -58,7 +58,7 @@ class LayerFit:
         teachers: the parents.
         summands: what the outputs of some uses are added to.
         shown: the uses that learn from the teachers' outputs; others do from their coefficients, for chosen rows only.
-        batches: how many there will be.
+        alike: how many batches there will be, by the shares of the parents in their targets.
         seed: seed of the choice of rows.
     """
 
@@ -69,7 +69,7 @@ class LayerFit:
         teachers: Sequence[Teacher],
         summands: Mapping[Use, Summand],
         shown: Collection[Use],
-        batches: int,
+        alike: Mapping[Shares, int],
         seed: int,
     ) -> None:
         self.began = time.perf_counter()
@@ -79,8 +79,8 @@ class LayerFit:
         self.members = [layer.read(teacher.members, missing=1.0) for teacher in teachers]
         groups, features, outputs = self.centre.shape
         self.folds = Moments.folds(groups, features, outputs, self.centre.device)
-        self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // (batches * len(layer.uses)) + 1
-        self.batches = batches
+        self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // (sum(alike.values()) * len(layer.uses)) + 1
+        self.alike = alike
         self.seen: Counter[Shares] = Counter()
         self.parts: dict[tuple[int, Shares], Tensor] = {}
         self.generator = torch.Generator().manual_seed(seed)
@@ -107,7 +107,7 @@ class LayerFit:
             # The rows of one batch may be of the same inputs, and then tell little of each other's folds; inputs of one
             # task tell little of those of another.
             count = len(self.folds)
-            apart = [(x, y)] if self.batches > 1 else zip(x.chunk(count, 1), y.chunk(count, 1), strict=True)
+            apart = [(x, y)] if self.alike[shares] > 1 else zip(x.chunk(count, 1), y.chunk(count, 1), strict=True)
             for fold, part in enumerate(apart, start=self.seen[shares]):
                 self.folds[fold % count].add(*part, self.centre.to(x), weight)
         self.seen[shares] += 1

@@ -114,18 +114,17 @@ def refit(
     with Boundaries(max_memory * 2**30) as kept:
         course = _Course(kept, merged, lanes, lessons)
         rivals = Rivals(program, layers, last, chosen, parents, teachers, list(course.alike)) if or_parent else None
-        count = len(course.data)
-        bar = tqdm(total=len(stages) * count, desc="refitting", leave=False, disable=disable)
+        bar = tqdm(total=len(stages) * len(course.data), desc="refitting", leave=False, disable=disable)
         for stage in stages:
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
             for again in reversed(range(ROUNDS if stage.circular else 1)):
                 fits: Sequence[LayerFit | Repair] = [
                     Repair(layer, state, teachers)
                     if repair
-                    else LayerFit(layer, state, teachers, stage.summands, stage.shown, count, seed)
+                    else LayerFit(layer, state, teachers, stage.summands, stage.shown, course.alike, seed)
                     for layer in stage.layers
                 ]
-                theirs = rivals.enter(stage.layers, count, seed) if rivals and not again else {}
+                theirs = rivals.enter(stage.layers, course.alike, seed) if rivals and not again else {}
                 for values, taught, shares, weight in course.batches(stage, onward=not again):
                     for fit in fits:
                         fit.add(values, taught, shares, weight)

@@ -87,11 +87,11 @@ class Rivals:
         self.states = {j: dict(own) for j, own in enumerate(parents) if all(j in asked(each) for each in shares)}
         self.told: dict[int, Report] = {j: {} for j in self.states}
 
-    def enter(self, layers: Sequence[Layer], batches: int, seed: int) -> dict[int, list[LayerFit]]:
+    def enter(self, layers: Sequence[Layer], alike: Mapping[Shares, int], seed: int) -> dict[int, list[LayerFit]]:
         """The fits of some layers, by the parent."""
         due = [layer for layer in layers if layer in self.last]
         return {
-            j: [LayerFit(layer, own, self.teachers, {}, (), batches, seed) for layer in due]
+            j: [LayerFit(layer, own, self.teachers, {}, (), alike, seed) for layer in due]
             for j, own in self.states.items()
         }
 
