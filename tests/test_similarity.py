@@ -7,11 +7,15 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.capture import capture_program
+from fxmerge.matching.assignment import descendants, propose
+from fxmerge.matching.mix import Mix
+from fxmerge.matching.search import Problem, floats
 from fxmerge.run import Data, batch_inputs
 from fxmerge.similarity import weights
 from fxmerge.similarity.activations import MAX_ROWS, _consumed, find_taps, similarities
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
+from tests.architectures import CASES
 
 
 def analysed(model: nn.Module, x: Tensor) -> tuple[Propagation, Symmetry]:
@@ -178,6 +182,36 @@ def test_weight_similarity_is_the_scaled_inner_product_of_slices() -> None:
         + 5 * a["2.weight"].T @ b["2.weight"]
     )
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_similarities_found_from_what_changed_are_those_found_anew(name: str) -> None:
+    """Random moves of random classes, of few units or of all, with room for all, some or none; at first only some
+    slices count."""
+    torch.manual_seed(0)
+    model, args = CASES[name]()
+    symmetry = fxmerge.find_symmetry(model, args)
+    state = {n: t.double() for n, t in floats(symmetry, model.state_dict()).items()}
+    a, b = ({n: torch.randn_like(t) for n, t in state.items()} for _ in range(2))
+    scales = {n: 1.0 + k for k, n in enumerate(a)}
+    where = weights.slices(symmetry)
+    problem = Problem(symmetry, a, b, {}, Mix.of(1.0, {}), symmetry.identity().images, scales, where)
+    kept = [weights.Similarities(a, scales, room) for room in (weights.ROOM, 10_000, 0)]
+    roots = [n for n, c in enumerate(symmetry.units) if not c.parents]
+    rng = np.random.default_rng(0)
+    for step in range(12):
+        root, still = int(rng.choice(roots)), rng.choice([0.0, 2.0])
+        tree = [n for n in descendants(symmetry, root) if n in symmetry.choices]
+        sizes = {n: symmetry.units[n].size for n in tree}
+        scores = {n: rng.normal(size=(k, k)) + still * np.eye(k) for n, k in sizes.items()}
+        problem.take(propose(symmetry, root, scores))
+        for number, slices in where.items():
+            usable = [s for s in slices if step > 5 or rng.random() < 0.5]
+            if usable and rng.random() < 0.7:
+                expected = weights.similarity(a, problem.b, usable, scales)
+                for found in kept:
+                    got = found.of(number, problem.b, usable, problem.images[number])
+                    torch.testing.assert_close(got, expected)
 
 
 def test_slices_of_grouped_weights_take_the_rows_of_their_group() -> None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from fxmerge.matching.assignment import Scores, descendants, propose
 from fxmerge.matching.mix import Mix
 from fxmerge.similarity import weights
-from fxmerge.similarity.weights import Slices
+from fxmerge.similarity.weights import Similarities, Slices
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.permutation import Permutation, move_axis
 from fxmerge.symmetry.units import Ids
@@ -74,8 +74,10 @@ class Problem:
     scales: Mapping[str, float]
     slices: Mapping[int, list[Slices]]
     value: dict[str, float] = field(init=False)
+    similarities: Similarities = field(init=False)
 
     def __post_init__(self) -> None:
+        self.similarities = Similarities(self.a, self.scales)
         self.value = {n: self._match(n, self.b) for n in self.scales}
 
     def _match(self, name: str, b: Mapping[str, Tensor]) -> float:
@@ -102,7 +104,8 @@ class Problem:
         size = self.symmetry.units[number].size
         total = np.zeros((size, size))
         if by_weights > 0 and usable:
-            total += by_weights * weights.similarity(self.a, self.b, usable, self.scales).double().cpu().numpy()
+            similarity = self.similarities.of(number, self.b, usable, self.images[number])
+            total += by_weights * similarity.double().cpu().numpy()
         if shown > 0:
             placed = self.correlation[number][:, np.argsort(self.images[number])]
             total += shown * self.weight(number) * placed.double().cpu().numpy()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +14,11 @@ from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.permutation import AxisLayout
 from fxmerge.symmetry.units import Ids
 
+ROOM = 2**30
+"""Bytes of similarities, and of the parameters that they are of, which a search keeps."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Slices:
     """Where the parameter slices of a class's units lie on one axis: `slots` has shape (units, slices per unit)."""
 
@@ -38,7 +42,14 @@ class Slices:
         """The slices of every unit, shape (units, entries)."""
         rest = [d for d in range(tensor.ndim) if d not in self.axis.dims]
         flat = tensor.permute(*self.axis.dims, *rest).reshape(self.axis.slot.size, -1)
+        if self._in_order:
+            return flat.reshape(len(self.slots), -1)
         return flat[self.positions.to(tensor.device)].reshape(len(self.slots), -1)
+
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether the slices of all units lie one after the other, so that none has to be gathered."""
+        return torch.equal(self.positions.reshape(-1), torch.arange(self.axis.slot.size))
 
     @property
     def entries(self) -> int:
@@ -86,3 +97,70 @@ def similarity(
     if total is None:
         raise ValueError("a class without parameter slices has no weight similarity")
     return total
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The similarity of a class by some slices, when the units of b were in the places `image`."""
+
+    total: Tensor
+    where: list[Slices]
+    b: Mapping[str, Tensor]
+    image: Ids
+
+    @property
+    def bytes(self) -> int:
+        return self.total.nbytes + sum(tensor.nbytes for tensor in self.b.values())
+
+
+class Similarities:
+    """`similarity` for a search that asks for the same classes again while it permutes b.
+
+    From one visit of a class to the next, other classes move few of their units, and an inner product changes by the
+    terms of those alone. So what a class was found from is kept, of as many classes as there is room for.
+
+    Arguments:
+        a: parameters of the model that stays.
+        scales: how much an inner product counts, for every parameter.
+        room: how much is kept, in bytes.
+    """
+
+    def __init__(self, a: Mapping[str, Tensor], scales: Mapping[str, float], room: int = ROOM) -> None:
+        self._a, self._scales, self._room = a, scales, room
+        self._seen: dict[int, _Seen] = {}
+
+    def of(self, number: int, b: Mapping[str, Tensor], where: list[Slices], image: Ids) -> Tensor:
+        """The similarity of one class, shape (units of a, places in b).
+
+        Arguments:
+            number: of the class.
+            b: the permuted parameters, which must not change in place.
+            where: the slices of its units that count, at least one.
+            image: for every unit of the class, its place in b.
+        """
+        last = self._seen.pop(number, None)
+        if last is None or not set(last.where) <= set(where):
+            total = similarity(self._a, b, where, self._scales)
+        else:
+            came = torch.from_numpy(last.image[np.argsort(image)]).to(last.total.device)
+            total = last.total[:, came]
+            for s in last.where:
+                if b[s.axis.parameter] is not last.b[s.axis.parameter]:
+                    self._update(total, s, s.of(last.b[s.axis.parameter])[came], s.of(b[s.axis.parameter]))
+            fresh = [s for s in where if s not in set(last.where)]
+            if fresh:
+                total += similarity(self._a, b, fresh, self._scales)
+        self._keep(number, _Seen(total, where, {s.axis.parameter: b[s.axis.parameter] for s in where}, image))
+        return total
+
+    def _update(self, total: Tensor, s: Slices, before: Tensor, after: Tensor) -> None:
+        # As bytes, because any() takes several times as long.
+        terms = (before != after).view(torch.uint8).amax(0).nonzero().squeeze(1)
+        if len(terms):
+            change = after[:, terms] - before[:, terms]
+            total += s.of(self._a[s.axis.parameter])[:, terms] @ change.T * self._scales[s.axis.parameter]
+
+    def _keep(self, number: int, seen: _Seen) -> None:
+        self._seen[number] = seen
+        while sum(s.bytes for s in self._seen.values()) > self._room:
+            del self._seen[next(iter(self._seen))]
