@@ -2,9 +2,9 @@
 
 For two models: pairs of like units in noise ("twins"), units that have nothing in common ("random"), and hidden units
 of two networks that were trained on scikit-learn's digits ("trained"). The published code searches the whole matrix of
-similarities for every merge; `tests/published_zip.py` does the same in numpy, and both must give the same merged units,
+similarities for every merge; `tests/published_zip.py` takes the same steps, and both must give the same merged units,
 entry for entry. With a clone of https://github.com/gstoica27/ZipIt, its own function runs beside them, in the same
-precision; it copies the matrix several times for every merge, which the transcription does not.
+precision.
 
     python benchmarks/zipping.py [--short] [--published CLONE]
 
@@ -69,12 +69,15 @@ def trained(seed: int, units: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     return hidden(x).detach().double().T.numpy()
 
 
+CODE = "matching_functions.py"
+"""Where the zip is in the repository of ZipIt!"""
+
 Published = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def published(clone: Path) -> Published:
     """The zip of ZipIt!, from a clone of its repository."""
-    spec = importlib.util.spec_from_file_location("matching_functions", clone / "matching_functions.py")
+    spec = importlib.util.spec_from_file_location("matching_functions", clone / CODE)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -124,6 +127,8 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="only 512 and 2048 units, with the default options")
     parser.add_argument("--published", type=Path, metavar="CLONE", help="a clone of the repository of ZipIt!")
     options = parser.parse_args()
+    if options.published and not (options.published / CODE).is_file():
+        parser.error(f"{options.published} has no {CODE}: give the folder of a clone of github.com/gstoica27/ZipIt")
     beside = published(options.published) if options.published else None
     torch.set_num_threads(1)
     rows = []
