@@ -123,6 +123,20 @@ class Program:
             return kind, name
         return ("parameter", self.aliases[name]) if name in self.aliases else ("constant", name)
 
+    @cached_property
+    def derived(self) -> frozenset[fx.Node]:
+        """The nodes that depend on parameters and constants alone."""
+        found: set[fx.Node] = set()
+        for node in self.graph.graph.nodes:
+            if node.op == "placeholder":
+                given = self.sources[node][0] != "input"
+            else:
+                random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+                given = node.op != "output" and not random and found.issuperset(node.all_input_nodes)
+            if given:
+                found.add(node)
+        return frozenset(found)
+
     def outputs(self, node: fx.Node) -> Iterator[fx.Node]:
         """The nodes that the user sees as outputs."""
         for arg, seen in zip(node.args[0], self.aten.outputs, strict=True):  # type: ignore[arg-type]

@@ -52,7 +52,7 @@ def test_how_much_nearer_a_parent_must_be_depends_on_how_far_parents_disagree(
     states = [mlp(k).state_dict() for k in range(2)]
     last = last_layers(program, layers)
     teachers = [Teacher(own, {}) for own in states]
-    rivals = Rivals(program, layers, last, layers.all, states, teachers, [(0.5, 0.5)])
+    rivals = Rivals(program, last, layers.all, states, teachers, [(0.5, 0.5)])
     (name,) = (layer.name for layer in last)
     rivals.told = {j: {name: {"before": disagreement, "held_out": error}} for j, error in enumerate((0.95, 1.5))}
     assert rivals.choose(Refitted({}, {}, {}, error=1.0)).parent == parent

@@ -101,6 +101,24 @@ def test_activations_are_taken_where_a_contraction_consumes_them() -> None:
     assert tap.order[1].tolist() == list(range(16, 32))
 
 
+class Written(nn.Module):
+    """Two linear layers that are written out, with weights that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.randn(3, 8))
+        self.norm = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.first.t()).relu() @ (self.second * self.norm).t()
+
+
+def test_weights_are_no_activations() -> None:
+    found, symmetry = analysed(Written(), torch.randn(4, 5))
+    (tap,) = find_taps(found, symmetry)
+    assert tap.node == "relu"
+
+
 class Biased(nn.Module):
     """Attention whose mask is computed, and a product to which an activation is added."""
 
@@ -117,7 +135,7 @@ class Biased(nn.Module):
 
 def test_what_is_only_added_is_not_consumed() -> None:
     program = capture_program(Biased().eval(), (torch.randn(2, 4, 4),))
-    consumed = {node.name for node in _consumed(program.graph.graph)}
+    consumed = {node.name for node in _consumed(program)}
     added = {n.name for n in program.graph.graph.nodes if "tanh" in n.name}
     assert len(added) == 2
     assert added.isdisjoint(consumed)

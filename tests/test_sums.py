@@ -25,7 +25,7 @@ def found(model: nn.Module, x: Tensor) -> Summand | None:
     program = capture_program(model, (x,))
     layers = find_layers(program)
     (layer,) = layers.all
-    return summand_of(layer.uses[0].node, learnt(program, layers.derived))
+    return summand_of(layer.uses[0].node, learnt(program))
 
 
 @pytest.mark.parametrize(

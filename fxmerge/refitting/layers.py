@@ -151,12 +151,10 @@ class Layers:
     Attributes:
         all: the layers.
         left: for parameters that some op multiplies with data and that are in no layer, the reason.
-        derived: the nodes that depend on parameters and constants alone.
     """
 
     all: tuple[Layer, ...]
     left: Mapping[str, str]
-    derived: frozenset[fx.Node]
 
 
 def find_layers(program: Program) -> Layers:
@@ -168,7 +166,7 @@ def find_layers(program: Program) -> Layers:
     """
     finder = _Finder(program)
     for node in program.graph.graph.nodes:
-        if node.op != "placeholder" and node not in finder.derived:
+        if node.op != "placeholder" and node not in program.derived:
             finder.visit(node)
     return finder.finish()
 
@@ -179,28 +177,16 @@ class _Finder:
     def __init__(self, program: Program) -> None:
         self.numbers = {name: i for i, name in enumerate(program.parameters)}
         self.names = list(program.parameters)
-        self.derived: set[fx.Node] = set()
         self.read_from: dict[fx.Node, frozenset[str]] = {}
         self.products: list[tuple[Use, Tensor]] = []
         self.elsewhere: dict[str, str] = {}
         self.shapes = {name: p.shape for name, p in program.parameters.items()}
-        self.sources = program.sources
         self.program = program
         for node in program.graph.graph.nodes:
-            if self._is_derived(node):
-                self.derived.add(node)
+            if node in program.derived:
                 own = program.sources.get(node, ("", ""))
                 above = frozenset({own[1]} if own[0] == "parameter" else ())
                 self.read_from[node] = above.union(*(self.read_from[n] for n in node.all_input_nodes))
-
-    def _is_derived(self, node: fx.Node) -> bool:
-        if node.op == "placeholder":
-            return self.sources[node][0] != "input"
-        if node.op == "output":
-            return False
-        return self.derived.issuperset(node.all_input_nodes) and torch.Tag.nondeterministic_seeded not in getattr(
-            node.target, "tags", ()
-        )
 
     def visit(self, node: fx.Node) -> None:
         """Notes what a node does with parameters."""
@@ -211,7 +197,7 @@ class _Finder:
             self.products.append((use, codes))
         why = found if isinstance(found, str) else f"also used by {node.target} at graph node {node.name!r}"
         for other in node.all_input_nodes:
-            if other in self.derived and other not in claimed:
+            if other in self.program.derived and other not in claimed:
                 for name in self.read_from[other]:
                     self.elsewhere.setdefault(name, why)
 
@@ -236,7 +222,7 @@ class _Finder:
             left.update(dict.fromkeys(shared, "its entries are used in several ways"))
             if left.keys().isdisjoint(layer.parameters):
                 kept.append(layer)
-        return Layers(tuple(kept), left, frozenset(self.derived))
+        return Layers(tuple(kept), left)
 
     def _layer(self, uses: tuple[Use, ...], codes: Tensor) -> Layer:
         numbers = torch.unique(codes // _ROOM).tolist()
@@ -251,9 +237,9 @@ class _Finder:
             return None
         arguments = bind(node)
         nodes = [operand(arguments, name) for name in form.operands]
-        if not all(isinstance(n, fx.Node) for n in nodes) or sum(n in self.derived for n in nodes) != 1:
+        if not all(isinstance(n, fx.Node) for n in nodes) or sum(n in self.program.derived for n in nodes) != 1:
             return None
-        at = 0 if nodes[0] in self.derived else 1
+        at = 0 if nodes[0] in self.program.derived else 1
         weight = nodes[at]
         if not self.read_from[weight]:
             return None
@@ -285,7 +271,7 @@ class _Finder:
         return use, codes, claimed
 
     def _bias(self, form: Form, bias: Any, kinds: Kinds, shown: dict[str, Any], sizes: list[int]) -> Tensor | None:
-        if not isinstance(bias, fx.Node) or bias not in self.derived or not self.read_from[bias]:
+        if not isinstance(bias, fx.Node) or bias not in self.program.derived or not self.read_from[bias]:
             return None
         assert form.bias is not None
         codes = self._codes(bias)
@@ -305,7 +291,7 @@ class _Finder:
         random: dict[fx.Node, Any] = {}
         entries = {}
         for n in self._leading_to(node):
-            kind, name = self.sources.get(n, ("", ""))
+            kind, name = self.program.sources.get(n, ("", ""))
             if kind == "parameter":
                 shape = self.shapes[name]
                 entries[name] = torch.randn(shape.numel(), generator=generator, dtype=torch.float64)

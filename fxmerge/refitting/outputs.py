@@ -40,7 +40,7 @@ def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data:
     layers = find_layers(program)
     last = last_layers(program, layers)
     fixed = [layer.name for layer in last if not all(use.biased for use in layer.uses)]
-    if not last or fixed or used_after(program, layers, last):
+    if not last or fixed or used_after(program, last):
         why = (
             f"{fixed[0]!r} has no bias that could shift its outputs"
             if fixed

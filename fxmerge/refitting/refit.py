@@ -107,13 +107,13 @@ def refit(
         else:
             chosen.append(layer)
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
-    state, stages = dict(start), _plan(program, layers, chosen, towards_sums, places)
+    state, stages = dict(start), _plan(program, chosen, towards_sums, places)
     told: Report = {}
-    merged, *lanes = (_Lane(program, own, layers.derived) for own in (state, *parents))
+    merged, *lanes = (_Lane(program, own) for own in (state, *parents))
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
         course = _Course(kept, merged, lanes, lessons)
-        rivals = Rivals(program, layers, last, chosen, parents, teachers, list(course.alike)) if or_parent else None
+        rivals = Rivals(program, last, chosen, parents, teachers, list(course.alike)) if or_parent else None
         bar = tqdm(total=len(stages) * len(course.data), desc="refitting", leave=False, disable=disable)
         for stage in stages:
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
@@ -198,13 +198,12 @@ class _Stage:
 
 def _plan(
     program: Program,
-    layers: Layers,
     chosen: Sequence[Layer],
     towards_sums: Collection[Layer],
     places: Sequence[Places],
 ) -> list[_Stage]:
     """The stages of a refit of some layers, of which some learn what the sums are to be that their outputs go into."""
-    graph, derived = program.graph.graph, layers.derived
+    graph, derived = program.graph.graph, program.derived
     normal = list(statistics_nodes(program).items())
     sets = [[use.node for use in layer.uses] for layer in chosen] + [nodes for _, nodes in normal]
     due, final = stages_of(graph, sets, derived)
@@ -213,7 +212,7 @@ def _plan(
     read = [_read(numbers, sets, derived) for numbers in due]
     taught = [_read([i for i in numbers if i < len(chosen)], sets, derived) for numbers in due]
     circular = [any(final[n] > stage for n in nodes) for stage, nodes in enumerate(taught)]
-    dependent = learnt(program, derived)
+    dependent = learnt(program)
     summands: list[dict[Use, Summand]] = [{} for _ in due]
     shown: list[set[Use]] = [set() for _ in due]
     for stage, layer in ((stage, layer) for stage, fitted in enumerate(own) for layer in fitted):
@@ -231,13 +230,13 @@ def _plan(
     return [_Stage(*each) for each in zip(own, summands, shown, statistics, circular, *ways, strict=True)]
 
 
-def learnt(program: Program, derived: Collection[fx.Node]) -> set[fx.Node]:
+def learnt(program: Program) -> set[fx.Node]:
     """The activations that depend on parameters."""
     of_parameters: set[fx.Node] = set()
     for node in program.graph.graph.nodes:
         if program.sources.get(node, ("", ""))[0] == "parameter" or not of_parameters.isdisjoint(node.all_input_nodes):
             of_parameters.add(node)
-    return of_parameters - set(derived)
+    return of_parameters - program.derived
 
 
 def _apart(use: Use, places: Places) -> bool:
@@ -293,9 +292,9 @@ class _Course:
 class _Lane(Runner):
     """One network on its way through the stages."""
 
-    def __init__(self, program: Program, state: Mapping[str, Tensor], derived: frozenset[fx.Node]) -> None:
+    def __init__(self, program: Program, state: Mapping[str, Tensor]) -> None:
         super().__init__(program)
-        self.derived = [n for n in program.graph.graph.nodes if n in derived]
+        self.derived = [n for n in program.graph.graph.nodes if n in program.derived]
         self.known: dict[fx.Node, Any] = {}
         self.use(state)
 

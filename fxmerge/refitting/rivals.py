@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxmerge.program import Program
 from fxmerge.refitting.gather import LayerFit, Shares, Teacher
-from fxmerge.refitting.layers import Layer, Layers
+from fxmerge.refitting.layers import Layer
 from fxmerge.refitting.moments import NEGLIGIBLE
 
 Report = dict[str, dict[str, float]]
@@ -70,7 +70,6 @@ class Rivals:
     def __init__(
         self,
         program: Program,
-        layers: Layers,
         last: Sequence[Layer],
         chosen: Sequence[Layer],
         parents: Sequence[Mapping[str, Tensor]],
@@ -82,7 +81,7 @@ class Rivals:
             for layer in last
             for parent, teacher in zip(parents, teachers, strict=True)
         )
-        comparable = alike and all(layer in chosen for layer in last) and not used_after(program, layers, last)
+        comparable = alike and all(layer in chosen for layer in last) and not used_after(program, last)
         self.last, self.teachers = last if comparable else (), teachers
         self.states = {j: dict(own) for j, own in enumerate(parents) if all(j in asked(each) for each in shares)}
         self.told: dict[int, Report] = {j: {} for j in self.states}
@@ -121,14 +120,14 @@ def mean_of(told: Report, last: Sequence[Layer], number: str) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
-def used_after(program: Program, layers: Layers, last: Sequence[Layer]) -> bool:
+def used_after(program: Program, last: Sequence[Layer]) -> bool:
     """Whether a parameter is used after some layers."""
     nodes = {use.node for layer in last for use in layer.uses}
     held: set[fx.Node] = set()
     after: set[fx.Node] = set()
     for node in program.graph.graph.nodes:
         inputs = node.all_input_nodes
-        if node in layers.derived:
+        if node in program.derived:
             if program.sources.get(node, ("", ""))[0] == "parameter" or not held.isdisjoint(inputs):
                 held.add(node)
         elif any(n in after or n in nodes for n in inputs):

@@ -56,7 +56,7 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
     """All activations that carry a class's units where a contraction consumes them."""
     number, place = _places(found, symmetry)
     taps = []
-    for node in _consumed(found.program.graph.graph):
+    for node in _consumed(found.program):
         labels = found.labels.get(node.name)
         for column in labels.columns if labels is not None else ():
             dims = support(column)
@@ -132,10 +132,11 @@ def _slots(units: AxisUnits, axis: AxisLayout) -> tuple[Ids, Ids]:
     return raw[one], slot[one]
 
 
-def _consumed(graph: fx.Graph) -> list[fx.Node]:
-    """What contractions multiply, each once, in graph order."""
-    operands = {a for n in graph.nodes for a in rules.multiplied(n) if a.op == "call_function"}
-    return [n for n in graph.nodes if n in operands]
+def _consumed(program: Program) -> list[fx.Node]:
+    """The activations that contractions multiply, each once, in graph order."""
+    nodes = program.graph.graph.nodes
+    operands = {a for n in nodes for a in rules.multiplied(n) if a.op == "call_function"}
+    return [n for n in nodes if n in operands and n not in program.derived]
 
 
 class _Tapped(Runner):
