@@ -76,7 +76,7 @@ class LayerFit:
         self.layer, self.teachers, self.summands, self.shown = layer, teachers, summands, shown
         self.centre = layer.read(state)
         self.coefficients = [layer.read(teacher.state) for teacher in teachers]
-        self.members = [layer.read(teacher.members, missing=1.0) for teacher in teachers]
+        self.members = [layer.read(teacher.members, missing=1.0).to(self.centre) for teacher in teachers]
         groups, features, outputs = self.centre.shape
         self.folds = Moments.folds(groups, features, outputs, self.centre.device)
         self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // (sum(alike.values()) * len(layer.uses)) + 1

@@ -30,7 +30,7 @@ class Repair:
     def __init__(self, layer: Layer, state: Mapping[str, Tensor], teachers: Sequence[Teacher]) -> None:
         self.began = time.perf_counter()
         self.layer, self.centre = layer, layer.read(state)
-        members = [layer.read(teacher.members, missing=1.0) for teacher in teachers]
+        members = [layer.read(teacher.members, missing=1.0).to(self.centre) for teacher in teachers]
         own = [layer.read(teacher.state) for teacher in teachers]
         self.coefficients = [torch.where(m > 0, c / m, 0.0) for c, m in zip(own, members, strict=True)]
         self.known = [(m > 0).any(dim=1).double() for m in members]

@@ -1,0 +1,156 @@
+"""A second device for machines that have none: its tensors lie on the CPU and are computed there, but no op takes some
+of its tensors and some of the CPU's, as with a GPU.
+
+    python -m tests.accelerator CASE [CASE ...]
+
+merges models of some of the tests' architectures on the CPU and on this device, the first one in several ways, and
+prints as JSON on which devices the results are and how far the two are apart. It changes torch for its whole process,
+hence a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import fxmerge
+from tests.architectures import CASES
+
+NAME = "elsewhere"
+aten = torch.ops.aten
+
+HELD: dict[int, tuple[Tensor, Any]] = {}
+"""By storage, what a tensor of the device holds on the CPU, and the storage, so that no other gets its address."""
+
+INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+"""What takes indices from the CPU for tensors of any device."""
+
+
+def away(value: Any) -> bool:
+    """Whether something is a tensor of the device; one without values, that only says that it is there, is not."""
+    return isinstance(value, Tensor) and value.device.type == NAME and value.untyped_storage()._cdata in HELD
+
+
+def held(tensor: Tensor) -> Tensor:
+    return HELD[tensor.untyped_storage()._cdata][0]
+
+
+class OnDevice(Tensor):
+    """A tensor of the device."""
+
+    @staticmethod
+    def __new__(cls, value: Tensor) -> OnDevice:
+        made = torch._C._acc.create_empty_tensor(value.shape, value.dtype)
+        made.__class__ = cls
+        storage = made.untyped_storage()
+        HELD[storage._cdata] = value, storage
+        return made
+
+    def __init__(self, value: Tensor) -> None:
+        pass
+
+
+def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """An op on tensors of the device."""
+    if op is aten._copy_from.default:
+        source, target = args[:2]
+        (held(target) if away(target) else target).copy_(held(source) if away(source) else source)
+        return target
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    here = [x for x in flat if isinstance(x, Tensor) and x.device.type == "cpu" and x.ndim]
+    if here and op.overloadpacket not in INDEXED:
+        raise RuntimeError(f"{op} got tensors on the CPU, of shapes {[tuple(x.shape) for x in here]}")
+    inner = [held(x) if away(x) else torch.device("cpu") if isinstance(x, torch.device) else x for x in flat]
+    own_args, own_kwargs = pytree.tree_unflatten(inner, spec)
+    # Views of the device do not know strides.
+    result = own_args[0].reshape(own_args[1]) if op is aten.view.default else op(*own_args, **own_kwargs)
+    written = {id(value): x for value, x in zip(inner, flat, strict=True) if away(x)}
+
+    def given(x: Any) -> Any:
+        return written[id(x)] if id(x) in written else OnDevice(x) if isinstance(x, Tensor) else x
+
+    return pytree.tree_map(given, result)
+
+
+def set_up() -> list[torch.library.Library]:
+    """Makes the device known to torch, for as long as the result is kept."""
+    _setup_privateuseone_for_python_backend(NAME)
+    anything, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    anything.fallback(compute, "PrivateUse1")
+    own.impl("convolution_overrideable", partial(compute, aten.convolution.default), "PrivateUse1")
+    # What torch itself makes of these would write into tensors of another size, or ask for strides.
+    for key in ("CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional"):
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key(key):
+            packet, _, overload = name.removeprefix("aten::").partition(".")
+            op = getattr(getattr(aten, packet, None), overload or "default", None)
+            if name.startswith("aten::") and "_copy" not in packet and op is not None and not op._schema.is_mutable:
+                own.impl(name.removeprefix("aten::"), partial(compute, op), "PrivateUse1")
+    address, copied = Tensor.data_ptr, Tensor.__deepcopy__
+
+    def data_ptr(self: Tensor) -> int:
+        return held(self).data_ptr() if away(self) else address(self)
+
+    def deep_copy(self: Tensor, memo: dict[int, Any]) -> Tensor:
+        if away(self) and id(self) not in memo:
+            memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
+        return memo[id(self)] if away(self) else copied(self, memo)
+
+    Tensor.data_ptr, Tensor.__deepcopy__ = data_ptr, deep_copy  # type: ignore[method-assign]
+    return [anything, own]
+
+
+Merge = Callable[[Sequence[nn.Module], list[Tensor]], nn.Module]
+
+WAYS: dict[str, Merge] = {
+    "zip, refitted": lambda models, data: fxmerge.merge(*models[:2], data, or_parent=False),
+    "zip, without data": lambda models, data: fxmerge.merge(*models[:2], args=(data[0],)),
+    "align, averaged": lambda models, data: fxmerge.merge(
+        *models[:2], data, method="align", combine="average", alpha="auto"
+    ),
+    "align, repaired": lambda models, data: fxmerge.merge_many(models, data, method="align", combine="repair"),
+    "three, each on its own data": lambda models, data: fxmerge.merge_many(
+        models, loaders=[data, data[1:], data[2:]], outputs="standardized"
+    ),
+    "task vectors": lambda models, data: fxmerge.merge(
+        *models[:2], data, base=models[2], method="align", combine="average", task_vectors=fxmerge.Ties()
+    ),
+}
+
+
+def compare(name: str, way: str, data_there: bool = True) -> Mapping[str, Any]:
+    """Merges models of an architecture on both devices; where `data_there` is not set, the data stay on the CPU."""
+    torch.manual_seed(0)
+    models, size = [], ()
+    for _ in range(3):
+        model, (example,) = CASES[name]()
+        models.append(model.double().eval())
+        size = example.shape[1:]
+    data = [torch.randn(8, *size, dtype=torch.float64) for _ in range(4)]
+    there = [deepcopy(model).to(NAME) for model in models]
+    expected = WAYS[way](models, data).state_dict()
+    found = WAYS[way](there, [x.to(NAME) for x in data] if data_there else data).state_dict()
+    apart = [float((found[n].cpu() - x).abs().max() / x.abs().max().clamp(min=1)) for n, x in expected.items()]
+    return {"case": name, "way": way, "devices": sorted({x.device.type for x in found.values()}), "apart": max(apart)}
+
+
+def main() -> int:
+    kept = set_up()
+    warnings.simplefilter("ignore")
+    results = [compare(name, "zip, refitted", data_there=False) for name in sys.argv[1:]]
+    results += [compare(sys.argv[1], way) for way in WAYS]
+    sys.stdout.write(json.dumps(results))
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

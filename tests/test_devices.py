@@ -1,0 +1,29 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+CASES = [
+    "conv, BatchNorm, flatten",
+    "residual CNN, projection shortcut",
+    "transposed convolutions",
+    "GroupNorm",
+    "ConvNeXt block",
+    "encoder layer, pre-norm",
+    "grouped queries",
+    "experts by bmm",
+    "SwiGLU, packed",
+]
+"""Architectures of which torch makes much the same graph for either device; it takes some other ops apart for a device
+that it does not know."""
+
+
+def test_models_on_another_device_are_merged_there_as_on_the_cpu() -> None:
+    run = subprocess.run([sys.executable, "-m", "tests.accelerator", *CASES], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    results = json.loads(run.stdout.splitlines()[-1])
+    assert len(results) == len(CASES) + 6
+    for result in results:
+        assert result["devices"] == ["elsewhere"], result
+        assert result["apart"] == pytest.approx(0, abs=1e-9), result
