@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 ALPHA = DEFAULT
 """Default weight of the weight-space similarity."""
 
-MAX_MEMORY = 4.0
+MAX_MEMORY = 2.0
 """GiB of activations that refitting keeps in memory by default."""
 
 
@@ -100,8 +100,9 @@ def merge(
         outputs: what last layers learn: the weighted "mean" of the models' outputs; or, for models of different tasks
             whose outputs are compared with each other or by direction, that of "standardized" ones: each output shifted
             to mean zero over all data, and all scaled to one deviation.
-        or_parent: with "least_squares": whether to return one of the models, only its last layers refitted, where that
-            answers more like the mean of all models than the merged network does; a warning says so.
+        or_parent: with "least_squares": whether to return one of the models where the merged network comes less near to
+            the mean of all: as it is where the models answer alike, else with its last layers refitted; a warning says
+            so.
         max_memory: GiB of activations that refitting keeps in memory; what is more goes to a temporary folder.
         restarts: how often the search is made again in another order; what has the highest objective is taken.
         seed: seed of the random order of the search.
@@ -267,10 +268,11 @@ def merge_many(
         told |= {"parent": refitted.parent, "errors": dict(refitted.errors)}
         if refitted.parent is not None:
             logger.warning(
-                "%s with its last layers refitted answers more like the mean of all models than the merged network "
-                "does (squared error %.3g of the targets', against %.3g), and is returned. Pass or_parent=False for "
-                "the merged network.",
+                "%s is returned %s: its last layers can be refitted to the mean of all models' outputs with a squared "
+                "error of %.3g of their square, those of the merged network with %.3g. Pass or_parent=False for the "
+                "merged network.",
                 job.names[refitted.parent],
+                "with its last layers refitted" if refitted.layers else "as it is, since the models answer alike",
                 refitted.errors[refitted.parent],
                 refitted.errors[None],
             )

@@ -34,7 +34,7 @@ def test_a_parent_that_says_all_there_is_to_say_is_returned(
         merged = fxmerge.merge(*pair, data)
     told, parent = merged.meta["fxmerge"], numbers.index(0)
     assert told["parent"] == parent
-    assert f"model {'AB'[parent]} with its last layers refitted" in caplog.text
+    assert f"model {'AB'[parent]} is returned with its last layers refitted" in caplog.text
     assert set(told["layers"]) == {"5.weight"}
     assert set(told["errors"]) == {None, 0, 1}
     assert told["errors"][parent] == told["layers"]["5.weight"]["held_out"] < 0.1 * told["errors"][None]
@@ -43,19 +43,67 @@ def test_a_parent_that_says_all_there_is_to_say_is_returned(
     assert (merged(x) - mean).square().mean() < 1e-4 * mean.square().mean()
 
 
-@pytest.mark.parametrize(("disagreement", "parent"), [(1.2, None), (0.5, None), (0.1, 0)])
-def test_how_much_nearer_a_parent_must_be_depends_on_how_far_parents_disagree(
-    disagreement: float, parent: int | None
+@pytest.mark.parametrize(
+    ("disagreement", "error", "parent", "as_it_is"),
+    [
+        (1.2, 0.8, None, False),
+        (1.2, 0.7, 0, False),
+        (0.6, 0.8, None, False),
+        (0.4, 0.8, 0, True),
+        (0.1, 1.9, 0, True),
+        (0.1, 2.1, None, False),
+    ],
+)
+def test_what_is_returned_depends_on_whether_the_parents_answer_alike(
+    disagreement: float, error: float, parent: int | None, as_it_is: bool
 ) -> None:
+    rivals = told_rivals([(0.5, 0.5)], disagreement, error)
+    chosen = rivals.choose(Refitted({}, {}, {}, error=1.0))
+    assert chosen.parent == parent
+    assert chosen.errors == {None: 1.0, 0: error, 1: 3.0}
+    if parent is not None:
+        assert chosen.state.keys() == rivals.parents[0].keys()
+        own = all(torch.equal(chosen.state[n], x) for n, x in rivals.parents[0].items())
+        assert own == as_it_is
+        assert bool(chosen.layers) != as_it_is
+
+
+@pytest.mark.parametrize("shares", [[(0.8, 0.2)], [(0.9, 0.1), (0.7, 0.3)]])
+def test_a_parent_that_counts_more_does_not_answer_alike_for_that(shares: list[tuple[float, float]]) -> None:
+    """Of two models a and b, a misses share * (b - a) of the mean."""
+    far = sum(b**2 for _, b in shares) / len(shares)
+    rivals = told_rivals(shares, disagreement=far, error=0.1)
+    assert rivals.disagreement(0) == pytest.approx(0.25)
+
+
+def told_rivals(shares: list[tuple[float, float]], disagreement: float, error: float) -> Rivals:
+    """Two parents, of which the second has the greater error."""
     program = capture_program(mlp(0), (vectors()[0],))
     layers = find_layers(program)
     states = [mlp(k).state_dict() for k in range(2)]
     last = last_layers(program, layers)
-    teachers = [Teacher(own, {}) for own in states]
-    rivals = Rivals(program, last, layers.all, states, teachers, [(0.5, 0.5)])
+    rivals = Rivals(program, last, layers.all, states, [Teacher(own, {}) for own in states], shares)
     (name,) = (layer.name for layer in last)
-    rivals.told = {j: {name: {"before": disagreement, "held_out": error}} for j, error in enumerate((0.95, 1.5))}
-    assert rivals.choose(Refitted({}, {}, {}, error=1.0)).parent == parent
+    rivals.states[0][name] = rivals.states[0][name] + 1
+    rivals.told = {j: {name: {"before": disagreement, "held_out": e}} for j, e in enumerate((error, 3.0))}
+    return rivals
+
+
+def test_of_models_that_answer_alike_one_is_returned_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """The second one has learnt the answers of the first with features of its own."""
+    first, second = mlp(0), mlp(1)
+    assert isinstance(second, nn.Sequential)
+    data = [torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    x = torch.cat(data)
+    with torch.no_grad():
+        features = second[:-1](x)
+        second[-1].weight.copy_(torch.linalg.lstsq(features, first(x) - second[-1].bias).solution.T)
+    with caplog.at_level(logging.WARNING):
+        merged = fxmerge.merge(first, second, data)
+    told = merged.meta["fxmerge"]
+    assert f"model {'AB'[told['parent']]} is returned as it is" in caplog.text
+    assert told["layers"] == {}
+    torch.testing.assert_close(merged(x), (first, second)[told["parent"]](x))
 
 
 def test_the_merged_network_can_be_asked_for() -> None:

@@ -75,8 +75,8 @@ def refit(
         lessons: the data.
         teachers: what the parents' layers give to learn from, where units are merged; by default the parents' own.
         only_last: whether to refit only layers that no other layer comes after.
-        or_parent: whether to give a parent, its last layers fitted to the same targets, where that comes nearer to
-            them on rows that are held out.
+        or_parent: whether to give a parent where its last layers, fitted to the same targets, come nearer to them on
+            rows that are held out.
         repair: whether to shift and scale the outputs of the layers, in place of fitting them.
         max_memory: GiB of activations to keep in memory between stages; the rest goes to a temporary folder.
         seed: seed of the choice of rows.

@@ -1,8 +1,8 @@
 """The parents beside the merged network: which of them comes nearest to what all of them answer together.
 
-A network that keeps half of what each parent computes may know less than one of them does with a new readout: where
-the parents have learnt much the same, or are too narrow to be halved. Fitting the last layers of the parents as well
-costs next to nothing, since the parents run on all data anyway.
+A network that keeps half of what each parent computes may know less than one of them does: where the parents have
+learnt much the same, or are too narrow to be halved. Fitting the last layers of the parents as well costs next to
+nothing, since the parents run on all data anyway.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from fxmerge.refitting.moments import NEGLIGIBLE
 Report = dict[str, dict[str, float]]
 """Numbers on the fit of each layer, by its name."""
 
-MARGIN = 0.25
-"""By what share the error of a parent with its last layers refitted must be below that of the merged network for it to
-be preferred, where the parents say different things. A parent makes no error in what it says itself, and all of it in
-what the others say, so that of two networks with equal errors the merged one serves the tasks better. The more the
-parents say the same, the less that matters: the margin is in proportion to what a parent as it is misses of the mean
-of all."""
+AGREED = 0.5
+"""Parents answer alike where one of them, as it is, misses less than this share of the square of the mean of all."""
+
+APART, ALIKE = 4 / 3, 1 / 2
+"""A merged network is kept whose error is at most this share of that of a parent with its last layers refitted, where
+parents answer different things and where they answer alike. A parent makes no error in what it answers itself, and all
+of it in what others do, so that of two networks with equal errors the merged one serves different tasks better. Where
+they answer alike, what a parent misses of the mean is mostly chance, and what a merged network misses is knowledge."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class Refitted:
         layers: for every refitted layer by name: `before` and `after`, the squared error relative to the square of the
             targets; `held_out`, the same on rows apart from those of the fit; `ridge`, relative to the mean square of
             a feature; `rank`, how many directions of the features it leaves free, of `features`; `rows`, the number
-            of equations; `seconds`.
+            of equations; `seconds`. Empty where a parent is given as it is.
         left: for parameters that some op multiplies with data and that were left as they were, the reason.
-        parent: the number of the parent that the state is of, all but its last layers; None for the merged network.
+        parent: the number of the parent that the state is of, all but its last layers where these were refitted; None
+            for the merged network.
         errors: the error held out of the last layers of the parents, and at None of the merged network; empty where
             they were not compared.
         error: that of the merged network, whatever the state is of; NaN if a last layer was not fitted.
@@ -83,6 +86,7 @@ class Rivals:
         )
         comparable = alike and all(layer in chosen for layer in last) and not used_after(program, last)
         self.last, self.teachers = last if comparable else (), teachers
+        self.parents, self.shares = parents, shares
         self.states = {j: dict(own) for j, own in enumerate(parents) if all(j in asked(each) for each in shares)}
         self.told: dict[int, Report] = {j: {} for j in self.states}
 
@@ -101,17 +105,26 @@ class Rivals:
                 self.told[j][fit.layer.name] = fit.settle(self.states[j])
 
     def choose(self, merged: Refitted) -> Refitted:
-        """The merged network, unless a parent has a clearly smaller error."""
-        if not self.last:
+        """The merged network, or a parent that knows more: as it is where the parents answer alike, for its last layers
+        have learnt with more data and the right answers; else with its last layers refitted."""
+        if not self.last or not self.told:
             return merged
-        errors = {None: merged.error} | {j: mean_of(told, self.last, "held_out") for j, told in self.told.items()}
-        best = min(errors, key=lambda j: errors[j])
-        if best is None:
+        theirs = {j: mean_of(told, self.last, "held_out") for j, told in self.told.items()}
+        best = min(theirs, key=theirs.__getitem__)
+        alike, errors = self.disagreement(best) < AGREED, {None: merged.error} | theirs
+        if merged.error <= (ALIKE if alike else APART) * theirs[best] + NEGLIGIBLE:
             return replace(merged, errors=errors)
-        margin = MARGIN * min(mean_of(self.told[best], self.last, "before"), 1.0)
-        if errors[None] - errors[best] <= margin * errors[None] + NEGLIGIBLE:
-            return replace(merged, errors=errors)
+        if alike:
+            return Refitted(dict(self.parents[best]), {}, {}, best, errors, merged.error)
         return Refitted(self.states[best], self.told[best], {}, best, errors, merged.error)
+
+    def disagreement(self, number: int) -> float:
+        """What a parent as it is misses of the mean of all, relative to the square of that; brought to what it is where
+        all parents count alike."""
+        even = 1 - 1 / max(len(asked(shares)) for shares in self.shares)
+        counted = [(1 - shares[number]) ** 2 for shares in self.shares]
+        missed = mean_of(self.told[number], self.last, "before")
+        return missed * even**2 * len(counted) / sum(counted) if any(counted) else 0.0
 
 
 def mean_of(told: Report, last: Sequence[Layer], number: str) -> float:
