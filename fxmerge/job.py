@@ -110,7 +110,8 @@ def prepare(
         loader = _again(loader)
         where = next((t.device for t in states[0].values()), torch.device("cpu"))
         data = Data(loader, inputs or batch_inputs(modules[0]), where, progress)
-        example = example if any(example) else data.first()
+        first = data.first()
+        example = example if any(example) else first
     example = example if any(example) else _example_of(models[0])
     seconds: dict[str, float] = {}
     with ExitStack() as stack:

@@ -18,6 +18,7 @@ from fxmerge.errors import OptionError
 from fxmerge.job import prepare
 from fxmerge.merger import Combine, Merger, Method, Outputs, Plan, images
 from fxmerge.refitting.outputs import standardized
+from fxmerge.refitting.rivals import Refitted
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.run import Inputs
@@ -100,9 +101,9 @@ def merge(
         outputs: what last layers learn: the weighted "mean" of the models' outputs; or, for models of different tasks
             whose outputs are compared with each other or by direction, that of "standardized" ones: each output shifted
             to mean zero over all data, and all scaled to one deviation.
-        or_parent: with "least_squares": whether to return one of the models where the merged network comes less near to
-            the mean of all: as it is where the models answer alike, else with its last layers refitted; a warning says
-            so.
+        or_parent: with "least_squares": whether one of the models may be returned, with a warning: as it is, where the
+            models answer alike and the error of the merged network's last layers is more than half of that of the
+            model's, refitted as well; else with its last layers refitted, where their error is smaller by a quarter.
         max_memory: GiB of activations that refitting keeps in memory; what is more goes to a temporary folder.
         restarts: how often the search is made again in another order; what has the highest objective is taken.
         seed: seed of the random order of the search.
@@ -267,15 +268,7 @@ def merge_many(
         told |= {"layers": refitted.layers, "left": dict(refitted.left)}
         told |= {"parent": refitted.parent, "errors": dict(refitted.errors)}
         if refitted.parent is not None:
-            logger.warning(
-                "%s is returned %s: its last layers can be refitted to the mean of all models' outputs with a squared "
-                "error of %.3g of their square, those of the merged network with %.3g. Pass or_parent=False for the "
-                "merged network.",
-                job.names[refitted.parent],
-                "with its last layers refitted" if refitted.layers else "as it is, since the models answer alike",
-                refitted.errors[refitted.parent],
-                refitted.errors[None],
-            )
+            _warn_of_parent(job.names[refitted.parent], refitted, outputs)
     merged.meta["fxmerge"] = job.report(symmetry) | told
     merged.meta["fxmerge"] |= {
         "models": len(models),
@@ -288,6 +281,18 @@ def merge_many(
         "images": [images(symmetry, p) for p in attempt.aligned.permutations[-len(models) :]],
     }
     return merged
+
+
+def _warn_of_parent(name: str, refitted: Refitted, outputs: Outputs) -> None:
+    own = "as it is" if outputs == "mean" else "with its outputs standardized"
+    logger.warning(
+        "%s is returned %s. Its last layers, refitted to the mean of all models' outputs, miss %.3g of that mean's "
+        "square, and those of the merged network %.3g. Pass or_parent=False for the merged network.",
+        name,
+        "with its last layers refitted" if refitted.layers else f"{own}, since the models answer alike",
+        refitted.errors[refitted.parent],
+        refitted.errors[None],
+    )
 
 
 def align(

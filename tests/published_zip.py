@@ -4,7 +4,7 @@ After match_tensors_zipit of ZipIt! (arXiv 2305.03053) and default_group_fusion_
 the same state and the same steps in torch: for every merge the whole matrix of similarities is searched, two of
 its columns and rows become one, and it and the matrix that tells which units are merged are copied without
 the other. It differs from the published code in three places, each marked below, where that code does what cannot be
-meant.
+meant; and it adds up similarities of blocks where that code takes their mean, which rounds.
 """
 
 from __future__ import annotations

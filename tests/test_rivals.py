@@ -1,6 +1,7 @@
-"""A parent with a new readout, where the merged network knows less."""
+"""A parent in place of the merged network, where that knows less."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -68,12 +69,27 @@ def test_what_is_returned_depends_on_whether_the_parents_answer_alike(
         assert bool(chosen.layers) != as_it_is
 
 
-@pytest.mark.parametrize("shares", [[(0.8, 0.2)], [(0.9, 0.1), (0.7, 0.3)]])
-def test_a_parent_that_counts_more_does_not_answer_alike_for_that(shares: list[tuple[float, float]]) -> None:
-    """Of two models a and b, a misses share * (b - a) of the mean."""
-    far = sum(b**2 for _, b in shares) / len(shares)
-    rivals = told_rivals(shares, disagreement=far, error=0.1)
-    assert rivals.disagreement(0) == pytest.approx(0.25)
+@pytest.mark.parametrize(
+    ("shares", "as_it_is"),
+    [
+        ([(0.5, 0.5)], True),
+        ([(0.9, 0.1)], False),
+        ([(0.75, 0.25), (0.25, 0.75)], False),
+    ],
+)
+def test_models_that_do_not_count_equally_are_not_said_to_answer_alike(
+    shares: list[tuple[float, float]], as_it_is: bool
+) -> None:
+    """Near to the mean of all is then who counts most."""
+    chosen = told_rivals(shares, disagreement=0.01, error=0.1).choose(Refitted({}, {}, {}, error=1.0))
+    assert chosen.parent == 0
+    assert bool(chosen.layers) != as_it_is
+
+
+@pytest.mark.parametrize(("merged", "parent"), [(math.nan, 0.1), (1.0, math.nan), (math.nan, math.nan)])
+def test_what_has_no_error_wins_nothing(merged: float, parent: float) -> None:
+    rivals = told_rivals([(0.5, 0.5)], disagreement=1.0, error=parent)
+    assert rivals.choose(Refitted({}, {}, {}, error=merged)).parent is None
 
 
 def told_rivals(shares: list[tuple[float, float]], disagreement: float, error: float) -> Rivals:
@@ -91,7 +107,7 @@ def told_rivals(shares: list[tuple[float, float]], disagreement: float, error: f
 
 def test_of_models_that_answer_alike_one_is_returned_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     """The second one has learnt the answers of the first with features of its own."""
-    first, second = mlp(0), mlp(1)
+    first, second = mlp(0, 60), mlp(1, 60)
     assert isinstance(second, nn.Sequential)
     data = [torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
     x = torch.cat(data)
@@ -104,6 +120,10 @@ def test_of_models_that_answer_alike_one_is_returned_as_it_is(caplog: pytest.Log
     assert f"model {'AB'[told['parent']]} is returned as it is" in caplog.text
     assert told["layers"] == {}
     torch.testing.assert_close(merged(x), (first, second)[told["parent"]](x))
+    with caplog.at_level(logging.WARNING):
+        merged = fxmerge.merge(first, second, data, outputs="standardized")
+    assert "is returned with its outputs standardized, since the models answer alike" in caplog.text
+    torch.testing.assert_close(merged(x).mean(0), torch.zeros(10), atol=1e-5, rtol=0)
 
 
 def test_the_merged_network_can_be_asked_for() -> None:

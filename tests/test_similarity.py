@@ -232,6 +232,71 @@ def test_similarities_found_from_what_changed_are_those_found_anew(name: str) ->
                     torch.testing.assert_close(got, expected)
 
 
+def two_layers() -> tuple[Problem, int, int]:
+    """Two hidden layers, with the numbers of their classes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    symmetry = fxmerge.find_symmetry(model, (torch.zeros(1, 5),))
+    state = floats(symmetry, model.state_dict())
+    a, b = ({n: torch.randn_like(t) for n, t in state.items()} for _ in range(2))
+    where, images = weights.slices(symmetry), symmetry.identity().images
+    problem = Problem(symmetry, a, b, {}, Mix.of(1.0, {}), images, dict.fromkeys(a, 1.0), where)
+    first, second = (symmetry.names.index(n) for n in ("0.weight[0]", "2.weight[0]"))
+    return problem, first, second
+
+
+def moved(problem: Problem, number: int, places: list[int]) -> None:
+    step = [np.arange(len(image)) for image in problem.images]
+    step[number] = np.array(places)
+    problem.take(step)
+
+
+def test_only_the_terms_of_units_that_moved_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, first, second = two_layers()
+    kept = weights.Similarities(problem.a, problem.scales)
+    changed: list[int] = []
+    update = weights.Similarities._update
+
+    def counted(self: Any, total: Tensor, s: Any, before: Tensor, after: Tensor) -> None:
+        changed.append(int((before != after).any(0).sum()))
+        update(self, total, s, before, after)
+
+    monkeypatch.setattr(weights.Similarities, "_update", counted)
+    for number in (first, second):
+        kept.of(number, problem.b, problem.slices[number], problem.images[number])
+    assert changed == []
+    # Units that only moved themselves are found again in their new places.
+    moved(problem, second, [3, 0, 1, 2, 5, 4])
+    kept.of(second, problem.b, problem.slices[second], problem.images[second])
+    assert sum(changed) == 0 < len(changed)
+    changed.clear()
+    kept.of(first, problem.b, problem.slices[first], problem.images[first])
+    assert sum(changed) == 6
+    changed.clear()
+    moved(problem, second, [1, 0, 2, 3, 4, 5])
+    kept.of(first, problem.b, problem.slices[first], problem.images[first])
+    assert sum(changed) == 2
+
+
+def test_what_was_seen_least_recently_makes_room() -> None:
+    problem, first, second = two_layers()
+
+    def visit(kept: weights.Similarities, *numbers: int) -> list[int]:
+        for number in numbers:
+            kept.of(number, problem.b, problem.slices[number], problem.images[number])
+        return list(kept._seen)
+
+    both = weights.Similarities(problem.a, problem.scales)
+    assert visit(both, first, second, first) == [second, first]
+    sizes = {number: seen.bytes for number, seen in both._seen.items()}
+    one = weights.Similarities(problem.a, problem.scales, sum(sizes.values()) - 1)
+    assert visit(one, first, second) == [second]
+    # What has no room at all does not drive out the rest.
+    small, large = sorted(sizes, key=lambda number: sizes[number])
+    less = weights.Similarities(problem.a, problem.scales, sizes[large] - 1)
+    assert visit(less, small, large) == [small]
+
+
 def test_slices_of_grouped_weights_take_the_rows_of_their_group() -> None:
     model = nn.Sequential(nn.Conv2d(1, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1, groups=2), nn.ReLU(), nn.Conv2d(4, 1, 1))
     symmetry = fxmerge.find_symmetry(model, (torch.zeros(1, 1, 2, 2),))

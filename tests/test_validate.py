@@ -86,6 +86,11 @@ def test_loaders(loader: list[Any], message: str) -> None:
         fxmerge.merge(mlp(), mlp(), loader)
 
 
+def test_an_empty_loader_is_refused_where_an_example_is_given() -> None:
+    with pytest.raises(fxmerge.LoaderError, match="The loader is empty"):
+        fxmerge.merge(mlp(), mlp(), [], alpha=1.0, args=(X,))
+
+
 def test_without_data_an_example_is_needed() -> None:
     with pytest.raises(fxmerge.OptionError, match="pass args="):
         fxmerge.merge(mlp(), mlp())

@@ -63,6 +63,8 @@ class Problem:
         images: where the units of b are.
         scales: for every parameter, how much an inner product counts.
         slices: the parameter slices of every class.
+        value: for every parameter, its part of the objective.
+        similarities: of the units' weights, kept from one visit of a class to the next.
     """
 
     symmetry: Symmetry

@@ -75,8 +75,7 @@ def refit(
         lessons: the data.
         teachers: what the parents' layers give to learn from, where units are merged; by default the parents' own.
         only_last: whether to refit only layers that no other layer comes after.
-        or_parent: whether to give a parent where its last layers, fitted to the same targets, come nearer to them on
-            rows that are held out.
+        or_parent: whether a parent may be given in place of the merged network; see `Rivals.choose`.
         repair: whether to shift and scale the outputs of the layers, in place of fitting them.
         max_memory: GiB of activations to keep in memory between stages; the rest goes to a temporary folder.
         seed: seed of the choice of rows.

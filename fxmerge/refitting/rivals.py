@@ -25,8 +25,11 @@ Report = dict[str, dict[str, float]]
 AGREED = 0.5
 """Parents answer alike where one of them, as it is, misses less than this share of the square of the mean of all."""
 
-APART, ALIKE = 4 / 3, 1 / 2
-"""A merged network is kept whose error is at most this share of that of a parent with its last layers refitted, where
+EVEN = 1e-9
+"""Shares that differ by less than this count as equal."""
+
+KEPT_IF_APART, KEPT_IF_ALIKE = 4 / 3, 1 / 2
+"""A merged network is kept whose error is at most so many times that of a parent with its last layers refitted, where
 parents answer different things and where they answer alike. A parent makes no error in what it answers itself, and all
 of it in what others do, so that of two networks with equal errors the merged one serves different tasks better. Where
 they answer alike, what a parent misses of the mean is mostly chance, and what a merged network misses is knowledge."""
@@ -79,12 +82,12 @@ class Rivals:
         teachers: Sequence[Teacher],
         shares: Sequence[Shares],
     ) -> None:
-        alike = all(
+        own_outputs = all(
             torch.equal(layer.read(parent), layer.read(teacher.state))
             for layer in last
             for parent, teacher in zip(parents, teachers, strict=True)
         )
-        comparable = alike and all(layer in chosen for layer in last) and not used_after(program, last)
+        comparable = own_outputs and all(layer in chosen for layer in last) and not used_after(program, last)
         self.last, self.teachers = last if comparable else (), teachers
         self.parents, self.shares = parents, shares
         self.states = {j: dict(own) for j, own in enumerate(parents) if all(j in asked(each) for each in shares)}
@@ -105,26 +108,24 @@ class Rivals:
                 self.told[j][fit.layer.name] = fit.settle(self.states[j])
 
     def choose(self, merged: Refitted) -> Refitted:
-        """The merged network, or a parent that knows more: as it is where the parents answer alike, for its last layers
-        have learnt with more data and the right answers; else with its last layers refitted."""
-        if not self.last or not self.told:
-            return merged
+        """The merged network, or the parent whose last layers show that it knows more: as it is where the parents
+        answer alike, for these have learnt with more data and the right answers; else with last layers refitted."""
         theirs = {j: mean_of(told, self.last, "held_out") for j, told in self.told.items()}
-        best = min(theirs, key=theirs.__getitem__)
-        alike, errors = self.disagreement(best) < AGREED, {None: merged.error} | theirs
-        if merged.error <= (ALIKE if alike else APART) * theirs[best] + NEGLIGIBLE:
+        if not self.last or not any(map(math.isfinite, theirs.values())):
+            return merged
+        best = min(theirs, key=lambda j: theirs[j] if math.isfinite(theirs[j]) else math.inf)
+        alike, errors = self._alike(best), {None: merged.error} | theirs
+        if not merged.error > (KEPT_IF_ALIKE if alike else KEPT_IF_APART) * theirs[best] + NEGLIGIBLE:
             return replace(merged, errors=errors)
         if alike:
             return Refitted(dict(self.parents[best]), {}, {}, best, errors, merged.error)
         return Refitted(self.states[best], self.told[best], {}, best, errors, merged.error)
 
-    def disagreement(self, number: int) -> float:
-        """What a parent as it is misses of the mean of all, relative to the square of that; brought to what it is where
-        all parents count alike."""
-        even = 1 - 1 / max(len(asked(shares)) for shares in self.shares)
-        counted = [(1 - shares[number]) ** 2 for shares in self.shares]
-        missed = mean_of(self.told[number], self.last, "before")
-        return missed * even**2 * len(counted) / sum(counted) if any(counted) else 0.0
+    def _alike(self, number: int) -> bool:
+        """Whether parents answer alike, by how near one of them, as it is, comes to the mean of all. That tells nothing
+        where they do not count equally: near to the mean is then who counts most."""
+        even = all(max(shares) - min(shares[j] for j in asked(shares)) < EVEN for shares in self.shares)
+        return even and mean_of(self.told[number], self.last, "before") < AGREED
 
 
 def mean_of(told: Report, last: Sequence[Layer], number: str) -> float:

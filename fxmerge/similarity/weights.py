@@ -161,6 +161,8 @@ class Similarities:
             total += s.of(self._a[s.axis.parameter])[:, terms] @ change.T * self._scales[s.axis.parameter]
 
     def _keep(self, number: int, seen: _Seen) -> None:
+        if seen.bytes > self._room:
+            return
         self._seen[number] = seen
         while sum(s.bytes for s in self._seen.values()) > self._room:
             del self._seen[next(iter(self._seen))]
