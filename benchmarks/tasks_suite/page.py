@@ -65,7 +65,7 @@ SECTIONS: tuple[Section, ...] = (
         "Controls: one parent, a random network, and the zipped average, of which only the last layer is fitted; and a "
         "refit of the plain average, nothing matched. `better of both` is that of the refits, aligned and zipped, "
         'which has the smaller error on held-out data (`method="auto"`). fxmerge is the refit of the zipped average, '
-        "or a parent with a new readout where that comes much nearer to the mean of both parents.",
+        "or a parent where that knows more: with a new readout, or as it is if the parents answer alike.",
         lambda r: accuracies(r, "disjoint", "per_task", REFITS),
     ),
     (
