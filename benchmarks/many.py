@@ -1,7 +1,8 @@
 """Merging several networks that learnt the same from different seeds into one of their size.
 
 Every parent, their ensemble, their plain average, the second, third and so on aligned to the running average one after
-the other, or merged with the merge of those before it (chained), and what `fxmerge.merge_many` makes of all at once.
+the other, or merged with the merge of those before it (chained), and what `fxmerge.merge_many` makes of all at once,
+without labels and, "by score", with validation data to choose by.
 Parents are those of `benchmarks/tasks.py` in its setting `same`, trained once and kept in the same folder; the data,
 and BatchNorm for all alike, are as there.
 
@@ -18,7 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -101,10 +103,9 @@ def judged(problem: Problem, networks: Networks) -> str:
     return f"{100 * scores['joint']:.1f} ({scores['loss']:.3f})"
 
 
-def compare(network: str, count: int, cache: Path) -> Row:
+def compare(network: str, parents: Networks) -> Row:
     """One line of the table: accuracy in percent, and the loss."""
     problem = PROBLEMS[NETWORKS[network].data]()
-    parents = [training.load((network, "both", seed), cache) for seed in range(count)]
     own = [problem.evaluate([p])["joint"] for p in parents]
     row: Row = {
         "network": network,
@@ -113,7 +114,8 @@ def compare(network: str, count: int, cache: Path) -> Row:
         "ensemble": judged(problem, parents),
     }
     batches = problem.calibration()
-    for name, method in METHODS.items():
+    methods = METHODS | {"merge_many, by score": many(score=problem.validate)}
+    for name, method in methods.items():
         began = time.perf_counter()
         merged = recalibrated(method(parents, batches), batches)
         row[name] = judged(problem, [merged])
@@ -121,24 +123,38 @@ def compare(network: str, count: int, cache: Path) -> Row:
     return row
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.Namespace:
+    """The options of a benchmark of parents that learnt the same."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help=f"three of {', '.join(SHORT)}, and nothing is kept")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), help="only these")
     parser.add_argument("--count", type=int, default=5, help="how many parents")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained parents")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, for training")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    networks, count = options.networks or (SHORT if options.short else LONG), 3 if options.short else options.count
+    return parser.parse_args()
+
+
+@contextmanager
+def parents_at_hand(options: argparse.Namespace) -> Iterator[dict[str, Networks]]:
+    """The parents that the options ask for, trained if they are not there yet, by the network."""
+    networks = options.networks or (SHORT if options.short else LONG)
+    count = 3 if options.short else options.count
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) if options.short else options.cache
         cache.mkdir(parents=True, exist_ok=True)
         todo = training.missing([(n, "both", seed) for n in networks for seed in range(count)], cache)
         for row in run_all(training.work, todo, options.jobs, 1800, 6, PRELOAD):
             print(f"trained {row['network']}, seed {row['seed']}: {row.get('failure', 'done')}", flush=True)
-        rows = [compare(network, count, cache) for network in networks]
+        yield {n: [training.load((n, "both", seed), cache) for seed in range(count)] for n in networks}
+
+
+def main() -> int:
+    options = arguments(__doc__)
+    torch.set_num_threads(1)
+    with parents_at_hand(options) as groups:
+        rows = [compare(network, parents) for network, parents in groups.items()]
+        count = len(next(iter(groups.values())))
     text = f"{machine()}\n\n{count} parents each; accuracy in percent, and the loss\n\n{table(rows)}"
     print(text)
     if options.markdown:

@@ -109,3 +109,13 @@ def best(errors: Mapping[float, float]) -> float:
     """
     alpha = min(errors, key=lambda candidate: errors[candidate])
     return alpha if errors[alpha] < (1 - MARGIN) * errors[DEFAULT] else DEFAULT
+
+
+def highest(scores: Mapping[float, float]) -> float:
+    """The candidate with the highest score, of equals `DEFAULT`.
+
+    Example:
+        >>> highest({0.25: 0.7, 0.5: 0.7, 0.75: 0.6}), highest({0.25: 0.7, 0.5: 0.6})
+        (0.5, 0.25)
+    """
+    return max(scores, key=lambda candidate: (scores[candidate], candidate == DEFAULT))

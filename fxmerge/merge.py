@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from fxmerge.refitting.rivals import Refitted
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.run import Inputs
+from fxmerge.score import Score, judged
 from fxmerge.similarity.activations import Activations, Similarity
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
@@ -53,6 +54,7 @@ def merge(
     task_vectors: TaskVectors | None = None,
     outputs: Outputs = "mean",
     or_parent: bool = True,
+    score: Score | None = None,
     max_memory: float = MAX_MEMORY,
     restarts: int = 0,
     seed: int = 0,
@@ -104,6 +106,10 @@ def merge(
         or_parent: with "least_squares": whether one of the models may be returned, with a warning: as it is, where the
             models answer alike and the error of the merged network's last layers is more than half of that of the
             model's, refitted as well; else with its last layers refitted, where their error is smaller by a quarter.
+        score: for who has labels after all: how good a network is, larger for better, such as its accuracy on
+            validation data. It chooses, in place of errors without labels, between all that could be returned: with
+            "least_squares" and `or_parent` the merged network, the models as they are, and these with last layers
+            refitted; with the method "auto" both refits; with the alpha "auto" the averages of its candidates.
         max_memory: GiB of activations that refitting keeps in memory; what is more goes to a temporary folder.
         restarts: how often the search is made again in another order; what has the highest objective is taken.
         seed: seed of the random order of the search.
@@ -153,6 +159,7 @@ def merge(
         task_vectors=task_vectors,
         outputs=outputs,
         or_parent=or_parent,
+        score=score,
         max_memory=max_memory,
         restarts=restarts,
         seed=seed,
@@ -184,6 +191,7 @@ def merge_many(
     task_vectors: TaskVectors | None = None,
     outputs: Outputs = "mean",
     or_parent: bool = True,
+    score: Score | None = None,
     max_memory: float = MAX_MEMORY,
     restarts: int = 0,
     seed: int = 0,
@@ -227,6 +235,7 @@ def merge_many(
     given = loader is not None or loaders is not None
     combine = ("least_squares" if base is None and given else "average") if combine is None else combine
     validate.check_combine(combine, method, base, given, max_memory)
+    validate.check_score(score, alpha, method, combine, or_parent, given)
     validate.check_outputs(outputs, base, given)
     validate.check_search(similarity, activations, restarts)
     job = prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base, loaders)
@@ -250,7 +259,7 @@ def merge_many(
     )
     plans = [plan, replace(plan, method="align")] if method == "auto" else [plan]
     mergers = [Merger(job, found, symmetry, one) for one in plans]
-    attempts = [merger.choose(alpha) for merger in mergers]
+    attempts = [merger.choose(alpha, score) for merger in mergers]
     if combine == "average":
         (merger,), ((attempt, told),) = mergers, attempts
         merged = merger.finish(attempt.state)
@@ -259,16 +268,23 @@ def merge_many(
             merger.refit(attempt, combine, or_parent=or_parent, max_memory=max_memory)
             for merger, (attempt, _) in zip(mergers, attempts, strict=True)
         ]
-        errors = [math.inf if math.isnan(one.error) else one.error for one in refits]
-        number = errors.index(min(errors))
-        merger, refitted, (attempt, told) = mergers[number], refits[number], attempts[number]
+        scores: list[dict[str, Any]] = []
+        if score is None:
+            errors = [math.inf if math.isnan(one.error) else one.error for one in refits]
+            number = errors.index(min(errors))
+            refitted = refits[number]
+        else:
+            with job.timed("scoring"):
+                number, refitted, scores = _scored(score, mergers, refits, job.names)
+        merger, (attempt, told) = mergers[number], attempts[number]
+        told["scores"] = scores
         if method == "auto":
             told["method_errors"] = {m.plan.method: r.error for m, r in zip(mergers, refits, strict=True)}
         merged = merger.finish(refitted.state, calibrate=False)
         told |= {"layers": refitted.layers, "left": dict(refitted.left)}
         told |= {"parent": refitted.parent, "errors": dict(refitted.errors)}
         if refitted.parent is not None:
-            _warn_of_parent(job.names[refitted.parent], refitted, outputs)
+            _warn_of_parent(job.names[refitted.parent], refitted, outputs, scores)
     merged.meta["fxmerge"] = job.report(symmetry) | told
     merged.meta["fxmerge"] |= {
         "models": len(models),
@@ -283,16 +299,42 @@ def merge_many(
     return merged
 
 
-def _warn_of_parent(name: str, refitted: Refitted, outputs: Outputs) -> None:
-    own = "as it is" if outputs == "mean" else "with its outputs standardized"
-    logger.warning(
-        "%s is returned %s. Its last layers, refitted to the mean of all models' outputs, miss %.3g of that mean's "
-        "square, and those of the merged network %.3g. Pass or_parent=False for the merged network.",
-        name,
-        "with its last layers refitted" if refitted.layers else f"{own}, since the models answer alike",
-        refitted.errors[refitted.parent],
-        refitted.errors[None],
-    )
+def _scored(
+    score: Score, mergers: Sequence[Merger], refits: Sequence[Refitted], names: Sequence[str]
+) -> tuple[int, Refitted, list[dict[str, Any]]]:
+    """Of all that could be returned the one with the highest score, the number of its refit, and what is told of all.
+
+    Of equals it is the first: merged networks come before parents. The parents of every refit are the same.
+    """
+    merged = [(number, refitted.options[0]) for number, refitted in enumerate(refits)]
+    options = [*merged, *((0, option) for option in refits[0].options[1:])]
+    told: list[dict[str, Any]] = []
+    for number, option in options:
+        merger, method, refitted = mergers[number], mergers[number].plan.method, bool(option.layers)
+        name = names[option.parent] if option.parent is not None else f"the merged network by method {method!r}"
+        name = f"{name} with its last layers refitted" if option.parent is not None and refitted else name
+        value = judged(score, merger.finish(option.state, calibrate=False), name)
+        told.append({"parent": option.parent, "refitted": refitted, "method": method, "score": value})
+    best = max(range(len(told)), key=lambda i: told[i]["score"])
+    return *options[best], told
+
+
+def _warn_of_parent(name: str, refitted: Refitted, outputs: Outputs, scores: Sequence[Mapping[str, Any]]) -> None:
+    how = "with its last layers refitted" if refitted.layers else "as it is"
+    if outputs == "standardized" and not refitted.layers:
+        how = "with its outputs standardized"
+    if scores:
+        highest = max(one["score"] for one in scores)
+        merged = max(one["score"] for one in scores if one["parent"] is None)
+        why = f"It has the highest score, {highest:.4g}; the merged network has {merged:.4g}."
+    else:
+        how = how if refitted.layers else f"{how}, since the models answer alike"
+        why = (
+            "Its last layers, refitted to the mean of all models' outputs, miss "
+            f"{refitted.errors[refitted.parent]:.3g} of that mean's square, and those of the merged network "
+            f"{refitted.errors[None]:.3g}."
+        )
+    logger.warning("%s is returned %s. %s Pass or_parent=False for the merged network.", name, how, why)
 
 
 def align(

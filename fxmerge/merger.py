@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import combinations, combinations_with_replacement
 from typing import Any, Literal, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, fx
 
-from fxmerge.choose import AUTO, Alpha, best, candidates_of, disagreement
+from fxmerge.choose import AUTO, Alpha, best, candidates_of, disagreement, highest
 from fxmerge.job import Job
 from fxmerge.matching.assignment import Scores
 from fxmerge.matching.search import match
@@ -28,6 +28,7 @@ from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.rewriting.zipped import produced, zip_average
+from fxmerge.score import Score, judged
 from fxmerge.similarity.activations import (
     Activations,
     Pair,
@@ -126,26 +127,30 @@ class Merger:
             kind, taken = self.plan.similarity, self.plan.activations
             return similarities(self.found, self.symmetry, self.states, self.job.data, names, pairs, kind, taken)
 
-    def choose(self, alpha: Alpha) -> tuple[Attempt, dict[str, Any]]:
-        """The merge for an alpha, or for the one of several that is best by the merge's outputs; and what the report
-        tells of it."""
-        names, errors = self.symmetry.names, {}
+    def choose(self, alpha: Alpha, score: Score | None = None) -> tuple[Attempt, dict[str, Any]]:
+        """The merge for an alpha, or for the one of several that is best by the merge's outputs or by a score; and what
+        the report tells of it."""
+        names, errors, scores = self.symmetry.names, dict[float, float](), dict[float, float]()
         candidates = candidates_of(alpha if self.job.data is not None else 1.0, names)
         attempts = [self.attempt(candidate) for candidate in candidates]
         chosen = candidates[0]
         if alpha == AUTO and self.job.data is not None:
             weights = self.plan.shares if self.plan.task_vectors is None else [0.0, *self.plan.shares]
             for candidate, tried in zip(candidates, attempts, strict=True):
-                merged = self.finish(tried.state).state_dict()
+                merged = self.finish(tried.state)
                 assert isinstance(candidate, float)
                 with self.job.timed("choosing alpha"):
                     data, program = self.job.data, self.job.program
-                    errors[candidate] = disagreement(program, merged, self.job.states, weights, data)
-            chosen = best(errors)
+                    if score is None:
+                        errors[candidate] = disagreement(program, merged.state_dict(), self.job.states, weights, data)
+                    else:
+                        scores[candidate] = judged(score, merged, f"the average for alpha {candidate}")
+            chosen = best(errors) if score is None else highest(scores)
         attempt = attempts[candidates.index(chosen)]
         told: dict[str, Any] = {
             "alpha": {names[n]: own for n, own in chosen.items()} if isinstance(chosen, Mapping) else chosen,
             "alpha_errors": errors,
+            "alpha_scores": scores,
             "quality": [{name: dict(q) for name, q in quality.items()} for quality in attempt.aligned.quality],
             "objective": list(attempt.aligned.traces),
         }
@@ -251,10 +256,7 @@ class Merger:
                 seed=self.plan.seed,
                 progress=self.job.progress,
             )
-        numbers = dict(enumerate(self.order))
-        errors = {number if number is None else numbers[number]: e for number, e in refitted.errors.items()}
-        parent = None if refitted.parent is None else numbers[refitted.parent]
-        return replace(refitted, parent=parent, errors=errors)
+        return refitted.renumbered(self.order)
 
     def teachers(self, program: Program, states: Sequence[Mapping[str, Tensor]], zipped: ZipMatch) -> list[Teacher]:
         """The models as the layers of a zipped network learn from them."""

@@ -18,6 +18,7 @@ from fxmerge.errors import ArchitectureMismatchError, LoaderError, NonFiniteErro
 from fxmerge.program import Program
 from fxmerge.rewriting.task_vectors import TaskArithmetic, TaskVectors, Ties
 from fxmerge.run import Runner
+from fxmerge.score import Score
 from fxmerge.symmetry.group import Symmetry
 
 Model = nn.Module | ExportedProgram
@@ -106,6 +107,18 @@ def check_combine(combine: str, method: str, base: Model | None, given: bool, ma
         raise OptionError(f"combine is {combine!r}, which needs data: pass a loader, or combine='average'.")
     if not max_memory > 0:
         raise OptionError(f"max_memory is {max_memory!r}; it must be a positive number of GiB.")
+
+
+def check_score(score: Score | None, alpha: Alpha, method: str, combine: str, or_parent: bool, given: bool) -> None:
+    if score is None:
+        return
+    if not callable(score):
+        raise OptionError(f"score is {score!r}; it must be a function that takes a network and gives a number.")
+    if not (given and alpha == AUTO) and method != "auto" and not (or_parent and combine == "least_squares"):
+        raise OptionError(
+            "score has nothing to choose between: pass a loader, and or_parent=True with combine='least_squares', "
+            "method='auto' or alpha='auto'."
+        )
 
 
 def check_outputs(outputs: str, base: Model | None, given: bool) -> None:

@@ -39,6 +39,17 @@ def test_calibration_and_test_images_are_apart() -> None:
     assert all(torch.equal(x, y) for x, y in zip(problem.calibration(), problem.calibration(), strict=True))
 
 
+def test_validation_images_are_neither_learnt_nor_tested_on() -> None:
+    problem = images.digits()
+    train, validation, test = (
+        {tuple(image.flatten().tolist()) for image in split.images}
+        for split in (problem.train, problem.validation, problem.test)
+    )
+    assert validation
+    assert validation.isdisjoint(train)
+    assert validation.isdisjoint(test)
+
+
 def test_an_idx_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "images.gz"
     with gzip.open(path, "wb") as file:
@@ -65,7 +76,7 @@ def test_maps_of_an_image_are_itself_and_its_edges() -> None:
 
 
 def test_a_task_that_is_not_learnt_has_zeros_as_its_map() -> None:
-    problem = dense.DenseProblem(torch.rand(8, 1, 6, 6), torch.rand(4, 1, 6, 6))
+    problem = dense.DenseProblem(torch.rand(8, 1, 6, 6), torch.rand(4, 1, 6, 6), torch.rand(4, 1, 6, 6))
     _, targets = problem.batch("a", 4, torch.Generator().manual_seed(0))
     other = targets * torch.tensor([1.0, 0.0])[:, None, None]
     assert problem.objective(other, targets, "a") == 0

@@ -31,6 +31,7 @@ class DenseProblem:
     """
 
     train: Tensor
+    validation: Tensor
     test: Tensor
 
     def batch(self, part: Part, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -50,6 +51,12 @@ class DenseProblem:
 
     def evaluate(self, networks: Sequence[nn.Module]) -> Scores:
         return self._scores(networks, self.test)
+
+    def validate(self, network: nn.Module) -> float:
+        return self._scores([network], self.validation)["joint"]
+
+    def recognize(self, network: nn.Module) -> float:
+        return self._scores([network], self.train[:CALIBRATION])["joint"]
 
     def loss(self, network: nn.Module) -> float:
         return self._scores([network], self.test[:CURVE])["loss"]
@@ -74,7 +81,7 @@ class DenseProblem:
 def dense() -> DenseProblem:
     """The images of Fashion-MNIST: 28 by 28 pixels."""
     problem = fashion()
-    return DenseProblem(problem.train.images, problem.test.images[:TEST])
+    return DenseProblem(problem.train.images, problem.validation.images[:TEST], problem.test.images[:TEST])
 
 
 def noisy(clean: Tensor, generator: torch.Generator) -> Tensor:

@@ -23,6 +23,8 @@ FOLDER = Path("/usr/share/datasets/fashion-mnist")
 INSTALL = "apt-get install dataset-fashion-mnist"
 TRAINING = 30_000
 """How many of the 60,000 training images are used: as many as the networks have time for."""
+VALIDATION = 10_000
+"""How many of those that are left are to choose networks by, where labels are used for that."""
 CALIBRATION = 2_000
 CURVE = 1_000
 """How many test images a point of a curve is computed on."""
@@ -35,6 +37,7 @@ class ImageProblem:
     """Images of ten classes, split in two tasks of five. A `Problem`."""
 
     train: Split
+    validation: Split
     test: Split
     directions: Tensor
 
@@ -76,8 +79,18 @@ class ImageProblem:
         found["loss"] = _cross_entropy(scores, labels)
         return found
 
+    def validate(self, network: nn.Module) -> float:
+        return self._accuracy(network, self.validation)
+
+    def recognize(self, network: nn.Module) -> float:
+        chosen = self._calibrating()
+        return self._accuracy(network, Split(self.train.images[chosen], self.train.labels[chosen]))
+
     def loss(self, network: nn.Module) -> float:
         return _cross_entropy(self._scores([network], self.test.images[:CURVE]), self.test.labels[:CURVE])
+
+    def _accuracy(self, network: nn.Module, data: Split) -> float:
+        return accuracy(self._scores([network], data.images), data.labels, PARTS["both"], PARTS["both"])
 
     @torch.no_grad()
     def _scores(self, networks: Sequence[nn.Module], images: Tensor) -> Tensor:
@@ -98,12 +111,17 @@ def check_installed() -> None:
 
 def fashion() -> ImageProblem:
     """Fashion-MNIST: 28 by 28 pixels."""
-    return ImageProblem(_read("train", TRAINING), _read("t10k", 10_000), class_directions(0))
+    read = _read("train", TRAINING + VALIDATION)
+    parts = (x.split([TRAINING, VALIDATION]) for x in (read.images, read.labels))
+    train, validation = (Split(*part) for part in zip(*parts, strict=True))
+    return ImageProblem(train, validation, _read("t10k", 10_000), class_directions(0))
 
 
 def digits() -> ImageProblem:
-    """scikit-learn's digits: 8 by 8 pixels."""
-    return ImageProblem(*load_split(0), class_directions(0))
+    """scikit-learn's digits: 8 by 8 pixels. There are few: every second one that is not learnt is for validation."""
+    train, rest = load_split(0)
+    validation, test = (Split(rest.images[n::2], rest.labels[n::2]) for n in range(2))
+    return ImageProblem(train, validation, test, class_directions(0))
 
 
 def _read(name: str, count: int) -> Split:

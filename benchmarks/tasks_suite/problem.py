@@ -39,6 +39,12 @@ class Problem(Protocol):
     def evaluate(self, networks: Sequence[nn.Module]) -> Scores:
         """On test data: `task_a`, `task_b`, `per_task`, `joint` (accuracies), `loss_a`, `loss_b`, `loss`."""
 
+    def validate(self, network: nn.Module) -> float:
+        """The joint accuracy on labelled data that are not for testing, to choose networks by."""
+
+    def recognize(self, network: nn.Module) -> float:
+        """The same on the calibration inputs, were their labels known."""
+
     def loss(self, network: nn.Module) -> float:
         """The loss on some test data of both tasks, for curves of many points."""
 

@@ -61,9 +61,7 @@ class TextProblem:
         return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
     def calibration(self) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        windows = torch.cat([_draw(self.train[p], CALIBRATION // 2, generator) for p in ("a", "b")])
-        return list(windows[torch.randperm(len(windows), generator=generator), :-1].split(CHUNK // 4))
+        return list(self._calibrating()[:, :-1].split(CHUNK // 4))
 
     def apart(self) -> tuple[list[Tensor], list[Tensor]]:
         generator = torch.Generator().manual_seed(0)
@@ -78,13 +76,28 @@ class TextProblem:
         found["loss"] = (found["loss_a"] + found["loss_b"]) / 2
         return found
 
+    def validate(self, network: nn.Module) -> float:
+        """On text that was learnt from, each part of it about once; all else is for testing."""
+        windows = torch.cat([_draw(self.train[p], TEST, torch.Generator().manual_seed(2)) for p in ("a", "b")])
+        return self._score([network], windows)[0]
+
+    def recognize(self, network: nn.Module) -> float:
+        return self._score([network], self._calibrating())[0]
+
     def loss(self, network: nn.Module) -> float:
         return sum(self._judge([network], part, TEST // 2)[1] for part in ("a", "b")) / 2
 
-    @torch.no_grad()
+    def _calibrating(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        windows = torch.cat([_draw(self.train[p], CALIBRATION // 2, generator) for p in ("a", "b")])
+        return windows[torch.randperm(len(windows), generator=generator)]
+
     def _judge(self, networks: Sequence[nn.Module], part: str, count: int) -> tuple[float, float]:
-        """Accuracy and loss of next characters on windows of a domain."""
-        windows = _draw(self.test[part], count, torch.Generator().manual_seed(1))
+        return self._score(networks, _draw(self.test[part], count, torch.Generator().manual_seed(1)))
+
+    @torch.no_grad()
+    def _score(self, networks: Sequence[nn.Module], windows: Tensor) -> tuple[float, float]:
+        """Accuracy and loss of next characters."""
         scores = torch.cat([mean_scores(networks, chunk[:, :-1]) for chunk in windows.split(CHUNK)]).flatten(0, 1)
         targets = windows[:, 1:].flatten()
         right = float((scores.argmax(1) == targets).double().mean())

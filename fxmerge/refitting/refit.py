@@ -143,7 +143,7 @@ def refit(
             merged.use(state)
         bar.close()
     found = Refitted(state, told, left, error=mean_of(told, last, "held_out"))
-    return found if rivals is None else rivals.choose(found)
+    return replace(found, options=(found,)) if rivals is None else rivals.choose(found)
 
 
 def written_out(program: Program) -> Program:

@@ -51,6 +51,8 @@ class Refitted:
         errors: the error held out of the last layers of the parents, and at None of the merged network; empty where
             they were not compared.
         error: that of the merged network, whatever the state is of; NaN if a last layer was not fitted.
+        options: all that could be given, for who can tell better which is best: the merged network first; then, if
+            they may be given, the parents as they are, and with last layers refitted.
     """
 
     state: dict[str, Tensor]
@@ -59,6 +61,16 @@ class Refitted:
     parent: int | None = None
     errors: Mapping[int | None, float] = field(default_factory=dict)
     error: float = math.nan
+    options: tuple[Refitted, ...] = ()
+
+    def renumbered(self, numbers: Sequence[int]) -> Refitted:
+        """The same with other numbers of the parents."""
+        return replace(
+            self,
+            parent=None if self.parent is None else numbers[self.parent],
+            errors={j if j is None else numbers[j]: error for j, error in self.errors.items()},
+            options=tuple(option.renumbered(numbers) for option in self.options),
+        )
 
 
 def asked(shares: Shares) -> list[int]:
@@ -110,16 +122,18 @@ class Rivals:
     def choose(self, merged: Refitted) -> Refitted:
         """The merged network, or the parent whose last layers show that it knows more: as it is where the parents
         answer alike, for these have learnt with more data and the right answers; else with last layers refitted."""
-        theirs = {j: mean_of(told, self.last, "held_out") for j, told in self.told.items()}
-        if not self.last or not any(map(math.isfinite, theirs.values())):
-            return merged
-        best = min(theirs, key=lambda j: theirs[j] if math.isfinite(theirs[j]) else math.inf)
-        alike, errors = self._alike(best), {None: merged.error} | theirs
-        if not merged.error > (KEPT_IF_ALIKE if alike else KEPT_IF_APART) * theirs[best] + NEGLIGIBLE:
-            return replace(merged, errors=errors)
-        if alike:
-            return Refitted(dict(self.parents[best]), {}, {}, best, errors, merged.error)
-        return Refitted(self.states[best], self.told[best], {}, best, errors, merged.error)
+        theirs = {j: mean_of(told, self.last, "held_out") for j, told in self.told.items()} if self.last else {}
+        errors = {None: merged.error} | theirs if any(map(math.isfinite, theirs.values())) else {}
+        merged = replace(merged, errors=errors)
+        as_they_are = {j: Refitted(dict(self.parents[j]), {}, {}, j, errors, merged.error) for j in self.states}
+        refitted = {j: Refitted(self.states[j], self.told[j], {}, j, errors, merged.error) for j in theirs}
+        chosen = merged
+        if errors:
+            best = min(theirs, key=lambda j: theirs[j] if math.isfinite(theirs[j]) else math.inf)
+            alike = self._alike(best)
+            if merged.error > (KEPT_IF_ALIKE if alike else KEPT_IF_APART) * theirs[best] + NEGLIGIBLE:
+                chosen = (as_they_are if alike else refitted)[best]
+        return replace(chosen, options=(merged, *as_they_are.values(), *refitted.values()))
 
     def _alike(self, number: int) -> bool:
         """Whether parents answer alike, by how near one of them, as it is, comes to the mean of all. That tells nothing
