@@ -257,8 +257,9 @@ def merge_many(
         similarity=similarity,
         activations=activations,
     )
-    plans = [plan, replace(plan, method="align")] if method == "auto" else [plan]
-    mergers = [Merger(job, found, symmetry, one) for one in plans]
+    mergers = [Merger(job, found, symmetry, plan)]
+    if method == "auto":
+        mergers.append(Merger(job, found, symmetry, replace(plan, method="align"), zipper=mergers[0]))
     attempts = [merger.choose(alpha, score) for merger in mergers]
     if combine == "average":
         (merger,), ((attempt, told),) = mergers, attempts

@@ -102,6 +102,8 @@ class Merger:
     found: Propagation
     symmetry: Symmetry
     plan: Plan
+    zipper: Merger | None = None
+    """The one that zips the same models, whose correlations an alignment can take: a zip needs no fewer."""
 
     @cached_property
     def order(self) -> list[int]:
@@ -117,6 +119,8 @@ class Merger:
         """For every class that an activation shows, the correlations of its units in the pairs that are needed."""
         if self.job.data is None:
             return {}
+        if self.zipper is not None:
+            return self.zipper.shown
         numbers, home = range(len(self.states)), self.plan.reference
         if self.plan.method == "zip":
             pairs = list(combinations_with_replacement(numbers, 2))

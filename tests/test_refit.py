@@ -1,7 +1,7 @@
 """Refitting: exact where the answer is known, never worse where there is nothing to learn, and within its memory."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -324,6 +324,27 @@ def test_of_two_methods_that_with_the_smaller_error_is_taken(seeds: tuple[int, i
     assert told["method_errors"] == pytest.approx(errors)
     assert told["method"] == min(errors, key=lambda m: errors[m])
     torch.testing.assert_close(found["auto"].state_dict(), found[told["method"]].state_dict())
+
+
+def test_both_methods_are_made_of_one_pass_over_the_activations() -> None:
+    """The data are read once more than for a zip alone, by the second refit."""
+
+    class Counted:
+        """Batches that tell how often they were read."""
+
+        def __init__(self) -> None:
+            self.times = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.times += 1
+            return iter(pictures())
+
+    times = {}
+    for method in ("zip", "auto"):
+        loader = Counted()
+        merge(Convolutional(0), Convolutional(1), loader, method=method)
+        times[method] = loader.times
+    assert times["auto"] == times["zip"] + 1
 
 
 def test_a_method_that_leaves_a_last_layer_is_not_taken() -> None:

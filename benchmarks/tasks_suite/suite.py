@@ -76,7 +76,8 @@ NETWORKS: dict[str, Entry] = {
     "unet-gn": Entry(partial(UNet, (24, 48, 96), group_norm, dense.MAPS), "dense", 600, 3e-3),
     "digits-mlp": Entry(partial(MLP, 64, 64, EMBEDDING), "digits", 300, 3e-3, seeds=1),
     "digits-vgg-bn": Entry(partial(VGG, ((16,), (32,)), nn.BatchNorm2d, EMBEDDING), "digits", 100, 1e-2, seeds=1),
+    "digits-vgg-gn": Entry(partial(VGG, ((16,), (32,)), group_norm, EMBEDDING), "digits", 100, 1e-2, seeds=1),
 }
 
 SHORT = ("digits-mlp", "digits-vgg-bn")
-LONG = tuple(name for name in NETWORKS if name not in SHORT)
+LONG = tuple(name for name, entry in NETWORKS.items() if entry.data != "digits")

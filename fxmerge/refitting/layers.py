@@ -58,7 +58,7 @@ class Use:
     @property
     def kept_dims(self) -> list[int]:
         """The dimensions of the data along which the output lies too, so that it has their units: rows and groups."""
-        if self.form.views:
+        if RESULT in (self.form.views or {}):
             # Of a convolution's data, the places that are rows hold no units, and groups of several channels are
             # blocks, which are not merged.
             call = bind(self.node)

@@ -139,7 +139,8 @@ class Similarities:
             image: for every unit of the class, its place in b.
         """
         last = self._seen.pop(number, None)
-        if last is None or not set(last.where) <= set(where):
+        before = set(last.where) if last is not None else set[Slices]()
+        if last is None or not before.issubset(where):
             total = similarity(self._a, b, where, self._scales)
         else:
             came = torch.from_numpy(last.image[np.argsort(image)]).to(last.total.device)
@@ -147,7 +148,7 @@ class Similarities:
             for s in last.where:
                 if b[s.axis.parameter] is not last.b[s.axis.parameter]:
                     self._update(total, s, s.of(last.b[s.axis.parameter])[came], s.of(b[s.axis.parameter]))
-            fresh = [s for s in where if s not in set(last.where)]
+            fresh = [s for s in where if s not in before]
             if fresh:
                 total += similarity(self._a, b, fresh, self._scales)
         self._keep(number, _Seen(total, where, {s.axis.parameter: b[s.axis.parameter] for s in where}, image))

@@ -1,0 +1,109 @@
+"""Whether the gains and shifts of norms are better fitted, or left at the average of the models'.
+
+What a norm gives is linear in its gain and shift, so that they could be layers like any other: here a form for layer
+and group norm is added to those of `fxmerge.refitting.forms`, and merges with and without it are compared.
+
+    python benchmarks/norms.py [--short] [--networks NAME ...] [--cache FOLDER] [--jobs 2] [--markdown FILE]
+
+Parents are those of `benchmarks/tasks.py` in its setting `disjoint`, first pairs. Needs what that needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import string
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from invariance import machine, table
+from models.processes import Row, run_all
+from tasks import PRELOAD, default_cache
+from tasks_suite import training
+from tasks_suite.methods import with_state_of
+from tasks_suite.suite import NETWORKS, PROBLEMS
+from torch import Tensor
+from torch.nn import functional
+
+import fxmerge
+from fxmerge.demo import recalibrated
+from fxmerge.refitting.forms import Arguments, Form, form
+
+LONG = ("resnet20-1-gn", "resnet20-2-gn", "vit-fused", "vit-separate", "convnext", "mixer")
+SHORT = ("digits-vgg-gn",)
+
+
+def group_norm(call: Arguments) -> Form | None:
+    """One coefficient and one shift for each channel, dimension 1."""
+
+    def normalized(x: Tensor, call: Arguments) -> Tensor:
+        return functional.group_norm(x, call["num_groups"], eps=call["eps"])
+
+    places = string.ascii_lowercase[: call["input"].ndim - 1]
+    term = f"{places[0]}C{places[1:]}"
+    return Form(("input", "weight"), (term, "C", term), "bias", "C", {"input": normalized})
+
+
+def layer_norm(call: Arguments) -> Form | None:
+    """One coefficient and one shift for each entry of the last dimension."""
+    if len(call["normalized_shape"]) != 1:
+        return None
+
+    def normalized(x: Tensor, call: Arguments) -> Tensor:
+        return functional.layer_norm(x, call["normalized_shape"], eps=call["eps"])
+
+    term = string.ascii_lowercase[: call["input"].ndim - 1] + "C"
+    return Form(("input", "weight"), (term, "C", term), "bias", "C", {"input": normalized})
+
+
+def merged(network: str, cache: Path) -> tuple[str, int]:
+    """The accuracy per task in percent, and how many layers were fitted."""
+    problem = PROBLEMS[NETWORKS[network].data]()
+    a, b = (training.load(parent, cache) for parent in training.parents_of(network, "disjoint", 0))
+    batches = problem.calibration()
+    found = fxmerge.merge(a, b, batches, or_parent=False, progress=False)
+    judged = recalibrated(with_state_of(a, found), batches)
+    return f"{100 * problem.evaluate([judged])['per_task']:.1f}", len(found.meta["fxmerge"]["layers"])
+
+
+def compare(networks: Sequence[str], cache: Path) -> list[Row]:
+    """The lines of the table."""
+    averaged = {network: merged(network, cache) for network in networks}
+    form("group_norm")(group_norm)
+    form("layer_norm")(layer_norm)
+    rows: list[Row] = []
+    for network, (before, layers) in averaged.items():
+        after, more = merged(network, cache)
+        rows.append({"network": network, "norms": more - layers, "averaged": before, "fitted": after})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help=f"{', '.join(SHORT)} only, and nothing is kept")
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), help="only these")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained parents")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, for training")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    networks = options.networks or (SHORT if options.short else LONG)
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = Path(scratch) if options.short else options.cache
+        cache.mkdir(parents=True, exist_ok=True)
+        parents = [parent for network in networks for parent in training.parents_of(network, "disjoint", 0)]
+        for row in run_all(training.work, training.missing(parents, cache), options.jobs, 1800, 6, PRELOAD):
+            print(f"trained {row['network']} on {row['part']}: {row.get('failure', 'done')}", flush=True)
+        rows = compare(networks, cache)
+    text = f"{machine()}\n\nAccuracy per task in percent, gains and shifts averaged and fitted\n\n{table(rows)}"
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
