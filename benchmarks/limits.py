@@ -102,7 +102,7 @@ def _best(scores: Sequence[float]) -> int:
 
 
 def main() -> int:
-    options = arguments(__doc__)
+    options = arguments(__doc__).parse_args()
     torch.set_num_threads(1)
     rows = []
     with parents_at_hand(options) as groups:

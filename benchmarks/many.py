@@ -6,7 +6,8 @@ without labels and, "by score", with validation data to choose by.
 Parents are those of `benchmarks/tasks.py` in its setting `same`, trained once and kept in the same folder; the data,
 and BatchNorm for all alike, are as there.
 
-    python benchmarks/many.py [--short] [--networks NAME ...] [--count 5] [--cache FOLDER] [--jobs 2] [--markdown FILE]
+    python benchmarks/many.py [--short] [--networks NAME ...] [--methods NAME ...] [--count 5]
+        [--cache FOLDER] [--jobs 2] [--markdown FILE]
 
 Needs what `benchmarks/tasks.py` needs.
 """
@@ -103,7 +104,11 @@ def judged(problem: Problem, networks: Networks) -> str:
     return f"{100 * scores['joint']:.1f} ({scores['loss']:.3f})"
 
 
-def compare(network: str, parents: Networks) -> Row:
+BY_SCORE = "merge_many, by score"
+"""The method that chooses by the accuracy on validation data."""
+
+
+def compare(network: str, parents: Networks, chosen: Sequence[str]) -> Row:
     """One line of the table: accuracy in percent, and the loss."""
     problem = PROBLEMS[NETWORKS[network].data]()
     own = [problem.evaluate([p])["joint"] for p in parents]
@@ -114,8 +119,8 @@ def compare(network: str, parents: Networks) -> Row:
         "ensemble": judged(problem, parents),
     }
     batches = problem.calibration()
-    methods = METHODS | {"merge_many, by score": many(score=problem.validate)}
-    for name, method in methods.items():
+    methods = METHODS | {BY_SCORE: many(score=problem.validate)}
+    for name, method in ((name, methods[name]) for name in chosen):
         began = time.perf_counter()
         merged = recalibrated(method(parents, batches), batches)
         row[name] = judged(problem, [merged])
@@ -123,7 +128,7 @@ def compare(network: str, parents: Networks) -> Row:
     return row
 
 
-def arguments(description: str | None) -> argparse.Namespace:
+def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options of a benchmark of parents that learnt the same."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help=f"three of {', '.join(SHORT)}, and nothing is kept")
@@ -132,7 +137,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained parents")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, for training")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
-    return parser.parse_args()
+    return parser
 
 
 @contextmanager
@@ -150,10 +155,13 @@ def parents_at_hand(options: argparse.Namespace) -> Iterator[dict[str, Networks]
 
 
 def main() -> int:
-    options = arguments(__doc__)
+    parser = arguments(__doc__)
+    every = [*METHODS, BY_SCORE]
+    parser.add_argument("--methods", nargs="+", choices=every, default=every, help="only these")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     with parents_at_hand(options) as groups:
-        rows = [compare(network, parents) for network, parents in groups.items()]
+        rows = [compare(network, parents, options.methods) for network, parents in groups.items()]
         count = len(next(iter(groups.values())))
     text = f"{machine()}\n\n{count} parents each; accuracy in percent, and the loss\n\n{table(rows)}"
     print(text)
