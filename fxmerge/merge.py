@@ -106,6 +106,7 @@ def merge(
         or_parent: with "least_squares": whether one of the models may be returned, with a warning: as it is, where the
             models answer alike and the error of the merged network's last layers is more than half of that of the
             model's, refitted as well; else with its last layers refitted, where their error is smaller by a quarter.
+            Where last layers cannot be compared (an output layer tied to the embedding), outputs as they are do.
         score: for who has labels after all: how good a network is, larger for better, such as its accuracy on
             validation data. It chooses, in place of errors without labels, between all that could be returned: with
             "least_squares" and `or_parent` the merged network, the models as they are, and these with last layers
@@ -283,7 +284,7 @@ def merge_many(
             told["method_errors"] = {m.plan.method: r.error for m, r in zip(mergers, refits, strict=True)}
         merged = merger.finish(refitted.state, calibrate=False)
         told |= {"layers": refitted.layers, "left": dict(refitted.left)}
-        told |= {"parent": refitted.parent, "errors": dict(refitted.errors)}
+        told |= {"parent": refitted.parent, "errors": dict(refitted.errors), "compared": refitted.compared}
         if refitted.parent is not None:
             _warn_of_parent(job.names[refitted.parent], refitted, outputs, scores)
     merged.meta["fxmerge"] = job.report(symmetry) | told
@@ -330,10 +331,10 @@ def _warn_of_parent(name: str, refitted: Refitted, outputs: Outputs, scores: Seq
         why = f"It has the highest score, {highest:.4g}; the merged network has {merged:.4g}."
     else:
         how = how if refitted.layers else f"{how}, since the models answer alike"
+        shown = "outputs" if refitted.compared == "outputs" else "last layers, refitted,"
         why = (
-            "Its last layers, refitted to the mean of all models' outputs, miss "
-            f"{refitted.errors[refitted.parent]:.3g} of that mean's square, and those of the merged network "
-            f"{refitted.errors[None]:.3g}."
+            f"Its {shown} miss {refitted.errors[refitted.parent]:.3g} of the square of all models' mean outputs, and "
+            f"those of the merged network {refitted.errors[None]:.3g}."
         )
     logger.warning("%s is returned %s. %s Pass or_parent=False for the merged network.", name, how, why)
 

@@ -38,6 +38,7 @@ def test_a_parent_that_says_all_there_is_to_say_is_returned(
     assert f"model {'AB'[parent]} is returned with its last layers refitted" in caplog.text
     assert set(told["layers"]) == {"5.weight"}
     assert set(told["errors"]) == {None, 0, 1}
+    assert told["compared"] == "last layers"
     assert told["errors"][parent] == told["layers"]["5.weight"]["held_out"] < 0.1 * told["errors"][None]
     x = torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(9))
     mean = (telling(x) + silent(x)) / 2
@@ -98,7 +99,7 @@ def told_rivals(shares: list[tuple[float, float]], disagreement: float, error: f
     layers = find_layers(program)
     states = [mlp(k).state_dict() for k in range(2)]
     last = last_layers(program, layers)
-    rivals = Rivals(program, last, layers.all, states, [Teacher(own, {}) for own in states], shares)
+    rivals = Rivals(last, states, [Teacher(own, {}) for own in states], shares, program)
     (name,) = (layer.name for layer in last)
     rivals.states[0][name] = rivals.states[0][name] + 1
     rivals.told = {j: {name: {"before": disagreement, "held_out": e}} for j, e in enumerate((error, 3.0))}
@@ -153,8 +154,89 @@ class Gained(nn.Module):
 
 
 def test_outputs_in_units_of_a_networks_own_are_not_compared() -> None:
-    told = fxmerge.merge(Gained(0), muted(Gained(1)), vectors()).meta["fxmerge"]
+    """The outputs of the networks are, as they are; and of models that answer different things, no one is returned."""
+    a, b = Gained(0), muted(Gained(1))
+    merged = fxmerge.merge(a, b, vectors())
+    told = merged.meta["fxmerge"]
     assert told["parent"] is None
+    assert told["compared"] == "outputs"
+    x = torch.cat(vectors())
+    with torch.no_grad():
+        mean = (a(x) + b(x)) / 2
+        outputs = {None: merged(x), 0: a(x), 1: b(x)}
+    wanted = {j: float((own - mean).square().sum() / mean.square().sum()) for j, own in outputs.items()}
+    assert told["errors"] == pytest.approx(wanted)
+
+
+class Tied(nn.Module):
+    """An output layer that is the embedding, as in many language models: it is not refitted."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding = nn.Embedding(12, 6)
+        self.hidden, self.back = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y = self.embedding(tokens)
+        scores: Tensor = (y + self.back(torch.relu(self.hidden(y)))) @ self.embedding.weight.T
+        return scores
+
+
+def tokens() -> list[Tensor]:
+    return [torch.randint(12, (30, 5), generator=torch.Generator().manual_seed(k)) for k in range(4)]
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "align"}, {"outputs": "mean", "max_memory": 1e-6}])
+def test_of_tied_models_that_answer_alike_one_is_returned(
+    options: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two networks with the same scores of each token, in bases of their own: averages of these are no network."""
+    first, second = Tied(0), Tied(1)
+    with torch.no_grad():
+        turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(2))).Q
+        second.load_state_dict(first.state_dict())
+        second.embedding.weight.copy_(first.embedding.weight @ turn)
+        second.hidden.weight.copy_(first.hidden.weight @ turn)
+        second.back.weight.copy_(turn.T @ first.back.weight)
+        second.back.bias.copy_(first.back.bias @ turn)
+    x = torch.cat(tokens())
+    torch.testing.assert_close(first(x), second(x), atol=1e-4, rtol=1e-4)
+    with caplog.at_level(logging.WARNING):
+        merged = fxmerge.merge(first, second, tokens(), **options)  # type: ignore[arg-type]
+    told = merged.meta["fxmerge"]
+    assert told["compared"] == "outputs"
+    assert told["parent"] == 0  # Both are as near to the mean of both.
+    assert told["errors"][0] < 1e-6 < 0.01 < told["errors"][None]
+    assert "is returned as it is, since the models answer alike. Its outputs miss" in caplog.text
+    torch.testing.assert_close(merged(x), first(x), atol=1e-4, rtol=1e-4)
+
+
+def test_of_tied_models_the_merged_network_is_kept_if_it_answers_as_they_do() -> None:
+    told = fxmerge.merge(Tied(0), Tied(0), tokens()).meta["fxmerge"]
+    assert told["parent"] is None
+    assert max(told["errors"].values()) < 1e-6
+
+
+def test_a_score_can_take_a_tied_model_as_it_is() -> None:
+    models = [Tied(k) for k in range(3)]
+    x = torch.cat(tokens())
+    wanted = models[1](x).detach()
+    merged = fxmerge.merge_many(models, tokens(), score=lambda network: -(network(x) - wanted).square().mean())
+    told = merged.meta["fxmerge"]
+    assert told["parent"] == 1
+    assert [(one["parent"], one["refitted"]) for one in told["scores"]] == [
+        (None, True),
+        *((j, False) for j in told["errors"] if j is not None),
+    ]
+    torch.testing.assert_close(merged(x), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_models_that_answer_nothing_are_not_compared() -> None:
+    silent = Tied(0)
+    nn.init.zeros_(silent.embedding.weight)
+    told = fxmerge.merge(silent, silent, tokens()).meta["fxmerge"]
+    assert told["compared"] is None
     assert told["errors"] == {}
 
 

@@ -19,7 +19,7 @@ from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher, Valu
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers, operand
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.repair import Repair
-from fxmerge.refitting.rivals import Refitted, Report, Rivals, asked, mean_of
+from fxmerge.refitting.rivals import Refitted, Report, Rivals, asked, comparable, mean_of
 from fxmerge.refitting.schedule import Step, stages_of, walk
 from fxmerge.refitting.sums import Summand, summand_of
 from fxmerge.rewriting.calibrate import statistics_nodes
@@ -106,13 +106,16 @@ def refit(
         else:
             chosen.append(layer)
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
-    state, stages = dict(start), _plan(program, chosen, towards_sums, places)
+    by_layers = or_parent and comparable(program, last, chosen, parents, teachers)
+    state, stages = dict(start), _plan(program, chosen, towards_sums, places, to_the_end=or_parent and not by_layers)
     told: Report = {}
     merged, *lanes = (_Lane(program, own) for own in (state, *parents))
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
         course = _Course(kept, merged, lanes, lessons)
-        rivals = Rivals(program, last, chosen, parents, teachers, list(course.alike)) if or_parent else None
+        rivals = (
+            Rivals(last if by_layers else (), parents, teachers, list(course.alike), program) if or_parent else None
+        )
         bar = tqdm(total=len(stages) * len(course.data), desc="refitting", leave=False, disable=disable)
         for stage in stages:
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
@@ -132,6 +135,8 @@ def refit(
                             rival.add(taught[j], taught, shares, weight)
                     for one in () if again else statistics:
                         one.add(values, weight)
+                    if rivals and not by_layers and stage is stages[-1]:
+                        rivals.answers.add(values, taught, shares, weight)
                     bar.update(not again)
                 told |= {fit.layer.name: fit.settle(state) for fit in fits}
                 if rivals:
@@ -200,16 +205,25 @@ def _plan(
     chosen: Sequence[Layer],
     towards_sums: Collection[Layer],
     places: Sequence[Places],
+    *,
+    to_the_end: bool,
 ) -> list[_Stage]:
-    """The stages of a refit of some layers, of which some learn what the sums are to be that their outputs go into."""
+    """The stages of a refit of some layers, of which some learn what the sums are to be that their outputs go into; and
+    the way from the last of them to the outputs, if that is asked for."""
     graph, derived = program.graph.graph, program.derived
     normal = list(statistics_nodes(program).items())
     sets = [[use.node for use in layer.uses] for layer in chosen] + [nodes for _, nodes in normal]
     due, final = stages_of(graph, sets, derived)
+    if to_the_end:
+        due.append([])
     own = [[chosen[i] for i in numbers if i < len(chosen)] for numbers in due]
     statistics = [dict(normal[i - len(chosen)] for i in numbers if i >= len(chosen)) for numbers in due]
     read = [_read(numbers, sets, derived) for numbers in due]
     taught = [_read([i for i in numbers if i < len(chosen)], sets, derived) for numbers in due]
+    if to_the_end:
+        (output,) = (node for node in graph.nodes if node.op == "output")
+        for nodes in (read[-1], taught[-1]):
+            nodes.update(n for n in output.all_input_nodes if n not in derived)
     circular = [any(final[n] > stage for n in nodes) for stage, nodes in enumerate(taught)]
     dependent = learnt(program)
     summands: list[dict[Use, Summand]] = [{} for _ in due]

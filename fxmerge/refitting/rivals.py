@@ -8,13 +8,15 @@ nothing, since the parents run on all data anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
 from fxmerge.program import Program
+from fxmerge.refitting.answers import Answers
 from fxmerge.refitting.gather import LayerFit, Shares, Teacher
 from fxmerge.refitting.layers import Layer
 from fxmerge.refitting.moments import NEGLIGIBLE
@@ -25,8 +27,9 @@ Report = dict[str, dict[str, float]]
 AGREED = 0.5
 """Parents answer alike where one of them, as it is, misses less than this share of the square of the mean of all."""
 
-EVEN = 1e-9
-"""Shares that differ by less than this count as equal."""
+EVEN = 1e-6
+"""Shares that differ by less than this count as equal, and so do errors that differ by less than this share: the first
+parent is taken."""
 
 KEPT_IF_APART, KEPT_IF_ALIKE = 4 / 3, 1 / 2
 """A merged network is kept whose error is at most so many times that of a parent with its last layers refitted, where
@@ -48,8 +51,10 @@ class Refitted:
         left: for parameters that some op multiplies with data and that were left as they were, the reason.
         parent: the number of the parent that the state is of, all but its last layers where these were refitted; None
             for the merged network.
-        errors: the error held out of the last layers of the parents, and at None of the merged network; empty where
-            they were not compared.
+        errors: the errors of the parents by number, and at None of the merged network; empty where they were not
+            compared.
+        compared: by what: by the error held out of the last layers, these refitted; or, where these do not tell, by the
+            outputs of the networks as they are.
         error: that of the merged network, whatever the state is of; NaN if a last layer was not fitted.
         options: all that could be given, for who can tell better which is best: the merged network first; then, if
             they may be given, the parents as they are, and with last layers refitted.
@@ -60,6 +65,7 @@ class Refitted:
     left: Mapping[str, str]
     parent: int | None = None
     errors: Mapping[int | None, float] = field(default_factory=dict)
+    compared: Literal["last layers", "outputs"] | None = None
     error: float = math.nan
     options: tuple[Refitted, ...] = ()
 
@@ -81,29 +87,28 @@ def asked(shares: Shares) -> list[int]:
 class Rivals:
     """The parents, each with its last layers fitted to what the merged network learns.
 
-    They take part where each is asked on all data, and no parameter is used after the last layers: outputs of these
-    are then in no units of a network's own.
+    They take part where each is asked on all data.
+
+    Arguments:
+        last: the last layers, if these can be compared; else outputs are, of the parents as they are.
+        parents: their state dicts.
+        teachers: what the parents' layers give to learn from.
+        shares: how much each parent counts in the targets, wherever these are not the same.
+        program: the program.
     """
 
     def __init__(
         self,
-        program: Program,
         last: Sequence[Layer],
-        chosen: Sequence[Layer],
         parents: Sequence[Mapping[str, Tensor]],
         teachers: Sequence[Teacher],
         shares: Sequence[Shares],
+        program: Program,
     ) -> None:
-        own_outputs = all(
-            torch.equal(layer.read(parent), layer.read(teacher.state))
-            for layer in last
-            for parent, teacher in zip(parents, teachers, strict=True)
-        )
-        comparable = own_outputs and all(layer in chosen for layer in last) and not used_after(program, last)
-        self.last, self.teachers = last if comparable else (), teachers
-        self.parents, self.shares = parents, shares
+        self.last, self.teachers, self.parents, self.shares = last, teachers, parents, shares
         self.states = {j: dict(own) for j, own in enumerate(parents) if all(j in asked(each) for each in shares)}
         self.told: dict[int, Report] = {j: {} for j in self.states}
+        self.answers = Answers(program)
 
     def enter(self, layers: Sequence[Layer], alike: Mapping[Shares, int], seed: int) -> dict[int, list[LayerFit]]:
         """The fits of some layers, by the parent."""
@@ -120,26 +125,60 @@ class Rivals:
                 self.told[j][fit.layer.name] = fit.settle(self.states[j])
 
     def choose(self, merged: Refitted) -> Refitted:
-        """The merged network, or the parent whose last layers show that it knows more: as it is where the parents
-        answer alike, for these have learnt with more data and the right answers; else with last layers refitted."""
-        theirs = {j: mean_of(told, self.last, "held_out") for j, told in self.told.items()} if self.last else {}
-        errors = {None: merged.error} | theirs if any(map(math.isfinite, theirs.values())) else {}
-        merged = replace(merged, errors=errors)
-        as_they_are = {j: Refitted(dict(self.parents[j]), {}, {}, j, errors, merged.error) for j in self.states}
-        refitted = {j: Refitted(self.states[j], self.told[j], {}, j, errors, merged.error) for j in theirs}
+        """The merged network, or the parent that is seen to know more: as it is where the parents answer alike, for
+        these have learnt with more data and the right answers; else with last layers refitted, if these tell."""
+        errors, before = self._errors(merged)
+        theirs = {j: errors[j] for j in self.states if math.isfinite(errors[j])}
+        if theirs:
+            merged = replace(merged, errors=errors, compared="last layers" if self.last else "outputs")
+        as_they_are = {
+            j: replace(merged, state=dict(own), layers={}, left={}, parent=j)
+            for j, own in enumerate(self.parents)
+            if j in self.states
+        }
+        refitted = {
+            j: replace(one, state=self.states[j], layers=self.told[j]) for j, one in as_they_are.items() if self.last
+        }
         chosen = merged
-        if errors:
-            best = min(theirs, key=lambda j: theirs[j] if math.isfinite(theirs[j]) else math.inf)
-            alike = self._alike(best)
-            if merged.error > (KEPT_IF_ALIKE if alike else KEPT_IF_APART) * theirs[best] + NEGLIGIBLE:
-                chosen = (as_they_are if alike else refitted)[best]
+        if theirs:
+            least = min(theirs.values())
+            best = next(j for j, error in theirs.items() if error <= least * (1 + EVEN) + NEGLIGIBLE)
+            alike = self._count_equally() and before[best] < AGREED
+            others, bound = (as_they_are, KEPT_IF_ALIKE) if alike else (refitted, KEPT_IF_APART)
+            if best in others and errors[None] > bound * theirs[best] + NEGLIGIBLE:
+                chosen = others[best]
         return replace(chosen, options=(merged, *as_they_are.values(), *refitted.values()))
 
-    def _alike(self, number: int) -> bool:
-        """Whether parents answer alike, by how near one of them, as it is, comes to the mean of all. That tells nothing
-        where they do not count equally: near to the mean is then who counts most."""
-        even = all(max(shares) - min(shares[j] for j in asked(shares)) < EVEN for shares in self.shares)
-        return even and mean_of(self.told[number], self.last, "before") < AGREED
+    def _errors(self, merged: Refitted) -> tuple[dict[int | None, float], dict[int, float]]:
+        """The errors of all networks, and those of the parents as they are."""
+        errors: dict[int | None, float] = {None: merged.error}
+        if self.last:
+            errors |= {j: mean_of(told, self.last, "held_out") for j, told in self.told.items()}
+            return errors, {j: mean_of(told, self.last, "before") for j, told in self.told.items()}
+        as_they_are = {j: self.answers.error(j) for j in self.states}
+        return errors | {None: self.answers.error(None)} | as_they_are, as_they_are
+
+    def _count_equally(self) -> bool:
+        """Whether all parents count equally. Else it tells nothing that one comes near to the mean: it is who counts
+        most."""
+        return all(max(shares) - min(shares[j] for j in asked(shares)) < EVEN for shares in self.shares)
+
+
+def comparable(
+    program: Program,
+    last: Sequence[Layer],
+    chosen: Collection[Layer],
+    parents: Sequence[Mapping[str, Tensor]],
+    teachers: Sequence[Teacher],
+) -> bool:
+    """Whether last layers, refitted, tell how much networks know: all can be refitted, and no parameter is used after
+    them, or their outputs would be in units of a network's own."""
+    own_outputs = all(
+        torch.equal(layer.read(parent), layer.read(teacher.state))
+        for layer in last
+        for parent, teacher in zip(parents, teachers, strict=True)
+    )
+    return own_outputs and all(layer in chosen for layer in last) and not used_after(program, last)
 
 
 def mean_of(told: Report, last: Sequence[Layer], number: str) -> float:
