@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,20 +12,18 @@ from torch import fx
 from fxmerge import validate
 from fxmerge.capture import Args, Kwargs
 from fxmerge.choose import DEFAULT, Alpha
+from fxmerge.decide import decide, warn_of_parent
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
 from fxmerge.merger import Combine, Merger, Method, Outputs, Plan, images
 from fxmerge.refitting.outputs import standardized
-from fxmerge.refitting.rivals import Refitted
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.run import Inputs
-from fxmerge.score import Score, judged
+from fxmerge.score import Score
 from fxmerge.similarity.activations import Activations, Similarity
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
-
-logger = logging.getLogger(__name__)
 
 ALPHA = DEFAULT
 """Default weight of the weight-space similarity."""
@@ -108,9 +104,10 @@ def merge(
             model's, refitted as well; else with its last layers refitted, where their error is smaller by a quarter.
             Where last layers cannot be compared (an output layer tied to the embedding), outputs as they are do.
         score: for who has labels after all: how good a network is, larger for better, such as its accuracy on
-            validation data. It chooses, in place of errors without labels, between all that could be returned: with
-            "least_squares" and `or_parent` the merged network, the models as they are, and these with last layers
-            refitted; with the method "auto" both refits; with the alpha "auto" the averages of its candidates.
+            validation data. It is called with GraphModules in eval mode, without gradients, and chooses in place of
+            errors without labels: with "least_squares" and `or_parent` between the merged network, the models that
+            count, as they are, and these with last layers refitted; with the method "auto" between both refits; with
+            the alpha "auto" between the averages of its candidates. NaN is the lowest score.
         max_memory: GiB of activations that refitting keeps in memory; what is more goes to a temporary folder.
         restarts: how often the search is made again in another order; what has the highest objective is taken.
         seed: seed of the random order of the search.
@@ -267,17 +264,10 @@ def merge_many(
         merged = merger.finish(attempt.state)
     else:
         refits = [
-            merger.refit(attempt, combine, or_parent=or_parent, max_memory=max_memory)
+            merger.refit(attempt, combine, or_parent=or_parent, options=score is not None, max_memory=max_memory)
             for merger, (attempt, _) in zip(mergers, attempts, strict=True)
         ]
-        scores: list[dict[str, Any]] = []
-        if score is None:
-            errors = [math.inf if math.isnan(one.error) else one.error for one in refits]
-            number = errors.index(min(errors))
-            refitted = refits[number]
-        else:
-            with job.timed("scoring"):
-                number, refitted, scores = _scored(score, mergers, refits, job.names)
+        number, refitted, scores = decide(mergers, refits, score)
         merger, (attempt, told) = mergers[number], attempts[number]
         told["scores"] = scores
         if method == "auto":
@@ -286,7 +276,7 @@ def merge_many(
         told |= {"layers": refitted.layers, "left": dict(refitted.left)}
         told |= {"parent": refitted.parent, "errors": dict(refitted.errors), "compared": refitted.compared}
         if refitted.parent is not None:
-            _warn_of_parent(job.names[refitted.parent], refitted, outputs, scores)
+            warn_of_parent(job.names[refitted.parent], refitted, outputs, scores)
     merged.meta["fxmerge"] = job.report(symmetry) | told
     merged.meta["fxmerge"] |= {
         "models": len(models),
@@ -299,44 +289,6 @@ def merge_many(
         "images": [images(symmetry, p) for p in attempt.aligned.permutations[-len(models) :]],
     }
     return merged
-
-
-def _scored(
-    score: Score, mergers: Sequence[Merger], refits: Sequence[Refitted], names: Sequence[str]
-) -> tuple[int, Refitted, list[dict[str, Any]]]:
-    """Of all that could be returned the one with the highest score, the number of its refit, and what is told of all.
-
-    Of equals it is the first: merged networks come before parents. The parents of every refit are the same.
-    """
-    merged = [(number, refitted.options[0]) for number, refitted in enumerate(refits)]
-    options = [*merged, *((0, option) for option in refits[0].options[1:])]
-    told: list[dict[str, Any]] = []
-    for number, option in options:
-        merger, method, refitted = mergers[number], mergers[number].plan.method, bool(option.layers)
-        name = names[option.parent] if option.parent is not None else f"the merged network by method {method!r}"
-        name = f"{name} with its last layers refitted" if option.parent is not None and refitted else name
-        value = judged(score, merger.finish(option.state, calibrate=False), name)
-        told.append({"parent": option.parent, "refitted": refitted, "method": method, "score": value})
-    best = max(range(len(told)), key=lambda i: told[i]["score"])
-    return *options[best], told
-
-
-def _warn_of_parent(name: str, refitted: Refitted, outputs: Outputs, scores: Sequence[Mapping[str, Any]]) -> None:
-    how = "with its last layers refitted" if refitted.layers else "as it is"
-    if outputs == "standardized" and not refitted.layers:
-        how = "with its outputs standardized"
-    if scores:
-        highest = max(one["score"] for one in scores)
-        merged = max(one["score"] for one in scores if one["parent"] is None)
-        why = f"It has the highest score, {highest:.4g}; the merged network has {merged:.4g}."
-    else:
-        how = how if refitted.layers else f"{how}, since the models answer alike"
-        shown = "outputs" if refitted.compared == "outputs" else "last layers, refitted,"
-        why = (
-            f"Its {shown} miss {refitted.errors[refitted.parent]:.3g} of the square of all models' mean outputs, and "
-            f"those of the merged network {refitted.errors[None]:.3g}."
-        )
-    logger.warning("%s is returned %s. %s Pass or_parent=False for the merged network.", name, how, why)
 
 
 def align(

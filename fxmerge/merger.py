@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import combinations, combinations_with_replacement
 from typing import Any, Literal, TypeVar
@@ -240,9 +240,11 @@ class Merger:
             )
             return self._highest(search, lambda found: found.trace[-1])
 
-    def refit(self, attempt: Attempt, combine: Combine, *, or_parent: bool, max_memory: float) -> Refitted:
-        """The parameters of an attempt, its layers refitted, or if better those of a parent; parents are numbered as
-        in the job."""
+    def refit(
+        self, attempt: Attempt, combine: Combine, *, or_parent: bool, options: bool, max_memory: float
+    ) -> Refitted:
+        """The parameters of an attempt, its layers refitted, or if better those of a parent; with all options if these
+        are asked for. Parents are numbered as in the job."""
         permutations = [attempt.aligned.permutations[i] for i in self.order]
         states = [p.apply(s) for p, s in zip(permutations, self.states, strict=True)]
         program = written_out(self.found.program)
@@ -260,7 +262,7 @@ class Merger:
                 seed=self.plan.seed,
                 progress=self.job.progress,
             )
-        return refitted.renumbered(self.order)
+        return (refitted if options else replace(refitted, options=())).renumbered(self.order)
 
     def teachers(self, program: Program, states: Sequence[Mapping[str, Tensor]], zipped: ZipMatch) -> list[Teacher]:
         """The models as the layers of a zipped network learn from them."""

@@ -137,6 +137,22 @@ class Program:
                 found.add(node)
         return frozenset(found)
 
+    @cached_property
+    def learnt(self) -> frozenset[fx.Node]:
+        """The activations that depend on parameters."""
+        found: set[fx.Node] = set()
+        for node in self.graph.graph.nodes:
+            if self.sources.get(node, ("", ""))[0] == "parameter" or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return frozenset(found - self.derived)
+
+    @cached_property
+    def answers(self) -> frozenset[fx.Node]:
+        """The floating-point activations that depend on parameters and that the user sees as outputs."""
+        (output,) = (node for node in self.graph.graph.nodes if node.op == "output")
+        seen = self.learnt.intersection(self.outputs(output))
+        return frozenset(node for node in seen if _is_number(node.meta.get("val")))
+
     def outputs(self, node: fx.Node) -> Iterator[fx.Node]:
         """The nodes that the user sees as outputs."""
         for arg, seen in zip(node.args[0], self.aten.outputs, strict=True):  # type: ignore[arg-type]
@@ -156,3 +172,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,4 +1,4 @@
-"""Choosing by a score of the user's own, such as the accuracy on labelled data, between what could be returned."""
+"""A score of the user's own, such as the accuracy on labelled data, by which to choose what is returned."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ Score = Callable[[fx.GraphModule], float | Tensor]
 
 
 def judged(score: Score, network: fx.GraphModule, name: str) -> float:
-    """The score of a network.
+    """The score of a network, without gradients; NaN is the lowest there is.
 
     Raises:
-        OptionError: if it is no finite number.
+        OptionError: if it is no number.
 
     Example:
-        >>> gained = fx.symbolic_trace(torch.nn.ReLU())
-        >>> judged(lambda network: network(torch.ones(3)).sum(), gained, "the merged network")
+        >>> merged = fx.symbolic_trace(torch.nn.ReLU())
+        >>> judged(lambda network: network(torch.ones(3)).sum(), merged, "the merged network")
         3.0
     """
     with torch.no_grad():
         value = score(network)
     try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not math.isfinite(number):
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise OptionError(
-            f"score gave {value!r} for {name}; it must give a finite number, larger for a better network."
-        )
-    return number
+            f"score gave {value!r} for {name}; it must give a number, larger for a better network."
+        ) from error
+    return -math.inf if math.isnan(number) else number

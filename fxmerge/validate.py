@@ -116,8 +116,8 @@ def check_score(score: Score | None, alpha: Alpha, method: str, combine: str, or
         raise OptionError(f"score is {score!r}; it must be a function that takes a network and gives a number.")
     if not (given and alpha == AUTO) and method != "auto" and not (or_parent and combine == "least_squares"):
         raise OptionError(
-            "score has nothing to choose between: pass a loader, and or_parent=True with combine='least_squares', "
-            "method='auto' or alpha='auto'."
+            "score has nothing to choose between: pass a loader, and alpha='auto', method='auto', or "
+            "combine='least_squares' with or_parent=True."
         )
 
 
@@ -220,7 +220,7 @@ def check_same_function(
     got = pytree.tree_leaves(Runner(program).call(state, args, kwargs))
     for a, b in zip(expected, got, strict=False):
         if isinstance(a, Tensor) and a.is_floating_point():
-            scale = float(a.abs().max()) or 1.0
+            scale = float(a.detach().abs().max()) or 1.0  # A parameter may be an output.
             if a.shape != b.shape or not torch.allclose(a / scale, b / scale, rtol=1e-2, atol=1e-3, equal_nan=True):
                 raise ArchitectureMismatchError(
                     f"{names[0]} and {names[1]} have equal parameter shapes but compute different functions of "

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from fxmerge.capture import capture_program
 from fxmerge.refitting.layers import find_layers
-from fxmerge.refitting.refit import learnt
 from fxmerge.refitting.sums import Summand, summand_of
 
 
@@ -25,7 +24,7 @@ def found(model: nn.Module, x: Tensor) -> Summand | None:
     program = capture_program(model, (x,))
     layers = find_layers(program)
     (layer,) = layers.all
-    return summand_of(layer.uses[0].node, learnt(program))
+    return summand_of(layer.uses[0].node, program.learnt)
 
 
 @pytest.mark.parametrize(

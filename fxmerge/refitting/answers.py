@@ -18,12 +18,11 @@ class Answers:
     """The squared errors of outputs, relative to the squares of the parents' weighted mean.
 
     Arguments:
-        program: the program; its floating-point outputs count alike.
+        program: the program; all its answers count alike.
     """
 
     def __init__(self, program: Program) -> None:
-        (output,) = (node for node in program.graph.graph.nodes if node.op == "output")
-        self.nodes = [node for node in output.all_input_nodes if _is_number(node.meta.get("val"))]
+        self.nodes = program.answers
         self.missed: defaultdict[tuple[int | None, fx.Node], float] = defaultdict(float)
         self.squares: defaultdict[fx.Node, float] = defaultdict(float)
 
@@ -48,7 +47,3 @@ def _wide(value: Tensor) -> Tensor:
 
 def _square(value: Tensor) -> float:
     return float(value.square().sum(dtype=torch.float64))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()

@@ -221,15 +221,13 @@ def _plan(
     read = [_read(numbers, sets, derived) for numbers in due]
     taught = [_read([i for i in numbers if i < len(chosen)], sets, derived) for numbers in due]
     if to_the_end:
-        (output,) = (node for node in graph.nodes if node.op == "output")
         for nodes in (read[-1], taught[-1]):
-            nodes.update(n for n in output.all_input_nodes if n not in derived)
+            nodes |= program.answers
     circular = [any(final[n] > stage for n in nodes) for stage, nodes in enumerate(taught)]
-    dependent = learnt(program)
     summands: list[dict[Use, Summand]] = [{} for _ in due]
     shown: list[set[Use]] = [set() for _ in due]
     for stage, layer in ((stage, layer) for stage, fitted in enumerate(own) for layer in fitted):
-        found = {use: summand_of(use.node, dependent) for use in layer.uses} if layer in towards_sums else {}
+        found = {use: summand_of(use.node, program.learnt) for use in layer.uses} if layer in towards_sums else {}
         beside = {use: one for use, one in found.items() if one is not None and final[one.node] <= stage}
         # A weight that is used again and again learns towards sums everywhere or nowhere.
         if len(beside) == len(layer.uses) and all(p.known(one.node) for one in beside.values() for p in places):
@@ -241,15 +239,6 @@ def _plan(
         taught[stage] |= {use.node for use in apart}
     ways = walk(graph, read, derived, final), walk(graph, taught, derived)
     return [_Stage(*each) for each in zip(own, summands, shown, statistics, circular, *ways, strict=True)]
-
-
-def learnt(program: Program) -> set[fx.Node]:
-    """The activations that depend on parameters."""
-    of_parameters: set[fx.Node] = set()
-    for node in program.graph.graph.nodes:
-        if program.sources.get(node, ("", ""))[0] == "parameter" or not of_parameters.isdisjoint(node.all_input_nodes):
-            of_parameters.add(node)
-    return of_parameters - program.derived
 
 
 def _apart(use: Use, places: Places) -> bool:

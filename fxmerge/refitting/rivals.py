@@ -171,14 +171,14 @@ def comparable(
     parents: Sequence[Mapping[str, Tensor]],
     teachers: Sequence[Teacher],
 ) -> bool:
-    """Whether last layers, refitted, tell how much networks know: all can be refitted, and no parameter is used after
-    them, or their outputs would be in units of a network's own."""
+    """Whether last layers, refitted, tell how much networks know: there are some, all can be refitted, and no parameter
+    is used after them, or their outputs would be in units of a network's own."""
     own_outputs = all(
         torch.equal(layer.read(parent), layer.read(teacher.state))
         for layer in last
         for parent, teacher in zip(parents, teachers, strict=True)
     )
-    return own_outputs and all(layer in chosen for layer in last) and not used_after(program, last)
+    return own_outputs and bool(last) and all(layer in chosen for layer in last) and not used_after(program, last)
 
 
 def mean_of(told: Report, last: Sequence[Layer], number: str) -> float:
