@@ -102,7 +102,9 @@ def _best(scores: Sequence[float]) -> int:
 
 
 def main() -> int:
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--count", type=int, default=5, help="how many parents")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     with parents_at_hand(options) as groups:

@@ -129,11 +129,10 @@ def compare(network: str, parents: Networks, chosen: Sequence[str]) -> Row:
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The options of a benchmark of parents that learnt the same."""
+    """The options of a benchmark of parents that are kept."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help=f"three of {', '.join(SHORT)}, and nothing is kept")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), help="only these")
-    parser.add_argument("--count", type=int, default=5, help="how many parents")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained parents")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, for training")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
@@ -156,6 +155,7 @@ def parents_at_hand(options: argparse.Namespace) -> Iterator[dict[str, Networks]
 
 def main() -> int:
     parser = arguments(__doc__)
+    parser.add_argument("--count", type=int, default=5, help="how many parents")
     every = [*METHODS, BY_SCORE]
     parser.add_argument("--methods", nargs="+", choices=every, default=every, help="only these")
     options = parser.parse_args()
