@@ -1,9 +1,9 @@
 """When a parent serves better than a merge of its size, and whether the rule for it sees that without labels.
 
-`fxmerge.merge` returns a parent where errors on unlabelled data say so (the thresholds of
-`fxmerge.refitting.rivals`). Here pairs and groups of parents are merged with test accuracy as the score, which tells how
-accurate the merged network is, and the parents as they are and with last layers refitted; beside it, by how much the
-parents miss the mean of all, the errors that the rule goes by, and what it returns.
+`fxmerge.merge` returns a parent where errors on unlabelled data say so (the thresholds of `fxmerge.refitting.rivals`).
+Here pairs and groups of parents are merged with test accuracy as the score, which tells how accurate the merged network
+is, and the parents as they are and with last layers refitted; beside it, by how much the parents miss the mean of all,
+the errors that the rule goes by, and what it returns.
 
     python benchmarks/parents.py [--short] [--networks NAME ...] [--cache FOLDER] [--jobs 2] [--markdown FILE]
 

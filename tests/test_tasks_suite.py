@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import limits
+import parents
 import pytest
 import torch
 from tasks_suite import dense, images, judging, report, text, training
@@ -225,3 +227,40 @@ def test_every_network_takes_its_data() -> None:
     assert shapes.keys() == PROBLEMS.keys()
     for name, entry in NETWORKS.items():
         assert training.build(name, 0).eval()(shapes[entry.data]).isfinite().all()
+
+
+# ---------------------------------------------------------------------- parents
+
+
+class Constant(nn.Module):
+    """A network with one output, always the same."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(x), 1), self.value)
+
+
+def test_the_network_nearest_to_the_mean_is_found() -> None:
+    networks = [Constant(value) for value in (1.0, 3.0, 8.0)]
+    batches = [torch.zeros(2, 1), torch.zeros(3, 1)]
+    assert limits.nearest(networks, batches) == 1
+    assert parents.miss(networks, batches) == pytest.approx(1 / 16)
+
+
+def test_a_network_learns_what_the_mean_of_all_answers() -> None:
+    torch.manual_seed(0)
+    network, x = nn.Linear(3, 2), torch.randn(200, 3)
+    targets = x @ torch.randn(3, 2)
+
+    def miss(model: nn.Module) -> float:
+        return float((model(x) - targets).detach().square().sum())
+
+    before = network.weight.clone()
+    errors = limits.distilled(network, x, targets, 0.05, miss)
+    assert len(errors) == len(limits.EPOCHS)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.1 * miss(network)
+    assert torch.equal(network.weight, before)
