@@ -20,8 +20,7 @@ Told = dict[str, Any]
 def decide(
     mergers: Sequence[Merger], refits: Sequence[Refitted], score: Score | None
 ) -> tuple[int, Refitted, list[Told]]:
-    """What is returned of several refits: without a score that with the smallest error of the last layers; with one, of
-    all their options that with the highest.
+    """What is returned of several refits: that with the smallest error, or of all options that with the highest score.
 
     Of equal scores it is the first: merged networks, that with the smaller error first, come before the models as they
     are, and these before models with last layers refitted.
@@ -45,14 +44,17 @@ def decide(
     return *options[best], told
 
 
-def _error(refitted: Refitted) -> float:
-    return math.inf if math.isnan(refitted.error) else refitted.error
+def _error(refitted: Refitted) -> tuple[bool, float]:
+    """The error of the last layers; if these were not fitted, which comes after any that were, that of the outputs."""
+    unfitted = math.isnan(refitted.error)
+    error = refitted.errors.get(None, math.inf) if unfitted else refitted.error
+    return unfitted, math.inf if math.isnan(error) else error
 
 
-def _rank(option: tuple[int, Refitted]) -> tuple[float, float]:
+def _rank(option: tuple[int, Refitted]) -> tuple[float, ...]:
     refitted = option[1]
     if refitted.parent is None:
-        return 0, _error(refitted)
+        return 0, *_error(refitted)
     return 2 if refitted.layers else 1, refitted.parent
 
 

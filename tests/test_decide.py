@@ -11,7 +11,9 @@ from torch import Tensor, fx, nn
 
 import fxmerge
 from fxmerge.choose import CANDIDATES
+from fxmerge.decide import decide
 from fxmerge.matching.universe import canonical_order
+from fxmerge.refitting.rivals import Refitted
 from tests.test_universe import mlp, vectors
 
 X = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -157,6 +159,27 @@ def test_either_method_offers_its_parents() -> None:
     assert options[2:] == [(0, False, "zip"), (1, False, "zip"), (0, True, "align"), (1, True, "align")]
     assert told["parent"] == 1
     assert told["method"] == "align"
+
+
+@pytest.mark.parametrize(
+    ("errors", "number"),
+    [
+        (((0.2, 0.5), (0.1, 0.9)), 1),
+        (((math.nan, 0.1), (0.4, math.nan)), 1),
+        (((math.nan, 0.4), (math.nan, 0.3)), 1),
+        (((math.nan, 0.3), (math.nan, 0.4)), 0),
+        (((math.nan, math.nan), (math.nan, 0.9)), 1),
+        (((math.nan, None), (math.nan, None)), 0),
+    ],
+)
+def test_the_refit_with_the_smaller_error_is_returned(
+    errors: tuple[tuple[float, float | None], ...], number: int
+) -> None:
+    """Of last layers if these were fitted, else of outputs if these were compared."""
+    refits = [
+        Refitted({}, {}, {}, error=last, errors={} if outputs is None else {None: outputs}) for last, outputs in errors
+    ]
+    assert decide((), refits, None) == (number, refits[number], [])
 
 
 def test_a_single_option_is_not_scored() -> None:
