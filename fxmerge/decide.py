@@ -28,15 +28,16 @@ def decide(
     Returns:
         The number of the refit, what it gives, and what is told of the scores.
     """
+    errors = [math.inf if math.isnan(error) else error for error in errors_of(refits)]
     if score is None:
-        number = min(range(len(refits)), key=lambda n: _error(refits[n]))
+        number = errors.index(min(errors))
         return number, refits[number], []
     found: dict[tuple[Any, ...], tuple[int, Refitted]] = {}
     for number, refitted in enumerate(refits):
         for option in refitted.options:
             own = (number,) if option.parent is None else ()  # Parents are the same beside every refit.
             found.setdefault((option.parent, bool(option.layers), *own), (number, option))
-    options = sorted(found.values(), key=_rank)
+    options = sorted(found.values(), key=lambda option: _rank(option[1], errors[option[0]]))
     if len(options) == 1:
         return *options[0], []
     told = [_scored(score, mergers[number], option) for number, option in options]
@@ -44,18 +45,17 @@ def decide(
     return *options[best], told
 
 
-def _error(refitted: Refitted) -> tuple[bool, float]:
-    """The error of the last layers; if these were not fitted, which comes after any that were, that of the outputs."""
-    unfitted = math.isnan(refitted.error)
-    error = refitted.errors.get(None, math.inf) if unfitted else refitted.error
-    return unfitted, math.inf if math.isnan(error) else error
+def errors_of(refits: Sequence[Refitted]) -> list[float]:
+    """The errors by which merged networks are told apart: of outputs, if all were compared by these, else of last
+    layers, NaN where these were not fitted."""
+    by_outputs = all(refitted.compared == "outputs" for refitted in refits)
+    return [refitted.errors[None] if by_outputs else refitted.error for refitted in refits]
 
 
-def _rank(option: tuple[int, Refitted]) -> tuple[float, ...]:
-    refitted = option[1]
-    if refitted.parent is None:
-        return 0, *_error(refitted)
-    return 2 if refitted.layers else 1, refitted.parent
+def _rank(option: Refitted, error: float) -> tuple[int, float]:
+    if option.parent is None:
+        return 0, error
+    return 2 if option.layers else 1, option.parent
 
 
 def _scored(score: Score, merger: Merger, option: Refitted) -> Told:
@@ -80,13 +80,15 @@ def warn_of_parent(name: str, refitted: Refitted, outputs: Outputs, scores: Sequ
         merged = max(one["score"] for one in scores if one["parent"] is None)
         logger.warning("%s is returned %s. Its score is %.6g, the merged network's %.6g.", name, how, highest, merged)
         return
+    alike = not refitted.layers
     logger.warning(
         "%s is returned %s%s. Its %s miss %.3g of the square of all models' mean outputs, and those of the merged "
-        "network %.3g. Pass or_parent=False for the merged network.",
+        "network %.3g%s. Pass or_parent=False for the merged network.",
         name,
         how,
-        "" if refitted.layers else ", since the models answer alike",
+        ", since the models answer alike" if alike else "",
         "outputs" if refitted.compared == "outputs" else "last layers, refitted,",
         refitted.errors[refitted.parent],
         refitted.errors[None],
+        ", which is more than half of that" if alike else "",
     )

@@ -12,7 +12,7 @@ from torch import fx
 from fxmerge import validate
 from fxmerge.capture import Args, Kwargs
 from fxmerge.choose import DEFAULT, Alpha
-from fxmerge.decide import decide, warn_of_parent
+from fxmerge.decide import decide, errors_of, warn_of_parent
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
 from fxmerge.merger import Combine, Merger, Method, Outputs, Plan, images
@@ -102,7 +102,8 @@ def merge(
         or_parent: with "least_squares": whether one of the models may be returned, with a warning: as it is, where the
             models answer alike and the error of the merged network's last layers is more than half of that of the
             model's, refitted as well; else with its last layers refitted, where their error is smaller by a quarter.
-            Where last layers cannot be compared (an output layer tied to the embedding), outputs as they are do.
+            Where last layers cannot be compared (an output layer tied to the embedding), the outputs of the networks as
+            they are decide, and models are returned as they are only.
         score: for who has labels after all: how good a network is, larger for better, such as its accuracy on
             validation data. It is called with GraphModules in eval mode, without gradients, and chooses in place of
             errors without labels: with "least_squares" and `or_parent` between the merged network, the models that
@@ -271,7 +272,7 @@ def merge_many(
         merger, (attempt, told) = mergers[number], attempts[number]
         told["scores"] = scores
         if method == "auto":
-            told["method_errors"] = {m.plan.method: r.error for m, r in zip(mergers, refits, strict=True)}
+            told["method_errors"] = {m.plan.method: e for m, e in zip(mergers, errors_of(refits), strict=True)}
         merged = merger.finish(refitted.state, calibrate=False)
         told |= {"layers": refitted.layers, "left": dict(refitted.left)}
         told |= {"parent": refitted.parent, "errors": dict(refitted.errors), "compared": refitted.compared}

@@ -138,20 +138,25 @@ class Program:
         return frozenset(found)
 
     @cached_property
-    def learnt(self) -> frozenset[fx.Node]:
-        """The activations that depend on parameters."""
+    def of_parameters(self) -> frozenset[fx.Node]:
+        """The nodes that depend on parameters."""
         found: set[fx.Node] = set()
         for node in self.graph.graph.nodes:
             if self.sources.get(node, ("", ""))[0] == "parameter" or not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
-        return frozenset(found - self.derived)
+        return frozenset(found)
 
     @cached_property
-    def answers(self) -> frozenset[fx.Node]:
-        """The floating-point activations that depend on parameters and that the user sees as outputs."""
+    def learnt(self) -> frozenset[fx.Node]:
+        """The activations that depend on parameters."""
+        return self.of_parameters - self.derived
+
+    @cached_property
+    def answers(self) -> tuple[fx.Node, ...]:
+        """The floating-point activations that depend on parameters and that the user sees as outputs, each once."""
         (output,) = (node for node in self.graph.graph.nodes if node.op == "output")
-        seen = self.learnt.intersection(self.outputs(output))
-        return frozenset(node for node in seen if _is_number(node.meta.get("val")))
+        seen = dict.fromkeys(self.outputs(output))
+        return tuple(node for node in seen if node in self.learnt and _is_number(node.meta.get("val")))
 
     def outputs(self, node: fx.Node) -> Iterator[fx.Node]:
         """The nodes that the user sees as outputs."""

@@ -3,7 +3,9 @@
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import fxmerge
 from fxmerge.choose import CANDIDATES
 from fxmerge.decide import decide
 from fxmerge.matching.universe import canonical_order
+from fxmerge.merger import Plan
 from fxmerge.refitting.rivals import Refitted
 from tests.test_universe import mlp, vectors
 
@@ -161,25 +164,50 @@ def test_either_method_offers_its_parents() -> None:
     assert told["method"] == "align"
 
 
+LAST: Literal["last layers"] = "last layers"
+OUTPUTS: Literal["outputs"] = "outputs"
+
+
 @pytest.mark.parametrize(
     ("errors", "number"),
     [
-        (((0.2, 0.5), (0.1, 0.9)), 1),
-        (((math.nan, 0.1), (0.4, math.nan)), 1),
-        (((math.nan, 0.4), (math.nan, 0.3)), 1),
-        (((math.nan, 0.3), (math.nan, 0.4)), 0),
-        (((math.nan, math.nan), (math.nan, 0.9)), 1),
-        (((math.nan, None), (math.nan, None)), 0),
+        (((0.2, 0.5, LAST), (0.1, 0.9, LAST)), 1),
+        (((math.nan, 0.1, OUTPUTS), (0.4, 0.4, LAST)), 1),
+        (((0.1, 0.4, OUTPUTS), (0.2, 0.3, OUTPUTS)), 1),
+        (((math.nan, math.nan, OUTPUTS), (math.nan, 0.9, OUTPUTS)), 1),
+        (((math.nan, 0.2, None), (0.3, 0.1, None)), 1),
+        (((math.nan, 0.2, None), (math.nan, 0.1, None)), 0),
     ],
 )
 def test_the_refit_with_the_smaller_error_is_returned(
-    errors: tuple[tuple[float, float | None], ...], number: int
+    errors: tuple[tuple[float, float, Literal["last layers", "outputs"] | None], ...], number: int
 ) -> None:
-    """Of last layers if these were fitted, else of outputs if these were compared."""
-    refits = [
-        Refitted({}, {}, {}, error=last, errors={} if outputs is None else {None: outputs}) for last, outputs in errors
-    ]
+    """Of outputs if all were compared by these, else of last layers if these were fitted."""
+    refits = [Refitted({}, {}, {}, error=last, errors={None: out}, compared=compared) for last, out, compared in errors]
     assert decide((), refits, None) == (number, refits[number], [])
+
+
+@pytest.mark.parametrize("errors", [(0.1, 0.2), (0.2, 0.1)])
+def test_of_equal_scores_the_merged_network_with_the_smaller_error_wins(errors: tuple[float, float]) -> None:
+    merger = Unnamed()
+    options = [Refitted({}, {"layer": {}}, {}, error=error) for error in errors]
+    refits = [replace(option, options=(option,)) for option in options]
+    number, _, told = decide((merger, merger), refits, lambda network: 1.0)  # type: ignore[arg-type]
+    assert number == errors.index(min(errors))
+    assert [one["score"] for one in told] == [1.0, 1.0]
+
+
+class Unnamed:
+    """What a decision needs of a merger."""
+
+    plan = Plan((0.5, 0.5))
+    job = property(lambda self: self)
+
+    def finish(self, state: dict[str, Tensor], *, calibrate: bool) -> fx.GraphModule:
+        return fx.symbolic_trace(nn.Identity())
+
+    def timed(self, stage: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def test_a_single_option_is_not_scored() -> None:

@@ -99,7 +99,7 @@ def told_rivals(shares: list[tuple[float, float]], disagreement: float, error: f
     layers = find_layers(program)
     states = [mlp(k).state_dict() for k in range(2)]
     last = last_layers(program, layers)
-    rivals = Rivals(last, states, [Teacher(own, {}) for own in states], shares, program)
+    rivals = Rivals(last, states, [Teacher(own, {}) for own in states], shares)
     (name,) = (layer.name for layer in last)
     rivals.states[0][name] = rivals.states[0][name] + 1
     rivals.told = {j: {name: {"before": disagreement, "held_out": e}} for j, e in enumerate((error, 3.0))}

@@ -30,9 +30,11 @@ class Answers:
         """Takes in a batch; see `LayerFit.add`."""
         for node in self.nodes:
             mean = reduce(torch.add, (shares[j] * _wide(theirs[node]) for j, theirs in taught.items()))
-            self.squares[node] += weight * _square(mean)
+            # Scores of what is ruled out are infinite in all networks.
+            self.squares[node] += weight * _square(mean.where(mean.isfinite(), 0.0))
             for number, own in ((None, values), *taught.items()):
-                self.missed[number, node] += weight * _square(_wide(own[node]) - mean)
+                off = torch.where(own[node] == mean, 0.0, _wide(own[node]) - mean)
+                self.missed[number, node] += weight * _square(off)
 
     def error(self, number: int | None) -> float:
         """The mean over outputs of the errors of a parent, or of the merged network; NaN where all outputs are zero."""

@@ -12,7 +12,7 @@ from fxmerge.program import Program
 from fxmerge.refitting.gather import arguments, not_finite
 from fxmerge.refitting.layers import Layer, find_layers
 from fxmerge.refitting.refit import last_layers, written_out
-from fxmerge.refitting.rivals import used_after
+from fxmerge.refitting.rivals import used_elsewhere
 from fxmerge.run import Data, Runner
 
 
@@ -40,7 +40,7 @@ def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data:
     layers = find_layers(program)
     last = last_layers(program, layers)
     fixed = [layer.name for layer in last if not all(use.biased for use in layer.uses)]
-    if not last or fixed or used_after(program, last):
+    if not last or fixed or used_elsewhere(program, last):
         why = (
             f"{fixed[0]!r} has no bias that could shift its outputs"
             if fixed

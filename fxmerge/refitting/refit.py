@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from fxmerge.program import Program
+from fxmerge.refitting.answers import Answers
 from fxmerge.refitting.boundaries import Boundaries
 from fxmerge.refitting.forms import bind, form_of
 from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher, Values
@@ -106,16 +107,15 @@ def refit(
         else:
             chosen.append(layer)
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
-    by_layers = or_parent and comparable(program, last, chosen, parents, teachers)
-    state, stages = dict(start), _plan(program, chosen, towards_sums, places, to_the_end=or_parent and not by_layers)
+    by_outputs = or_parent and not comparable(program, last, chosen, parents, teachers)
+    answers = Answers(program) if by_outputs else None
+    state, stages = dict(start), _plan(program, chosen, towards_sums, places, to_the_end=by_outputs)
     told: Report = {}
     merged, *lanes = (_Lane(program, own) for own in (state, *parents))
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
         course = _Course(kept, merged, lanes, lessons)
-        rivals = (
-            Rivals(last if by_layers else (), parents, teachers, list(course.alike), program) if or_parent else None
-        )
+        rivals = Rivals(last, parents, teachers, list(course.alike), answers) if or_parent else None
         bar = tqdm(total=len(stages) * len(course.data), desc="refitting", leave=False, disable=disable)
         for stage in stages:
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
@@ -135,8 +135,8 @@ def refit(
                             rival.add(taught[j], taught, shares, weight)
                     for one in () if again else statistics:
                         one.add(values, weight)
-                    if rivals and not by_layers and stage is stages[-1]:
-                        rivals.answers.add(values, taught, shares, weight)
+                    if answers and stage is stages[-1]:
+                        answers.add(values, taught, shares, weight)
                     bar.update(not again)
                 told |= {fit.layer.name: fit.settle(state) for fit in fits}
                 if rivals:
@@ -222,7 +222,7 @@ def _plan(
     taught = [_read([i for i in numbers if i < len(chosen)], sets, derived) for numbers in due]
     if to_the_end:
         for nodes in (read[-1], taught[-1]):
-            nodes |= program.answers
+            nodes.update(program.answers)
     circular = [any(final[n] > stage for n in nodes) for stage, nodes in enumerate(taught)]
     summands: list[dict[Use, Summand]] = [{} for _ in due]
     shown: list[set[Use]] = [set() for _ in due]

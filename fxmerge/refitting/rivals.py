@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxmerge.program import Program
 from fxmerge.refitting.answers import Answers
@@ -35,7 +35,9 @@ KEPT_IF_APART, KEPT_IF_ALIKE = 4 / 3, 1 / 2
 """A merged network is kept whose error is at most so many times that of a parent with its last layers refitted, where
 parents answer different things and where they answer alike. A parent makes no error in what it answers itself, and all
 of it in what others do, so that of two networks with equal errors the merged one serves different tasks better. Where
-they answer alike, what a parent misses of the mean is mostly chance, and what a merged network misses is knowledge."""
+they answer alike, what a parent misses of the mean is mostly chance, and what a merged network misses is knowledge.
+Where outputs are compared, the parent's error is that of its outputs as it is. `benchmarks/parents.py` shows what these
+give."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ class Refitted:
 
     def renumbered(self, numbers: Sequence[int]) -> Refitted:
         """The same with other numbers of the parents."""
+        errors = {j if j is None else numbers[j]: error for j, error in self.errors.items()}
         return replace(
             self,
             parent=None if self.parent is None else numbers[self.parent],
-            errors={j if j is None else numbers[j]: error for j, error in self.errors.items()},
+            errors=dict(sorted(errors.items(), key=lambda one: -1 if one[0] is None else one[0])),
             options=tuple(option.renumbered(numbers) for option in self.options),
         )
 
@@ -90,11 +93,11 @@ class Rivals:
     They take part where each is asked on all data.
 
     Arguments:
-        last: the last layers, if these can be compared; else outputs are, of the parents as they are.
+        last: the last layers.
         parents: their state dicts.
         teachers: what the parents' layers give to learn from.
         shares: how much each parent counts in the targets, wherever these are not the same.
-        program: the program.
+        answers: the errors of the outputs of networks as they are, if last layers cannot be compared.
     """
 
     def __init__(
@@ -103,12 +106,12 @@ class Rivals:
         parents: Sequence[Mapping[str, Tensor]],
         teachers: Sequence[Teacher],
         shares: Sequence[Shares],
-        program: Program,
+        answers: Answers | None = None,
     ) -> None:
-        self.last, self.teachers, self.parents, self.shares = last, teachers, parents, shares
+        self.last, self.answers = () if answers else last, answers
+        self.teachers, self.parents, self.shares = teachers, parents, shares
         self.states = {j: dict(own) for j, own in enumerate(parents) if all(j in asked(each) for each in shares)}
         self.told: dict[int, Report] = {j: {} for j in self.states}
-        self.answers = Answers(program)
 
     def enter(self, layers: Sequence[Layer], alike: Mapping[Shares, int], seed: int) -> dict[int, list[LayerFit]]:
         """The fits of some layers, by the parent."""
@@ -130,7 +133,7 @@ class Rivals:
         errors, before = self._errors(merged)
         theirs = {j: errors[j] for j in self.states if math.isfinite(errors[j])}
         if theirs:
-            merged = replace(merged, errors=errors, compared="last layers" if self.last else "outputs")
+            merged = replace(merged, errors=errors, compared="outputs" if self.answers else "last layers")
         as_they_are = {
             j: replace(merged, state=dict(own), layers={}, left={}, parent=j)
             for j, own in enumerate(self.parents)
@@ -151,12 +154,15 @@ class Rivals:
 
     def _errors(self, merged: Refitted) -> tuple[dict[int | None, float], dict[int, float]]:
         """The errors of all networks, and those of the parents as they are."""
-        errors: dict[int | None, float] = {None: merged.error}
-        if self.last:
-            errors |= {j: mean_of(told, self.last, "held_out") for j, told in self.told.items()}
-            return errors, {j: mean_of(told, self.last, "before") for j, told in self.told.items()}
-        as_they_are = {j: self.answers.error(j) for j in self.states}
-        return errors | {None: self.answers.error(None)} | as_they_are, as_they_are
+        errors: dict[int | None, float] = {}
+        if self.answers:
+            before = {j: self.answers.error(j) for j in self.states}
+            errors |= {None: self.answers.error(None)} | before
+        else:
+            before = {j: mean_of(told, self.last, "before") for j, told in self.told.items()}
+            held_out = {j: mean_of(told, self.last, "held_out") for j, told in self.told.items()}
+            errors |= {None: merged.error} | held_out
+        return errors, before
 
     def _count_equally(self) -> bool:
         """Whether all parents count equally. Else it tells nothing that one comes near to the mean: it is who counts
@@ -171,14 +177,14 @@ def comparable(
     parents: Sequence[Mapping[str, Tensor]],
     teachers: Sequence[Teacher],
 ) -> bool:
-    """Whether last layers, refitted, tell how much networks know: there are some, all can be refitted, and no parameter
-    is used after them, or their outputs would be in units of a network's own."""
+    """Whether last layers, refitted, tell how much networks know: there are some, all can be refitted, and all other
+    parameters come before them. What others give would be in units of a network's own, or is not what they give."""
     own_outputs = all(
         torch.equal(layer.read(parent), layer.read(teacher.state))
         for layer in last
         for parent, teacher in zip(parents, teachers, strict=True)
     )
-    return own_outputs and bool(last) and all(layer in chosen for layer in last) and not used_after(program, last)
+    return own_outputs and bool(last) and all(layer in chosen for layer in last) and not used_elsewhere(program, last)
 
 
 def mean_of(told: Report, last: Sequence[Layer], number: str) -> float:
@@ -187,18 +193,13 @@ def mean_of(told: Report, last: Sequence[Layer], number: str) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
-def used_after(program: Program, last: Sequence[Layer]) -> bool:
-    """Whether a parameter is used after some layers."""
-    nodes = {use.node for layer in last for use in layer.uses}
-    held: set[fx.Node] = set()
-    after: set[fx.Node] = set()
-    for node in program.graph.graph.nodes:
-        inputs = node.all_input_nodes
-        if node in program.derived:
-            if program.sources.get(node, ("", ""))[0] == "parameter" or not held.isdisjoint(inputs):
-                held.add(node)
-        elif any(n in after or n in nodes for n in inputs):
-            if not held.isdisjoint(inputs):
-                return True
-            after.add(node)
-    return False
+def used_elsewhere(program: Program, last: Sequence[Layer]) -> bool:
+    """Whether a parameter is used other than in some layers or on the way to them."""
+    before = {use.node for layer in last for use in layer.uses}
+    for node in reversed(program.graph.graph.nodes):
+        if not before.isdisjoint(node.users):
+            before.add(node)
+    parameters = program.of_parameters & program.derived
+    return any(
+        not parameters.isdisjoint(node.all_input_nodes) for node in program.learnt - before if node.op != "output"
+    )
