@@ -34,6 +34,27 @@ def test_an_unsound_class_is_found_demoted_and_named() -> None:
     assert "demoted: 2.weight[0]" in str(verified)
 
 
+def test_outputs_that_are_true_or_false_are_compared() -> None:
+    class Decided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chain = chain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.chain(x)
+            decided: Tensor = y > y.mean(0)
+            return decided
+
+    model, x = Decided(), torch.randn(200, 3)
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    assert symmetry.verify(model, (x,)).demoted == ()
+    broken = tuple(
+        replace(a, roles=()) if (a.parameter, a.dim) == ("chain.4.weight", 1) else a for a in symmetry.layout
+    )
+    unsound = replace(symmetry, layout=tuple(a for a in broken if a.roles))
+    assert unsound.verify(model, (x,)).demoted == ("chain.2.weight[0]",)
+
+
 def test_what_initialisation_makes_constant_does_not_hide_a_wrong_permutation() -> None:
     """A fresh BatchNorm has all means 0 and variances 1: permuting or not permuting them looks the same."""
     model, x = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).eval(), torch.randn(4, 3)

@@ -148,7 +148,8 @@ class Probe:
             torch.manual_seed(0)  # What draws random numbers, draws the same ones every time.
             with mode:
                 outputs = pytree.tree_leaves(self.module(*self.inputs[0], **self.inputs[1]))
-        return [o.detach().clone() for o in outputs if isinstance(o, Tensor)]
+        found = [o.detach().clone() for o in outputs if isinstance(o, Tensor)]
+        return [o.to(torch.int8) if o.dtype == torch.bool else o for o in found]  # Truth has no differences.
 
     def error(self, p: Permutation) -> float:
         """What a permutation of the parameters changes."""
