@@ -1,17 +1,21 @@
 """Refitting: exact where the answer is known, never worse where there is nothing to learn, and within its memory."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxmerge
+from fxmerge.capture import capture_program
 from fxmerge.errors import LoaderError, NonFiniteError, OptionError
+from fxmerge.refitting.refit import Lesson, refit
+from fxmerge.run import Runner
 from tests.test_universe import mlp, vectors
 
 merge = partial(fxmerge.merge, or_parent=False)
@@ -324,6 +328,29 @@ def test_of_two_methods_that_with_the_smaller_error_is_taken(seeds: tuple[int, i
     assert told["method_errors"] == pytest.approx(errors)
     assert told["method"] == min(errors, key=lambda m: errors[m])
     torch.testing.assert_close(found["auto"].state_dict(), found[told["method"]].state_dict())
+
+
+def test_what_no_stage_needs_any_more_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chain of ops, only what the next one reads is held, beside what all batches of all networks keep."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), *(nn.Tanh() for _ in range(8)), nn.Linear(64, 3))
+    batch = torch.randn(50, 1, 8, 8)
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+    compute = Runner.run_node
+
+    def counted(self: Runner, node: fx.Node) -> Any:
+        nonlocal most
+        found = compute(self, node)
+        if isinstance(found, Tensor) and len(found) == len(batch):
+            alive.add(found)
+            most = max(most, len(alive))
+        return found
+
+    monkeypatch.setattr(Runner, "run_node", counted)
+    program = capture_program(net, (batch,))
+    most = 0
+    refit(program, [net.state_dict()] * 2, net.state_dict(), [Lesson(((batch,), {}), (0.5, 0.5), 1.0)] * 3)
+    assert most == 3 * 3 + 2
 
 
 def test_both_methods_are_made_of_one_pass_over_the_activations() -> None:

@@ -40,9 +40,10 @@ def test_every_node_is_computed_once_and_kept_as_long_as_needed() -> None:
     graph = n["sin"].graph
     _, final = stages_of(graph, [[n["sin"]], [n["cos"]], [n["tanh"]]], ())
     first, second, third = walk(graph, [[n["x"]], [n["add"]], [n["mul"]]], (), final)
-    assert (first.run, first.keep) == ((), {n["x"]})
-    assert (second.run, second.keep) == ((n["sin"], n["cos"], n["add"]), {n["x"], n["add"]})
-    assert (third.run, third.keep) == ((n["tanh"], n["mul"]), set())
+    assert (first.run, first.show, first.keep) == ((), {n["x"]}, {n["x"]})
+    assert (second.run, second.show) == ((n["sin"], n["cos"], n["add"]), {n["add"]})
+    assert second.keep == {n["x"], n["add"]}
+    assert (third.run, third.show, third.keep) == ((n["tanh"], n["mul"]), {n["mul"]}, set())
 
 
 def test_what_is_not_final_is_computed_again() -> None:

@@ -137,6 +137,7 @@ def refit(
                         one.add(values, weight)
                     if answers and stage is stages[-1]:
                         answers.add(values, taught, shares, weight)
+                    del values, taught
                     bar.update(not again)
                 told |= {fit.layer.name: fit.settle(state) for fit in fits}
                 if rivals:
@@ -283,6 +284,7 @@ class _Course:
             values = self._advance((b, _MERGED), self.merged, stage.mine, onward)
             taught = {j: self._advance((b, j), self.lanes[j], stage.theirs, onward) for j in asked(shares)}
             yield values, taught, shares, weight / self.alike[shares]
+            del values, taught  # The next batch takes their room.
 
     def _advance(self, key: tuple[int, int], lane: _Lane, step: Step, onward: bool) -> Values:
         before = self.kept.take(key)
@@ -313,11 +315,18 @@ class _Lane(Runner):
                 self._compute(node)
 
     def advance(self, values: Mapping[fx.Node, Any], step: Step) -> Mapping[fx.Node, Any]:
-        """The values at hand, and those of the nodes of a stage."""
+        """What is known throughout, and what a stage shows and keeps; all else is let go of as soon as it was read."""
         self.env = {**self.known, **values}
+        wanted = {*self.known, *step.show, *step.keep}
+        readers = Counter(n for node in step.run for n in node.all_input_nodes)
         for node in step.run:
             self._compute(node)
-        return self.env
+            for n in node.all_input_nodes:
+                readers[n] -= 1
+                if not readers[n] and n not in wanted:
+                    del self.env[n]
+        found, self.env = {n: self.env[n] for n in wanted}, {}
+        return found
 
     @torch.no_grad()
     def _compute(self, node: fx.Node) -> None:

@@ -17,10 +17,12 @@ class Step:
 
     Attributes:
         run: the nodes to compute, in graph order.
+        show: the nodes whose values this stage is to have.
         keep: the nodes whose values later stages need.
     """
 
     run: tuple[fx.Node, ...]
+    show: frozenset[fx.Node]
     keep: frozenset[fx.Node]
 
 
@@ -72,7 +74,8 @@ def walk(
         done |= {n for n in run if final is None or final[n] <= number}
         later = set().union(*(set(t) for t in targets[number + 1 :]))
         open_ = {n for n in done if n in later or any(u in ever and u not in done for u in n.users)}
-        stages.append(Step(tuple(sorted(run, key=order.__getitem__)), frozenset(open_ - set(derived))))
+        known = set(derived)
+        stages.append(Step(tuple(sorted(run, key=order.__getitem__)), frozenset(own) - known, frozenset(open_ - known)))
     return stages
 
 
