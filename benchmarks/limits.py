@@ -1,13 +1,12 @@
-"""What could be had at all from parents that learnt the same, with no more data than a merge has.
+"""What could be had from parents that learnt the same, other than by a merge, with the data that a merge has.
 
 A merge of networks that learnt the same is to be as good as the best of them. Two ways lead there: to know which one is
 best, or to make one that is better. For groups of parents that differ only in their seeds this tells
 
 - how good the parent is that a criterion picks: the one whose outputs are nearest to the mean of all, which takes no
   label; the one that is most accurate on the calibration data, if their labels were known; and on validation data;
-- what a parent gains if it is trained, by gradients and with no limit but its size, to answer what the mean of all
-  answers on the calibration data: the most over a grid of learning rates and epochs, picked by the test data themselves
-  and so an upper bound, as the mean over parents.
+- what a parent gains, as the mean over parents, if it is trained by gradients to answer what the mean of all answers on
+  the calibration data: the most over a grid of learning rates and epochs, picked by the test data themselves.
 
     python benchmarks/limits.py [--short] [--networks NAME ...] [--count 5] [--cache FOLDER] [--jobs 2]
         [--markdown FILE]
