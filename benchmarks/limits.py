@@ -22,8 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from invariance import machine, table
-from many import arguments, parents_at_hand
+from many import arguments, parents_at_hand, show
 from models.processes import Row
 from tasks_suite.problem import Problem
 from tasks_suite.suite import NETWORKS, PROBLEMS
@@ -110,10 +109,7 @@ def main() -> int:
         for network, parents in groups.items():
             rows.append(limits(network, parents, PROBLEMS[NETWORKS[network].data]()))
             print(rows[-1], flush=True)
-    text = f"{machine()}\n\nAccuracy in percent\n\n{table(rows)}"
-    print(text)
-    if options.markdown:
-        options.markdown.write_text(text + "\n")
+    show(options, "Accuracy in percent", rows)
     return 0
 
 

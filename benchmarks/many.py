@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from tasks_suite import training
 from tasks_suite.methods import with_state_of
 from tasks_suite.problem import Problem
 from tasks_suite.suite import NETWORKS, PROBLEMS
+from tasks_suite.training import Parent
 from torch import Tensor, nn
 
 import fxmerge
@@ -131,7 +132,7 @@ def compare(network: str, parents: Networks, chosen: Sequence[str]) -> Row:
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options of a benchmark of parents that are kept."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help=f"three of {', '.join(SHORT)}, and nothing is kept")
+    parser.add_argument("--short", action="store_true", help="the smallest only, and nothing is kept")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), help="only these")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained parents")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, for training")
@@ -140,17 +141,32 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def parents_at_hand(options: argparse.Namespace) -> Iterator[dict[str, Networks]]:
-    """The parents that the options ask for, trained if they are not there yet, by the network."""
-    networks = options.networks or (SHORT if options.short else LONG)
-    count = 3 if options.short else options.count
+def trained(options: argparse.Namespace, parents: Iterable[Parent]) -> Iterator[Path]:
+    """The folder of some parents, which are trained if they are not there yet."""
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) if options.short else options.cache
         cache.mkdir(parents=True, exist_ok=True)
-        todo = training.missing([(n, "both", seed) for n in networks for seed in range(count)], cache)
-        for row in run_all(training.work, todo, options.jobs, 1800, 6, PRELOAD):
-            print(f"trained {row['network']}, seed {row['seed']}: {row.get('failure', 'done')}", flush=True)
-        yield {n: [training.load((n, "both", seed), cache) for seed in range(count)] for n in networks}
+        for row in run_all(training.work, training.missing(parents, cache), options.jobs, 1800, 6, PRELOAD):
+            said = row.get("failure", "done")
+            print(f"trained {row['network']} on {row['part']}, seed {row['seed']}: {said}", flush=True)
+        yield cache
+
+
+@contextmanager
+def parents_at_hand(options: argparse.Namespace) -> Iterator[dict[str, Networks]]:
+    """The parents that learnt the same, by the network."""
+    networks = options.networks or (SHORT if options.short else LONG)
+    seeds = range(3 if options.short else options.count)
+    with trained(options, [(n, "both", seed) for n in networks for seed in seeds]) as cache:
+        yield {n: [training.load((n, "both", seed), cache) for seed in seeds] for n in networks}
+
+
+def show(options: argparse.Namespace, caption: str, rows: list[Row]) -> None:
+    """Prints a table, and writes it to the file that is asked for."""
+    text = f"{machine()}\n\n{caption}\n\n{table(rows)}"
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text + "\n")
 
 
 def main() -> int:
@@ -163,10 +179,7 @@ def main() -> int:
     with parents_at_hand(options) as groups:
         rows = [compare(network, parents, options.methods) for network, parents in groups.items()]
         count = len(next(iter(groups.values())))
-    text = f"{machine()}\n\n{count} parents each; accuracy in percent, and the loss\n\n{table(rows)}"
-    print(text)
-    if options.markdown:
-        options.markdown.write_text(text + "\n")
+    show(options, f"{count} parents each; accuracy in percent, and the loss", rows)
     return 0
 
 

@@ -10,17 +10,14 @@ Parents are those of `benchmarks/tasks.py` in its setting `disjoint`, first pair
 
 from __future__ import annotations
 
-import argparse
 import string
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from invariance import machine, table
-from models.processes import Row, run_all
-from tasks import PRELOAD, default_cache
+from many import arguments, show, trained
+from models.processes import Row
 from tasks_suite import training
 from tasks_suite.methods import with_state_of
 from tasks_suite.suite import NETWORKS, PROBLEMS
@@ -82,26 +79,12 @@ def compare(networks: Sequence[str], cache: Path) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help=f"{', '.join(SHORT)} only, and nothing is kept")
-    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), help="only these")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained parents")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, for training")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file")
-    options = parser.parse_args()
+    options = arguments(__doc__).parse_args()
     torch.set_num_threads(1)
     networks = options.networks or (SHORT if options.short else LONG)
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) if options.short else options.cache
-        cache.mkdir(parents=True, exist_ok=True)
-        parents = [parent for network in networks for parent in training.parents_of(network, "disjoint", 0)]
-        for row in run_all(training.work, training.missing(parents, cache), options.jobs, 1800, 6, PRELOAD):
-            print(f"trained {row['network']} on {row['part']}: {row.get('failure', 'done')}", flush=True)
+    with trained(options, [p for network in networks for p in training.parents_of(network, "disjoint", 0)]) as cache:
         rows = compare(networks, cache)
-    text = f"{machine()}\n\nAccuracy per task in percent, gains and shifts averaged and fitted\n\n{table(rows)}"
-    print(text)
-    if options.markdown:
-        options.markdown.write_text(text + "\n")
+    show(options, "Accuracy per task in percent, gains and shifts averaged and fitted", rows)
     return 0
 
 

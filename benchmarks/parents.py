@@ -14,15 +14,11 @@ Parents are those of `benchmarks/tasks.py`, first pairs, in its settings `disjoi
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
-from invariance import machine, table
-from many import arguments
-from models.processes import Row, run_all
-from tasks import PRELOAD
+from many import arguments, show, trained
+from models.processes import Row
 from tasks_suite import training
 from tasks_suite.suite import NETWORKS, PROBLEMS
 from tasks_suite.training import Parent
@@ -91,20 +87,12 @@ def main() -> int:
     options = arguments(__doc__).parse_args()
     torch.set_num_threads(1)
     every = list(groups(options.networks or (SHORT if options.short else LONG)))
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) if options.short else options.cache
-        cache.mkdir(parents=True, exist_ok=True)
-        todo = training.missing([parent for _, _, parents in every for parent in parents], cache)
-        for row in run_all(training.work, todo, options.jobs, 1800, 6, PRELOAD):
-            print(f"trained {row['network']}, seed {row['seed']}: {row.get('failure', 'done')}", flush=True)
-        rows = []
+    rows = []
+    with trained(options, [parent for _, _, parents in every for parent in parents]) as cache:
         for network, setting, parents in every:
             rows.append(compare(network, setting, [training.load(parent, cache) for parent in parents]))
             print(rows[-1], flush=True)
-    text = f"{machine()}\n\n{table(rows)}"
-    print(text)
-    if options.markdown:
-        options.markdown.write_text(text + "\n")
+    show(options, "Accuracy in percent", rows)
     return 0
 
 
