@@ -74,7 +74,7 @@ def parents(network: str, setting: str, seed: int, cache: Path) -> tuple[nn.Modu
         train, test = demo.load_split(seed)
         directions = demo.class_directions(seed)
         a, b = (_demo_parent(DEMO[network], task, train, directions, seed, cache) for task in demo.TASKS)
-        return a, b, images.ImageProblem(train, test, directions)
+        return a, b, images.ImageProblem(train, test, test, directions)  # No network is chosen by its validation.
     pair = training.parents_of(network, setting, seed)
     for task in training.missing(pair, cache):
         training.work(task, lambda stage, **found: None)

@@ -4,9 +4,10 @@ Every parent, their ensemble, their plain average, the second, third and so on a
 the other, or merged with the merge of those before it (chained), and what `fxmerge.merge_many` makes of all at once,
 without labels and, "by score", with validation data to choose by.
 Parents are those of `benchmarks/tasks.py` in its setting `same`, trained once and kept in the same folder; the data,
-and BatchNorm for all alike, are as there.
+and BatchNorm for all alike, are as there. With `--own`, each parent has learnt from 2,000 images that no other one has
+seen, and that are not in the calibration data: who merges may have no access to what the networks learnt from.
 
-    python benchmarks/many.py [--short] [--networks NAME ...] [--methods NAME ...] [--count 5]
+    python benchmarks/many.py [--short] [--own] [--networks NAME ...] [--methods NAME ...] [--count 5]
         [--cache FOLDER] [--jobs 2] [--markdown FILE]
 
 Needs what `benchmarks/tasks.py` needs.
@@ -29,8 +30,9 @@ from invariance import machine, table
 from models.processes import Row, run_all
 from tasks import PRELOAD, default_cache
 from tasks_suite import training
+from tasks_suite.images import SHARES
 from tasks_suite.methods import with_state_of
-from tasks_suite.problem import Problem
+from tasks_suite.problem import Learnt, Problem
 from tasks_suite.suite import NETWORKS, PROBLEMS
 from tasks_suite.training import Parent
 from torch import Tensor, nn
@@ -39,7 +41,11 @@ import fxmerge
 from fxmerge.demo import recalibrated
 
 LONG = ("mlp", "resnet20-1-bn", "resnet20-1-gn", "vit-fused", "gpt")
+LONG_OWN = ("mlp", "vgg-bn", "resnet20-1-bn", "resnet20-1-gn", "vit-fused", "convnext")
 SHORT = ("digits-mlp",)
+
+WITH_SHARES = ("fashion", "digits")
+"""The data that can be split for `--own`."""
 
 Networks = Sequence[nn.Module]
 
@@ -153,12 +159,12 @@ def trained(options: argparse.Namespace, parents: Iterable[Parent]) -> Iterator[
 
 
 @contextmanager
-def parents_at_hand(options: argparse.Namespace) -> Iterator[dict[str, Networks]]:
+def parents_at_hand(options: argparse.Namespace, learnt: Learnt = "both") -> Iterator[dict[str, Networks]]:
     """The parents that learnt the same, by the network."""
-    networks = options.networks or (SHORT if options.short else LONG)
+    networks = options.networks or (SHORT if options.short else LONG_OWN if learnt == "own" else LONG)
     seeds = range(3 if options.short else options.count)
-    with trained(options, [(n, "both", seed) for n in networks for seed in seeds]) as cache:
-        yield {n: [training.load((n, "both", seed), cache) for seed in seeds] for n in networks}
+    with trained(options, [(n, learnt, seed) for n in networks for seed in seeds]) as cache:
+        yield {n: [training.load((n, learnt, seed), cache) for seed in seeds] for n in networks}
 
 
 def show(options: argparse.Namespace, caption: str, rows: list[Row]) -> None:
@@ -174,9 +180,13 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=5, help="how many parents")
     every = [*METHODS, BY_SCORE]
     parser.add_argument("--methods", nargs="+", choices=every, default=every, help="only these")
+    parser.add_argument("--own", action="store_true", help="parents that have learnt from images of their own")
     options = parser.parse_args()
+    others = [name for name in options.networks or () if NETWORKS[name].data not in WITH_SHARES]
+    if options.own and (others or options.count >= SHARES):
+        parser.error(f"--own is for networks of images, and for fewer than {SHARES} parents.")
     torch.set_num_threads(1)
-    with parents_at_hand(options) as groups:
+    with parents_at_hand(options, "own" if options.own else "both") as groups:
         rows = [compare(network, parents, options.methods) for network, parents in groups.items()]
         count = len(next(iter(groups.values())))
     show(options, f"{count} parents each; accuracy in percent, and the loss", rows)

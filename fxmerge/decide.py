@@ -80,15 +80,14 @@ def warn_of_parent(name: str, refitted: Refitted, outputs: Outputs, scores: Sequ
         merged = max(one["score"] for one in scores if one["parent"] is None)
         logger.warning("%s is returned %s. Its score is %.6g, the merged network's %.6g.", name, how, highest, merged)
         return
-    alike = not refitted.layers
     logger.warning(
         "%s is returned %s%s. Its %s miss %.3g of the square of all models' mean outputs, and those of the merged "
         "network %.3g%s. Pass or_parent=False for the merged network.",
         name,
         how,
-        ", since the models answer alike" if alike else "",
+        ", since the models answer alike" if refitted.alike else "",
         "outputs" if refitted.compared == "outputs" else "last layers, refitted,",
         refitted.errors[refitted.parent],
         refitted.errors[None],
-        ", which is more than half of that" if alike else "",
+        ", which is more than half of that" if refitted.alike else "",
     )

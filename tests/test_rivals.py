@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.capture import capture_program
+from fxmerge.decide import warn_of_parent
 from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.layers import find_layers
 from fxmerge.refitting.refit import last_layers
@@ -54,6 +55,8 @@ def test_a_parent_that_says_all_there_is_to_say_is_returned(
         (0.4, 0.8, 0, True),
         (0.1, 1.9, 0, True),
         (0.1, 2.1, None, False),
+        (0.44, 0.12, 0, True),
+        (0.44, 0.1, 0, False),
     ],
 )
 def test_what_is_returned_depends_on_whether_the_parents_answer_alike(
@@ -68,6 +71,7 @@ def test_what_is_returned_depends_on_whether_the_parents_answer_alike(
         own = all(torch.equal(chosen.state[n], x) for n, x in rivals.parents[0].items())
         assert own == as_it_is
         assert bool(chosen.layers) != as_it_is
+        assert chosen.alike == (disagreement < 0.5)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,17 @@ def test_models_that_do_not_count_equally_are_not_said_to_answer_alike(
 def test_what_has_no_error_wins_nothing(merged: float, parent: float) -> None:
     rivals = told_rivals([(0.5, 0.5)], disagreement=1.0, error=parent)
     assert rivals.choose(Refitted({}, {}, {}, error=merged)).parent is None
+
+
+def test_it_is_told_that_models_answer_alike(caplog: pytest.LogCaptureFixture) -> None:
+    chosen = told_rivals([(0.5, 0.5)], disagreement=0.44, error=0.1).choose(Refitted({}, {}, {}, error=0.15))
+    with caplog.at_level(logging.WARNING):
+        warn_of_parent("model A", chosen, "mean", [])
+    assert caplog.messages[-1] == (
+        "model A is returned with its last layers refitted, since the models answer alike. Its last layers, refitted, "
+        "miss 0.1 of the square of all models' mean outputs, and those of the merged network 0.15, which is more than "
+        "half of that. Pass or_parent=False for the merged network."
+    )
 
 
 def told_rivals(shares: list[tuple[float, float]], disagreement: float, error: float) -> Rivals:

@@ -52,6 +52,20 @@ def test_validation_images_are_neither_learnt_nor_tested_on() -> None:
     assert validation.isdisjoint(test)
 
 
+def test_shares_have_no_image_in_common() -> None:
+    problem = images.digits()
+    shares = [problem.share(number).train for number in range(images.SHARES)]
+    seen = [{tuple(image.flatten().tolist()) for image in share.images} for share in shares]
+    assert min(len(share) for share in seen) > 50
+    assert sum(len(share) for share in seen) == len(set().union(*seen))
+    of_all = {
+        tuple(x.flatten().tolist()): int(y) for x, y in zip(problem.train.images, problem.train.labels, strict=True)
+    }
+    assert all(
+        of_all[tuple(x.flatten().tolist())] == y for x, y in zip(shares[1].images, shares[1].labels, strict=True)
+    )
+
+
 def test_an_idx_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "images.gz"
     with gzip.open(path, "wb") as file:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ TRAINING = 30_000
 VALIDATION = 10_000
 """How many of those that are left are to choose networks by, where labels are used for that."""
 CALIBRATION = 2_000
+SHARES = 15
+"""In how many parts training images are split for networks that learn from images of their own: 2,000 each."""
 CURVE = 1_000
 """How many test images a point of a curve is computed on."""
 
@@ -60,9 +62,16 @@ class ImageProblem:
         a, b = (self.train.images[chosen[mine]] for mine in (of_a, ~of_a))
         return list(a.split(CHUNK)), list(b.split(CHUNK))
 
+    def share(self, number: int) -> ImageProblem:
+        """The same with a share of the training images. The last share of Fashion-MNIST is what merges calibrate on."""
+        mine = self._order().flip(0).chunk(SHARES)[number]
+        return replace(self, train=Split(self.train.images[mine], self.train.labels[mine]))
+
     def _calibrating(self) -> Tensor:
-        order = torch.randperm(len(self.train.images), generator=torch.Generator().manual_seed(0))
-        return order[:CALIBRATION]
+        return self._order()[:CALIBRATION]
+
+    def _order(self) -> Tensor:
+        return torch.randperm(len(self.train.images), generator=torch.Generator().manual_seed(0))
 
     def evaluate(self, networks: Sequence[nn.Module]) -> Scores:
         scores, labels = self._scores(networks, self.test.images), self.test.labels

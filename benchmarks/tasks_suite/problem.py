@@ -11,6 +11,9 @@ from torch import Tensor, nn
 Part = Literal["a", "b", "both"]
 """Task A, task B, or both as one."""
 
+Learnt = Literal["a", "b", "both", "own"]
+"""What a parent is trained on: the data of a part, or its own share of the data of both tasks."""
+
 Scores = dict[str, float]
 
 CHUNK = 250

@@ -13,11 +13,13 @@ import torch
 from models.processes import Note, Row
 from torch import nn
 
-from tasks_suite.problem import Part, Problem
+from tasks_suite.images import SHARES, ImageProblem
+from tasks_suite.problem import Learnt, Part, Problem
 from tasks_suite.suite import NETWORKS, PROBLEMS, Entry
 
-Parent = tuple[str, Part, int]
-"""A network, what it is trained on, and the seed of its initialisation and of its batches."""
+Parent = tuple[str, Learnt, int]
+"""A network, what it is trained on, and the seed of its initialisation and of its batches, which is the number of its
+share of the data as well."""
 
 SETTINGS: dict[str, tuple[Part, Part]] = {
     "disjoint": ("a", "b"),
@@ -39,6 +41,7 @@ def path_of(parent: Parent, cache: Path) -> Path:
     network, part, seed = parent
     entry = NETWORKS[network]
     recipe = (entry.data, entry.steps, entry.learning_rate, entry.batch, entry.weight_decay)
+    recipe += (SHARES,) if part == "own" else ()
     digest = hashlib.sha256(repr((recipe, build(network, 0))).encode()).hexdigest()[:8]
     return cache / f"{network}-{digest}-{part}-{seed}.pt"
 
@@ -75,7 +78,11 @@ def work(task: Row, note: Note) -> None:
     problem, model = PROBLEMS[entry.data](), build(network, seed)
     note("train", parameters=sum(p.numel() for p in model.parameters()))
     began = time.perf_counter()
-    train(entry, model, problem, part, seed, entry.steps)
+    if part == "own":
+        assert isinstance(problem, ImageProblem)
+        train(entry, model, problem.share(seed), "both", seed, entry.steps)
+    else:
+        train(entry, model, problem, part, seed, entry.steps)
     seconds = time.perf_counter() - began
     note("evaluate", seconds=seconds)
     scores = problem.evaluate([model])

@@ -39,6 +39,11 @@ they answer alike, what a parent misses of the mean is mostly chance, and what a
 Where outputs are compared, the parent's error is that of its outputs as it is. `benchmarks/parents.py` shows what these
 give."""
 
+FOLLOWED = 1 / 4
+"""Of parents that answer alike, one is given with its last layers refitted if these then miss at most this share of
+what they missed of the mean. The mean of networks errs less than each of them, and one that can follow it errs less too.
+One that cannot would only lose answers that it has learnt with more data, and by a better measure than squared errors."""
+
 
 @dataclass(frozen=True)
 class Refitted:
@@ -58,6 +63,7 @@ class Refitted:
         compared: by what: by the error held out of the last layers, these refitted; or, where these do not tell, by the
             outputs of the networks as they are.
         error: that of the merged network, whatever the state is of; NaN if a last layer was not fitted.
+        alike: whether a parent is given because all answer alike.
         options: all that could be given, for who can tell better which is best: the merged network first; then, if
             they may be given, the parents as they are, and with last layers refitted.
     """
@@ -69,6 +75,7 @@ class Refitted:
     errors: Mapping[int | None, float] = field(default_factory=dict)
     compared: Literal["last layers", "outputs"] | None = None
     error: float = math.nan
+    alike: bool = False
     options: tuple[Refitted, ...] = ()
 
     def renumbered(self, numbers: Sequence[int]) -> Refitted:
@@ -128,8 +135,8 @@ class Rivals:
                 self.told[j][fit.layer.name] = fit.settle(self.states[j])
 
     def choose(self, merged: Refitted) -> Refitted:
-        """The merged network, or the parent that is seen to know more: as it is where the parents answer alike, for
-        these have learnt with more data and the right answers; else with last layers refitted, if these tell."""
+        """The merged network, or the parent that is seen to know more, if errors tell: with last layers refitted; or as
+        it is, where the parents answer alike and it cannot follow their mean."""
         errors, before = self._errors(merged)
         theirs = {j: errors[j] for j in self.states if math.isfinite(errors[j])}
         if theirs:
@@ -147,9 +154,10 @@ class Rivals:
             least = min(theirs.values())
             best = next(j for j, error in theirs.items() if error <= least * (1 + EVEN) + NEGLIGIBLE)
             alike = self._count_equally() and before[best] < AGREED
-            others, bound = (as_they_are, KEPT_IF_ALIKE) if alike else (refitted, KEPT_IF_APART)
+            follows = best in refitted and theirs[best] <= FOLLOWED * before[best] + NEGLIGIBLE
+            others, bound = refitted if follows or not alike else as_they_are, KEPT_IF_ALIKE if alike else KEPT_IF_APART
             if best in others and errors[None] > bound * theirs[best] + NEGLIGIBLE:
-                chosen = others[best]
+                chosen = replace(others[best], alike=alike)
         return replace(chosen, options=(merged, *as_they_are.values(), *refitted.values()))
 
     def _errors(self, merged: Refitted) -> tuple[dict[int | None, float], dict[int, float]]:
