@@ -41,8 +41,8 @@ give."""
 
 FOLLOWED = 1 / 4
 """Of parents that answer alike, one is given with its last layers refitted if these then miss at most this share of
-what they missed of the mean. The mean of networks errs less than each of them, and one that can follow it errs less too.
-One that cannot would only lose answers that it has learnt with more data, and by a better measure than squared errors."""
+what they missed of the mean: the mean errs less than each of them, and so does who can follow it. One that cannot would
+only lose answers that it has learnt with more data, and by a better measure than squared errors."""
 
 
 @dataclass(frozen=True)
