@@ -101,8 +101,8 @@ def merge(
             to mean zero over all data, and all scaled to one deviation.
         or_parent: with "least_squares": whether one of the models may be returned, with a warning and its last layers
             refitted, where their error is smaller than that of the merged network's by a quarter, or, if the models
-            answer alike, less than twice as large. If they do, and its last layers still miss more than a quarter of
-            what they did, it is returned as it is. Where last layers cannot be compared (an output layer tied to the
+            answer alike, less than twice as large. If they do, and that brings its outputs little nearer to the mean of
+            all, it is returned as it is. Where last layers cannot be compared (an output layer tied to the
             embedding), the outputs of the networks as they are decide, and models are returned as they are only.
         score: for who has labels after all: how good a network is, larger for better, such as its accuracy on
             validation data. It is called with GraphModules in eval mode, without gradients, and chooses in place of

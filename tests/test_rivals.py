@@ -55,8 +55,8 @@ def test_a_parent_that_says_all_there_is_to_say_is_returned(
         (0.4, 0.8, 0, True),
         (0.1, 1.9, 0, True),
         (0.1, 2.1, None, False),
-        (0.44, 0.12, 0, True),
-        (0.44, 0.1, 0, False),
+        (0.15, 0.1, 0, True),
+        (0.16, 0.1, 0, False),
     ],
 )
 def test_what_is_returned_depends_on_whether_the_parents_answer_alike(
@@ -98,7 +98,7 @@ def test_what_has_no_error_wins_nothing(merged: float, parent: float) -> None:
 
 
 def test_it_is_told_that_models_answer_alike(caplog: pytest.LogCaptureFixture) -> None:
-    chosen = told_rivals([(0.5, 0.5)], disagreement=0.44, error=0.1).choose(Refitted({}, {}, {}, error=0.15))
+    chosen = told_rivals([(0.5, 0.5)], disagreement=0.16, error=0.1).choose(Refitted({}, {}, {}, error=0.15))
     with caplog.at_level(logging.WARNING):
         warn_of_parent("model A", chosen, "mean", [])
     assert caplog.messages[-1] == (
@@ -123,7 +123,7 @@ def told_rivals(shares: list[tuple[float, float]], disagreement: float, error: f
 
 def test_of_models_that_answer_alike_one_is_returned_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     """The second one has learnt the answers of the first with features of its own."""
-    first, second = mlp(0, 60), mlp(1, 60)
+    first, second = mlp(0, 500), mlp(1, 500)
     assert isinstance(second, nn.Sequential)
     data = [torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
     x = torch.cat(data)

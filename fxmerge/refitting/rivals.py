@@ -39,10 +39,11 @@ they answer alike, what a parent misses of the mean is mostly chance, and what a
 Where outputs are compared, the parent's error is that of its outputs as it is. `benchmarks/parents.py` shows what these
 give."""
 
-FOLLOWED = 1 / 4
-"""Of parents that answer alike, one is given with its last layers refitted if these then miss at most this share of
-what they missed of the mean: the mean errs less than each of them, and so does who can follow it. One that cannot would
-only lose answers that it has learnt with more data, and by a better measure than squared errors."""
+NEARER = 0.055
+"""Of parents that answer alike, one is given with its last layers refitted if these miss less of the mean than it does,
+by this share of the square of the mean: the mean errs less than each of them, and who comes nearer errs less too. Where
+there is little to gain, it would only lose answers that it has learnt with more data, and by a better measure than
+squared errors."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Rivals:
 
     def choose(self, merged: Refitted) -> Refitted:
         """The merged network, or the parent that is seen to know more, if errors tell: with last layers refitted; or as
-        it is, where the parents answer alike and it cannot follow their mean."""
+        it is, where the parents answer alike and these bring it little nearer to their mean."""
         errors, before = self._errors(merged)
         theirs = {j: errors[j] for j in self.states if math.isfinite(errors[j])}
         if theirs:
@@ -154,8 +155,8 @@ class Rivals:
             least = min(theirs.values())
             best = next(j for j, error in theirs.items() if error <= least * (1 + EVEN) + NEGLIGIBLE)
             alike = self._count_equally() and before[best] < AGREED
-            follows = best in refitted and theirs[best] <= FOLLOWED * before[best] + NEGLIGIBLE
-            others, bound = refitted if follows or not alike else as_they_are, KEPT_IF_ALIKE if alike else KEPT_IF_APART
+            others = as_they_are if alike and before[best] - theirs[best] < NEARER else refitted
+            bound = KEPT_IF_ALIKE if alike else KEPT_IF_APART
             if best in others and errors[None] > bound * theirs[best] + NEGLIGIBLE:
                 chosen = replace(others[best], alike=alike)
         return replace(chosen, options=(merged, *as_they_are.values(), *refitted.values()))
