@@ -65,7 +65,7 @@ SECTIONS: tuple[Section, ...] = (
         "Controls: one parent, a random network, and the zipped average, of which only the last layer is fitted; and a "
         "refit of the plain average, nothing matched. `better of both` is that of the refits, aligned and zipped, "
         'which has the smaller error on held-out data (`method="auto"`). fxmerge is the refit of the zipped average, '
-        "or a parent where that knows more: with a new readout, or as it is if the parents answer alike.",
+        "or a parent where that knows more: with a new readout, or as it is if this brings it little nearer.",
         lambda r: accuracies(r, "disjoint", "per_task", REFITS),
     ),
     (
