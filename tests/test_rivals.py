@@ -121,15 +121,21 @@ def told_rivals(shares: list[tuple[float, float]], disagreement: float, error: f
     return rivals
 
 
-def test_of_models_that_answer_alike_one_is_returned_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    """The second one has learnt the answers of the first with features of its own."""
-    first, second = mlp(0, 500), mlp(1, 500)
+def alike(width: int) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    """Two networks, of which the second has learnt the answers of the first with features of its own, and the data."""
+    first, second = mlp(0, width), mlp(1, width)
     assert isinstance(second, nn.Sequential)
     data = [torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
     x = torch.cat(data)
     with torch.no_grad():
         features = second[:-1](x)
         second[-1].weight.copy_(torch.linalg.lstsq(features, first(x) - second[-1].bias).solution.T)
+    return first, second, data
+
+
+def test_of_models_that_answer_alike_one_is_returned_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    first, second, data = alike(500)
+    x = torch.cat(data)
     with caplog.at_level(logging.WARNING):
         merged = fxmerge.merge(first, second, data)
     told = merged.meta["fxmerge"]
@@ -140,6 +146,16 @@ def test_of_models_that_answer_alike_one_is_returned_as_it_is(caplog: pytest.Log
         merged = fxmerge.merge(first, second, data, outputs="standardized")
     assert "is returned with its outputs standardized, since the models answer alike" in caplog.text
     torch.testing.assert_close(merged(x).mean(0), torch.zeros(10), atol=1e-5, rtol=0)
+
+
+def test_one_whose_last_layers_come_nearer_is_returned_with_these(caplog: pytest.LogCaptureFixture) -> None:
+    """What the models answer alike in the mean is taken away, and of the rest a new readout learns a good part."""
+    first, second, data = alike(60)
+    with caplog.at_level(logging.WARNING):
+        told = fxmerge.merge(first, second, data, outputs="standardized").meta["fxmerge"]
+    (readout,) = told["layers"].values()
+    assert f"model {'AB'[told['parent']]} is returned with its last layers refitted, since the" in caplog.text
+    assert readout["held_out"] == told["errors"][told["parent"]] <= readout["before"] - 0.055
 
 
 def test_the_merged_network_can_be_asked_for() -> None:

@@ -41,7 +41,7 @@ give."""
 
 NEARER = 0.055
 """Of parents that answer alike, one is given with its last layers refitted if these miss less of the mean than it does,
-by this share of the square of the mean: the mean errs less than each of them, and who comes nearer errs less too. Where
+by this share of the square of the mean: the mean errs less than they do on average, and so may who comes nearer. Where
 there is little to gain, it would only lose answers that it has learnt with more data, and by a better measure than
 squared errors."""
 
