@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fxmerge.emission import Whole, duplicate, emitted, follow_training, is_told
 from fxmerge.errors import CaptureError
 from fxmerge.program import AtenGraph, Program, quiet
-from fxmerge.tracing import trace_around, trace_path
+from fxmerge.tracing import Traced, trace_around, trace_ops, trace_path, trace_symbolically
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +30,11 @@ Kwargs = Mapping[str, Any]
 def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> fx.GraphModule:
     """Captures a model as a GraphModule that computes the same function.
 
-    A GraphModule is kept as it is; else `torch.fx.symbolic_trace` is tried, which keeps the code
-    readable, then `torch.export` with a dynamic batch dimension, then symbolic tracing around the submodules that
-    cannot be traced. What depends on the values of its inputs is captured along the path that the example takes.
+    A GraphModule is kept as it is; else symbolic tracing is tried, which keeps the code readable, then
+    `torch.export` with a dynamic batch dimension, then symbolic tracing around the submodules that cannot be
+    traced. A model that no trace captures, because what it does depends on the values of its inputs, is called
+    whole: the graph has one node. With example inputs, outputs are compared for other parameters and buffers.
+    Dropout, BatchNorm and the like follow `train()` and `eval()` as in the model.
 
     Arguments:
         model: any module, GraphModule or ExportedProgram; it is not modified.
@@ -39,7 +42,8 @@ def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs 
         kwargs: example inputs by keyword.
 
     Returns:
-        A GraphModule in eval mode, with parameter names as in the model and copies of its tensors.
+        A GraphModule in eval mode, with copies of the model's tensors. Its state dict has the keys of the model's, in
+        their order, and loads into the class of the model.
 
     Raises:
         CaptureError: if no route captures the model; the message names each and why it failed.
@@ -89,7 +93,7 @@ class _Views:
             raise
 
     @cached_property
-    def path(self) -> tuple[fx.GraphModule, AtenGraph]:
+    def path(self) -> AtenGraph:
         assert isinstance(self.model, nn.Module)
         with evaluating(self.model), quiet():
             return trace_path(self.model, self.args, self.kwargs)
@@ -101,51 +105,63 @@ class _Views:
         try:
             with quiet():
                 graph = AtenGraph.of(self.exported.run_decompositions({}))
-            return graph if isinstance(self.model, ExportedProgram) or not graph.has_open_sizes else self.path[1]
+            return graph if isinstance(self.model, ExportedProgram) or not graph.has_open_sizes else self.path
         except Exception as error:
             if isinstance(self.model, ExportedProgram):
                 raise
             logger.debug("torch.export failed", exc_info=True)
             try:
-                return self.path[1]
+                return self.path
             except Exception as second:
                 raise CaptureError(
                     f"{type(self.model).__name__} cannot be analysed. torch.export: {_first_line(error)} | "
                     f"make_fx: {_first_line(second)}. Pass example inputs that the model accepts as args and kwargs."
                 ) from second
 
+    @cached_property
+    def varied(self) -> tuple[dict[str, Tensor], Any]:
+        """Values of the model's parameters and buffers other than its own, and its outputs with these."""
+        assert isinstance(self.model, nn.Module)
+        model = copy.deepcopy(self.model)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for tensor in _tensors(model).values():
+                tensor.copy_(other_values(tensor, generator))
+        values = {name: tensor.clone() for name, tensor in _tensors(model).items()}
+        return values, outputs(model, self.args, self.kwargs)
+
 
 def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
     model = views.model
     if isinstance(model, ExportedProgram):
-        return copy.deepcopy(_as_graph_module(model.module())), "exported program"
+        module = model.module(check_guards=False)
+        return emitted(module, _as_graph_module(module).graph, module), "exported program"
     if isinstance(model, fx.GraphModule):
-        return copy.deepcopy(model).eval(), "kept"
-    routes: dict[str, Callable[[], fx.GraphModule]] = {
-        "symbolic_trace": lambda: fx.symbolic_trace(copy.deepcopy(model)),
-        "torch.export": lambda: _as_graph_module(views.exported.module()),
-        "symbolic_trace (leaf modules)": lambda: trace_around(model),
-        "make_fx": lambda: views.path[0],
+        return duplicate(model).eval(), "kept"
+    routes: dict[str, Callable[[nn.Module], fx.GraphModule]] = {
+        "symbolic_trace": lambda model: _emitted(views, model, trace_symbolically),
+        "torch.export": lambda model: _emitted(views, model, None),
+        "symbolic_trace (leaf modules)": lambda model: _emitted(views, model, trace_around),
+        "whole": lambda model: _whole(views, model),
     }
     failures = []
     for name, route in routes.items():
         try:
             with evaluating(model), quiet():
-                module = route()
-                _check_same(model, module, views.args, views.kwargs)
+                module = route(copy.deepcopy(model))
+                _check_same(views, module)
         except Exception as error:
             logger.debug("%s did not capture %s", name, type(model).__name__, exc_info=True)
             failures.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
             continue
         if name == "torch.export" and _has_fixed_batch(views.exported):
             name = "torch.export (fixed batch)"
-        if name == "make_fx":
-            name = "make_fx (path of the example)"
+        if name == "whole":
             logger.warning(
-                "%s depends on the values of its inputs (%s): the GraphModule follows the path that the example takes. "
-                "Load its state dict into the original class to run it on other inputs.",
+                "%s could not be traced (%s). The GraphModule calls it as one module of its class. It is analysed "
+                "along the path that the example takes, which may depend on the values of its inputs.",
                 type(model).__name__,
-                failures[1],
+                shorten(failures[1], 300),
             )
         return module, name
     raise CaptureError(
@@ -154,6 +170,36 @@ def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
         + ". Pass example inputs that the model accepts as args and kwargs; if its code depends on the values of "
         "tensors, capture the part that does not."
     )
+
+
+def _whole(views: _Views, model: nn.Module) -> fx.GraphModule:
+    if not views.args and not views.kwargs:
+        raise ValueError("there are no example inputs to run it on")
+    return Whole(model)
+
+
+def _emitted(views: _Views, model: nn.Module, trace: Callable[[nn.Module], Traced] | None) -> fx.GraphModule:
+    """A copy of the model as a GraphModule, by a trace of it or as torch.export has it.
+
+    In training mode it does what the model does then: this is told by the same trace in training mode, or by the ops
+    that run then.
+    """
+    if trace is None:
+        source: nn.Module = views.exported.module(check_guards=False)
+        graph = _as_graph_module(source).graph
+    else:
+        graph, source = trace(model)
+    if is_told(graph):
+        trained = copy.deepcopy(model)
+        trained.train()
+        try:
+            if trace is None:
+                follow_training(graph, trace_ops(trained, *_at_least_two(views.args, views.kwargs)))
+            else:
+                follow_training(graph, trace(trained)[0])
+        except Exception:
+            logger.debug("%s could not be traced in training mode", type(model).__name__, exc_info=True)
+    return emitted(model, graph, source)
 
 
 def _first_line(error: Exception) -> str:
@@ -165,19 +211,51 @@ def _as_graph_module(module: nn.Module) -> fx.GraphModule:
     return module
 
 
-def _check_same(model: nn.Module, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    """A trace may have baked in what it should not have: compare outputs, where there are inputs to do so."""
-    if (not args and not kwargs) or any(t.device.type == "meta" for t in model.parameters()):
+def _check_same(views: _Views, module: nn.Module) -> None:
+    """A trace may have baked in what it should not have, such as values of parameters and buffers: compares outputs for
+    others, where there are inputs to do so."""
+    model = views.model
+    assert isinstance(model, nn.Module)
+    if (not views.args and not views.kwargs) or any(t.device.type == "meta" for t in model.parameters()):
         return
-    outputs = []
-    for m in (model, module):
-        with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)  # What draws random numbers, draws the same ones.
-            outputs.append(m(*args, **kwargs))
-    expected, got = outputs
+    values, expected = views.varied
+    own = _tensors(module)
+    kept = {name: tensor.clone() for name, tensor in own.items()}
+    try:
+        _set(own, values)
+        got = outputs(module, views.args, views.kwargs)
+    finally:
+        _set(own, kept)
     for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
         if isinstance(a, Tensor):
             torch.testing.assert_close(b, a, equal_nan=True)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a state dict holds, themselves."""
+    return {name: t for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+
+
+def _set(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])
+
+
+def outputs(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    """The outputs of a model; what draws random numbers, draws the same ones every time."""
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return model(*args, **kwargs)
+
+
+def other_values(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Values near those of a tensor, none of them equal; positive ones stay positive, as variances must."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    noise = torch.rand(tensor.shape, generator=generator).to(tensor.device)
+    value = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return torch.where(value == 0, 0.01 * noise, value * (1 + 0.1 * noise))
 
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs) -> ExportedProgram:
