@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from textwrap import shorten
 from typing import Any
@@ -239,16 +239,25 @@ def _at_least_two(args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while, every submodule put back as it was.
+    """The model in eval mode and without a cache for a while, every submodule and configuration put back as it was.
 
     What modules have derived from their parameters in eval mode and kept, they drop when they are trained; so they
-    are for a moment, before and after: what a capture leaves behind is of no use to anyone.
+    are for a moment, before and after: what a capture leaves behind is of no use to anyone. A cache of earlier calls,
+    which a configuration may ask for by `use_cache`, is no output that a merge could have.
     """
     modes = [(m, m.training) for m in model.modules()]
+    configs = [config for m in model.modules() if getattr(config := getattr(m, "config", None), "use_cache", None)]
+    cached = [(config, config.use_cache) for config in {id(c): c for c in configs}.values()]
     model.train().eval()
     try:
+        for config, _ in cached:
+            with suppress(AttributeError):  # Of one that is frozen.
+                config.use_cache = False
         yield
     finally:
+        for config, value in cached:
+            with suppress(AttributeError):
+                config.use_cache = value
         model.train()
         for module, training in modes:
             module.training = training
