@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from textwrap import shorten
 from typing import Any
@@ -25,13 +25,16 @@ logger = logging.getLogger(__name__)
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
+Sizes = Collection[tuple[int, int]]
+"""Dimensions of inputs: the number of the input among all leaves of (args, kwargs), and the dimension."""
 
 
 def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> fx.GraphModule:
     """Captures a model as a GraphModule that computes the same function.
 
     A GraphModule is kept as it is; else symbolic tracing is tried, which keeps the code readable, then
-    `torch.export` with a dynamic batch dimension, then symbolic tracing around the submodules that cannot be
+    `torch.export`, with the first dimension of all inputs dynamic and every dimension of those that hold whole
+    numbers or truth values, such as tokens and masks, then symbolic tracing around the submodules that cannot be
     traced. A model that no trace captures, because what it does depends on the values of its inputs, is called
     whole: the graph has one node. With example inputs, outputs are compared for other parameters and buffers.
     Dropout, BatchNorm and the like follow `train()` and `eval()` as in the model.
@@ -57,8 +60,14 @@ def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs 
     return _skeleton(_Views(model, args, dict(kwargs or {})))[0]
 
 
-def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> Program:
+def capture_program(
+    model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None, varying: Sizes = ()
+) -> Program:
     """Captures both the GraphModule to emit and the graph to analyse.
+
+    Arguments:
+        model, args, kwargs: as for `capture`.
+        varying: dimensions that are to be dynamic, in addition to those that always are, where torch can do so.
 
     Raises:
         CaptureError: if no route captures the model, or torch.export cannot.
@@ -68,17 +77,30 @@ def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs:
         args, kwargs = model.example_inputs
     # How the example lies in memory is not to become a condition on all inputs.
     args, kwargs = pytree.tree_map(lambda v: v.contiguous() if isinstance(v, Tensor) else v, (tuple(args), kwargs))
-    views = _Views(model, args, kwargs)
+    views = _Views(model, args, kwargs, varying)
     module, route = _skeleton(views)
-    return Program(module, views.analysed, route)
+    aten = views.analysed
+    return Program(module, aten, route, _why_fixed(aten, views.failure or views.narrower))
+
+
+def _why_fixed(aten: AtenGraph, failure: Exception | None) -> str:
+    """Why the graph takes some sizes only as they are in the example."""
+    said = "" if failure is None else shorten(_first_line(failure), 200)
+    if aten.exported is None:
+        return "the graph follows the path that the example takes" + (f", since {said}" if said else "")
+    if said:
+        return f"torch.export fails where it is left open ({said})"
+    return "the model computes with this size as with a constant"
 
 
 class _Views:
     """What a model looks like to torch.export, and run on its example: each found at most once, when asked for."""
 
-    def __init__(self, model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
+    def __init__(self, model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, varying: Sizes = ()) -> None:
+        self.model, self.args, self.kwargs, self.varying = model, args, kwargs, varying
         self.failure: Exception | None = None
+        self.narrower: Exception | None = None
+        """Why not all dimensions are dynamic that were to be."""
 
     @cached_property
     def exported(self) -> ExportedProgram:
@@ -87,10 +109,11 @@ class _Views:
         if self.failure is not None:
             raise self.failure
         try:
-            return _export(self.model, self.args, self.kwargs)
+            program, self.narrower = _export(self.model, self.args, self.kwargs, self.varying)
         except Exception as error:
             self.failure = error
             raise
+        return program
 
     @cached_property
     def path(self) -> AtenGraph:
@@ -258,31 +281,41 @@ def other_values(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(value == 0, 0.01 * noise, value * (1 + 0.1 * noise))
 
 
-def _export(model: nn.Module, args: Args, kwargs: Kwargs) -> ExportedProgram:
-    """Exports with a dynamic batch dimension, or, where that fails, at the shapes of the example."""
-    failures = []
+def _export(model: nn.Module, args: Args, kwargs: Kwargs, varying: Sizes) -> tuple[ExportedProgram, Exception | None]:
+    """Exports with all dimensions dynamic that may vary; where that fails, with the first of every input; where that
+    fails too, at the shapes of the example. Also gives the last failure."""
+    leaves = pytree.tree_leaves((args, dict(kwargs)))
+    batch = {(i, 0) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim}
+    all_sizes = batch | {*varying} | {(i, d) for i, leaf in enumerate(leaves) for d in _discrete_dims(leaf)}
+    failure: Exception | None = None
     with evaluating(model):
-        for dynamic in (True, False):
-            example = _at_least_two(args, kwargs) if dynamic else (args, dict(kwargs))
-            shapes = pytree.tree_map(_batch_dim, example) if dynamic else (None, None)
+        for sizes in (all_sizes, batch, set()) if all_sizes != batch else (batch, set()):
             try:
                 with torch.no_grad(), quiet():
-                    program = torch.export.export(
-                        model,
-                        example[0],
-                        example[1],
-                        dynamic_shapes=_by_name(model, *shapes) if dynamic else None,
-                        strict=False,
-                    )
-                    if dynamic:
-                        program.module()(*args, **kwargs)  # Refuses a batch size that was baked in.
-                    return program
+                    program = _export_with(model, args, kwargs, sizes)
+                    if sizes:
+                        program.module()(*args, **kwargs)  # Refuses a size that was baked in.
+                    return program, failure
             except Exception as error:
-                logger.debug("torch.export failed (dynamic batch: %s)", dynamic, exc_info=True)
-                failures.append(error)
-    raise CaptureError(
-        f"torch.export cannot capture {type(model).__name__}: {shorten(str(failures[-1]), 400)}"
-    ) from failures[-1]
+                logger.debug("torch.export failed (dynamic: %s)", sorted(sizes), exc_info=True)
+                failure = error
+    raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {shorten(str(failure), 400)}") from failure
+
+
+def _export_with(model: nn.Module, args: Args, kwargs: Kwargs, sizes: Sizes) -> ExportedProgram:
+    """Exports with some dimensions dynamic."""
+    example = _at_least_two(args, kwargs) if sizes else (args, dict(kwargs))
+    leaves, spec = pytree.tree_flatten(example)
+    shapes = [{d: Dim.AUTO for i, d in sizes if i == number} or None for number in range(len(leaves))]
+    dynamic = _by_name(model, *pytree.tree_unflatten(shapes, spec)) if sizes else None
+    return torch.export.export(model, example[0], example[1], dynamic_shapes=dynamic, strict=False)
+
+
+def _discrete_dims(value: Any) -> range:
+    """The dimensions beyond the first of what may be tokens or a mask, which come in any length; bytes are images."""
+    if not isinstance(value, Tensor) or value.dtype == torch.uint8 or value.is_floating_point() or value.is_complex():
+        return range(0)
+    return range(1, value.ndim)
 
 
 def _has_fixed_batch(program: ExportedProgram) -> bool:
@@ -301,10 +334,6 @@ def _by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
-def _batch_dim(value: Any) -> Any:
-    return {0: Dim.AUTO} if isinstance(value, Tensor) and value.ndim else None
-
-
 def _at_least_two(args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
     """The example with a batch of one doubled, since torch.export takes a size of one for a constant."""
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -317,16 +346,25 @@ def _at_least_two(args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while, every submodule put back as it was.
+    """The model in eval mode and without a cache for a while, every submodule and configuration put back as it was.
 
     What modules have derived from their parameters in eval mode and kept, they drop when they are trained; so they
-    are for a moment, before and after: what a capture leaves behind is of no use to anyone.
+    are for a moment, before and after: what a capture leaves behind is of no use to anyone. A cache of earlier calls,
+    which a configuration may ask for by `use_cache`, is no output that a merge could have.
     """
     modes = [(m, m.training) for m in model.modules()]
+    configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
+    cached = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
     model.train().eval()
     try:
+        for config, _ in cached:
+            with suppress(AttributeError):  # Of one that is frozen.
+                config.use_cache = False
         yield
     finally:
+        for config, value in cached:
+            with suppress(AttributeError):
+                config.use_cache = value
         model.train()
         for module, training in modes:
             module.training = training

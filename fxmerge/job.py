@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
+from torch.utils import _pytree as pytree
 
 from fxmerge import validate
 from fxmerge.capture import Args, Kwargs, capture_program, evaluating
 from fxmerge.choose import Alpha
 from fxmerge.errors import LoaderError, OptionError
 from fxmerge.program import Program
-from fxmerge.run import Apart, Data, Inputs, batch_inputs
+from fxmerge.run import Apart, Data, Inputs, Shapes, batch_inputs, check_shape
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
+from fxmerge.training_inputs import left_out, training_only
 from fxmerge.validate import Model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -100,7 +105,7 @@ def prepare(
     states = tuple(dict(m.state_dict()) for m in modules)
     validate.check_states(states, names)
     example = tuple(args), dict(kwargs or {})
-    data = None
+    given, data = any(example), None
     if loaders is not None:
         loader = Apart([_again(own) for own in loaders])
         for i, own in enumerate(loader.loaders):
@@ -110,8 +115,7 @@ def prepare(
         loader = _again(loader)
         where = next((t.device for t in states[0].values()), torch.device("cpu"))
         data = Data(loader, inputs or batch_inputs(modules[0]), where, progress)
-        first = data.first()
-        example = example if any(example) else first
+        example = example if any(example) else data.first()
     example = example if any(example) else _example_of(models[0])
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
@@ -119,11 +123,40 @@ def prepare(
             if isinstance(model, nn.Module):
                 stack.enter_context(evaluating(model))
         validate.check_batch(modules[0], *example)
+        unneeded = training_only(models[0], example) if isinstance(models[0], nn.Module) else ()
+        if unneeded:
+            logger.info("Inputs that only a loss is computed from are left out: %s", ", ".join(sorted(unneeded)))
+            example = left_out(modules[0], example, unneeded)
+            data = data and replace(data, inputs=_without(data.inputs, modules[0], unneeded))
+        surveyed, shapes = data.survey() if data is not None else (example, {})
+        if not given:
+            example = surveyed
+        elif pytree.tree_structure(surveyed) != pytree.tree_structure(example):
+            shapes = {}
         with _timed(seconds, "capture"):
-            program = capture_program(models[0], *example)
+            program = capture_program(models[0], *example, varying=_varying(shapes))
+        _check_shapes(program, shapes)
         for i in range(1, len(models)):
             validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
     return Job(models[0], states, names, data, example, program, progress, seconds)
+
+
+def _without(inputs: Inputs, model: nn.Module, names: Collection[str]) -> Inputs:
+    """Inputs without some of them."""
+    return lambda batch: left_out(model, inputs(batch), names)
+
+
+def _varying(shapes: Shapes) -> set[tuple[int, int]]:
+    """The dimensions of inputs whose sizes differ between batches."""
+    return {(i, d) for i, own in shapes.items() for d, sizes in enumerate(zip(*own, strict=False)) if len({*sizes}) > 1}
+
+
+def _check_shapes(program: Program, shapes: Shapes) -> None:
+    """The graph must take all batches."""
+    inputs = [(name, node.meta["val"]) for node, (kind, name) in program.sources.items() if kind == "input"]
+    for i, own in shapes.items():
+        for shape in sorted(own):
+            check_shape(inputs[i][0], shape, inputs[i][1], program.why_fixed)
 
 
 def _again(loader: Iterable[Any]) -> Iterable[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,6 +64,12 @@ class AtenGraph:
         sizes = [s for v in values for s in (v.shape if isinstance(v, Tensor) else [v])]
         return any(isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)) and s.node.hint is None for s in sizes)
 
+    @cached_property
+    def guards(self) -> Callable[..., Any]:
+        """Takes the inputs, one by one; raises an AssertionError where the graph is not made for their sizes."""
+        checked = None if self.exported is None else getattr(self.exported.module(), "_guards_fn", None)
+        return (lambda *leaves: None) if checked is None else checked
+
     def decompose(self, ops: Iterable[Any]) -> AtenGraph | None:
         """The graph with some ops written out in simpler ones; None where torch cannot do so."""
         table = get_decompositions(list(ops))
@@ -81,11 +87,13 @@ class Program:
         module: the GraphModule to rewrite.
         aten: the graph to analyse.
         route: how `module` was captured.
+        why_fixed: why some sizes of inputs have to be as in the example, if any have to.
     """
 
     module: fx.GraphModule
     aten: AtenGraph
     route: str
+    why_fixed: str = "the model computes with this size as with a constant"
 
     @property
     def graph(self) -> fx.GraphModule:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from fxmerge.program import Program
 
 Call = tuple[Args, dict[str, Any]]
 Inputs = Callable[[Any], Call]
+Shapes = Mapping[int, Collection[tuple[int, ...]]]
+"""The shapes that a tensor has in all batches, by its number among all leaves of (args, kwargs)."""
 
 
 class Runner(fx.Interpreter):
@@ -74,21 +78,45 @@ class Runner(fx.Interpreter):
             )
         nodes = [n for n, (kind, _) in self.program.sources.items() if kind == "input"]
         for node, value in zip(nodes, leaves, strict=False):
-            _check_shape(self.program.sources[node][1], value, node.meta["val"])
+            example = node.meta["val"]
+            if isinstance(value, Tensor) and isinstance(example, Tensor):
+                check_shape(self.program.sources[node][1], value.shape, example, self.program.why_fixed)
+        try:
+            self.program.aten.guards(*leaves)
+        except AssertionError as error:
+            raise LoaderError(
+                f"A batch with the inputs {_outline(args, kwargs)} does not fit the captured model, whose graph holds "
+                f"for some sizes only. {error}. Make all batches alike, or pass inputs=batch -> (args, kwargs)."
+            ) from error
         return dict(zip(nodes, leaves, strict=False))
 
 
-def _check_shape(name: str, value: Any, example: Any) -> None:
-    """A graph may have sizes baked in, and compute something else, in silence, for others."""
-    if isinstance(value, Tensor) and isinstance(example, Tensor):
-        sizes = [s if isinstance(s, int) else s.node.maybe_as_int() for s in example.shape]
-        if len(sizes) != value.ndim or any(s not in (None, n) for s, n in zip(sizes, value.shape, strict=True)):
-            takes = ", ".join("any" if size is None else str(size) for size in sizes)
-            raise LoaderError(
-                f"Input {name!r} of a batch has shape {tuple(value.shape)} and does not fit the captured model, "
-                f"which takes ({takes}). Make all batches alike, but for their size, or pass "
-                "inputs=batch -> (args, kwargs)."
-            )
+def check_shape(name: str, shape: Sequence[int], example: Tensor, why: str) -> None:
+    """A graph may have sizes baked in, and compute something else, in silence, for others.
+
+    Arguments:
+        name: of the input.
+        shape: what it has in a batch.
+        example: what it is in the graph.
+        why: why some of its sizes are fixed.
+
+    Raises:
+        LoaderError: if the shape does not fit.
+    """
+    sizes = fixed_sizes(example)
+    wrong = [d for d, (s, n) in enumerate(zip(sizes, shape, strict=False)) if s not in (None, n)]
+    if wrong or len(sizes) != len(shape):
+        takes = ", ".join("any" if size is None else str(size) for size in sizes)
+        fixed = f" Dimension {wrong[0]} is fixed to {sizes[wrong[0]]}: {why}." if len(sizes) == len(shape) else ""
+        raise LoaderError(
+            f"Input {name!r} of a batch has shape {tuple(shape)} and does not fit the captured model, which takes "
+            f"({takes}).{fixed} Make all batches alike in what is fixed, or pass inputs=batch -> (args, kwargs)."
+        )
+
+
+def fixed_sizes(value: Tensor) -> list[int | None]:
+    """The sizes that a graph takes as they are, None for one that may be any."""
+    return [s if isinstance(s, int) else s.node.maybe_as_int() for s in value.shape]
 
 
 def _outline(args: Args, kwargs: Mapping[str, Any]) -> str:
@@ -151,6 +179,29 @@ class Data:
         for batch in self.loader:
             return self._call(batch)
         raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
+
+    def survey(self) -> tuple[Call, Shapes]:
+        """The batch to capture a model with, and the shapes of all.
+
+        Returns:
+            The first of those batches that have the fewest sizes below two beyond the batch size, which torch takes for
+            constants. And the shapes of all; batches structured unlike the first are left to those who run them.
+        """
+        first = chosen = self.first()
+        _, spec = pytree.tree_flatten(first)
+        least = math.inf
+        seen: defaultdict[int, set[tuple[int, ...]]] = defaultdict(set)
+        for batch in self.loader:
+            args, kwargs = self.inputs(batch)
+            leaves, own = pytree.tree_flatten((tuple(args), dict(kwargs)))
+            if own == spec:
+                shapes = {i: tuple(leaf.shape) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+                constant = sum(size < 2 for shape in shapes.values() for size in shape[1:])
+                if constant < least:
+                    chosen, least = (first if least == math.inf else self._call(batch)), constant
+                for i, shape in shapes.items():
+                    seen[i].add(shape)
+        return chosen, seen
 
     def _call(self, batch: Any) -> Call:
         args, kwargs = self.inputs(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -40,9 +41,11 @@ class Boundaries:
             self._folder.cleanup()
 
     def put(self, key: Key, values: Values) -> None:
-        """Keeps some values."""
+        """Keeps some values, and of the memory that they are views of no more than they show."""
+        values = without_the_rest(values)
         leaves = pytree.tree_leaves(list(values.values()))
-        size = sum(leaf.untyped_storage().nbytes() for leaf in leaves if isinstance(leaf, Tensor))
+        storages = [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
+        size = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
         if self.bytes + size > self.budget:
             self._spilled[key] = list(values)
             torch.save(list(values.values()), self._path(key))
@@ -64,3 +67,25 @@ class Boundaries:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="fxmerge-")
         return Path(self._folder.name) / "-".join(map(str, key))
+
+
+def without_the_rest(values: Values) -> Values:
+    """Values with copies of those tensors that show only a part of their memory, such as slices of a data set.
+
+    Views that show all of it together, such as the parts that a tensor was split into, stay as they are.
+
+    Example:
+        >>> data = torch.zeros(1000, 4)
+        >>> without_the_rest({"x": data[:10]})["x"].untyped_storage().nbytes()
+        160
+    """
+    shown: Counter[int] = Counter()
+    for leaf in pytree.tree_leaves(list(values.values())):
+        if isinstance(leaf, Tensor):
+            shown[leaf.untyped_storage()._cdata] += leaf.nbytes
+
+    def copied(leaf: Tensor) -> Tensor:
+        storage = leaf.untyped_storage()
+        return leaf.clone() if shown[storage._cdata] < storage.nbytes() else leaf
+
+    return {key: pytree.tree_map_only(Tensor, copied, value) for key, value in values.items()}

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from fxmerge.program import Program
 from fxmerge.refitting.answers import Answers
-from fxmerge.refitting.boundaries import Boundaries
+from fxmerge.refitting.boundaries import Boundaries, without_the_rest
 from fxmerge.refitting.forms import bind, form_of
 from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher, Values
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers, operand
@@ -271,7 +271,7 @@ class _Course:
         self.kept, self.merged, self.lanes = kept, merged, lanes
         self.data: list[tuple[Shares, float]] = []
         for lesson in lessons:
-            inputs = merged.inputs(*lesson.call)
+            inputs = without_the_rest(merged.inputs(*lesson.call))  # One copy for all networks.
             for lane in (_MERGED, *asked(lesson.shares)):
                 kept.put((len(self.data), lane), inputs)
             self.data.append((lesson.shares, lesson.weight))
