@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from textwrap import shorten
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxmerge.errors import CaptureError
+from fxmerge import models, trees
+from fxmerge.errors import CaptureError, OptionError
 from fxmerge.program import AtenGraph, Program, quiet
+from fxmerge.reads import find_reads, fixed_inputs
 from fxmerge.tracing import trace_around, trace_path
 
 logger = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs 
         >>> [node.op for node in gm.graph.nodes]
         ['placeholder', 'call_module', 'call_module', 'output']
     """
-    return _skeleton(_Views(model, args, dict(kwargs or {})))[0]
+    return _skeleton(_Views(*_given(model, args, kwargs)))[0]
 
 
 def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> Program:
@@ -58,8 +61,9 @@ def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs:
 
     Raises:
         CaptureError: if no route captures the model, or torch.export cannot.
+        OptionError: if the model or its inputs are none.
     """
-    kwargs = dict(kwargs or {})
+    model, args, kwargs = _given(model, args, kwargs)
     if isinstance(model, ExportedProgram) and not args and not kwargs and model.example_inputs is not None:
         args, kwargs = model.example_inputs
     # How the example lies in memory is not to become a condition on all inputs.
@@ -67,6 +71,54 @@ def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs:
     views = _Views(model, args, kwargs)
     module, route = _skeleton(views)
     return Program(module, views.analysed, route)
+
+
+def _given(model: Any, args: Any, kwargs: Any) -> tuple[nn.Module | ExportedProgram, Args, dict[str, Any]]:
+    """What a user gave, checked: a model that may be called without a trace, and inputs that torch can open."""
+    model = models.accepted(model)
+    args, kwargs = check_example(model, args, kwargs)
+    if isinstance(model, nn.Module):
+        model = models.apart(model)
+        if args or kwargs:
+            _run_once(model, args, kwargs)
+    return model, args, kwargs
+
+
+def check_example(model: nn.Module | ExportedProgram, args: Any, kwargs: Any) -> tuple[Args, dict[str, Any]]:
+    """Example inputs of a model, as a tuple and a dict.
+
+    Raises:
+        CaptureError: if they hold an object that cannot be opened.
+        OptionError: if they are something else, such as a tensor that is not in a tuple.
+    """
+    if not isinstance(args, (tuple, list)):
+        raise OptionError(f"args is a {type(args).__name__}; give a tuple of the inputs, such as (x,).")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise OptionError(f"kwargs is a {type(kwargs).__name__}; give a dict of the inputs by name.")
+    advice = "Pass tensors, or a tuple, dict or dataclass of tensors."
+    trees.open_classes((args, kwargs), f"{type(model).__name__} is given", CaptureError, advice)
+    return tuple(args), dict(kwargs or {})
+
+
+def _run_once(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """Makes torch see the tensors inside of what a model returns."""
+    try:
+        with evaluating(model), quiet():
+            outputs = models.run(model, args, kwargs)
+    except Exception:
+        logger.debug("%s does not run on its example", type(model).__name__, exc_info=True)
+        return  # Every route of the capture will tell why.
+    open_outputs(model, outputs)
+
+
+def open_outputs(model: nn.Module, outputs: Any) -> None:
+    """Makes torch see the tensors inside of the outputs of a model.
+
+    Raises:
+        CaptureError: if they are inside of an object that cannot be opened.
+    """
+    advice = "Return a tensor, or a tuple, dict or dataclass of tensors."
+    trees.open_classes(outputs, f"{type(model).__name__} returns", CaptureError, advice)
 
 
 class _Views:
@@ -92,7 +144,16 @@ class _Views:
     def path(self) -> tuple[fx.GraphModule, AtenGraph]:
         assert isinstance(self.model, nn.Module)
         with evaluating(self.model), quiet():
-            return trace_path(self.model, self.args, self.kwargs)
+            module, graph = trace_path(self.model, self.args, self.kwargs)
+        return module, self._named(graph)
+
+    def _named(self, graph: AtenGraph) -> AtenGraph:
+        """A graph with the user's names of its inputs."""
+        if not isinstance(self.model, nn.Module):
+            return graph
+        names = iter(trees.input_names(self.model.forward, self.args, self.kwargs))
+        sources = tuple((kind, next(names, name) if kind == "input" else name) for kind, name in graph.sources)
+        return replace(graph, sources=sources)
 
     @cached_property
     def analysed(self) -> AtenGraph:
@@ -100,7 +161,7 @@ class _Views:
         depend on values, what it does here."""
         try:
             with quiet():
-                graph = AtenGraph.of(self.exported.run_decompositions({}))
+                graph = self._named(AtenGraph.of(self.exported.run_decompositions({})))
             return graph if isinstance(self.model, ExportedProgram) or not graph.has_open_sizes else self.path[1]
         except Exception as error:
             if isinstance(self.model, ExportedProgram):
@@ -143,9 +204,10 @@ def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
             name = "make_fx (path of the example)"
             logger.warning(
                 "%s depends on the values of its inputs (%s): the GraphModule follows the path that the example takes. "
-                "Load its state dict into the original class to run it on other inputs.",
+                "Fixed are%s. Load its state dict into the original class to run it on other inputs.",
                 type(model).__name__,
                 failures[1],
+                _fixed(views.path[1]),
             )
         return module, name
     raise CaptureError(
@@ -154,6 +216,13 @@ def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
         + ". Pass example inputs that the model accepts as args and kwargs; if its code depends on the values of "
         "tensors, capture the part that does not."
     )
+
+
+def _fixed(graph: AtenGraph) -> str:
+    """What is fixed in a graph that follows the path of an example."""
+    names = fixed_inputs(find_reads(graph))
+    values = f" and whatever depends on values of {', '.join(map(repr, names))}" if names else ""
+    return f" the sizes of all inputs{values}"
 
 
 def _first_line(error: Exception) -> str:
@@ -167,14 +236,12 @@ def _as_graph_module(module: nn.Module) -> fx.GraphModule:
 
 def _check_same(model: nn.Module, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """A trace may have baked in what it should not have: compare outputs, where there are inputs to do so."""
-    if (not args and not kwargs) or any(t.device.type == "meta" for t in model.parameters()):
+    if (not args and not kwargs) or any(t.is_meta for t in models.tensors(model).values()):
         return
-    outputs = []
-    for m in (model, module):
-        with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)  # What draws random numbers, draws the same ones.
-            outputs.append(m(*args, **kwargs))
-    expected, got = outputs
+    expected, got = (models.run(m, args, kwargs) for m in (model, module))
+    open_outputs(model, expected)
+    if pytree.tree_structure(expected) != pytree.tree_structure(got):
+        raise TypeError(f"the outputs are a {type(got).__name__}, and not a {type(expected).__name__} as the model's")
     for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
         if isinstance(a, Tensor):
             torch.testing.assert_close(b, a, equal_nan=True)
@@ -186,7 +253,7 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs) -> ExportedProgram:
     with evaluating(model):
         for dynamic in (True, False):
             example = _at_least_two(args, kwargs) if dynamic else (args, dict(kwargs))
-            shapes = pytree.tree_map(_batch_dim, example) if dynamic else (None, None)
+            shapes = trees.dynamic_shapes(example, _batch_dim) if dynamic else (None, None)
             try:
                 with torch.no_grad(), quiet():
                     program = torch.export.export(
@@ -245,10 +312,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     are for a moment, before and after: what a capture leaves behind is of no use to anyone.
     """
     modes = [(m, m.training) for m in model.modules()]
-    model.train().eval()
+    models.switch(model, True)
+    models.switch(model, False)
     try:
         yield
     finally:
-        model.train()
+        models.switch(model, True)
         for module, training in modes:
             module.training = training

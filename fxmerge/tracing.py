@@ -13,7 +13,9 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from fxmerge import models, trees
 from fxmerge.program import AtenGraph
+from fxmerge.reads import Noted
 
 Args = tuple[Any, ...]
 
@@ -30,7 +32,7 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple
         The path as a GraphModule with parameter names as in the model, and as a graph to analyse.
     """
     model = copy.deepcopy(model)
-    state = model.state_dict(keep_vars=True)
+    state = models.tensors(model, keep_vars=True)
     names = [*dict.fromkeys([*state, *(n for n, _ in model.named_buffers(remove_duplicate=False))])]
     tensors = {**state, **dict(model.named_buffers(remove_duplicate=False))}
     leaves, inputs = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -39,7 +41,8 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple
     def run(*flat: Any) -> tuple[Any, ...]:
         example = pytree.tree_unflatten(list(flat[len(names) :]), inputs)
         values = dict(zip(names, flat, strict=False))
-        out = torch.func.functional_call(model, values, example[0], example[1], tie_weights=False)
+        with Noted():
+            out = torch.func.functional_call(model, values, example[0], example[1], tie_weights=False)
         results, spec = pytree.tree_flatten(out)
         nested[:] = [spec]
         return tuple(results)
@@ -86,7 +89,7 @@ def _with_attributes(
         else:
             nodes[node] = copied.node_copy(node, nodes.__getitem__)
     args, kwargs = pytree.tree_unflatten([None] * inputs.num_leaves, inputs)
-    arguments = [*(f"arg_{i}" for i in range(len(args))), *kwargs]
+    arguments = [*trees.argument_names(model.forward, len(args)), *kwargs]
     copied.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, inputs, out)))
     copied.lint()
     return fx.GraphModule(root, copied, type(model).__name__)
