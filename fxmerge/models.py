@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.export import ExportedProgram
 from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxmerge.errors import OptionError
@@ -128,11 +129,17 @@ def _is_extra(name: str) -> bool:
 def apart(model: nn.Module) -> nn.Module:
     """A copy of a model that shares its parameters: what a call does to buffers and attributes, it does to the copy."""
     shared: dict[int, Any] = {id(p): p for m in model.modules() for p in m._parameters.values() if p is not None}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # Derived from parameters; it cannot be copied.
-                shared[id(value)] = value.detach()
-    return copy.deepcopy(model, shared)
+    with _Derived():
+        return copy.deepcopy(model, shared)
+
+
+class _Derived(TorchFunctionMode):
+    """Copies what a module has derived from its parameters and kept, which torch refuses to copy, without its history."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[1].setdefault(id(args[0]), args[0].detach().clone())
+        return func(*args, **(kwargs or {}))
 
 
 def switch(model: nn.Module, training: bool) -> None:
@@ -145,17 +152,18 @@ def switch(model: nn.Module, training: bool) -> None:
 
 
 @contextmanager
-def same_draws(*places: Any) -> Iterator[None]:
+def same_draws(*places: Any, seed: int = 0) -> Iterator[None]:
     """Whatever draws random numbers draws the same ones each time, and none from the user's generators.
 
     Arguments:
         places: the tensors, among other values, on whose devices generators may be used.
+        seed: which numbers are drawn.
     """
     found = {t.device for t in places if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta")}
     kinds = sorted({device.type for device in found})
     kind = kinds[0] if kinds else "cuda"
     with torch.random.fork_rng(devices=[d for d in found if d.type == kind], device_type=kind):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         yield
 
 

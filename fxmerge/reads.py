@@ -84,9 +84,7 @@ def _read(node: fx.Node) -> tuple[fx.Node | None, bool]:
     operand: Any = None
     if node.target in LENGTHS:
         operand = node.args[LENGTHS[node.target]]
-    elif node.target is aten.alias.default and not node.users:
-        operand = node.args[0]
-    elif node.target is aten._local_scalar_dense.default:
+    elif node.target is aten._local_scalar_dense.default or (node.target is aten.alias.default and not node.users):
         operand = node.args[0]
     elif torch.Tag.data_dependent_output in tags:
         return node, False

@@ -63,6 +63,11 @@ class Runner(fx.Interpreter):
                 "or pass inputs=batch -> (args, kwargs)."
             ) from error
 
+    def outputs(self, state: Mapping[str, Tensor], args: Args, kwargs: Mapping[str, Any]) -> list[Any]:
+        """The outputs that the user sees, as leaves; a graph may give changed buffers beside."""
+        results = self.call(state, args, kwargs)
+        return [value for value, seen in zip(results, self.program.aten.outputs, strict=True) if seen]
+
     def inputs(self, args: Args, kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
         """The values of the inputs of the graph.
 
@@ -85,8 +90,8 @@ def _check_fits(name: str, value: Any, example: Any) -> None:
     """A graph may have sizes and numbers baked in, and compute something else, in silence, for others."""
     if isinstance(example, (bool, int, float, str)) and value != example:
         raise LoaderError(
-            f"Input {name!r} of a batch is {value!r}, and the model was captured with {example!r}, which is fixed in its "
-            "graph. Make all batches alike, or pass inputs=batch -> (args, kwargs)."
+            f"Input {name!r} of a batch is {value!r}, and the model was captured with {example!r}, which is fixed in "
+            "its graph. Make all batches alike, or pass inputs=batch -> (args, kwargs)."
         )
     if isinstance(value, Tensor) and isinstance(example, Tensor):
         sizes = [s if isinstance(s, int) else s.node.maybe_as_int() for s in example.shape]

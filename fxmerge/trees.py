@@ -84,7 +84,7 @@ def _can_open(value: Any) -> bool:
     return dataclasses.is_dataclass(kind) or hasattr(kind, "__attrs_attrs__") or isinstance(value, dict)
 
 
-def _register(kind: type) -> None:
+def _register(kind: type[Any]) -> None:
     def flatten_with_keys(value: Any) -> tuple[list[tuple[pytree.KeyEntry, Any]], _Context]:
         attributes = _attributes(value)
         held = {name: own for name, own in attributes.items() if isinstance(own, BASIC) or not _is_leaf(own)}
@@ -101,7 +101,7 @@ def _register(kind: type) -> None:
     def unflatten(children: Iterable[Any], context: _Context) -> Any:
         values = list(children)
         # What __init__ has made of its arguments is restored as it was, and not made again.
-        made = kind.__new__(kind)
+        made: Any = object.__new__(kind) if not issubclass(kind, dict) else kind.__new__(kind)
         for name, own in [*zip(context.attributes, values, strict=False), *context.static]:
             object.__setattr__(made, name, own)
         store = OrderedDict.__setitem__ if isinstance(made, OrderedDict) else dict.__setitem__
@@ -171,7 +171,9 @@ def dynamic_shapes(value: Any, of: Callable[[Any], Any]) -> Any:
     if kind not in pytree.SUPPORTED_NODES:
         return of(value)
     if kind in pytree.BUILTIN_TYPES:
-        return pytree.tree_map(
-            lambda v: dynamic_shapes(v, of), value, is_leaf=lambda v: pytree._get_node_type(v) not in pytree.BUILTIN_TYPES
-        )
+
+        def is_own(v: Any) -> bool:
+            return pytree._get_node_type(v) not in pytree.BUILTIN_TYPES
+
+        return pytree.tree_map(lambda v: dynamic_shapes(v, of), value, is_leaf=is_own)
     return [dynamic_shapes(child, of) for child in pytree.SUPPORTED_NODES[kind].flatten_fn(value)[0]]

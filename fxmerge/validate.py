@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,12 +88,12 @@ def check_method(method: str, budget: float, damping: float) -> None:
 
 def check_models(sequence: Any) -> tuple[Any, ...]:
     """The models of merge_many, which may themselves be containers."""
-    if isinstance(sequence, (Mapping, str)) or (isinstance(sequence, nn.Module) and not isinstance(sequence, nn.ModuleList)):
-        raise OptionError(f"merge_many takes a sequence of models, not a {type(sequence).__name__}: [model_a, model_b].")
-    try:
-        given = tuple(sequence)
-    except TypeError:
-        raise OptionError(f"merge_many takes a sequence of models, not a {type(sequence).__name__}.") from None
+    one = isinstance(sequence, (Mapping, str, nn.Module)) and not isinstance(sequence, nn.ModuleList)
+    if one or not isinstance(sequence, Iterable):
+        raise OptionError(
+            f"merge_many takes a list of models, such as [model_a, model_b], not a {type(sequence).__name__}."
+        )
+    given = tuple(sequence)
     if len(given) < 2:
         raise OptionError(f"merge_many takes two or more models, not {len(given)}.")
     return given
@@ -207,7 +207,7 @@ def check_states(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -
                 "move the model to one, or pass device=."
             )
         if devices == {torch.device("meta")}:
-            raise OptionError(f"{names[i]} is on the meta device, and has no values to merge; load its parameters first.")
+            raise OptionError(f"{names[i]} is on the meta device, and has no values to merge; load its parameters.")
         for name, tensor in state.items():
             if tensor.is_floating_point() and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).sum())
@@ -230,8 +230,8 @@ def check_states(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -
                 )
             if a.dtype != b.dtype:
                 raise OptionError(
-                    f"Parameter {name!r} is {a.dtype} in {names[0]} and {b.dtype} in {names[i]}; bring all models to one "
-                    f"dtype, such as by model.to({a.dtype})."
+                    f"Parameter {name!r} is {a.dtype} in {names[0]} and {b.dtype} in {names[i]}; bring all models "
+                    f"to one dtype, such as by model.to({a.dtype})."
                 )
             if not _mergeable(a, b):
                 raise ArchitectureMismatchError(
@@ -259,7 +259,7 @@ def check_same_function(
     outputs = models.run(module, args, kwargs)
     open_outputs(module, outputs)
     expected = pytree.tree_leaves(outputs)
-    got = pytree.tree_leaves(Runner(program).call(state, args, kwargs))
+    got = Runner(program).outputs(state, args, kwargs)
     for a, b in zip(expected, got, strict=False):
         if isinstance(a, Tensor) and a.is_floating_point():
             scale = float(a.detach().abs().max()) or 1.0  # A parameter may be an output.

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxmerge import models
-from fxmerge.capture import Args, Kwargs, check_example, open_outputs, evaluating
+from fxmerge.capture import Args, Kwargs, check_example, evaluating, open_outputs
 from fxmerge.errors import FxmergeError, OptionError
 from fxmerge.symmetry.double import InDouble, WithOwnStatistics
 from fxmerge.symmetry.freeze import demote
