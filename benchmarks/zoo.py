@@ -32,7 +32,8 @@ from models.timm_models import write_listing
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxmerge.capture import Program, capture_program, other_values, outputs
+from fxmerge import models as running
+from fxmerge.capture import Program, capture_program, other_values
 from fxmerge.rewriting.bake import bake
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
@@ -93,7 +94,7 @@ def emit(program: Program, symmetry: Symmetry, name: str) -> Row:
         row["loads"] = True
     except (RuntimeError, ValueError) as error:
         return {**row, "loads": False, "computes": False, "emit_failure": " ".join(str(error).split())[:500]}
-    leaves = (pytree.tree_leaves(outputs(m, args, kwargs)) for m in (fresh, emitted))
+    leaves = (pytree.tree_leaves(running.run(m, args, kwargs)) for m in (fresh, emitted))
     expected, got = ([v for v in values if isinstance(v, Tensor)] for values in leaves)
     try:
         torch.testing.assert_close(got, expected, equal_nan=True)

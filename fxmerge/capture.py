@@ -7,7 +7,9 @@ import inspect
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
+from itertools import count
 from textwrap import shorten
 from typing import Any
 
@@ -16,9 +18,11 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxmerge.emission import Whole, duplicate, emitted, follow_training, is_told
-from fxmerge.errors import CaptureError
+from fxmerge import models, trees
+from fxmerge.emission import Whole, duplicate, emitted, follow_training, is_told, write_out_guards
+from fxmerge.errors import CaptureError, OptionError
 from fxmerge.program import AtenGraph, Program, quiet
+from fxmerge.reads import find_reads, fixed_inputs
 from fxmerge.tracing import Traced, trace_around, trace_ops, trace_path, trace_symbolically
 
 logger = logging.getLogger(__name__)
@@ -57,7 +61,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs 
         >>> [node.op for node in gm.graph.nodes]
         ['placeholder', 'call_module', 'call_module', 'output']
     """
-    return _skeleton(_Views(model, args, dict(kwargs or {})))[0]
+    return _skeleton(_Views(*_given(model, args, kwargs)))[0]
 
 
 def capture_program(
@@ -71,8 +75,9 @@ def capture_program(
 
     Raises:
         CaptureError: if no route captures the model, or torch.export cannot.
+        OptionError: if the model or its inputs are none.
     """
-    kwargs = dict(kwargs or {})
+    model, args, kwargs = _given(model, args, kwargs)
     if isinstance(model, ExportedProgram) and not args and not kwargs and model.example_inputs is not None:
         args, kwargs = model.example_inputs
     # How the example lies in memory is not to become a condition on all inputs.
@@ -91,6 +96,54 @@ def _why_fixed(aten: AtenGraph, failure: Exception | None) -> str:
     if said:
         return f"torch.export fails where it is left open ({said})"
     return "the model computes with this size as with a constant"
+
+
+def _given(model: Any, args: Any, kwargs: Any) -> tuple[nn.Module | ExportedProgram, Args, dict[str, Any]]:
+    """What a user gave, checked: a model that may be called without a trace, and inputs that torch can open."""
+    model = models.accepted(model)
+    args, kwargs = check_example(model, args, kwargs)
+    if isinstance(model, nn.Module):
+        model = models.apart(model)
+        if args or kwargs:
+            _run_once(model, args, kwargs)
+    return model, args, kwargs
+
+
+def check_example(model: nn.Module | ExportedProgram, args: Any, kwargs: Any) -> tuple[Args, dict[str, Any]]:
+    """Example inputs of a model, as a tuple and a dict.
+
+    Raises:
+        CaptureError: if they hold an object that cannot be opened.
+        OptionError: if they are something else, such as a tensor that is not in a tuple.
+    """
+    if not isinstance(args, (tuple, list)):
+        raise OptionError(f"args is a {type(args).__name__}; give a tuple of the inputs, such as (x,).")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise OptionError(f"kwargs is a {type(kwargs).__name__}; give a dict of the inputs by name.")
+    advice = "Pass tensors, or a tuple, dict or dataclass of tensors."
+    trees.open_classes((args, kwargs), f"{type(model).__name__} is given", CaptureError, advice)
+    return tuple(args), dict(kwargs or {})
+
+
+def _run_once(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """Makes torch see the tensors inside of what a model returns."""
+    try:
+        with evaluating(model), quiet():
+            outputs = models.run(model, args, kwargs)
+    except Exception:
+        logger.debug("%s does not run on its example", type(model).__name__, exc_info=True)
+        return  # Every route of the capture will tell why.
+    open_outputs(model, outputs)
+
+
+def open_outputs(model: nn.Module, outputs: Any) -> None:
+    """Makes torch see the tensors inside of the outputs of a model.
+
+    Raises:
+        CaptureError: if they are inside of an object that cannot be opened.
+    """
+    advice = "Return a tensor, or a tuple, dict or dataclass of tensors."
+    trees.open_classes(outputs, f"{type(model).__name__} returns", CaptureError, advice)
 
 
 class _Views:
@@ -119,7 +172,15 @@ class _Views:
     def path(self) -> AtenGraph:
         assert isinstance(self.model, nn.Module)
         with evaluating(self.model), quiet():
-            return trace_path(self.model, self.args, self.kwargs)
+            return self._named(trace_path(self.model, self.args, self.kwargs))
+
+    def _named(self, graph: AtenGraph) -> AtenGraph:
+        """A graph with the user's names of its inputs."""
+        if not isinstance(self.model, nn.Module):
+            return graph
+        names = iter(trees.input_names(self.model.forward, self.args, self.kwargs))
+        sources = tuple((kind, next(names, name) if kind == "input" else name) for kind, name in graph.sources)
+        return replace(graph, sources=sources)
 
     @cached_property
     def analysed(self) -> AtenGraph:
@@ -127,7 +188,7 @@ class _Views:
         depend on values, what it does here."""
         try:
             with quiet():
-                graph = AtenGraph.of(self.exported.run_decompositions({}))
+                graph = self._named(AtenGraph.of(self.exported.run_decompositions({})))
             return graph if isinstance(self.model, ExportedProgram) or not graph.has_open_sizes else self.path
         except Exception as error:
             if isinstance(self.model, ExportedProgram):
@@ -148,17 +209,17 @@ class _Views:
         model = copy.deepcopy(self.model)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for tensor in _tensors(model).values():
+            for tensor in models.tensors(model).values():
                 tensor.copy_(other_values(tensor, generator))
-        values = {name: tensor.clone() for name, tensor in _tensors(model).items()}
-        return values, outputs(model, self.args, self.kwargs)
+        values = {name: tensor.clone() for name, tensor in models.tensors(model).items()}
+        return values, models.run(model, self.args, self.kwargs)
 
 
 def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
     model = views.model
     if isinstance(model, ExportedProgram):
-        module = model.module(check_guards=False)
-        return emitted(module, _as_graph_module(module).graph, module), "exported program"
+        module = model.module()
+        return emitted(module, write_out_guards(_as_graph_module(module)), module), "exported program"
     if isinstance(model, fx.GraphModule):
         return duplicate(model).eval(), "kept"
     routes: dict[str, Callable[[nn.Module], fx.GraphModule]] = {
@@ -181,10 +242,10 @@ def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
             name = "torch.export (fixed batch)"
         if name == "whole":
             logger.warning(
-                "%s could not be traced (%s). The GraphModule calls it as one module of its class. It is analysed "
-                "along the path that the example takes, which may depend on the values of its inputs.",
+                "%s could not be traced (%s). The GraphModule calls it as one module of its class.%s",
                 type(model).__name__,
                 shorten(failures[1], 300),
+                _what_is_fixed(views),
             )
         return module, name
     raise CaptureError(
@@ -208,13 +269,13 @@ def _emitted(views: _Views, model: nn.Module, trace: Callable[[nn.Module], Trace
     that run then.
     """
     if trace is None:
-        source: nn.Module = views.exported.module(check_guards=False)
-        graph = _as_graph_module(source).graph
+        source: nn.Module = views.exported.module()
+        graph = write_out_guards(_as_graph_module(source))
     else:
         graph, source = trace(model)
     if is_told(graph):
         trained = copy.deepcopy(model)
-        trained.train()
+        models.switch(trained, True)
         try:
             if trace is None:
                 follow_training(graph, trace_ops(trained, *_at_least_two(views.args, views.kwargs)))
@@ -223,6 +284,19 @@ def _emitted(views: _Views, model: nn.Module, trace: Callable[[nn.Module], Trace
         except Exception:
             logger.debug("%s could not be traced in training mode", type(model).__name__, exc_info=True)
     return emitted(model, graph, source)
+
+
+def _what_is_fixed(views: _Views) -> str:
+    """What of a model the analysis takes as it is in the example, where it follows the path of that, as a sentence."""
+    try:
+        graph = views.analysed
+    except CaptureError:
+        return ""  # Whoever needs the analysis is told.
+    if graph.exported is not None:
+        return ""
+    names = fixed_inputs(find_reads(graph))
+    values = f", and whatever depends on the values of {', '.join(map(repr, names))}" if names else ""
+    return f" Its analysis follows the path that the example takes: fixed are the sizes of all inputs{values}."
 
 
 def _first_line(error: Exception) -> str:
@@ -239,37 +313,28 @@ def _check_same(views: _Views, module: nn.Module) -> None:
     others, where there are inputs to do so."""
     model = views.model
     assert isinstance(model, nn.Module)
-    if (not views.args and not views.kwargs) or any(t.device.type == "meta" for t in model.parameters()):
+    if (not views.args and not views.kwargs) or any(t.is_meta for t in models.tensors(model).values()):
         return
     values, expected = views.varied
-    own = _tensors(module)
+    open_outputs(model, expected)
+    own = models.tensors(module, keep_vars=True)
     kept = {name: tensor.clone() for name, tensor in own.items()}
     try:
         _set(own, values)
-        got = outputs(module, views.args, views.kwargs)
+        got = models.run(module, views.args, views.kwargs)
     finally:
         _set(own, kept)
+    if pytree.tree_structure(expected) != pytree.tree_structure(got):
+        raise TypeError(f"the outputs are a {type(got).__name__}, and not a {type(expected).__name__} as the model's")
     for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
         if isinstance(a, Tensor):
             torch.testing.assert_close(b, a, equal_nan=True)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers that a state dict holds, themselves."""
-    return {name: t for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
 
 
 def _set(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(values[name])
-
-
-def outputs(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-    """The outputs of a model; what draws random numbers, draws the same ones every time."""
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        return model(*args, **kwargs)
 
 
 def other_values(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -305,10 +370,15 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs, varying: Sizes) -> tup
 def _export_with(model: nn.Module, args: Args, kwargs: Kwargs, sizes: Sizes) -> ExportedProgram:
     """Exports with some dimensions dynamic."""
     example = _at_least_two(args, kwargs) if sizes else (args, dict(kwargs))
-    leaves, spec = pytree.tree_flatten(example)
-    shapes = [{d: Dim.AUTO for i, d in sizes if i == number} or None for number in range(len(leaves))]
-    dynamic = _by_name(model, *pytree.tree_unflatten(shapes, spec)) if sizes else None
+    numbers = count()
+    shapes = trees.dynamic_shapes(example, lambda _: _dynamic(next(numbers), sizes))
+    dynamic = _by_name(model, *shapes) if sizes else None
     return torch.export.export(model, example[0], example[1], dynamic_shapes=dynamic, strict=False)
+
+
+def _dynamic(number: int, sizes: Sizes) -> dict[int, Any] | None:
+    """The dynamic dimensions of the input of a number."""
+    return {d: Dim.AUTO for i, d in sizes if i == number} or None
 
 
 def _discrete_dims(value: Any) -> range:
@@ -355,7 +425,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
     cached = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
-    model.train().eval()
+    models.switch(model, True)
+    models.switch(model, False)
     try:
         for config, _ in cached:
             with suppress(AttributeError):  # Of one that is frozen.
@@ -365,6 +436,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for config, value in cached:
             with suppress(AttributeError):
                 config.use_cache = value
-        model.train()
+        models.switch(model, True)
         for module, training in modes:
             module.training = training

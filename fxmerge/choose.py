@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxmerge.capture import Args, Kwargs
 from fxmerge.program import Program
@@ -93,7 +92,7 @@ def disagreement(
 
 def _outputs(runner: Runner, state: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> dict[int, Tensor]:
     """The outputs that are floating-point, by their place."""
-    leaves = pytree.tree_leaves(runner.call(state, args, kwargs))
+    leaves = runner.outputs(state, args, kwargs)
     return {i: v.float() for i, v in enumerate(leaves) if isinstance(v, Tensor) and v.is_floating_point()}
 
 

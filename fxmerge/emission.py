@@ -182,6 +182,22 @@ def _attach(root: nn.Module, source: nn.Module, target: str) -> None:
             setattr(root, leaf, value)
 
 
+GUARDS = "_guards_fn"
+"""The name of the module by which torch checks whether an exported graph holds for the sizes of its inputs."""
+
+
+def write_out_guards(module: fx.GraphModule) -> fx.Graph:
+    """The graph of an exported module, in which the checks of its inputs, which cannot be pickled, are nodes."""
+    for node in module.graph.find_nodes(op="call_module", target=GUARDS):
+        tracer = fx.proxy.GraphAppendingTracer(module.graph)
+        with module.graph.inserting_before(node):
+            module.get_submodule(GUARDS)(*(fx.Proxy(n, tracer) if isinstance(n, fx.Node) else n for n in node.args))
+        module.graph.erase_node(node)
+    if hasattr(module, GUARDS):
+        delattr(module, GUARDS)
+    return module.graph
+
+
 # ------------------------------------------------------------------------------------ training
 
 

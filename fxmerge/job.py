@@ -17,9 +17,11 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from fxmerge import validate
-from fxmerge.capture import Args, Kwargs, capture_program, evaluating
+from fxmerge.capture import Args, Kwargs, capture_program, check_example, evaluating
 from fxmerge.choose import Alpha
 from fxmerge.errors import LoaderError, OptionError
+from fxmerge.models import accepted, apart, extras, tensors
+from fxmerge.path import SamePath
 from fxmerge.program import Program
 from fxmerge.run import Apart, Data, Inputs, Shapes, batch_inputs, check_shape
 from fxmerge.symmetry.group import Symmetry, analyse
@@ -33,10 +35,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """What the stages of one call share: checked inputs, the captured program, and how long each stage took."""
+    """What the stages of one call share: checked inputs, the captured program, and how long each stage took.
+
+    `states` are the parameters and buffers of the models; `extras` is what else the state dict of the first one holds.
+    """
 
     model: Model
     states: tuple[dict[str, Tensor], ...]
+    extras: dict[str, Any]
     names: list[str]
     data: Data | None
     example: tuple[Args, dict[str, Any]]
@@ -99,12 +105,15 @@ def prepare(
     validate.check_alpha(alpha)
     names = validate.names_of(len(models), base)
     models = models if base is None else (base, *models)
+    models = tuple(accepted(model, name) for model, name in zip(models, names, strict=True))
+    example = check_example(models[0], args, kwargs)
     if device is not None:
         models = tuple(_to(m, device) for m in models)
-    modules = tuple(m.module() if isinstance(m, ExportedProgram) else m for m in models)
-    states = tuple(dict(m.state_dict()) for m in modules)
+    # What a call does to buffers, it does to copies: the states are those before any call.
+    modules = tuple(m.module() if isinstance(m, ExportedProgram) else apart(m) for m in models)
+    originals = [module if isinstance(m, ExportedProgram) else m for m, module in zip(models, modules, strict=True)]
+    states = tuple(tensors(m) for m in originals)
     validate.check_states(states, names)
-    example = tuple(args), dict(kwargs or {})
     given, data = any(example), None
     if loaders is not None:
         loader = Apart([_again(own) for own in loaders])
@@ -119,9 +128,9 @@ def prepare(
     example = example if any(example) else _example_of(models[0])
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
-        for model in models:
+        for model, module in zip(models, modules, strict=True):
             if isinstance(model, nn.Module):
-                stack.enter_context(evaluating(model))
+                stack.enter_context(evaluating(module))
         validate.check_batch(modules[0], *example)
         unneeded = training_only(models[0], example) if isinstance(models[0], nn.Module) else ()
         if unneeded:
@@ -138,7 +147,9 @@ def prepare(
         _check_shapes(program, shapes)
         for i in range(1, len(models)):
             validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
-    return Job(models[0], states, names, data, example, program, progress, seconds)
+    if data is not None and program.follows_path:
+        data = replace(data, check=SamePath(program, modules, states, names, example))
+    return Job(models[0], states, extras(originals[0]), names, data, example, program, progress, seconds)
 
 
 def _without(inputs: Inputs, model: nn.Module, names: Collection[str]) -> Inputs:

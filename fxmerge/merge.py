@@ -13,7 +13,6 @@ from fxmerge import validate
 from fxmerge.capture import Args, Kwargs
 from fxmerge.choose import DEFAULT, Alpha
 from fxmerge.decide import decide, errors_of, warn_of_parent
-from fxmerge.errors import OptionError
 from fxmerge.job import prepare
 from fxmerge.merger import Combine, Merger, Method, Outputs, Plan, images
 from fxmerge.refitting.outputs import standardized
@@ -222,9 +221,7 @@ def merge_many(
         >>> merged.meta["fxmerge"]["models"]
         3
     """
-    models = tuple(models)
-    if len(models) < 2:
-        raise OptionError(f"merge_many takes two or more models, not {len(models)}.")
+    models = validate.check_models(models)
     shares = validate.check_weights(weights, len(models))
     reference = validate.check_reference(reference, len(models), base is not None)
     method = ("zip" if base is None else "align") if method is None else method
@@ -326,6 +323,7 @@ def align(
         {'0.weight[0]': [0, 1, 2, 3, 4, 5, 6, 7]}
     """
     validate.check_search(similarity, activations, restarts)
+    validate.check_loaders(loader, None, 2)
     job = prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
     found, symmetry = job.symmetry(symmetry, verify)
     validate.check_class_names(alpha, symmetry)

@@ -12,7 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from fxmerge import models
 from fxmerge.program import AtenGraph
+from fxmerge.reads import Noted
 
 Args = tuple[Any, ...]
 Traced = tuple[fx.Graph, nn.Module]
@@ -31,7 +33,7 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> AtenG
         The path as a graph to analyse.
     """
     model = copy.deepcopy(model)
-    state = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    state = models.tensors(model, keep_vars=True)
     names = [*dict.fromkeys([*state, *(n for n, _ in model.named_buffers(remove_duplicate=False))])]
     tensors = {**state, **dict(model.named_buffers(remove_duplicate=False))}
     leaves, inputs = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -40,7 +42,8 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> AtenG
     def run(*flat: Any) -> tuple[Any, ...]:
         example = pytree.tree_unflatten(list(flat[len(names) :]), inputs)
         values = dict(zip(names, flat, strict=False))
-        out = torch.func.functional_call(model, values, example[0], example[1], tie_weights=False)
+        with Noted():
+            out = torch.func.functional_call(model, values, example[0], example[1], tie_weights=False)
         results, spec = pytree.tree_flatten(out)
         nested[:] = [spec]
         return tuple(results)

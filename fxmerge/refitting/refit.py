@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
+from fxmerge.models import same_draws
 from fxmerge.program import Program
 from fxmerge.refitting.answers import Answers
 from fxmerge.refitting.boundaries import Boundaries, without_the_rest
@@ -298,6 +299,7 @@ class _Lane(Runner):
 
     def __init__(self, program: Program, state: Mapping[str, Tensor]) -> None:
         super().__init__(program)
+        self.number = {n: i for i, n in enumerate(program.graph.graph.nodes)}
         self.derived = [n for n in program.graph.graph.nodes if n in program.derived]
         self.known: dict[fx.Node, Any] = {}
         self.use(state)
@@ -330,4 +332,9 @@ class _Lane(Runner):
 
     @torch.no_grad()
     def _compute(self, node: fx.Node) -> None:
-        self.env[node] = self.run_node(node)
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            self.env[node] = self.run_node(node)
+            return
+        # All networks draw the same numbers: what they differ in is not to be learnt.
+        with same_draws(*self.env.values(), seed=self.number[node]):
+            self.env[node] = self.run_node(node)
