@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import combinations, combinations_with_replacement
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -29,6 +30,7 @@ from fxmerge.rewriting.combine import average
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.rewriting.zipped import produced, zip_average
 from fxmerge.score import Score, judged
+from fxmerge.shared import staying
 from fxmerge.similarity.activations import (
     Activations,
     Pair,
@@ -240,6 +242,17 @@ class Merger:
             )
             return self._highest(search, lambda found: found.trace[-1])
 
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """The names of the tensors that are equal in all models, and on which no unit moves."""
+        return staying(self.symmetry, self.job.states)
+
+    def stayed(self, state: Mapping[str, Tensor]) -> list[str]:
+        """The names of the tensors that all models share and that are the same in a state dict."""
+        return [
+            name for name, own in self.job.states[0].items() if name in self.shared and torch.equal(own, state[name])
+        ]
+
     def refit(
         self, attempt: Attempt, combine: Combine, *, or_parent: bool, options: bool, max_memory: float
     ) -> Refitted:
@@ -258,6 +271,7 @@ class Merger:
                 only_last=combine == "readout",
                 or_parent=or_parent and combine == "least_squares",
                 repair=combine == "repair",
+                shared=self.shared,
                 max_memory=max_memory,
                 seed=self.plan.seed,
                 progress=self.job.progress,
@@ -288,10 +302,20 @@ class Merger:
             merged = bake(self.job.program, state)
         if self.job.data is not None and calibrate:
             with self.job.timed("calibration"):
-                recalibrate(merged, self.job.program, self.job.data)
+                recalibrate(merged, self.job.program, self.job.data, self.shared)
         return merged
 
 
-def images(symmetry: Symmetry, permutation: Permutation) -> dict[str, list[int]]:
-    """For every class by name, where each unit goes."""
-    return {name: image.tolist() for name, image in zip(symmetry.names, permutation.images, strict=True)}
+def images(symmetry: Symmetry, still: Collection[str], permutation: Permutation) -> dict[str, list[int]]:
+    """For every class of a symmetry by name, where each unit goes.
+
+    Arguments:
+        symmetry: all classes.
+        still: the names of those that do not move.
+        permutation: an element of the symmetry without these.
+    """
+    moved = iter(permutation.images)
+    return {
+        name: (np.arange(c.size) if name in still else next(moved)).tolist()
+        for name, c in zip(symmetry.names, symmetry.units, strict=True)
+    }
