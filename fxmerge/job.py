@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,11 +21,17 @@ from fxmerge.capture import Args, Kwargs, capture_program, evaluating
 from fxmerge.choose import Alpha
 from fxmerge.errors import LoaderError, OptionError
 from fxmerge.program import Program
+from fxmerge.rewriting.calibrate import batch_norm_statistics
+from fxmerge.rewriting.derived import Derived, not_averaged
+from fxmerge.rewriting.masks import masks_of
 from fxmerge.run import Apart, Data, Inputs, batch_inputs
+from fxmerge.shared import equal_names
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
 from fxmerge.validate import Model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,6 +46,48 @@ class Job:
     program: Program
     progress: bool | None
     seconds: dict[str, float]
+    buffers: frozenset[str] = frozenset()
+
+    @cached_property
+    def own_buffers(self) -> frozenset[str]:
+        """The names of the model's buffers, but for the statistics of normalizations."""
+        return self.buffers - {name for pair in batch_norm_statistics(self.program) for name in pair}
+
+    @cached_property
+    def masks(self) -> frozenset[str]:
+        """The buffers of zeros and ones."""
+        return masks_of(self.own_buffers, self.states)
+
+    @cached_property
+    def derived(self) -> Derived | None:
+        """The buffers that the model derives from its parameters when it is trained, if it has any."""
+        return Derived.find(self.model, *self.example, self.own_buffers) if isinstance(self.model, nn.Module) else None
+
+    @cached_property
+    def of_one_model(self) -> list[str]:
+        """The buffers that differ between models, and cannot be averaged nor derived anew."""
+        known = set(self.derived.names if self.derived else ()) | equal_names(self.states)
+        names = not_averaged(self.program, self.own_buffers - known)
+        if names:
+            logger.warning(
+                "%s differ between the models and are part of how weights are computed. They are taken from the model "
+                "that counts most, since no average fits. Pass modules that can run in train mode, so that fxmerge can "
+                "derive these buffers anew.",
+                ", ".join(map(repr, names)),
+            )
+        return names
+
+    def rederived(self, state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict with buffers that fit its parameters where an average of buffers does not.
+
+        Arguments:
+            state: the merged state dict.
+            model: the state dict of the model that counts most, in the same units.
+        """
+        names = [*(self.derived.names if self.derived else ()), *self.of_one_model]
+        found = {**state, **{name: model[name] for name in names}}
+        same = all(torch.equal(value, model[name]) for name, value in found.items() if value.is_floating_point())
+        return found if same or self.derived is None else self.derived.settle(found)
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Adds the seconds spent inside to the entry of a stage."""
@@ -123,7 +173,8 @@ def prepare(
             program = capture_program(models[0], *example)
         for i in range(1, len(models)):
             validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
-    return Job(models[0], states, names, data, example, program, progress, seconds)
+    buffers = frozenset(name for name, _ in modules[0].named_buffers())
+    return Job(models[0], states, names, data, example, program, progress, seconds, buffers)
 
 
 def _again(loader: Iterable[Any]) -> Iterable[Any]:

@@ -18,6 +18,7 @@ from fxmerge.job import prepare
 from fxmerge.merger import Combine, Merger, Method, Outputs, Plan, images
 from fxmerge.refitting.outputs import standardized
 from fxmerge.rewriting.bake import bake
+from fxmerge.rewriting.masks import masked, pruned
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.run import Inputs
 from fxmerge.score import Score
@@ -246,7 +247,9 @@ def merge_many(
     if outputs == "standardized" and job.data is not None:
         with job.timed("standardizing"):
             job = replace(job, states=standardized(job.program, job.states, job.data))
-    symmetry, still = without_shared(whole, flows(found), job.states)
+    cut = masked(job.program, job.masks)
+    symmetry, still = without_shared(whole, flows(found), job.states, cut.values())
+    job = replace(job, states=pruned(job.states, cut))
     home = reference if base is None else 0  # The base comes first.
     plan = Plan(
         shares,
@@ -334,7 +337,7 @@ def align(
     job = prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
     found, whole = job.symmetry(symmetry, verify)
     validate.check_class_names(alpha, whole)
-    symmetry, still = without_shared(whole, flows(found), job.states)
+    symmetry, still = without_shared(whole, flows(found), job.states, masked(job.program, job.masks).values())
     plan = Plan((0.5, 0.5), seed=seed, restarts=restarts, similarity=similarity, activations=activations)
     merger = Merger(job, found, symmetry, plan)
     attempt, told = merger.choose(alpha)

@@ -27,6 +27,7 @@ from fxmerge.refitting.rivals import Refitted
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
+from fxmerge.rewriting.masks import voted
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.rewriting.zipped import produced, zip_average
 from fxmerge.score import Score, judged
@@ -178,6 +179,9 @@ class Merger:
         if plan.task_vectors is not None:
             with self.job.timed("rewriting"):
                 state = plan.task_vectors.combine(states[0], states[1:], plan.shares, statistics)
+                cut = [{name: s[name] for name in self.job.masks} for s in states[1:]]
+                state = voted({**state, **average(cut, plan.shares, ())}, self.job.masks)
+                state = self._rederived(state, states[1:], plan.shares)
             return Attempt(aligned, zipped, state)
         shares = [plan.shares[i] for i in self.order]
         if plan.method == "zip":
@@ -187,12 +191,19 @@ class Merger:
         else:
             combine = partial(average, weights=shares)
         with self.job.timed("rewriting"):
-            state = combine(states, statistics=statistics)
+            state = voted(combine(states, statistics=statistics), self.job.masks)
             if self.job.data is None and statistics:
                 state = folded(self.job.program, states, state, partial(combine, statistics=()))
+            state = self._rederived(state, states, shares)
         if plan.reference is None:
             aligned = aligned.renumbered(self.order)
         return Attempt(aligned, zipped, state)
+
+    def _rederived(
+        self, state: Mapping[str, Tensor], states: Sequence[Mapping[str, Tensor]], shares: Sequence[float]
+    ) -> dict[str, Tensor]:
+        """A state dict with buffers that fit its parameters."""
+        return self.job.rederived(state, states[max(range(len(states)), key=shares.__getitem__)])
 
     def _align(self, shown: Mapping[int, Mapping[Pair, Tensor]], alpha: float | Mapping[int, float]) -> Alignment:
         """All models in the units of one, or of all."""
@@ -276,6 +287,10 @@ class Merger:
                 seed=self.plan.seed,
                 progress=self.job.progress,
             )
+            found = {id(one.state): one.state for one in (refitted, *refitted.options) if one.parent is None}
+            shares = [self.plan.shares[i] for i in self.order]
+            for state in found.values():
+                state.update(self._rederived(state, states, shares))
         return (refitted if options else replace(refitted, options=())).renumbered(self.order)
 
     def teachers(self, program: Program, states: Sequence[Mapping[str, Tensor]], zipped: ZipMatch) -> list[Teacher]:

@@ -38,7 +38,7 @@ def equal_names(states: Sequence[State]) -> frozenset[str]:
 
 
 def without_shared(
-    symmetry: Symmetry, flow: Mapping[Axis, Flow], states: Sequence[State]
+    symmetry: Symmetry, flow: Mapping[Axis, Flow], states: Sequence[State], masks: Collection[str] = ()
 ) -> tuple[Symmetry, frozenset[str]]:
     """The symmetry in which units do not move that are the same in all models, and the names of their classes.
 
@@ -46,23 +46,29 @@ def without_shared(
     axis, for units that are the same; those that differ for units that each model has found by itself. A bias of
     zeros and a gain of ones are equal in all fresh networks, and say nothing. Units are the same if at least half of
     the parameters and at least half of their entries say so: small adapters do not make units of a frozen layer
-    other units, and a fixed table that is added to trained embeddings does not make their units the same. Classes that are
-    nested in each other vote together, since they stay or move together.
+    other units, and a fixed table that is added to trained embeddings does not make their units the same. Classes that
+    are nested in each other vote together, since they stay or move together.
+
+    Arguments:
+        symmetry: the symmetry.
+        flow: what produces units.
+        states: the state dicts of all models.
+        masks: names of buffers that cut parameters. Units along one that is equal in all models are the same.
     """
     equal = equal_names(states)
-    votes = np.zeros(
-        (len(symmetry.units), 2, 2)
-    )  # For each class what differs and what is the same: how much, how often.
+    still: set[int] = set()
+    votes = np.zeros((len(symmetry.units), 2, 2))  # By class; for "differs" and "same": entries, and parameters.
     for axis in symmetry.layout:
+        value, same = states[0][axis.parameter], axis.parameter in equal
+        if same and axis.parameter in masks and not _uniform(value, axis):
+            still |= {number for number, _ in axis.roles}
         if flow[axis.parameter, axis.dim] is not Flow.CONSUMES:
-            value, same = states[0][axis.parameter], axis.parameter in equal
             for number, slots in axis.roles:
                 if not same or not _uniform(value, axis):
                     votes[number, int(same)] += value.numel() * len(slots) / len(axis.index), 1
     nested: nx.Graph[int] = nx.Graph()
     nested.add_nodes_from(range(len(symmetry.units)))
     nested.add_edges_from((n, p) for n, c in enumerate(symmetry.units) for p, _ in c.parents)
-    still: set[int] = set()
     for together in nx.connected_components(nested):
         differs, same = votes[list(together)].sum(axis=0)
         if (same > 0).all() and (same >= differs).all():

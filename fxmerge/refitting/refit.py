@@ -219,8 +219,8 @@ def _plan(
     *,
     to_the_end: bool,
 ) -> list[_Stage]:
-    """The stages of a refit of some layers and statistics, of which some layers learn what the sums are to be that their
-    outputs go into; and the way from the last of them to the outputs, if that is asked for."""
+    """The stages of a refit of some layers and statistics, of which some layers learn what the sums are to be
+    that their outputs go into; and the way from the last of them to the outputs, if that is asked for."""
     graph, derived = program.graph.graph, program.derived
     normal = list(statistics.items())
     sets = [[use.node for use in layer.uses] for layer in chosen] + [nodes for _, nodes in normal]
