@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.choose import AUTO, Alpha, best, candidates_of, disagreement, highest
+from fxmerge.compare import score_of
 from fxmerge.job import Job
 from fxmerge.matching.assignment import Scores
 from fxmerge.matching.search import match
@@ -224,7 +225,7 @@ class Merger:
     def _highest(self, search: Callable[..., Found], objective: Callable[[Found], float]) -> Found:
         """The best of several searches, each with a seed of its own; of equals the first."""
         seeds = range(self.plan.seed, self.plan.seed + self.plan.restarts + 1)
-        return max((search(seed=seed) for seed in seeds), key=objective)
+        return max((search(seed=seed) for seed in seeds), key=lambda found: score_of(objective(found)))
 
     def _zip(
         self,
