@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.capture import Args, Kwargs
+from fxmerge.compare import error_of, score_of
 from fxmerge.program import Program
 from fxmerge.run import Data, Runner
 
@@ -106,8 +107,8 @@ def best(errors: Mapping[float, float]) -> float:
         >>> best({0.25: 0.40, 0.5: 0.60, 0.75: 0.41}), best({0.25: 0.59, 0.5: 0.60, 0.75: 0.7})
         (0.25, 0.5)
     """
-    alpha = min(errors, key=lambda candidate: errors[candidate])
-    return alpha if errors[alpha] < (1 - MARGIN) * errors[DEFAULT] else DEFAULT
+    alpha = min(errors, key=lambda candidate: error_of(errors[candidate]))
+    return alpha if error_of(errors[alpha]) < (1 - MARGIN) * error_of(errors[DEFAULT]) else DEFAULT
 
 
 def highest(scores: Mapping[float, float]) -> float:
@@ -117,4 +118,4 @@ def highest(scores: Mapping[float, float]) -> float:
         >>> highest({0.25: 0.7, 0.5: 0.7, 0.75: 0.6}), highest({0.25: 0.7, 0.5: 0.6})
         (0.5, 0.25)
     """
-    return max(scores, key=lambda candidate: (scores[candidate], candidate == DEFAULT))
+    return max(scores, key=lambda candidate: (score_of(scores[candidate]), candidate == DEFAULT))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,10 +21,14 @@ from fxmerge import validate
 from fxmerge.capture import Args, Kwargs, capture_program, check_example, evaluating
 from fxmerge.choose import Alpha
 from fxmerge.errors import LoaderError, OptionError
-from fxmerge.models import accepted, apart, extras, tensors
+from fxmerge.models import accepted, apart, tensors
 from fxmerge.path import SamePath
 from fxmerge.program import Program
+from fxmerge.rewriting.calibrate import batch_norm_statistics
+from fxmerge.rewriting.derived import Derived, not_averaged
+from fxmerge.rewriting.masks import masks_of
 from fxmerge.run import Apart, Data, Inputs, Shapes, batch_inputs, check_shape
+from fxmerge.shared import equal_names
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
@@ -37,18 +42,59 @@ logger = logging.getLogger(__name__)
 class Job:
     """What the stages of one call share: checked inputs, the captured program, and how long each stage took.
 
-    `states` are the parameters and buffers of the models; `extras` is what else the state dict of the first one holds.
+    `states` are the parameters and buffers of the models.
     """
 
     model: Model
     states: tuple[dict[str, Tensor], ...]
-    extras: dict[str, Any]
     names: list[str]
     data: Data | None
     example: tuple[Args, dict[str, Any]]
     program: Program
     progress: bool | None
     seconds: dict[str, float]
+    buffers: frozenset[str] = frozenset()
+
+    @cached_property
+    def own_buffers(self) -> frozenset[str]:
+        """The names of the model's buffers, but for the statistics of normalizations."""
+        return self.buffers - {name for pair in batch_norm_statistics(self.program) for name in pair}
+
+    @cached_property
+    def masks(self) -> frozenset[str]:
+        """The buffers of zeros and ones."""
+        return masks_of(self.own_buffers, self.states)
+
+    @cached_property
+    def derived(self) -> Derived | None:
+        """The buffers that the model derives from its parameters when it is trained, if it has any."""
+        return Derived.find(self.model, *self.example, self.own_buffers) if isinstance(self.model, nn.Module) else None
+
+    @cached_property
+    def of_one_model(self) -> list[str]:
+        """The buffers that differ between models, and cannot be averaged nor derived anew."""
+        known = set(self.derived.names if self.derived else ()) | equal_names(self.states)
+        names = not_averaged(self.program, self.own_buffers - known)
+        if names:
+            logger.warning(
+                "%s differ between the models and are part of how weights are computed. They are taken from the model "
+                "that counts most, since no average fits. Pass modules that can run in train mode, so that fxmerge can "
+                "derive these buffers anew.",
+                ", ".join(map(repr, names)),
+            )
+        return names
+
+    def rederived(self, state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict with buffers that fit its parameters where an average of buffers does not.
+
+        Arguments:
+            state: the merged state dict.
+            model: the state dict of the model that counts most, in the same units.
+        """
+        names = [*(self.derived.names if self.derived else ()), *self.of_one_model]
+        found = {**state, **{name: model[name] for name in names}}
+        same = all(torch.equal(value, model[name]) for name, value in found.items() if value.is_floating_point())
+        return found if same or self.derived is None else self.derived.settle(found)
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Adds the seconds spent inside to the entry of a stage."""
@@ -149,7 +195,8 @@ def prepare(
             validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
     if data is not None and program.follows_path:
         data = replace(data, check=SamePath(program, modules, states, names, example))
-    return Job(models[0], states, extras(originals[0]), names, data, example, program, progress, seconds)
+    buffers = frozenset(name for name, _ in modules[0].named_buffers())
+    return Job(models[0], states, names, data, example, program, progress, seconds, buffers)
 
 
 def _without(inputs: Inputs, model: nn.Module, names: Collection[str]) -> Inputs:

@@ -117,11 +117,6 @@ def tensors(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if isinstance(t, Tensor) and not _is_extra(n)}
 
 
-def extras(model: nn.Module) -> dict[str, Any]:
-    """What the state dict of a model holds beside parameters and buffers, by name: what `get_extra_state` gives."""
-    return {n: v for n, v in model.state_dict().items() if _is_extra(n) or not isinstance(v, Tensor)}
-
-
 def _is_extra(name: str) -> bool:
     return name.rpartition(".")[2] == _EXTRA
 
