@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -206,7 +205,7 @@ class _Views:
     def varied(self) -> tuple[dict[str, Tensor], Any]:
         """Values of the model's parameters and buffers other than its own, and its outputs with these."""
         assert isinstance(self.model, nn.Module)
-        model = copy.deepcopy(self.model)
+        model = models.copied(self.model)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for tensor in models.tensors(model).values():
@@ -232,7 +231,7 @@ def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
     for name, route in routes.items():
         try:
             with evaluating(model), quiet():
-                module = route(copy.deepcopy(model))
+                module = route(models.copied(model))
                 _check_same(views, module)
         except Exception as error:
             logger.debug("%s did not capture %s", name, type(model).__name__, exc_info=True)
@@ -274,7 +273,7 @@ def _emitted(views: _Views, model: nn.Module, trace: Callable[[nn.Module], Trace
     else:
         graph, source = trace(model)
     if is_told(graph):
-        trained = copy.deepcopy(model)
+        trained = models.copied(model)
         models.switch(trained, True)
         try:
             if trace is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from fxmerge import validate
 from fxmerge.capture import Args, Kwargs, capture_program, check_example, evaluating
 from fxmerge.choose import Alpha
 from fxmerge.errors import LoaderError, OptionError
-from fxmerge.models import accepted, apart, tensors
+from fxmerge.models import accepted, apart, copied, tensors
 from fxmerge.path import SamePath
 from fxmerge.program import Program
 from fxmerge.rewriting.calibrate import batch_norm_statistics
@@ -226,7 +225,7 @@ def _to(model: Model, device: str | torch.device) -> Model:
     """A copy of a model on a device."""
     if isinstance(model, ExportedProgram):
         return move_to_device_pass(model, device)
-    return copy.deepcopy(model).to(device)
+    return copied(model).to(device)
 
 
 @contextmanager

@@ -123,9 +123,13 @@ def _is_extra(name: str) -> bool:
 
 def apart(model: nn.Module) -> nn.Module:
     """A copy of a model that shares its parameters: what a call does to buffers and attributes, it does to the copy."""
-    shared: dict[int, Any] = {id(p): p for m in model.modules() for p in m._parameters.values() if p is not None}
+    return copied(model, {id(p): p for m in model.modules() for p in m._parameters.values() if p is not None})
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of a model, also of one that keeps what it has derived from its parameters, as hooks of pruning do."""
     with _Derived():
-        return copy.deepcopy(model, shared)
+        return copy.deepcopy(model, memo)
 
 
 class _Derived(TorchFunctionMode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +31,7 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> AtenG
     Returns:
         The path as a graph to analyse.
     """
-    model = copy.deepcopy(model)
+    model = models.copied(model)
     state = models.tensors(model, keep_vars=True)
     names = [*dict.fromkeys([*state, *(n for n, _ in model.named_buffers(remove_duplicate=False))])]
     tensors = {**state, **dict(model.named_buffers(remove_duplicate=False))}
@@ -97,8 +96,15 @@ def trace_symbolically(model: nn.Module) -> Traced:
     Arguments:
         model: a copy of a module.
     """
-    tracer = Tracer()
-    return tracer.trace(model), tracer.root
+    return _traced(Tracer(), model)
+
+
+def _traced(tracer: fx.Tracer, model: nn.Module) -> Traced:
+    graph = tracer.trace(model)
+    for name, buffer in model.named_buffers():
+        if isinstance(buffer, fx.Proxy):
+            raise TypeError(f"its forward assigns the buffer {name!r}")
+    return graph, tracer.root
 
 
 def trace_around(model: nn.Module) -> Traced:
@@ -114,7 +120,7 @@ def trace_around(model: nn.Module) -> Traced:
     while True:
         tracer = _Around(whole)
         try:
-            return tracer.trace(model), tracer.root
+            return _traced(tracer, model)
         except Exception:
             if not tracer.path:
                 raise

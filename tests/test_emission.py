@@ -395,3 +395,38 @@ def test_other_ops_in_training_mode_change_nothing() -> None:
     x = torch.randn(32, 4)
     emitted = emit(Auxiliary(), x).train()
     torch.testing.assert_close(emitted(x), emitted(x))
+
+
+# ------------------------------------------------------------------------------------ sizes and buffers that change
+
+
+def test_sizes_for_which_an_exported_graph_does_not_hold_are_refused() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2 if x.shape[0] > 4 else 1)
+
+    emitted = emit(Doubled(3, 2), torch.randn(8, 3), route="export")
+    assert emitted(torch.randn(6, 3)).shape == (6, 2)
+    with pytest.raises(AssertionError, match=r"x.size\(\)\[0\] >= 5"):
+        emitted(torch.randn(4, 3))
+    torch.save(emitted, io.BytesIO())
+
+
+@pytest.mark.parametrize("route", ["symbolic", "export", "whole"])
+def test_buffers_that_a_forward_assigns_are_assigned(route: str) -> None:
+    class Counts(nn.Linear):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x) / self.calls
+
+    model, x = Routed(route, Counts()).eval(), torch.randn(3, 4)
+    emitted = emit(model, x)
+    for _ in range(3):
+        torch.testing.assert_close(emitted(x), model(x))
+    assert emitted.state_dict()["body.calls"] == 3

@@ -7,7 +7,6 @@ a forward pass in train mode brings them back to where they were from wherever t
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxmerge.models import copied
 from fxmerge.program import Program
 from fxmerge.symmetry import rules
 
@@ -69,7 +69,7 @@ class Derived:
         if not owners:
             return None
         try:
-            module = copy.deepcopy(model)
+            module = copied(model)
             module.train()
             found = cls(module, args, kwargs, owners)._that_converge()
         except Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -136,7 +135,7 @@ class Probe:
                 model = model.module()  # It shares its tensors with the program.
             else:
                 stack.enter_context(evaluating(model))
-            self.module = copy.deepcopy(model).double()
+            self.module = models.copied(model).double()
         self.inputs: tuple[Args, dict[str, Any]] = pytree.tree_map(_double, (tuple(args), kwargs))
         own = models.tensors(self.module, keep_vars=True)
         self.state = {name: _perturb(t, generator) for name, t in own.items()}
