@@ -32,7 +32,7 @@ def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     *("select", "slice", "narrow", "flip", "fliplr", "flipud", "roll", "rot90", "unfold"),
     *("repeat", "repeat_interleave", "tile", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     *("native_channel_shuffle", "im2col", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
-    *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided"),
+    *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided", "fft_fftshift", "fft_ifftshift"),
 )
 def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     def op(column: Tensor) -> Tensor:

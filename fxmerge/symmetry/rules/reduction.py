@@ -98,8 +98,19 @@ def cumulative(at: Site, x: Labels, *args: Any, dim: int = -1, **kwargs: Any) ->
     return _in_order(at, x, [dim], at.shape)
 
 
-@rule("_fft_c2c", "_fft_r2c", "_fft_c2r")
-def fourier(at: Site, x: Labels, dims: Sequence[int], *args: Any) -> Labels:
+@rule(
+    *("_fft_c2c", "_fft_r2c", "_fft_c2r", "prims::fft_c2c", "prims::fft_r2c", "prims::fft_c2r"),
+    *("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft"),
+    *("fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn"),
+)
+def fourier(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
+    """Every frequency has a place of its own, and so has every place after a transform back."""
+    parameters = at.target._schema.arguments
+    given = {a.name: a.default_value for a in parameters} | kwargs
+    given |= dict(zip((a.name for a in parameters[1:]), args, strict=False))
+    dims = given["dim"]
+    if dims is None and given["s"] is not None:  # The last dimensions, as many as there are sizes.
+        dims = range(-len(given["s"]), 0)
     return _in_order(at, x, dims, at.shape)
 
 
