@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, core, reshape, shrink, spread, support
-from fxmerge.symmetry.relate import relate, relate_inert
+from fxmerge.symmetry.relate import relate, relate_inert, relate_sets
 from fxmerge.symmetry.units import NOTHING, UnitGraph, distinct, mix, number, number_rows
 
 
@@ -169,10 +169,11 @@ def reduce(units: UnitGraph, x: Labels, dims: Iterable[int], reason: str, *, kee
     """The labels after a symmetric reduction (sum, mean, max, norm) over `dims`."""
     gone = {d % x.ndim for d in dims} if x.ndim else set()
     columns, factors = [], [f for f in (_reduce_inert(f, gone) for f in x.inert) if f is not None]
-    for column in x.columns:
-        blocks, told = _reduce_column(units, column, gone, reason)
+    for i, column in enumerate(x.columns):
+        irregular = relate_sets(units, column, (*x.columns[:i], *x.columns[i + 1 :]), x.inert, gone, reason)
+        blocks, padded = _reduce_column(units, column, gone, reason)
         columns += [] if blocks is None else [blocks]
-        factors += [] if told is None else [told]
+        factors += [f for f in (irregular, padded) if f is not None]
     shape = tuple(1 if d in gone else n for d, n in enumerate(x.shape))
     reduced = Labels(shape, tuple(_first_of(c, gone) for c in columns), tuple(_first_of(f, gone) for f in factors))
     if keepdim:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ Index = Labels | Tensor
 def index(at: Site, x: Labels | Tensor, indices: Sequence[Index | None]) -> Labels:
     if not any(isinstance(i, Labels) for i in indices):
         fixed = [i.to("cpu") if isinstance(i, Tensor) else None for i in indices]
-        return move(at.units, at.labels(x), lambda c: torch.ops.aten.index(c, fixed), at.shape, at.name)
+        return _chosen(at, x, lambda c: torch.ops.aten.index(c, fixed))
     labels, dims = at.labels(x), [d for d, i in enumerate(indices) if i is not None]
     chosen = [at.labels(i) for i in indices if i is not None]
     found = torch.broadcast_shapes(*(i.shape for i in chosen))
@@ -28,6 +28,12 @@ def index(at: Site, x: Labels | Tensor, indices: Sequence[Index | None]) -> Labe
     if len(dims) == 1 and (at.shape != looked_up or looked_up == labels.shape):
         return _mask(at, labels, dims[0], chosen[0])
     return _look_up(at, labels, dims, chosen)
+
+
+def _chosen(at: Site, x: Labels | Tensor, op: Callable[[Tensor], Tensor]) -> Labels:
+    """What lies along several dimensions of x may meet at the positions that are chosen."""
+    y = at.move(at.labels(x), op)
+    return replace(at.join(y, y), parameter=y.parameter)
 
 
 def _mask(at: Site, x: Labels, dim: int, mask: Labels) -> Labels:
@@ -68,7 +74,7 @@ def gather(at: Site, x: Labels | Tensor, dim: int, chosen: Index, **kwargs: Any)
     dim %= max(labels.ndim, 1)
     if isinstance(chosen, Tensor):
         fixed = chosen.to("cpu")
-        return move(at.units, labels, lambda c: torch.gather(c, dim, fixed), at.shape, at.name)
+        return _chosen(at, labels, lambda c: torch.gather(c, dim, fixed))
     # Of the other dimensions, only the first so many positions are read.
     read = (*at.shape[:dim], labels.shape[dim], *at.shape[dim + 1 :])
     part = tuple(slice(0, n) for n in read)
