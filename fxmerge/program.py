@@ -68,7 +68,7 @@ class AtenGraph:
         return any(isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)) and s.node.hint is None for s in sizes)
 
     def decompose(self, ops: Iterable[Any]) -> AtenGraph | None:
-        """The graph with some ops written out in simpler ones, as far as torch can do so; None where it cannot at all."""
+        """The graph with some ops written out in simpler ones, where torch can do so; None where it can for none."""
         if self.exported is None:
             return None
         table = get_decompositions(list(ops))
@@ -178,7 +178,8 @@ def _run_decompositions(program: ExportedProgram, table: Mapping[Any, Any]) -> E
         return None
     try:
         with quiet():
-            return program.run_decompositions(dict(table))
+            simpler: ExportedProgram = program.run_decompositions(dict(table))
+            return simpler
     except Exception:
         logger.debug("torch cannot write out %s", ", ".join(map(str, table)), exc_info=True)
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def in_double(value: Any) -> Any:
 class InSingle(TorchDispatchMode):
     """Turns casts to less than single precision into casts to single precision."""
 
-    wider: Mapping[torch.dtype, torch.dtype] = {
+    wider: ClassVar[dict[torch.dtype, torch.dtype]] = {
         **dict.fromkeys((torch.float16, torch.bfloat16), torch.float32),
         torch.complex32: torch.complex64,
     }
@@ -41,7 +41,7 @@ class InDouble(InSingle):
     """Turns what a model casts to a lower precision by itself into float64 or complex128; float64 is the default while
     it lasts."""
 
-    wider = {
+    wider: ClassVar[dict[torch.dtype, torch.dtype]] = {
         **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
         **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
     }

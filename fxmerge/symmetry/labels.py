@@ -27,13 +27,15 @@ from fxmerge.symmetry.units import NOTHING, UnitGraph, distinct, mix, number, nu
 class Labels:
     """What is known of one tensor: its unit columns and its inert columns.
 
-    `parameter` is set while the tensor is no more than a rearrangement of that parameter's entries.
+    `parameter` is set while the tensor is no more than a rearrangement of that parameter's entries; `is_mask` where the
+    graph has it as a tensor of truth values.
     """
 
     shape: Shape
     columns: tuple[Tensor, ...] = ()
     inert: tuple[Tensor, ...] = ()
     parameter: str | None = None
+    is_mask: bool = False
 
     @property
     def ndim(self) -> int:
@@ -171,7 +173,7 @@ def reduce(units: UnitGraph, x: Labels, dims: Iterable[int], reason: str, *, kee
     columns, factors = [], [f for f in (_reduce_inert(f, gone) for f in x.inert) if f is not None]
     for i, column in enumerate(x.columns):
         irregular = relate_sets(units, column, (*x.columns[:i], *x.columns[i + 1 :]), x.inert, gone, reason)
-        blocks, padded = _reduce_column(units, column, gone, reason)
+        blocks, padded = _reduce_column(units, column, factors, gone, reason)
         columns += [] if blocks is None else [blocks]
         factors += [f for f in (irregular, padded) if f is not None]
     shape = tuple(1 if d in gone else n for d, n in enumerate(x.shape))
@@ -190,10 +192,10 @@ def _first_of(column: Tensor, dims: Iterable[int]) -> Tensor:
 
 
 def _reduce_column(
-    units: UnitGraph, column: Tensor, gone: set[int], reason: str
+    units: UnitGraph, column: Tensor, factors: Sequence[Tensor], gone: set[int], reason: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """The blocks of what is reduced away together, and, where more of it is `NOTHING` at some places than at others, an
-    inert column that tells these apart."""
+    inert column that tells these apart. `factors` are the inert columns of the result."""
     dims = support(column)
     kept = [d for d in dims if d not in gone]
     if len(kept) == len(dims):
@@ -235,8 +237,8 @@ def _reduce_column(
     units.pin(block[bad], f"{reason}: reduced in overlapping or uneven groups")
     units.include(unit, block[owner])
     result = spread(torch.from_numpy(block[group[row_set]]), shape, kept)
-    if told is not None:
-        relate_inert(units, result, [told], reason)
+    if nothing.any():
+        relate_inert(units, result, factors if told is None else [*factors, told], reason)
     return result, told
 
 

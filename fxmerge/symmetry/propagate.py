@@ -138,6 +138,7 @@ class _Walk(fx.Interpreter):
         else:
             value = self._widened(super().run_node(n))
         if isinstance(value, Labels):
+            value = replace(value, is_mask=n.meta["val"].dtype is torch.bool)
             self.found.labels[n.name] = value
         return value
 
@@ -183,7 +184,7 @@ class _Walk(fx.Interpreter):
         return self.wide.setdefault(id(value), (value, value.to(wider)))[1]
 
     def _compute(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
-        """What depends on constants alone, in at least single precision where the op takes that for the same numbers."""
+        """What depends on constants alone, in at least single precision where the op takes that."""
         target = cast(Callable[..., Any], n.target)
         if target is not torch.ops.aten.view.dtype:  # It reads the bits of a number.
             try:

@@ -162,7 +162,8 @@ class Probe:
             if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.device.type == "meta":
                 return tensor
             noise = torch.rand(tensor.shape, dtype=torch.float64, generator=generator).to(tensor.device)
-            return in_double(tensor) * (1 + 4 * torch.finfo(torch.float64).eps * (noise - 0.5))
+            wide: Tensor = in_double(tensor)
+            return wide * (1 + 4 * torch.finfo(torch.float64).eps * (noise - 0.5))
 
         return self.change({name: shaken(tensor) for name, tensor in self.state.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxmerge.symmetry.columns import Shape, core, shrink, support
 from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce
+from fxmerge.symmetry.rules.movement import write
 from fxmerge.symmetry.rules.registry import Site, rule
 
 Index = Labels | Tensor
@@ -93,9 +96,59 @@ def scatter(
     *args: Any,
     **kwargs: Any,
 ) -> Labels:
-    """Of x, and of what is written into it along `dim` at places given by data, the other dimensions move on."""
-    x, chosen, source = at.labels(x), at.labels(chosen), at.labels(source)
+    """What is written into x along `dim`, at constant places, or at places given by data."""
+    x, source = at.labels(x), at.labels(source)
     dim %= max(x.ndim, 1)
+    if isinstance(chosen, Tensor) and x.ndim:
+        copies = at.target._schema.name in _COPIES and "reduce" not in kwargs
+        dims, places = _places(x.shape, dim, chosen.to("cpu"))
+        first = dim if len(dims) == 1 else 0
+        written = _write_at(at, x, dims, places, first, source, copies, kwargs.get("include_self", True))
+        if written is not None:
+            return written
+    return _scatter_by_data(at, x, dim, at.labels(chosen), source)
+
+
+_COPIES = ("aten::scatter", "aten::index_copy", "aten::index_fill")
+"""Ops that leave nothing of what they write over; the others add it up, or reduce it in another way."""
+
+
+def _places(shape: Shape, dim: int, chosen: Tensor) -> tuple[list[int], Tensor]:
+    """The dimensions that a scatter along one depends on, and the places over them that it writes to."""
+    if chosen.ndim < len(shape) or chosen.ndim == 1:
+        return [dim], torch.arange(shape[dim])[chosen.reshape(-1)]
+    alike = shrink(chosen)
+    whole = all(n == m for d, (n, m) in enumerate(zip(chosen.shape, shape, strict=True)) if d != dim)
+    if whole and set(support(alike)) <= {dim}:
+        return [dim], core(alike, [dim])
+    return list(range(len(shape))), torch.arange(math.prod(shape)).reshape(shape).gather(dim, chosen)
+
+
+def _write_at(
+    at: Site,
+    x: Labels,
+    dims: Sequence[int],
+    places: Tensor,
+    first: int,
+    source: Labels,
+    copies: bool,
+    include_self: bool = True,
+) -> Labels | None:
+    """What `fxmerge.symmetry.rules.movement.write` gives; None where one of several values for a place is lost."""
+    if copies:
+        if source.ndim == 0:
+            places, first = places.unique(), 0
+        if len(places.unique()) < places.numel():
+            return None
+    rest = [n for d, n in enumerate(x.shape) if d not in dims]
+    shape = (*rest[:first], *places.shape, *rest[first:])
+    if source.ndim == len(shape) and any(n > m for n, m in zip(source.shape, shape, strict=True)):
+        source = move(at.units, source, lambda c: c[tuple(map(slice, shape))], shape, at.name)
+    return write(at, x, source.expand(shape), dims, places, first, replaces=copies or not include_self)
+
+
+def _scatter_by_data(at: Site, x: Labels, dim: int, chosen: Labels, source: Labels) -> Labels:
+    """Of x, and of what is written into it along `dim`, the other dimensions move on."""
     reason = f"{at.name}: indexed by data"
     y = pin(at.units, x, reason, [dim])
     written = [source] if chosen.ndim < x.ndim else [source, chosen]
@@ -114,17 +167,46 @@ def scatter(
 def index_put(
     at: Site, x: Labels | Tensor, indices: Sequence[Index | None], values: Labels | Tensor, accumulate: bool = False
 ) -> Labels:
-    """As a scatter: the leading dimensions, which are indexed, stay, and the others move on."""
+    """What is written at constant places, where a mask of data is true, or at places given by data."""
     labels, source = at.labels(x), at.labels(values)
+    if isinstance(values, Tensor) and not source.inert:
+        source = Labels(())  # One value for all places.
+    chosen = [i for i in indices if i is not None]
+    if not any(isinstance(i, Labels) for i in chosen):
+        dims, places, first = _places_of_indices(labels.shape, indices)
+        written = _write_at(at, labels, dims, places, first, source, not accumulate)
+        if written is not None:
+            return written
+    after = labels.ndim - len(indices) + 1 - len(chosen[0].shape)
+    if len(chosen) == 1 and isinstance(chosen[0], Labels) and chosen[0].is_mask and source.ndim <= after:
+        # Wherever it is true the same is written: pointwise.
+        return at.join(at.join(labels, chosen[0].reshape((*chosen[0].shape, *(1,) * after))), source)
+    return _put_by_data(at, labels, indices, source)
+
+
+def _places_of_indices(shape: Shape, indices: Sequence[Index | None]) -> tuple[list[int], Tensor, int]:
+    """The dimensions that constant indices stand for, the places over them, and where these lie in what is read."""
+    full: list[Any] = []
+    for i in indices:
+        is_mask = isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)
+        full += i.to("cpu").nonzero(as_tuple=True) if is_mask else [i if i is None else i.to("cpu")]  # type: ignore[union-attr]
+    dims = [d for d, i in enumerate(full) if i is not None]
+    sizes = [shape[d] for d in dims]
+    places = torch.arange(math.prod(sizes)).reshape(sizes)[tuple(full[d] for d in dims)]
+    return dims, places, dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
+
+
+def _put_by_data(at: Site, x: Labels, indices: Sequence[Index | None], source: Labels) -> Labels:
+    """As a scatter: the leading dimensions, which are indexed, stay, and the others move on."""
     reason = f"{at.name}: indexed by data"
     chosen = [at.labels(i) for i in indices if i is not None]
     for i in chosen:
         pin(at.units, i, reason)
     # An index of numbers stands for one dimension, a mask for as many as it has.
     count = max(len(indices), *(i.ndim for i in chosen))
-    if any(i is None for i in indices) or source.shape[source.ndim - labels.ndim + count :] != labels.shape[count:]:
-        count = labels.ndim
-    y = pin(at.units, labels, reason, range(count))
-    lead = range(source.ndim - labels.ndim + count)
+    if any(i is None for i in indices) or source.shape[source.ndim - x.ndim + count :] != x.shape[count:]:
+        count = x.ndim
+    y = pin(at.units, x, reason, range(count))
+    lead = range(source.ndim - x.ndim + count)
     written = reduce(at.units, pin(at.units, source, reason, lead), lead, at.name)
     return at.join(at.join(y, written), inert(at.shape, range(count)))

@@ -214,6 +214,8 @@ def write(
     sizes = tuple(shape[d] for d in dims)
     rest = [d for d in range(len(shape)) if d not in dims]
     flat = places.reshape(-1)
+    if not len(flat):
+        return labels
     count = torch.bincount(flat, minlength=math.prod(sizes))
     most = int(count.max())
     # For every place the positions of the source that are written there, and the number of all where there are fewer.
@@ -222,16 +224,17 @@ def write(
     table[flat[order], torch.arange(len(flat)) - (count.cumsum(0) - count)[flat[order]]] = order
     axes = [dims.index(d) if d in dims else len(dims) + 1 + rest.index(d) for d in range(len(shape))]
 
+    along = range(first, first + places.ndim)
+
     def placed(column: Tensor) -> Tensor:
-        written = range(first, first + places.ndim)
-        thin = column[
-            tuple(slice(None) if d in written or d in support(column) else slice(0, 1) for d in range(column.ndim))
-        ]
-        thin = thin.movedim(tuple(written), tuple(range(places.ndim)))
+        depends = {*along, *support(column)}
+        thin = column[tuple(slice(None) if d in depends else slice(0, 1) for d in range(column.ndim))]
+        thin = thin.movedim(tuple(along), tuple(range(places.ndim)))
         others = thin.shape[places.ndim :]
         entries = torch.cat([thin.reshape(len(flat), *others), torch.zeros(1, *others, dtype=torch.int64)])
-        spread_out = entries[table].reshape(*sizes, most, *others).permute(*axes, len(dims))
-        return spread_out.expand(*shape, most)
+        # Zeros take on a column that is the same for all that is written.
+        taken = torch.zeros_like(table) if set(support(column)).isdisjoint(along) else table
+        return entries[taken].reshape(*sizes, most, *others).permute(*axes, len(dims)).expand(*shape, most)
 
     part = at.labels(source)
     added = Labels((*shape, most), part.columns, _beside_zeros(part)).map(placed, (*shape, most))
