@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxmerge.symmetry.labels import Labels, inert, pin, reduce
+from fxmerge.symmetry.labels import Labels, inert, join, pin, reduce
 from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule
 
 Dims = int | Sequence[int] | None
@@ -83,10 +83,13 @@ def unordered(at: Site, *args: Any, **kwargs: Any) -> Any:
 
 
 def _in_order(at: Site, x: Labels, dims: Sequence[int], shape: tuple[int, ...]) -> Labels:
-    """Of dimensions along which the order matters, it is only known that the result differs."""
+    """Of dimensions along which the order matters, it is only known that the result differs.
+
+    Units that lie along them and along others are told apart by their places, and move with the blocks that are left.
+    """
     dims = normalize_dims(dims, x.ndim)
-    pinned = pin(at.units, x, f"{at.name}: order along the dimension", dims)
-    return at.join(reduce(at.units, pinned, dims, at.name, keepdim=True), inert(shape, dims), shape)
+    placed = join(at.units, x, inert(x.shape, dims), f"{at.name}: order along the dimension")
+    return at.join(reduce(at.units, placed, dims, at.name, keepdim=True), inert(shape, dims), shape)
 
 
 @rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff")
