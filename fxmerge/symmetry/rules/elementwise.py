@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
 @rule("prelu")
 def prelu(at: Site, x: Labels | Tensor, slope: Labels | Tensor) -> Labels:
     """One slope, or one for every channel: these lie along the second dimension, or the only one."""
-    return at.join(at.labels(x), slope.reshape((-1, *(1,) * (len(x.shape) - 2))) if len(x.shape) > 1 else slope)
+    return at.join(at.labels(x), slope.reshape((math.prod(slope.shape), *(1,) * (len(x.shape) - 2))))
 
 
 @rule(

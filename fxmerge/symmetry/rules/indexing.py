@@ -101,9 +101,11 @@ def scatter(
     dim %= max(x.ndim, 1)
     if isinstance(chosen, Tensor) and x.ndim:
         copies = at.target._schema.name in _COPIES and "reduce" not in kwargs
-        dims, places = _places(x.shape, dim, chosen.to("cpu"))
-        first = dim if len(dims) == 1 else 0
-        written = _write_at(at, x, dims, places, first, source, copies, kwargs.get("include_self", True))
+        whole = chosen.to("cpu")
+        if chosen.ndim < x.ndim or "index_" in at.target._schema.name:  # One place for all of a row.
+            lines = [1 if d != dim else chosen.numel() for d in range(x.ndim)]
+            whole = whole.reshape(lines).expand([n if d != dim else -1 for d, n in enumerate(x.shape)])
+        written = _scatter_at(at, x, dim, whole, source, copies, kwargs.get("include_self", True))
         if written is not None:
             return written
     return _scatter_by_data(at, x, dim, at.labels(chosen), source)
@@ -113,15 +115,22 @@ _COPIES = ("aten::scatter", "aten::index_copy", "aten::index_fill")
 """Ops that leave nothing of what they write over; the others add it up, or reduce it in another way."""
 
 
-def _places(shape: Shape, dim: int, chosen: Tensor) -> tuple[list[int], Tensor]:
-    """The dimensions that a scatter along one depends on, and the places over them that it writes to."""
-    if chosen.ndim < len(shape) or chosen.ndim == 1:
-        return [dim], torch.arange(shape[dim])[chosen.reshape(-1)]
-    alike = shrink(chosen)
-    whole = all(n == m for d, (n, m) in enumerate(zip(chosen.shape, shape, strict=True)) if d != dim)
-    if whole and set(support(alike)) <= {dim}:
-        return [dim], core(alike, [dim])
-    return list(range(len(shape))), torch.arange(math.prod(shape)).reshape(shape).gather(dim, chosen)
+def _scatter_at(
+    at: Site, x: Labels, dim: int, chosen: Tensor, source: Labels, copies: bool, include_self: bool
+) -> Labels | None:
+    """What is written to constant places, given by a tensor of as many dimensions as x."""
+    chosen = shrink(torch.arange(x.shape[dim])[chosen])
+    # Along all other dimensions, what is written is all that there is, and to the same places.
+    dims = [d for d in range(x.ndim) if d == dim or d in support(chosen) or chosen.shape[d] < x.shape[d]]
+    sizes = [x.shape[d] for d in dims]
+    places = torch.arange(math.prod(sizes)).reshape(sizes).gather(dims.index(dim), core(chosen, dims))
+    if source.ndim == x.ndim:
+        shape = tuple(chosen.shape)
+        if source.shape != shape:
+            source = move(at.units, source, lambda c: c[tuple(map(slice, shape))], shape, at.name)
+        rest = [d for d in range(x.ndim) if d not in dims]
+        source = source.map(lambda c: c.permute([*dims, *rest]), tuple(shape[d] for d in (*dims, *rest)))
+    return _write_at(at, x, dims, places, 0, source, copies, include_self)
 
 
 def _write_at(
@@ -141,10 +150,8 @@ def _write_at(
         if len(places.unique()) < places.numel():
             return None
     rest = [n for d, n in enumerate(x.shape) if d not in dims]
-    shape = (*rest[:first], *places.shape, *rest[first:])
-    if source.ndim == len(shape) and any(n > m for n, m in zip(source.shape, shape, strict=True)):
-        source = move(at.units, source, lambda c: c[tuple(map(slice, shape))], shape, at.name)
-    return write(at, x, source.expand(shape), dims, places, first, replaces=copies or not include_self)
+    source = source.expand((*rest[:first], *places.shape, *rest[first:]))
+    return write(at, x, source, dims, places, first, replaces=copies or not include_self)
 
 
 def _scatter_by_data(at: Site, x: Labels, dim: int, chosen: Labels, source: Labels) -> Labels:
