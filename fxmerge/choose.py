@@ -20,6 +20,7 @@ from fxmerge.capture import Args, Kwargs
 from fxmerge.compare import error_of, score_of
 from fxmerge.program import Program
 from fxmerge.run import Data, Runner
+from fxmerge.similarity.weights import real
 
 AUTO: Literal["auto"] = "auto"
 
@@ -92,9 +93,10 @@ def disagreement(
 
 
 def _outputs(runner: Runner, state: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> dict[int, Tensor]:
-    """The outputs that are floating-point, by their place."""
+    """The outputs that are floating-point or complex, by their place."""
     leaves = runner.outputs(state, args, kwargs)
-    return {i: v.float() for i, v in enumerate(leaves) if isinstance(v, Tensor) and v.is_floating_point()}
+    numbers = {i: real(v) for i, v in enumerate(leaves) if isinstance(v, Tensor)}
+    return {i: v.float() for i, v in numbers.items() if v.is_floating_point()}
 
 
 def best(errors: Mapping[float, float]) -> float:

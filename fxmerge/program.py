@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -16,6 +17,8 @@ from torch._decomp import get_decompositions
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
+
+logger = logging.getLogger(__name__)
 
 Source = tuple[str, str]
 """What a placeholder stands for: ("parameter" | "constant" | "input", name)."""
@@ -71,12 +74,16 @@ class AtenGraph:
         return (lambda *leaves: None) if checked is None else checked
 
     def decompose(self, ops: Iterable[Any]) -> AtenGraph | None:
-        """The graph with some ops written out in simpler ones; None where torch cannot do so."""
-        table = get_decompositions(list(ops))
-        if not table or self.exported is None:
+        """The graph with some ops written out in simpler ones, where torch can do so; None where it can for none."""
+        if self.exported is None:
             return None
-        with quiet():
-            return AtenGraph.of(self.exported.run_decompositions(dict(table)))
+        table = get_decompositions(list(ops))
+        program = _run_decompositions(self.exported, table)
+        if program is None:  # One that fails does not stop the others.
+            program = self.exported
+            for op, written_out in table.items():
+                program = _run_decompositions(program, {op: written_out}) or program
+        return None if program is self.exported else AtenGraph.of(program)
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,19 @@ class Program:
         for arg, seen in zip(node.args[0], self.aten.outputs, strict=True):  # type: ignore[arg-type]
             if isinstance(arg, fx.Node) and seen:
                 yield arg
+
+
+def _run_decompositions(program: ExportedProgram, table: Mapping[Any, Any]) -> ExportedProgram | None:
+    """The program with the ops of a table written out; None where there are none, or torch fails."""
+    if not table:
+        return None
+    try:
+        with quiet():
+            simpler: ExportedProgram = program.run_decompositions(dict(table))
+            return simpler
+    except Exception:
+        logger.debug("torch cannot write out %s", ", ".join(map(str, table)), exc_info=True)
+        return None
 
 
 def _identity(tensor: Tensor) -> Any:

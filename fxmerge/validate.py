@@ -209,7 +209,8 @@ def check_states(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -
         if devices == {torch.device("meta")}:
             raise OptionError(f"{names[i]} is on the meta device, and has no values to merge; load its parameters.")
         for name, tensor in state.items():
-            if tensor.is_floating_point() and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+            number = tensor.is_floating_point() or tensor.is_complex()
+            if number and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise NonFiniteError(
                     f"{bad} entries of {name!r} of {names[i]} (shape {tuple(tensor.shape)}) are NaN or infinite."
@@ -223,7 +224,8 @@ def check_states(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -
                     f"Parameter {name!r} is in {names[owner]} but not in {names[other]}; {SAME}"
                 )
             a, b = first[name], state[name]
-            if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
+            kinds = [(t.is_floating_point(), t.is_complex()) for t in (a, b)]
+            if a.shape != b.shape or kinds[0] != kinds[1]:
                 raise ArchitectureMismatchError(
                     f"Parameter {name!r} is {a.dtype} of shape {tuple(a.shape)} in {names[0]} and {b.dtype} of shape "
                     f"{tuple(b.shape)} in {names[i]}; {SAME}"
@@ -261,7 +263,7 @@ def check_same_function(
     expected = pytree.tree_leaves(outputs)
     got = Runner(program).outputs(state, args, kwargs)
     for a, b in zip(expected, got, strict=False):
-        if isinstance(a, Tensor) and a.is_floating_point():
+        if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()):
             scale = float(a.detach().abs().max()) or 1.0  # A parameter may be an output.
             if a.shape != b.shape or not torch.allclose(a / scale, b / scale, rtol=1e-2, atol=1e-3, equal_nan=True):
                 raise ArchitectureMismatchError(

@@ -1040,3 +1040,111 @@ def lstm() -> tuple[nn.Module, tuple[Any, ...]]:
 @case("GRU")
 def gru() -> tuple[nn.Module, tuple[Any, ...]]:
     return Recurrent(nn.GRU(3, 4, batch_first=True)), tokens(2, 3)
+
+
+# ------------------------------------------------------------------------------------ constant places
+
+
+class Between(nn.Module):
+    """A layer, what is done with its units, and a layer."""
+
+    def __init__(
+        self, op: Callable[[Tensor], Tensor], before: nn.Module | None = None, after: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.a = nn.Linear(2, 4) if before is None else before
+        self.b = nn.Linear(4, 2) if after is None else after
+        self.op = op
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.op(self.a(x)))  # type: ignore[no-any-return]
+
+
+def over_channels(op: Callable[[Tensor], Tensor]) -> Between:
+    return Between(op, nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1))
+
+
+def between(name: str, op: Callable[[Tensor], Tensor], dims: int = 2, after: int = 4) -> None:
+    """A case of an op between two linear layers, on two or three tokens."""
+    shape = (2, 2) if dims == 2 else (1, 3, 2)
+    CASES[name] = lambda: (Between(op, after=nn.Linear(after, 2)), (torch.randn(shape),))
+
+
+def negative_ones_cut(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[h < 0] = 0
+    return h
+
+
+def rows_replaced(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[h.sum(-1) < 0] = 1.0
+    return h
+
+
+def some_written_over(h: Tensor) -> Tensor:
+    h = h.sin() + h
+    h[:, torch.tensor([0, 2])] = h.relu()[:, torch.tensor([2, 0])]
+    return h
+
+
+CASES["fold of windows side by side"] = lambda: (
+    over_channels(lambda x: F.fold(F.unfold(x, 2, stride=2), (2, 4), 2, stride=2)),
+    image(2, 2, 4),
+)
+CASES["fold of overlapping windows"] = lambda: (
+    over_channels(lambda x: F.fold(F.unfold(x, (1, 2)), (1, 4), (1, 2))),
+    image(2, 1, 4),
+)
+CASES["fold of padded windows"] = lambda: (
+    over_channels(lambda x: F.fold(F.unfold(x, (1, 3), padding=(0, 1)).sin(), (1, 3), (1, 3), padding=(0, 1))),
+    image(2, 1, 3),
+)
+CASES["sum of padded windows"] = lambda: (
+    Between(
+        lambda h: F.unfold(h[..., None], (3, 1), padding=(1, 0)).unflatten(1, (4, 3)).sum((2, 3)), nn.Conv1d(2, 4, 1)
+    ),
+    (torch.randn(1, 2, 3),),
+)
+CASES["sum over each padded window"] = lambda: (
+    Between(
+        lambda h: F.unfold(h[..., None], (3, 1), padding=(1, 0)).unflatten(1, (4, 3)).sum(2).sin(),
+        nn.Conv1d(2, 4, 1),
+        nn.Conv1d(4, 2, 1),
+    ),
+    (torch.randn(1, 2, 3),),
+)
+between("units in padded pairs", lambda h: F.pad(h, (0, 2)).unflatten(-1, (3, 2)).sum(-1).sin(), after=3)
+between("units in pairs, one padded", lambda h: F.pad(h[:, :3], (0, 1)).unflatten(-1, (2, 2)).sum(-1).sin(), after=2)
+between(
+    "units beside more and fewer zeros",
+    lambda h: F.pad(h, (0, 2))[:, torch.tensor([[0, 1, 4, 4], [2, 3, 2, 3], [0, 1, 0, 1]])].sum(-1).sin(),
+    after=3,
+)
+between("negative units set to zero", negative_ones_cut)
+between("rows written over where data say so", rows_replaced)
+between("some units written over", some_written_over)
+between(
+    "units written between constants",
+    lambda h: torch.arange(6.0).expand(2, 6).index_copy(1, torch.tensor([0, 2, 3, 5]), h),
+    after=6,
+)
+between("units scattered in pairs", lambda h: h.new_zeros(2, 2).index_add(1, torch.tensor([0, 0, 1, 1]), h), after=2)
+between(
+    "tokens scattered along constant edges",
+    lambda h: torch.zeros_like(h).index_add(1, torch.tensor([0, 0, 1, 2]), h[:, torch.tensor([1, 2, 0, 1])]).sin(),
+    dims=3,
+)
+between(
+    "largest of tokens along constant edges",
+    lambda h: h.scatter_reduce(1, torch.tensor([0, 0, 2]).reshape(1, 3, 1).expand(1, 3, 4), h.sin(), "amax"),
+    dims=3,
+)
+between("tokens filled", lambda h: h.index_fill(1, torch.tensor([1]), 0.5), dims=3)
+between(
+    "tokens written over at places of each unit",
+    lambda h: h.scatter(1, torch.tensor([[[0, 1, 2, 1]]]), h[:, :1].sin()),
+    dims=3,
+)
+CASES["PReLU with one slope"] = lambda: (Between(nn.PReLU()), (torch.randn(2, 2),))
+CASES["PReLU with a slope for each channel"] = lambda: (over_channels(nn.PReLU(4)), image(2, 1, 2))

@@ -332,6 +332,52 @@ def _trilinear(s: Scalars, *args: Any) -> Grid:
     return s.reduce(s.sum, s.multiply(*factors), args[6])
 
 
+@_op("index_put", "_unsafe_index_put")
+def _index_put(s: Scalars, x: Operand, indices: Sequence[Any], values: Operand, accumulate: bool = False) -> Grid:
+    grid = s.grid(x)
+    if _is_grid(indices):  # A mask of data over the first dimensions.
+        (mask,) = indices
+        mask = mask.reshape(*mask.shape, *(1,) * (grid.ndim - mask.ndim))
+        written = s.add(grid, values) if accumulate else s.grid(values)
+        return s.map(s.choice, mask, written, grid)
+    places = torch.arange(grid.size).reshape(grid.shape)[tuple(slice(None) if i is None else i for i in indices)]
+    return _written(s, grid, places.numpy(), s.grid(values), s.sum if accumulate else None)
+
+
+@_op("scatter")
+def _scatter(s: Scalars, x: Operand, dim: int, index: Tensor, source: Any) -> Grid:
+    return _scattered(s, x, dim, index, source, None)
+
+
+@_op("scatter_add")
+def _scatter_add(s: Scalars, x: Operand, dim: int, index: Tensor, source: Operand) -> Grid:
+    return _scattered(s, x, dim, index, source, s.sum)
+
+
+@_op("scatter_reduce")
+def _scatter_reduce(s: Scalars, x: Operand, dim: int, index: Tensor, source: Operand, way: str) -> Grid:
+    return _scattered(s, x, dim, index, source, s.sum if way == "sum" else lambda row: s.extreme(way, row))
+
+
+def _scattered(
+    s: Scalars, x: Operand, dim: int, index: Tensor, source: Any, combine: Callable[[list[int]], int] | None
+) -> Grid:
+    grid, values = s.grid(x), s.grid(source if isinstance(source, (np.ndarray, Tensor)) else torch.tensor(source))
+    places = torch.arange(grid.size).reshape(grid.shape).gather(dim, index).numpy()
+    return _written(s, grid, places, values[tuple(map(slice, places.shape))] if values.ndim else values, combine)
+
+
+def _written(s: Scalars, x: Grid, places: Any, values: Grid, combine: Callable[[list[int]], int] | None) -> Grid:
+    """x with values written at numbered places; what there is at a place is combined, or lost."""
+    out = x.reshape(-1).copy()
+    lists: dict[int, list[int]] = {}
+    for place, value in zip(places.reshape(-1), np.broadcast_to(values, places.shape).reshape(-1), strict=True):
+        lists.setdefault(int(place), []).append(int(value))
+    for place, entries in lists.items():
+        out[place] = entries[-1] if combine is None else combine([int(out[place]), *entries])
+    return out.reshape(x.shape)
+
+
 @_op("full_like")
 def _filled(s: Scalars, x: Grid, value: float, **kwargs: Any) -> Tensor:
     return torch.full(x.shape, value)

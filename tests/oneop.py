@@ -86,11 +86,12 @@ class _Op:
 
 
 class _Names(dict[str, Any]):
-    """The names in an expression: leaves, and every op of ATen."""
+    """The names in an expression: leaves, every op of ATen, and those of torch's primitives as `prims.op`."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        super().__init__(P=self.parameter, X=self.input, T=self.constant, torch=torch, inf=math.inf)
+        leaves = {"P": self.parameter, "X": self.input, "T": self.constant}
+        super().__init__(**leaves, torch=torch, inf=math.inf, prims=_Op(torch.ops.prims))
 
     def __missing__(self, name: str) -> _Op:
         packet = getattr(torch.ops.aten, name, None)

@@ -83,7 +83,7 @@ class Problem:
         self.value = {n: self._match(n, self.b) for n in self.scales}
 
     def _match(self, name: str, b: Mapping[str, Tensor]) -> float:
-        return float((self.a[name] * b[name]).sum(dtype=torch.float64)) * self.scales[name]
+        return weights.inner(self.a[name], b[name]) * self.scales[name]
 
     def weight(self, number: int) -> float:
         """The number of parameter entries for each unit of a class."""
@@ -215,7 +215,7 @@ def search(problem: Problem, *, seed: int = 0, progress: bool | None = None) -> 
 
 
 def floats(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that the group moves, at least in float32."""
+    """The parameters that the group moves, at least in single precision."""
     names = {axis.parameter for axis in symmetry.layout}
     return {n: state[n].detach().float() if state[n].element_size() < 4 else state[n].detach() for n in sorted(names)}
 

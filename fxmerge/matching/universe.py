@@ -148,8 +148,9 @@ class Together:
         placed = [p.apply(u) for p, u in zip(self.permutations, self.units, strict=True)]
         agreed = 0.0
         for name in self.units[0]:
-            own = sum(float(u[name].square().sum(dtype=torch.float64)) for u in self.units)
-            together = float(reduce(torch.add, [p[name] for p in placed]).square().sum(dtype=torch.float64))
+            own = sum(weights.inner(u[name], u[name]) for u in self.units)
+            total = reduce(torch.add, [p[name] for p in placed])
+            together = weights.inner(total, total)
             agreed += self.units[0][name].numel() * (together - own) / 2
         agreed *= self.mix.weights
         for number, shown in self.correlation.items():

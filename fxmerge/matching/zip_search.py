@@ -120,7 +120,7 @@ class _Problem:
     def _kept(self, name: str) -> float:
         total = sum(self.expressed(name, m) for m in range(len(self.states)))
         assert isinstance(total, Tensor)
-        return float(total.square().sum(dtype=torch.float64)) * self.scales[name]
+        return weights.inner(total, total) * self.scales[name]
 
     def expressed(self, name: str, model: int, without: AxisLayout | None = None) -> Tensor:
         """T applied to a parameter of one model along all of its axes but one."""

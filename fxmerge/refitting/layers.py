@@ -237,6 +237,8 @@ class _Finder:
             return None
         arguments = bind(node)
         nodes = [operand(arguments, name) for name in form.operands]
+        if node.meta["val"].is_complex():
+            return f"its product at graph node {node.name!r} is of complex numbers"
         if not all(isinstance(n, fx.Node) for n in nodes) or sum(n in self.program.derived for n in nodes) != 1:
             return None
         at = 0 if nodes[0] in self.program.derived else 1

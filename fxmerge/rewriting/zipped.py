@@ -54,13 +54,13 @@ def zip_average(
     equal -= {variance for mean, variance in statistics if mean not in equal}
     for name, axes in _by_name(layout).items():
         still = name in equal and apart.isdisjoint(n for axis in axes for n, _ in axis.roles)
-        if still or not states[0][name].is_floating_point():
+        if still or not (states[0][name].is_floating_point() or states[0][name].is_complex()):
             continue
         added.add(name)
         total, counts = torch.zeros(()), torch.zeros(())
         for s, own, weight in zip(wide, labels, weights, strict=True):
             x, count = _added(s[name], axes, own, flow)
-            total, counts = total.to(x) + weight * x, counts.to(x) + weight * count
+            total, counts = total.to(x) + weight * x, counts.to(count) + weight * count
         merged[name] = torch.where(counts > 0, total / counts, 0.0).to(states[0][name].dtype)
         for alias in axes[0].aliases:
             merged[alias] = merged[name]
@@ -81,7 +81,7 @@ def produced(
     """
     sums, counts = dict(state), {}
     for name, axes in _by_name(layout).items():
-        if state[name].is_floating_point():
+        if state[name].is_floating_point() or state[name].is_complex():
             producing = [axis for axis in axes if flow[name, axis.dim] is not Flow.CONSUMES]
             sums[name], count = _added(state[name], producing, labels, flow)
             counts[name] = count.expand(state[name].shape)
@@ -102,7 +102,7 @@ def _added(
     """A parameter with the members of each merged unit added up along some axes, and how many members of axes that
     produce each entry is a sum of."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    count = torch.ones((), dtype=x.dtype, device=x.device)
+    count = torch.ones((), dtype=x.dtype.to_real(), device=x.device)
     for axis in axes:
         target = axis.target(labels)
         x = add_axis(x, axis, target)

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from fxmerge.errors import LoaderError, NonFiniteError
 from fxmerge.program import Program
 from fxmerge.run import Data, Runner
+from fxmerge.similarity.weights import real
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.group import Symmetry
@@ -272,7 +273,8 @@ def whole(blocks: Mapping[Pair, Tensor], models: int) -> NDArray[np.float64]:
 
 
 def _rows(value: Tensor, tap: Tap) -> Tensor:
-    """What a tap shows of an activation: shape (rows, units)."""
+    """What a tap shows of an activation: shape (rows, units). Both parts of complex numbers are rows."""
+    value = real(value)
     others = [d for d in range(value.ndim) if d not in tap.dims]
     flat = value.permute(*others, *tap.dims).reshape(math.prod(value.shape[d] for d in others), -1)
     limit = max(min(MAX_ROWS // tap.order.shape[1], MAX_ENTRIES // tap.order.numel()), 2)

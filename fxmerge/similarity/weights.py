@@ -39,7 +39,8 @@ class Slices:
         return picked.reshape(len(slots), -1)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The slices of every unit, shape (units, entries)."""
+        """The slices of every unit, shape (units, entries); of complex numbers both parts."""
+        tensor = real(tensor)
         rest = [d for d in range(tensor.ndim) if d not in self.axis.dims]
         flat = tensor.permute(*self.axis.dims, *rest).reshape(self.axis.slot.size, -1)
         if self._in_order:
@@ -74,9 +75,19 @@ def slices(symmetry: Symmetry) -> dict[int, list[Slices]]:
     return found
 
 
+def real(tensor: Tensor) -> Tensor:
+    """A tensor with complex numbers as pairs, along a last dimension: their inner product is a real number."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """The inner product of two tensors as lists of real numbers."""
+    return float((real(a) * real(b)).sum(dtype=torch.float64))
+
+
 def scale(a: Tensor, b: Tensor) -> float:
     """Turns <a, b> into a similarity that counts every entry alike: the number of entries times the cosine."""
-    norms = float(a.norm(dtype=torch.float64) * b.norm(dtype=torch.float64))
+    norms = float(real(a).norm(dtype=torch.float64) * real(b).norm(dtype=torch.float64))
     return a.numel() / norms if norms > 0 else 0.0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,10 +11,40 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class InDouble(TorchDispatchMode):
-    """Turns what a model casts to a lower precision by itself into float64, the default while it lasts."""
+def in_double(value: Any) -> Any:
+    """A tensor of real or complex numbers in double precision; anything else as it is."""
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
-    lower = (torch.float32, torch.float16, torch.bfloat16)
+
+class InSingle(TorchDispatchMode):
+    """Turns casts to less than single precision into casts to single precision."""
+
+    wider: ClassVar[dict[torch.dtype, torch.dtype]] = {
+        **dict.fromkeys((torch.float16, torch.bfloat16), torch.float32),
+        torch.complex32: torch.complex64,
+    }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def raised(value: Any) -> Any:
+            return self.wider.get(value, value) if isinstance(value, torch.dtype) else value
+
+        args, kwargs = pytree.tree_map(raised, (args, kwargs or {}))
+        return self.call(func, args, kwargs)
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
+
+class InDouble(InSingle):
+    """Turns what a model casts to a lower precision by itself into float64 or complex128; float64 is the default while
+    it lasts."""
+
+    wider: ClassVar[dict[torch.dtype, torch.dtype]] = {
+        **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+        **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+    }
 
     def __enter__(self) -> InDouble:
         self.default = torch.get_default_dtype()
@@ -26,11 +56,7 @@ class InDouble(TorchDispatchMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch.set_default_dtype(self.default)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def raised(value: Any) -> Any:
-            return torch.float64 if isinstance(value, torch.dtype) and value in self.lower else value
-
-        args, kwargs = pytree.tree_map(raised, (args, kwargs or {}))
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         return _WRITTEN_OUT.get(func, func)(*args, **kwargs)
 
 

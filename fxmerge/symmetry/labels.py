@@ -11,27 +11,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, core, reshape, shrink, spread, support
-from fxmerge.symmetry.relate import relate, relate_inert
-from fxmerge.symmetry.units import UnitGraph, distinct, mix, number, number_rows
+from fxmerge.symmetry.relate import relate, relate_inert, relate_sets
+from fxmerge.symmetry.units import NOTHING, UnitGraph, distinct, mix, number, number_rows
 
 
 @dataclass(frozen=True)
 class Labels:
     """What is known of one tensor: its unit columns and its inert columns.
 
-    `parameter` is set while the tensor is no more than a rearrangement of that parameter's entries.
+    `parameter` is set while the tensor is no more than a rearrangement of that parameter's entries; `is_mask` where the
+    graph has it as a tensor of truth values.
     """
 
     shape: Shape
     columns: tuple[Tensor, ...] = ()
     inert: tuple[Tensor, ...] = ()
     parameter: str | None = None
+    is_mask: bool = False
 
     @property
     def ndim(self) -> int:
@@ -63,9 +67,21 @@ def constant(value: Tensor) -> Labels:
     dims = support(value)
     if not dims:
         return Labels(tuple(value.shape))
-    values = np.unique(core(value, dims).resolve_conj().numpy(), return_inverse=True)[1]
+    values = np.unique(_numbers(core(value, dims)), return_inverse=True)[1]
     ids = torch.from_numpy(values.astype(np.int64))
     return Labels(tuple(value.shape), (), (spread(ids, tuple(value.shape), dims),))
+
+
+def _numbers(value: Tensor) -> NDArray[Any]:
+    """The values of a tensor in numpy, which lacks some of torch's types: wider there, or else as their bits."""
+    value = value.resolve_conj().resolve_neg()
+    for wide in (value.dtype, torch.complex128 if value.is_complex() else torch.float64):
+        try:
+            return value.to(wide).numpy()
+        except (TypeError, NotImplementedError, RuntimeError):
+            continue
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return value.contiguous().view(bits[value.itemsize]).numpy()
 
 
 def _varying(columns: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -154,8 +170,12 @@ def _implies(fine: Tensor, coarse: Tensor) -> bool:
 def reduce(units: UnitGraph, x: Labels, dims: Iterable[int], reason: str, *, keepdim: bool = False) -> Labels:
     """The labels after a symmetric reduction (sum, mean, max, norm) over `dims`."""
     gone = {d % x.ndim for d in dims} if x.ndim else set()
-    columns = [c for c in (_reduce_column(units, c, gone, reason) for c in x.columns) if c is not None]
-    factors = [f for f in (_reduce_inert(f, gone) for f in x.inert) if f is not None]
+    columns, factors = [], [f for f in (_reduce_inert(f, gone) for f in x.inert) if f is not None]
+    for i, column in enumerate(x.columns):
+        irregular = relate_sets(units, column, (*x.columns[:i], *x.columns[i + 1 :]), x.inert, gone, reason)
+        blocks, padded = _reduce_column(units, column, factors, gone, reason)
+        columns += [] if blocks is None else [blocks]
+        factors += [f for f in (irregular, padded) if f is not None]
     shape = tuple(1 if d in gone else n for d, n in enumerate(x.shape))
     reduced = Labels(shape, tuple(_first_of(c, gone) for c in columns), tuple(_first_of(f, gone) for f in factors))
     if keepdim:
@@ -172,39 +192,67 @@ def _first_of(column: Tensor, dims: Iterable[int]) -> Tensor:
 
 
 def _reduce_column(
-    units: UnitGraph, column: Tensor, gone: set[int], reason: str, *, ordered: bool = False
-) -> Tensor | None:
-    """The column of the blocks whose members are the units along `gone`, None if there is only one such block.
+    units: UnitGraph,
+    column: Tensor,
+    factors: Sequence[Tensor],
+    gone: set[int],
+    reason: str,
+    *,
+    ordered: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The blocks of what is reduced away together, and, where more of it is `NOTHING` at some places than at others, an
+    inert column that tells these apart.
 
-    Places along `gone` that hold the same units in another order make one block, unless `ordered`.
+    Arguments:
+        factors: the inert columns of the result.
+        ordered: whether places along `gone` that hold the same units in another order are other blocks.
     """
     dims = support(column)
     kept = [d for d in dims if d not in gone]
     if len(kept) == len(dims):
-        return column
+        return column, None
     size = math.prod(column.shape[d] for d in kept)
     rows = core(column, kept + [d for d in dims if d in gone]).reshape(size, -1).numpy()
     if size == 1 and len(distinct(rows)) == rows.size:
-        return None
+        return None, None
     place = mix(np.arange(rows.shape[1])) if ordered else np.uint64(0)
     first, row_set = number(mix(rows.view(np.uint64) ^ place).sum(axis=1))
     sets = rows[first]
-    # One entry per (set, unit), with how often the set holds the unit.
-    flat = np.arange(len(sets))[:, None] * (int(sets.max()) + 1) + sets
-    entry, times = np.unique(flat, return_counts=True)
-    owner, unit = entry // (int(sets.max()) + 1), entry % (int(sets.max()) + 1)
-    uneven = np.array([t.min() != t.max() for t in np.split(times, np.unique(owner, return_index=True)[1][1:])])
-    shared = np.zeros(len(sets), bool)
-    again = np.bincount(np.unique(unit, return_inverse=True)[1])[np.unique(unit, return_inverse=True)[1]] > 1
-    np.logical_or.at(shared, owner, again)
-    bad = shared if ordered else uneven | shared
+    # One entry per (set, unit), with how often the set holds the unit. Padding is in no block.
+    span = int(sets.max()) + 1
+    entry, times = np.unique(np.arange(len(sets))[:, None] * span + sets, return_counts=True)
+    owner, unit = entry // span, entry % span
+    nothing = np.zeros(len(sets), np.int64)
+    nothing[owner[unit == NOTHING]] = times[unit == NOTHING]
+    owner, unit, times = (a[unit != NOTHING] for a in (owner, unit, times))
+    # Sets of the same units are one block, however much padding there is beside.
+    held = np.zeros(len(sets), np.uint64)
+    np.add.at(held, owner, mix(unit))
+    group = np.arange(len(sets)) if ordered else number(held)[1]
+    least, most = np.full(len(sets), rows.shape[1]), np.zeros(len(sets), np.int64)
+    np.minimum.at(least, owner, times)
+    np.maximum.at(most, owner, times)
+    member = distinct(group[owner] * span + unit)
+    owner, unit = member // span, member % span
+    again = np.unique(unit, return_inverse=True, return_counts=True)[1:]
+    bad = np.zeros(int(group.max()) + 1, bool)
+    if not ordered:
+        bad[group[most > least]] = True
+    bad[owner[again[1][again[0]] > 1]] = True
     units.pin(unit[bad[owner]], f"{reason}: reduced in overlapping or uneven groups")
-    if len(sets) == 1:
-        return None
-    block = units.fresh(len(sets), ("block", reason))
+    shape = tuple(column.shape)
+    told = spread(torch.from_numpy(nothing[row_set]), shape, kept) if (nothing != nothing[0]).any() else None
+    blocks = distinct(owner)
+    if len(blocks) < 2:
+        return None, told
+    block = np.full(len(bad), NOTHING, np.int64)
+    block[blocks] = units.fresh(len(blocks), ("block", reason))
     units.pin(block[bad], f"{reason}: reduced in overlapping or uneven groups")
     units.include(unit, block[owner])
-    return spread(torch.from_numpy(block[row_set]), tuple(column.shape), kept)
+    result = spread(torch.from_numpy(block[group[row_set]]), shape, kept)
+    if nothing.any():
+        relate_inert(units, result, factors if told is None else [*factors, told], reason)
+    return result, told
 
 
 def _reduce_inert(factor: Tensor, gone: set[int]) -> Tensor | None:
@@ -254,6 +302,7 @@ def pin(units: UnitGraph, x: Labels, reason: str, dims: Iterable[int] | None = N
         elif relate_inert(units, column, places, reason, x.inert):
             factors.append(column)
         else:
-            rows = _reduce_column(units, column, pinned, reason, ordered=True)
+            rows, padded = _reduce_column(units, column, places, pinned, reason, ordered=True)
             columns += [] if rows is None else [rows]
+            factors += [] if padded is None else [padded]
     return Labels(x.shape, tuple(columns), prune((*x.inert, *factors), columns))

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.program import Program
 from fxmerge.symmetry.columns import support
+from fxmerge.symmetry.double import in_double
 from fxmerge.symmetry.labels import Labels, inert, pin, reduce
 from fxmerge.symmetry.rules.contraction import contract
 from fxmerge.symmetry.rules.registry import Site
@@ -143,7 +144,7 @@ class _Op:
                 out = target(*again, **by_name)
             return [out] if used is None else [out[i] for i in sorted(used)]
 
-        actual = [leaves[i].double() if leaves[i].is_floating_point() else leaves[i] for i in places]
+        actual = [in_double(leaves[i]) for i in places]
         generator = torch.Generator().manual_seed(0)
         noisy = [_perturb(t, generator) for t in actual]
         try:
@@ -164,6 +165,8 @@ class _Op:
 
 
 def _perturb(t: Tensor, generator: torch.Generator) -> Tensor:
+    if t.is_complex():
+        return torch.view_as_complex(_perturb(torch.view_as_real(t.resolve_conj()), generator))
     if not t.is_floating_point():
         return t
     noise = torch.rand(t.shape, dtype=t.dtype, generator=generator).to(t.device)
@@ -174,6 +177,8 @@ def _same(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
     for x, y in zip(xs, ys, strict=True):
         if x.shape != y.shape:
             return False
+        if x.is_complex() and y.is_complex():
+            x, y = (torch.view_as_real(z.resolve_conj()) for z in (x, y))
         if not x.is_floating_point():
             if not torch.equal(x, y):
                 return False

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxmerge.program import Program
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import Shape, core, spread, support
+from fxmerge.symmetry.double import InSingle
 from fxmerge.symmetry.labels import Labels, inert, pin
 from fxmerge.symmetry.probe import Prober
 from fxmerge.symmetry.relate import relate
@@ -58,11 +59,13 @@ def propagate(program: Program, find_rule: rules.Lookup = rules.find_rule) -> Pr
     """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
     those parameters split whose rows are used apart."""
     splits: dict[Axis, Ids] = {}
-    prober = None
+    prober, tried = None, set[Any]()
     while True:
-        found = _Walk(program, splits, find_rule, prober).run_all()
+        walk = _Walk(program, splits, find_rule, prober)
+        found = walk.run_all()
         if found.unknown and prober is None:
-            simpler = program.aten.decompose(found.unknown)
+            simpler = program.aten.decompose(found.unknown.keys() - tried)
+            tried |= found.unknown.keys()
             if simpler is None:
                 prober = Prober(program, set(found.unknown))
             else:
@@ -70,6 +73,9 @@ def propagate(program: Program, find_rule: rules.Lookup = rules.find_rule) -> Pr
             continue
         more = _rows_used_apart(found, splits)
         if not more:
+            for node, error in walk.failed.items():
+                logger.warning("%s (%s) cannot be labelled, so what it reads is pinned.", node.name, node.target)
+                logger.debug("%s: %s", node.name, error, exc_info=error)
             return found
         splits = splits | more
 
@@ -111,6 +117,8 @@ class _Walk(fx.Interpreter):
         super().__init__(program.graph, garbage_collect_values=True)
         self.program, self.splits, self.find_rule, self.prober = program, splits, find_rule, prober
         self.found = Propagation(program, UnitGraph(), {})
+        self.failed: dict[fx.Node, Exception] = {}
+        self.wide: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run_all(self) -> Propagation:
         with torch.no_grad():
@@ -128,8 +136,9 @@ class _Walk(fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             value = self._call(n, args, kwargs)
         else:
-            value = super().run_node(n)
+            value = self._widened(super().run_node(n))
         if isinstance(value, Labels):
+            value = replace(value, is_mask=n.meta["val"].dtype is torch.bool)
             self.found.labels[n.name] = value
         return value
 
@@ -139,7 +148,7 @@ class _Walk(fx.Interpreter):
         if kind == "parameter":
             return self._parameter(name, shape)
         if kind == "constant":
-            return self.program.constants[name]
+            return self._widened(self.program.constants[name])
         return inert(shape) if isinstance(n.meta["val"], Tensor) else n.meta["val"]
 
     def _parameter(self, name: str, shape: Shape) -> Labels:
@@ -164,9 +173,35 @@ class _Walk(fx.Interpreter):
             relate(units, a, b, f"{name}: rows used apart")
         return Labels(shape, tuple(columns), parameter=name)
 
+    def _widened(self, value: Any) -> Any:
+        """A constant in at least single precision: in less, many more values are equal than those that are meant to be.
+
+        One tensor stays one, so that what is written into it is seen wherever it is read.
+        """
+        wider = InSingle.wider.get(value.dtype) if isinstance(value, Tensor) else None
+        if wider is None:
+            return value
+        return self.wide.setdefault(id(value), (value, value.to(wider)))[1]
+
+    def _compute(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What depends on constants alone, in at least single precision where the op takes that."""
+        target = cast(Callable[..., Any], n.target)
+        if target is not torch.ops.aten.view.dtype:  # It reads the bits of a number.
+            try:
+                with InSingle():  # type: ignore[no-untyped-call]
+                    return target(*args, **kwargs)
+            except (NotImplementedError, RuntimeError):
+                logger.debug("%s (%s) is computed in its own precision", n.name, target, exc_info=True)
+        args, kwargs = fx.map_arg((n.args, n.kwargs), self._as_recorded)
+        return target(*args, **kwargs)
+
+    def _as_recorded(self, n: fx.Node) -> Any:
+        value, recorded = self.env[n], n.meta.get("val")
+        return value.to(recorded.dtype) if isinstance(value, Tensor) and isinstance(recorded, Tensor) else value
+
     def _call(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         if not _labels_in((args, kwargs)):
-            return n.target(*args, **kwargs)  # type: ignore[operator]
+            return self._compute(n, args, kwargs)
         if n.meta.get("val") is None and not n.users:
             return None
         if not isinstance(n.meta.get("val"), (Tensor, tuple, list)):
@@ -193,6 +228,7 @@ class _Walk(fx.Interpreter):
             prober = self.prober
             value = self._try(n, lambda: prober.label(site, n, args, kwargs))
             if value is not NotImplemented:
+                self.failed.pop(n, None)
                 self.found.probed[n.target] += 1
                 return value
         self.found.unknown[n.target] += 1
@@ -217,8 +253,8 @@ class _Walk(fx.Interpreter):
         """The labels, or NotImplemented where there is an error: a node that cannot be labelled is pinned."""
         try:
             return label()
-        except Exception:
-            logger.warning("node %s (%s) could not be labelled, and is pinned", n.name, n.target, exc_info=True)
+        except Exception as error:
+            self.failed[n] = error
             return NotImplemented
 
     def _apply_rule(self, site: rules.Site, n: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from fxmerge.symmetry.columns import core, joint_column, support
-from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, mix, number_rows
+from fxmerge.symmetry.columns import core, joint_column, spread, support
+from fxmerge.symmetry.units import NOTHING, Hashes, Ids, UnitGraph, distinct, mix, number_rows
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,7 @@ def relate_inert(
     rows = core(joint, shared + [d for d in support(joint) if d not in shared]).reshape(size, -1).numpy()
     place = number_rows(np.ascontiguousarray(rows))[:, None]
     ids, unit = np.unique(core(column, shared + [d for d in dims if d not in shared]).numpy(), return_inverse=True)
-    meetings, times = np.unique(unit.reshape(size, -1) * size + place, return_counts=True)
-    # What a unit meets, and how often, as one number.
-    seen = np.zeros(len(ids), np.uint64)
-    np.add.at(seen, meetings // size, mix(meetings % size + mix(times).view(np.int64)))
+    seen = _seen(unit.reshape(size, -1), place)
     _, part, count = np.unique(seen, return_inverse=True, return_counts=True)
     if len(count) == 1:
         return False
@@ -228,3 +226,68 @@ def relate_inert(
         units.pin(block, reason)
         units.include(ids[~alone], block[part[~alone]])
     return bool(alone.all())
+
+
+def _seen(unit: Ids, beside: Ids) -> Hashes:
+    """What each unit, numbered from 0, meets, and how often, as one number."""
+    span = int(beside.max()) + 1
+    meetings, times = np.unique(unit * span + beside, return_counts=True)
+    seen = np.zeros(int(unit.max()) + 1, np.uint64)
+    np.add.at(seen, meetings // span, mix(meetings % span + mix(times).view(np.int64)))
+    return seen
+
+
+def relate_sets(
+    units: UnitGraph, column: Tensor, others: Sequence[Tensor], factors: Sequence[Tensor], gone: set[int], reason: str
+) -> Tensor | None:
+    """Pins units that a reduction over some dimensions takes together, where they do not all meet the same in its sets.
+
+    So it is where positions were chosen one by one: the sum of x[0, 1] and x[1, 0] is not that of x[0, 0] and x[1, 1].
+
+    Returns:
+        An inert column that tells the results apart, if any unit was pinned.
+    """
+    along = gone.intersection(support(column))
+    others = [c for c in others if along.intersection(support(c))]
+    factors = [f for f in factors if along.intersection(support(f))]
+    joint = joint_column([*others, *factors])
+    if joint is None:
+        return None
+    dims = sorted({*support(column), *support(joint)}, key=lambda d: (d in gone, d))
+    kept = [d for d in dims if d not in gone]
+    shape = math.prod(column.shape[d] for d in kept), -1
+    at, beside = (core(c, dims).reshape(shape).numpy() for c in (column, joint))
+    beside = np.unique(beside, return_inverse=True)[1].reshape(at.shape)
+    real = at != NOTHING
+    place, (ids, unit) = np.nonzero(real)[0], np.unique(at[real], return_inverse=True)
+    if not len(ids):
+        return None
+    entries, entry = np.unique(place * len(ids) + unit, return_inverse=True)
+    place, member = entries // len(ids), entries % len(ids)
+    seen = _seen(entry, beside[real])
+    if not _varying(place, seen).any():
+        return None
+    # Units that are told apart may meet others than each other.
+    part = np.zeros(len(ids), np.int64)
+    if factors:
+        relate_inert(units, column, factors, reason)
+        inert = core(cast(Tensor, joint_column(factors)), dims).reshape(shape).numpy()[real]
+        part = np.unique(_seen(unit, np.unique(inert, return_inverse=True)[1]), return_inverse=True)[1]
+    for other in others:
+        relate(units, column, other, reason)
+        met = cast(Pairs, meet(column, other))
+        part = np.unique(part * len(met.a_count) + met.a_part[np.searchsorted(met.a, ids)], return_inverse=True)[1]
+    irregular = _varying(place * len(ids) + part[member], seen)
+    if not irregular.any():
+        return None
+    units.pin(distinct(ids[member[irregular]]), f"{reason}: reduced in an irregular pattern")
+    rows = number_rows(np.ascontiguousarray(at * (int(beside.max()) + 1) + beside))
+    return spread(torch.from_numpy(rows), tuple(column.shape), kept)
+
+
+def _varying(key: Ids, seen: Hashes) -> np.ndarray:
+    """Which entries have a key that occurs with several numbers."""
+    _, first, number = np.unique(key, return_index=True, return_inverse=True)
+    varying = np.zeros(len(first), bool)
+    varying[number[seen != seen[first[number]]]] = True
+    return varying[number]

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from fxmerge import models
 from fxmerge.capture import Args, Kwargs, check_example, evaluating, open_outputs
 from fxmerge.errors import FxmergeError, OptionError
-from fxmerge.symmetry.double import InDouble, WithOwnStatistics
+from fxmerge.symmetry.double import InDouble, WithOwnStatistics, in_double
 from fxmerge.symmetry.freeze import demote
 from fxmerge.symmetry.permutation import Permutation
 
@@ -135,8 +135,8 @@ class Probe:
                 model = model.module()  # It shares its tensors with the program.
             else:
                 stack.enter_context(evaluating(model))
-            self.module = models.copied(model).double()
-        self.inputs: tuple[Args, dict[str, Any]] = pytree.tree_map(_double, (tuple(args), kwargs))
+            self.module = models.copied(model)._apply(in_double)
+        self.inputs: tuple[Args, dict[str, Any]] = pytree.tree_map(in_double, (tuple(args), kwargs))
         own = models.tensors(self.module, keep_vars=True)
         self.state = {name: _perturb(t, generator) for name, t in own.items()}
         _share(self.state, own)
@@ -169,10 +169,11 @@ class Probe:
         """What changes of the parameters in their last places change."""
 
         def shaken(tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point() or tensor.device.type == "meta":
+            if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.device.type == "meta":
                 return tensor
             noise = torch.rand(tensor.shape, dtype=torch.float64, generator=generator).to(tensor.device)
-            return tensor.double() * (1 + 4 * torch.finfo(torch.float64).eps * (noise - 0.5))
+            wide: Tensor = in_double(tensor)
+            return wide * (1 + 4 * torch.finfo(torch.float64).eps * (noise - 0.5))
 
         return self.change({name: shaken(tensor) for name, tensor in self.state.items()})
 
@@ -189,14 +190,13 @@ class Probe:
         return worst
 
 
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
 def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Generic values near those of the tensor, in float32, which takes half the memory; positive ones stay
     positive, as variances must. What is next to nothing at initialisation, such as the scales of branches,
     grows until it counts."""
+    if tensor.is_complex() and tensor.device.type != "meta":
+        parts = torch.view_as_real(tensor.detach().to(torch.complex64).resolve_conj())
+        return torch.view_as_complex(_perturb(parts, generator))
     if not tensor.is_floating_point() or tensor.device.type == "meta" or not tensor.numel():
         return tensor.detach().clone()
     value = tensor.detach().float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fxmerge.symmetry.rules.registry import Site, rule
 @rule(
     *("pointwise", "where", "masked_fill", "floor_divide", "__and__", "__or__", "__xor__", "multiply", "divide"),
     *("subtract", "true_divide", "absolute", "negative", "square", "polar", "log_sigmoid", "hardswish"),
-    "_prelu_kernel",
+    *("_prelu_kernel", "complex"),
 )
 def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     """Joins all operands. Serves every op that torch tags as pointwise."""
@@ -25,10 +26,16 @@ def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     return result
 
 
+@rule("prelu")
+def prelu(at: Site, x: Labels | Tensor, slope: Labels | Tensor) -> Labels:
+    """One slope, or one for every channel: these lie along the second dimension, or the only one."""
+    return at.join(at.labels(x), slope.reshape((math.prod(slope.shape), *(1,) * (len(x.shape) - 2))))
+
+
 @rule(
     *("_to_copy", "to", "clone", "alias", "detach", "contiguous", "lift_fresh_copy", "lift_fresh", "type_as"),
     *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "native_dropout"),
-    *("_conj", "resolve_conj", "_conj_physical", "resolve_neg"),
+    *("_conj", "resolve_conj", "_conj_physical", "resolve_neg", "_neg_view"),
 )
 def identity(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Any:
     """Copies, casts, and dropout in eval mode."""

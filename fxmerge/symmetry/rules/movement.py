@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, shrink, spread, support
-from fxmerge.symmetry.labels import MAX_INERT, Labels, move, prune
+from fxmerge.symmetry.labels import MAX_INERT, Labels, move, prune, reduce
 from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import NOTHING, distinct
 
@@ -31,8 +31,8 @@ def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     *("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "mT", "adjoint"),
     *("select", "slice", "narrow", "flip", "fliplr", "flipud", "roll", "rot90", "unfold"),
     *("repeat", "repeat_interleave", "tile", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
-    *("native_channel_shuffle", "im2col", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
-    *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided"),
+    *("native_channel_shuffle", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
+    *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided", "fft_fftshift", "fft_ifftshift"),
 )
 def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     def op(column: Tensor) -> Tensor:
@@ -44,6 +44,18 @@ def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
         return moved
 
     return move(at.units, x, op, at.shape, at.name)
+
+
+@rule("im2col")
+def windows(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
+    """A movement that fills in zeros: these are `NOTHING` in a column, and no number in an inert one."""
+    return movement(at, replace(x, inert=_beside_zeros(x)), *args, **kwargs)
+
+
+def _beside_zeros(x: Labels) -> tuple[Tensor, ...]:
+    """The inert columns of x without the number 0, and one of ones: filling in zeros tells what is filled in apart."""
+    ones = torch.ones((1,) * x.ndim, dtype=torch.int64).expand(x.shape)
+    return (ones, *((compact(f) + 1).expand(x.shape) for f in x.inert))
 
 
 @rule("diagonal")
@@ -180,14 +192,65 @@ def pad(at: Site, x: Labels, widths: Sequence[int], *args: Any) -> Labels:
     return x
 
 
-def _overwritten(
-    at: Site, x: Labels | Tensor, source: Shape, dim: int, write: Callable[[Tensor, Tensor], Tensor]
-) -> None:
-    """Tells the units that an op writes over apart from those that it leaves as they are."""
-    for column in at.labels(x).columns:
-        along = {*support(column), dim}
-        thin = column[tuple(slice(None) if d in along else slice(0, 1) for d in range(column.ndim))]
-        left = write(thin, torch.full([n if d in along else 1 for d, n in enumerate(source)], -1))
+def write(
+    at: Site,
+    x: Labels | Tensor,
+    source: Labels | Tensor,
+    dims: Sequence[int],
+    places: Tensor,
+    first: int,
+    *,
+    replaces: bool,
+) -> Labels:
+    """The labels of x with a source written into it, or added up with it, at places that are constants.
+
+    Arguments:
+        dims: the dimensions of x that are indexed, in order.
+        places: for every position of the source along its dimensions from `first` on, as many as this has, the place in
+            x: its number over `dims`. The other dimensions of the source are those of x.
+        replaces: whether x is lost where something is written; else it is one more of what is added up.
+    """
+    labels, shape = at.labels(x), at.shape
+    sizes = tuple(shape[d] for d in dims)
+    rest = [d for d in range(len(shape)) if d not in dims]
+    flat = places.reshape(-1)
+    if not len(flat):
+        return labels
+    count = torch.bincount(flat, minlength=math.prod(sizes))
+    most = int(count.max())
+    # For every place the positions of the source that are written there, and the number of all where there are fewer.
+    order = flat.argsort(stable=True)
+    table = torch.full((len(count), most), len(flat))
+    table[flat[order], torch.arange(len(flat)) - (count.cumsum(0) - count)[flat[order]]] = order
+    axes = [dims.index(d) if d in dims else len(dims) + 1 + rest.index(d) for d in range(len(shape))]
+
+    along = range(first, first + places.ndim)
+
+    def placed(column: Tensor) -> Tensor:
+        depends = {*along, *support(column)}
+        thin = column[tuple(slice(None) if d in depends else slice(0, 1) for d in range(column.ndim))]
+        thin = thin.movedim(tuple(along), tuple(range(places.ndim)))
+        others = thin.shape[places.ndim :]
+        entries = torch.cat([thin.reshape(len(flat), *others), torch.zeros(1, *others, dtype=torch.int64)])
+        # Zeros take on a column that is the same for all that is written.
+        taken = torch.zeros_like(table) if set(support(column)).isdisjoint(along) else table
+        return entries[taken].reshape(*sizes, most, *others).permute(*axes, len(dims)).expand(*shape, most)
+
+    part = at.labels(source)
+    added = Labels((*shape, most), part.columns, _beside_zeros(part)).map(placed, (*shape, most))
+    added = reduce(at.units, added, [-1], at.name)
+    if not replaces:
+        return at.join(labels, added)
+    mask = (count > 0).reshape([shape[d] if d in dims else 1 for d in range(len(shape))])
+    _overwritten(at, labels, mask)
+    written = assemble(at, [x, added], lambda columns: torch.where(mask, columns[1], columns[0]), dims)
+    return at.join(written, written)
+
+
+def _overwritten(at: Site, x: Labels, mask: Tensor) -> None:
+    """Tells the units that are written over apart from those that are left somewhere."""
+    for column in x.columns:
+        left = torch.where(mask, -1, compact(column))
         kept = distinct(left[left >= 0].numpy())
         if len(kept) < len(distinct(core(column, support(column)).numpy())):
             at.units.segment(kept, f"{at.name}: overwritten")
@@ -195,21 +258,24 @@ def _overwritten(
 
 @rule("slice_scatter")
 def scatter_slice(at: Site, x: Labels | Tensor, source: Labels | Tensor, dim: int = 0, *args: Any) -> Labels:
-    def write(into: Tensor, part: Tensor) -> Tensor:
-        written: Tensor = at.target(into, part, dim, *args)
-        return written
-
     dim %= len(at.shape)
-    _overwritten(at, x, tuple(source.shape), dim, write)
-    return assemble(at, [x, source], lambda c: write(c[0], c[1]), [dim])
+    places = torch.ops.aten.slice(torch.arange(at.shape[dim]), 0, *args)
+    return write(at, x, source, [dim], places, dim, replaces=True)
 
 
 @rule("select_scatter")
 def scatter_select(at: Site, x: Labels | Tensor, source: Labels | Tensor, dim: int, index: int) -> Labels:
-    def write(into: Tensor, part: Tensor) -> Tensor:
-        return torch.select_scatter(into, part.select(dim, 0), dim, index)
-
     dim %= len(at.shape)
-    thin: Shape = (*at.shape[:dim], 1, *at.shape[dim + 1 :])
-    _overwritten(at, x, thin, dim, write)
-    return assemble(at, [x, source.reshape(thin)], lambda c: write(c[0], c[1]), [dim])
+    return write(at, x, source, [dim], torch.arange(at.shape[dim])[index], dim, replaces=True)
+
+
+@rule("diagonal_scatter")
+def scatter_diagonal(
+    at: Site, x: Labels | Tensor, source: Labels | Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> Labels:
+    """A diagonal is the last dimension of the source. Along it, two dimensions of x meet."""
+    dim1, dim2 = (d % len(at.shape) for d in (dim1, dim2))
+    dims = sorted((dim1, dim2))
+    sizes = tuple(at.shape[d] for d in dims)
+    places = torch.arange(math.prod(sizes)).reshape(sizes).diagonal(offset, dims.index(dim1), dims.index(dim2))
+    return write(at, x, source, dims, places, len(at.shape) - 2, replaces=True)

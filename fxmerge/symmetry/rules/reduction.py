@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxmerge.symmetry.labels import Labels, inert, pin, reduce
+from fxmerge.symmetry.labels import Labels, inert, join, pin, reduce
 from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule
 
 Dims = int | Sequence[int] | None
@@ -83,10 +83,13 @@ def unordered(at: Site, *args: Any, **kwargs: Any) -> Any:
 
 
 def _in_order(at: Site, x: Labels, dims: Sequence[int], shape: tuple[int, ...]) -> Labels:
-    """Of dimensions along which the order matters, it is only known that the result differs."""
+    """Of dimensions along which the order matters, it is only known that the result differs.
+
+    Units that lie along them and along others are told apart by their places, and move with the blocks that are left.
+    """
     dims = normalize_dims(dims, x.ndim)
-    pinned = pin(at.units, x, f"{at.name}: order along the dimension", dims)
-    return at.join(reduce(at.units, pinned, dims, at.name, keepdim=True), inert(shape, dims), shape)
+    placed = join(at.units, x, inert(x.shape, dims), f"{at.name}: order along the dimension")
+    return at.join(reduce(at.units, placed, dims, at.name, keepdim=True), inert(shape, dims), shape)
 
 
 @rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff")
@@ -98,8 +101,19 @@ def cumulative(at: Site, x: Labels, *args: Any, dim: int = -1, **kwargs: Any) ->
     return _in_order(at, x, [dim], at.shape)
 
 
-@rule("_fft_c2c", "_fft_r2c", "_fft_c2r")
-def fourier(at: Site, x: Labels, dims: Sequence[int], *args: Any) -> Labels:
+@rule(
+    *("_fft_c2c", "_fft_r2c", "_fft_c2r", "prims::fft_c2c", "prims::fft_r2c", "prims::fft_c2r"),
+    *("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft"),
+    *("fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn"),
+)
+def fourier(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
+    """Every frequency has a place of its own, and so has every place after a transform back."""
+    parameters = at.target._schema.arguments
+    given = {a.name: a.default_value for a in parameters} | kwargs
+    given |= dict(zip((a.name for a in parameters[1:]), args, strict=False))
+    dims = given["dim"]
+    if dims is None and given["s"] is not None:  # The last dimensions, as many as there are sizes.
+        dims = range(-len(given["s"]), 0)
     return _in_order(at, x, dims, at.shape)
 
 
