@@ -7,7 +7,7 @@ from torch import Tensor
 from fxmerge.symmetry.columns import axis_column, reshape, shrink, spread, support, view_groups
 from fxmerge.symmetry.labels import Labels, constant, inert, join, move, pin, reduce
 from fxmerge.symmetry.relate import relate
-from fxmerge.symmetry.units import UnitGraph
+from fxmerge.symmetry.units import NOTHING, UnitGraph
 
 
 def column(units: UnitGraph, shape: tuple[int, ...], *dims: int) -> Tensor:
@@ -106,6 +106,60 @@ def test_equal_constants_are_alike() -> None:
     assert support(factor) == (1,)
     assert factor[0, 0] == factor[0, 2] != factor[0, 1]
     assert constant(torch.ones(3, 4)).inert == ()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64),
+        *(torch.complex64, torch.int8, torch.uint16, torch.bool),
+    ],
+)
+def test_constants_of_every_type_are_labelled(dtype: torch.dtype) -> None:
+    (factor,) = constant(torch.tensor([1.0, 0.0, 1.0]).to(dtype)).inert
+    assert factor[0] == factor[2] != factor[1]
+
+
+def test_constants_of_a_type_without_numbers_are_told_apart_by_their_bits() -> None:
+    (factor,) = constant(torch.tensor([3, 5, 3], dtype=torch.uint8).view(torch.float4_e2m1fn_x2)).inert
+    assert factor[0] == factor[2] != factor[1]
+
+
+def test_padding_is_in_no_block() -> None:
+    units = UnitGraph()
+    ids = column(units, (5,), 0)
+    pairs = torch.cat([ids, torch.tensor([NOTHING])]).reshape(3, 2)
+    (blocks,) = reduce(units, Labels((3, 2), (pairs,)), [1], "sum").columns
+    assert NOTHING not in blocks
+    assert all((child != NOTHING).all() for child, _ in units.member)
+
+
+def test_sets_of_one_block_with_more_and_less_padding_are_told_apart() -> None:
+    units = UnitGraph()
+    a, b = column(units, (2,), 0).tolist()
+    rows = torch.tensor([[a, b, NOTHING, NOTHING], [a, b, a, b], [b, a, NOTHING, NOTHING]])
+    y = reduce(units, Labels((3, 4), (rows,)), [1], "sum")
+    assert y.columns == ()
+    (told,) = y.inert
+    assert told[0] == told[2] != told[1]
+
+
+def test_units_that_padding_stands_beside_unequally_often_are_pinned() -> None:
+    units = UnitGraph()
+    a, b = column(units, (2,), 0).tolist()
+    reduce(units, Labels((3,), (torch.tensor([a, a, b]),)), [0], "sum")
+    reduce(units, Labels((4,), (torch.tensor([a, a, b, NOTHING]),)), [0], "sum")
+    assert len([why for _, why in units.pinned if "uneven" in why]) == 2
+
+
+def test_a_reduction_crosswise_is_pinned_and_its_results_are_told_apart() -> None:
+    units = UnitGraph()
+    rows, places = column(units, (2, 2), 0), axis_column((2, 2), 1)
+    crosswise = torch.tensor([[0, 3], [1, 2]])
+    x = Labels((2, 2), (rows.reshape(-1)[crosswise],), (places.reshape(-1)[crosswise],))
+    y = reduce(units, x, [1], "sum")
+    assert {int(i) for ids, why in units.pinned for i in ids if "irregular" in why} == {*rows[:, 0].tolist()}
+    assert any(support(f) == (0,) and f[0] != f[1] for f in y.inert)
 
 
 def test_shrink_finds_the_dimensions_that_do_not_matter() -> None:

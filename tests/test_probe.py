@@ -37,6 +37,12 @@ def scaled(x: Tensor) -> Tensor:
     return x * torch.arange(1, x.shape[-1] + 1)
 
 
+@torch.library.custom_op("fxmerge_probe::rotated", mutates_args=())
+def rotated(x: Tensor) -> Tensor:
+    return x * (0.6 + 0.8j) / (1 + x.abs().square().sum(-1, keepdim=True))
+
+
+rotated.register_fake(torch.empty_like)
 attention.register_fake(lambda q, k, v: torch.empty_like(v))
 cumulate.register_fake(torch.empty_like)
 dense.register_fake(lambda x, w, b: x.new_empty((*x.shape[:-1], w.shape[0])))
@@ -87,6 +93,16 @@ class Moments(nn.Module):
         return self.b(mean) + self.c(rest).sum(1)  # type: ignore[no-any-return]
 
 
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(6, 5, dtype=torch.cfloat))
+        self.b = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.ops.fxmerge_probe.rotated(x.to(torch.cfloat) @ self.a.mT).real)  # type: ignore[no-any-return]
+
+
 class Deformable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -104,6 +120,7 @@ class Deformable(nn.Module):
         (Attention(), (2, 7, 5), [3, 12, 12]),
         (Dense(), (2, 5), [6, 7]),
         (Moments(), (2, 4, 5), [6]),
+        (Complex(), (2, 5), [6]),
         (Deformable(), (2, 3, 8, 8), [6, 8]),
     ],
 )

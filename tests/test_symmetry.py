@@ -1,3 +1,4 @@
+import logging
 from typing import Any
 
 import pytest
@@ -88,6 +89,63 @@ def test_an_op_without_a_rule_is_written_out_where_torch_can() -> None:
     symmetry = fxmerge.find_symmetry(model, (torch.randn(4, 3),))
     assert symmetry.unknown == {}
     assert symmetry.classes[0].size == 5
+
+
+def test_a_rule_that_fails_pins_what_its_op_touches_and_is_named_in_one_sentence(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(at: Any, *args: Any) -> Any:
+        raise ZeroDivisionError("a mistake in a rule")
+
+    with caplog.at_level(logging.DEBUG, logger="fxmerge.symmetry"):
+        symmetry = fxmerge.find_symmetry(
+            Applies("single"), (torch.randn(4, 3),), rules={"fxmerge_tests::single": broken}
+        )
+    assert symmetry.unknown == {"fxmerge_tests.single.default": 1}
+    assert "pinned: a.weight[0], 5 indices: single: no labels for fxmerge_tests.single.default" in str(symmetry)
+    (warned,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+    assert (
+        warned.getMessage() == "single (fxmerge_tests.single.default) cannot be labelled, so what it reads is pinned."
+    )
+    assert warned.exc_info is None
+    assert any(r.exc_info and isinstance(r.exc_info[1], ZeroDivisionError) for r in caplog.records)
+
+
+def test_an_op_whose_rule_fails_is_probed(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(at: Any, *args: Any) -> Any:
+        raise ZeroDivisionError("a mistake in a rule")
+
+    symmetry = fxmerge.find_symmetry(Applies("center"), (torch.randn(4, 3),), rules={"fxmerge_tests::center": broken})
+    assert symmetry.probed == {"fxmerge_tests.center.default": 1}
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+class Scaled(nn.Module):
+    """Multiplies its units by a constant that less than single precision makes ones."""
+
+    def __init__(self, stored: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.stored = stored
+        self.table: Tensor
+        self.register_buffer("table", torch.tensor([0.0, 0.5, 1.0, 2.0]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.table if self.stored else torch.arange(4).to(x.dtype) / 2
+        turned = (1 + 1e-4 * places).cos().to(x.dtype)
+        return self.b(torch.relu(self.a(x) * turned))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_constants_of_low_precision_are_labelled_as_in_single_precision(
+    dtype: torch.dtype, stored: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = Scaled(stored).to(dtype), torch.randn(5, 3, dtype=dtype)
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    assert symmetry.log_order() == fxmerge.find_symmetry(Scaled(stored), (x.float(),)).log_order() == 0
+    assert symmetry.verify(model, (x,), trials=3).demoted == ()
+    assert [record for record in caplog.records if record.name.startswith("fxmerge")] == []
 
 
 def test_parameters_that_the_example_does_not_use_do_not_count() -> None:

@@ -11,14 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fxmerge.symmetry.columns import Shape, axis_column, core, reshape, shrink, spread, support
+from fxmerge.symmetry.columns import Shape, axis_column, compact, core, reshape, shrink, spread, support
 from fxmerge.symmetry.relate import relate, relate_inert, relate_sets
 from fxmerge.symmetry.units import NOTHING, UnitGraph, distinct, mix, number, number_rows
 
@@ -63,25 +61,27 @@ def constant(value: Tensor) -> Labels:
     """A constant: positions of equal value are alike, others are told apart."""
     if value.numel() == 0 or value.device.type == "meta":
         return inert(tuple(value.shape))
-    value = shrink(value.detach().to("cpu"))
+    shape = tuple(value.shape)
+    value = shrink(_comparable(compact(value.detach().to("cpu"))).expand(shape))
     dims = support(value)
     if not dims:
-        return Labels(tuple(value.shape))
-    values = np.unique(_numbers(core(value, dims)), return_inverse=True)[1]
-    ids = torch.from_numpy(values.astype(np.int64))
-    return Labels(tuple(value.shape), (), (spread(ids, tuple(value.shape), dims),))
+        return Labels(shape)
+    values = np.unique(core(value, dims).numpy(), return_inverse=True)[1]
+    return Labels(shape, (), (spread(torch.from_numpy(values.astype(np.int64)), shape, dims),))
 
 
-def _numbers(value: Tensor) -> NDArray[Any]:
-    """The values of a tensor in numpy, which lacks some of torch's types: wider there, or else as their bits."""
+def _comparable(value: Tensor) -> Tensor:
+    """The values of a tensor in a type that numpy has: a wider one, or for packed numbers their bits."""
     value = value.resolve_conj().resolve_neg()
-    for wide in (value.dtype, torch.complex128 if value.is_complex() else torch.float64):
+    for wide in (value.dtype, torch.complex64 if value.is_complex() else torch.float32):
         try:
-            return value.to(wide).numpy()
+            numbers = value.to(wide)
+            numbers.numpy()
         except (TypeError, NotImplementedError, RuntimeError):
             continue
+        return numbers
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return value.contiguous().view(bits[value.itemsize]).numpy()
+    return value.view(bits[value.itemsize])
 
 
 def _varying(columns: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -233,7 +233,7 @@ class _Walk(fx.Interpreter):
                 return value
         self.found.unknown[n.target] += 1
         for v in _labels_in((args, kwargs)):
-            pin(self.found.units, v, f"{n.name}: no rule for {n.target}")
+            pin(self.found.units, v, f"{n.name}: {'no labels' if n in self.failed else 'no rule'} for {n.target}")
         return [inert(s) for s in site.shape] if several else inert(site.shape)
 
     def _write(self, n: fx.Node, args: Any, kwargs: Any) -> Any:

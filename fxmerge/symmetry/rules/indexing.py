@@ -217,3 +217,17 @@ def _put_by_data(at: Site, x: Labels, indices: Sequence[Index | None], source: L
     lead = range(source.ndim - x.ndim + count)
     written = reduce(at.units, pin(at.units, source, reason, lead), lead, at.name)
     return at.join(at.join(y, written), inert(at.shape, range(count)))
+
+
+@rule("masked_scatter")
+def masked_scatter(at: Site, x: Labels | Tensor, mask: Index, source: Labels | Tensor) -> Labels:
+    """The entries of the source, in their order, are put where the mask is true."""
+    labels, source = at.labels(x).expand(at.shape), at.labels(source)
+    if isinstance(mask, Tensor):
+        chosen = mask.to("cpu").expand(at.shape)
+        count = int(chosen.sum())
+        entries = source.reshape((math.prod(source.shape),))
+        return index_put(at, labels, [chosen], move(at.units, entries, lambda c: c[:count], (count,), at.name))
+    for operand in (labels, mask, source):
+        pin(at.units, operand, f"{at.name}: indexed by data")
+    return inert(at.shape)

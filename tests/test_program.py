@@ -1,0 +1,61 @@
+"""Captured models: ops written out in simpler ones, as far as torch can do so."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxmerge.capture import capture_program
+from fxmerge.program import Program
+from fxmerge.symmetry import rules
+from fxmerge.symmetry.classes import resolve
+from fxmerge.symmetry.propagate import propagate
+
+PRELU, SWISH = torch.ops.aten.prelu.default, torch.ops.aten.hardswish.default
+
+
+class Activated(nn.Module):
+    """Two ops that torch has decompositions of; that of the first cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.slope = nn.Linear(3, 6), nn.Linear(6, 2), nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.hardswish(self.slope(self.a(x))))  # type: ignore[no-any-return]
+
+
+def captured() -> Program:
+    return capture_program(Activated().eval(), (torch.randn(4, 3),), {})
+
+
+def ops(program: Program | Any) -> set[Any]:
+    return {node.target for node in program.module.graph.nodes}
+
+
+def test_an_op_that_torch_cannot_write_out_does_not_stop_others() -> None:
+    simpler = captured().aten.decompose([PRELU, SWISH])
+    assert simpler is not None
+    assert PRELU in ops(simpler)
+    assert SWISH not in ops(simpler)
+
+
+def test_nothing_is_written_out_where_torch_can_write_none_out() -> None:
+    aten = captured().aten
+    assert aten.decompose([PRELU]) is None
+    assert aten.decompose([torch.ops.aten.linear.default.overloadpacket.out]) is None
+    assert aten.decompose([]) is None
+
+
+@pytest.mark.parametrize("hidden", [{PRELU}, {PRELU, SWISH}])
+def test_an_op_that_cannot_be_written_out_is_probed(hidden: set[Any]) -> None:
+    found = propagate(captured(), lambda op: None if op in hidden else rules.find_rule(op))
+    assert set(found.probed) == {PRELU}
+    assert not found.unknown
+    (units,) = (c.size for c in resolve(found.units, found.axes).classes if c.size > 1)
+    assert math.factorial(units) == 720
