@@ -253,8 +253,8 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs) -> ExportedProgram:
     with evaluating(model):
         for dynamic in (True, False):
             example = _at_least_two(args, kwargs) if dynamic else (args, dict(kwargs))
-            shapes = trees.dynamic_shapes(example, _batch_dim) if dynamic else (None, None)
             try:
+                shapes = trees.dynamic_shapes(example, _batch_dim) if dynamic else (None, None)
                 with torch.no_grad(), quiet():
                     program = torch.export.export(
                         model,

@@ -60,7 +60,8 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple
     constants = {n: t for n, t in tensors.items() if n not in state}
     example = tuple(args), dict(kwargs)
     traced = AtenGraph(graph, tuple(sources), outputs, inputs, state, constants, example)
-    return _with_attributes(model, graph, names, nested[0], inputs), traced
+    arguments = [*trees.argument_names(model.forward, len(args)), *kwargs]
+    return _with_attributes(model, graph, names, nested[0], inputs, arguments), traced
 
 
 class _Record(fx.Interpreter):
@@ -74,7 +75,12 @@ class _Record(fx.Interpreter):
 
 
 def _with_attributes(
-    model: nn.Module, graph: fx.GraphModule, names: list[str], out: pytree.TreeSpec, inputs: pytree.TreeSpec
+    model: nn.Module,
+    graph: fx.GraphModule,
+    names: list[str],
+    out: pytree.TreeSpec,
+    inputs: pytree.TreeSpec,
+    arguments: list[str],
 ) -> fx.GraphModule:
     """The graph with the tensors of the model as attributes in place of its first placeholders."""
     root = copy.deepcopy(model)
@@ -88,8 +94,6 @@ def _with_attributes(
                 nodes[node] = copied.get_attr(names[number])
         else:
             nodes[node] = copied.node_copy(node, nodes.__getitem__)
-    args, kwargs = pytree.tree_unflatten([None] * inputs.num_leaves, inputs)
-    arguments = [*trees.argument_names(model.forward, len(args)), *kwargs]
     copied.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, inputs, out)))
     copied.lint()
     return fx.GraphModule(root, copied, type(model).__name__)
