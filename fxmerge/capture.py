@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from textwrap import shorten
@@ -53,7 +53,9 @@ def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs 
         >>> [node.op for node in gm.graph.nodes]
         ['placeholder', 'call_module', 'call_module', 'output']
     """
-    return _skeleton(_Views(*_given(model, args, kwargs)))[0]
+    views = _Views(*_given(model, args, kwargs))
+    with _tracing(views.model):
+        return _skeleton(views)[0]
 
 
 def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> Program:
@@ -69,8 +71,14 @@ def capture_program(model: nn.Module | ExportedProgram, args: Args = (), kwargs:
     # How the example lies in memory is not to become a condition on all inputs.
     args, kwargs = pytree.tree_map(lambda v: v.contiguous() if isinstance(v, Tensor) else v, (tuple(args), kwargs))
     views = _Views(model, args, kwargs)
-    module, route = _skeleton(views)
-    return Program(module, views.analysed, route)
+    with _tracing(model):
+        module, route = _skeleton(views)
+        return Program(module, views.analysed, route)
+
+
+def _tracing(model: Any) -> AbstractContextManager[None]:
+    """Random numbers drawn by a trace are not those of a run: a check would not see that they were baked in."""
+    return models.same_draws(*(models.tensors(model).values() if isinstance(model, nn.Module) else ()), seed=1)
 
 
 def _given(model: Any, args: Any, kwargs: Any) -> tuple[nn.Module | ExportedProgram, Args, dict[str, Any]]:

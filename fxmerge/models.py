@@ -134,7 +134,7 @@ def apart(model: nn.Module) -> nn.Module:
 
 
 class _Derived(TorchFunctionMode):
-    """Copies what a module has derived from its parameters and kept, which torch refuses to copy, without its history."""
+    """Copies what a module has derived from its parameters and kept, which torch refuses to copy: its values alone."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:

@@ -1,4 +1,4 @@
-"""Graphs that follow the path of an example: batches that take another path are refused by the names of their inputs."""
+"""Graphs that follow the path of an example: batches that take another path are refused, by their inputs."""
 
 import logging
 from collections.abc import Callable
@@ -44,7 +44,9 @@ def test_lengths_of_packed_sequences(kind: type[nn.RNNBase], padded: bool, enfor
     merged = fxmerge.merge(a, b, alike)
     c.load_state_dict(merged.state_dict())
     torch.testing.assert_close(merged(*alike[1][0]), c(*alike[1][0]), rtol=1e-4, atol=1e-5)
-    with pytest.raises(fxmerge.LoaderError, match=r"input 'lengths': \[5, 4, 4, 1\], and \[5, 4, 3, 2\] in .* values of 'lengths' are"):
+    with pytest.raises(
+        fxmerge.LoaderError, match=r"input 'lengths': \[5, 4, 4, 1\], and \[5, 4, 3, 2\] in .* values of 'lengths' are"
+    ):
         fxmerge.merge(a, b, [*alike, sequences(5, 4, 4, 1)])
 
 
