@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
@@ -60,7 +60,9 @@ def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs 
         >>> [node.op for node in gm.graph.nodes]
         ['placeholder', 'call_module', 'call_module', 'output']
     """
-    return _skeleton(_Views(*_given(model, args, kwargs)))[0]
+    views = _Views(*_given(model, args, kwargs))
+    with _tracing(views.model):
+        return _skeleton(views)[0]
 
 
 def capture_program(
@@ -82,8 +84,9 @@ def capture_program(
     # How the example lies in memory is not to become a condition on all inputs.
     args, kwargs = pytree.tree_map(lambda v: v.contiguous() if isinstance(v, Tensor) else v, (tuple(args), kwargs))
     views = _Views(model, args, kwargs, varying)
-    module, route = _skeleton(views)
-    aten = views.analysed
+    with _tracing(model):
+        module, route = _skeleton(views)
+        aten = views.analysed
     return Program(module, aten, route, _why_fixed(aten, views.failure or views.narrower))
 
 
@@ -95,6 +98,11 @@ def _why_fixed(aten: AtenGraph, failure: Exception | None) -> str:
     if said:
         return f"torch.export fails where it is left open ({said})"
     return "the model computes with this size as with a constant"
+
+
+def _tracing(model: Any) -> AbstractContextManager[None]:
+    """Random numbers drawn by a trace are not those of a run: a check would not see that they were baked in."""
+    return models.same_draws(*(models.tensors(model).values() if isinstance(model, nn.Module) else ()), seed=1)
 
 
 def _given(model: Any, args: Any, kwargs: Any) -> tuple[nn.Module | ExportedProgram, Args, dict[str, Any]]:

@@ -190,10 +190,12 @@ def prepare(
         with _timed(seconds, "capture"):
             program = capture_program(models[0], *example, varying=_varying(shapes))
         _check_shapes(program, shapes)
+        path = SamePath(program, modules, states, names, example) if program.follows_path else None
+        if path is not None:
+            path.check_example()
         for i in range(1, len(models)):
             validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
-    if data is not None and program.follows_path:
-        data = replace(data, check=SamePath(program, modules, states, names, example))
+    data = replace(data, check=path) if data is not None else None
     buffers = frozenset(name for name, _ in modules[0].named_buffers())
     return Job(models[0], states, names, data, example, program, progress, seconds, buffers)
 

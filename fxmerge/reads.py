@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,13 +70,23 @@ def find_reads(graph: AtenGraph) -> list[Read]:
     for node in nodes:
         if node.op == "placeholder":
             continue
-        roots[node] = frozenset().union(*(roots[n] for n in node.all_input_nodes))
+        roots[node] = frozenset().union(*(roots[n] for n in _operands(node)))
         read, size = _read(node)
         if read is not None and not (size and read in reads):
             found = [sources[n] for n in placeholders if n in roots[read]]
             inputs = tuple(name for kind, name in found if kind == "input")
             reads[read] = Read(read, inputs, any(kind == "parameter" for kind, _ in found), size)
     return list(reads.values())
+
+
+def _operands(node: fx.Node) -> Sequence[fx.Node]:
+    """The nodes that a node depends on: of a packed sequence, how many steps go together, on the lengths alone."""
+    packed = node.args[0] if node.target is operator.getitem else None
+    if isinstance(packed, fx.Node) and packed.target in LENGTHS and node.args[1] == 1:
+        lengths = packed.args[LENGTHS[packed.target]]
+        assert isinstance(lengths, fx.Node)
+        return [lengths]
+    return node.all_input_nodes
 
 
 def _read(node: fx.Node) -> tuple[fx.Node | None, bool]:

@@ -252,20 +252,23 @@ def batch_inputs(model: nn.Module) -> Inputs:
     rest = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
     names = {p.name for p in named}
 
-    def by_name(batch: Mapping[str, Any]) -> Call:
+    takes_one = not takes_any and (len(required) == 1 or (not required and bool(named or rest)))
+    by_name = False  # Once a mapping was passed by keyword, all others are.
+
+    def of_mapping(batch: Mapping[str, Any]) -> Call:
+        nonlocal by_name
         given = {k: v for k, v in batch.items() if takes_any or k in names}
-        if not names.intersection(given) and not (takes_any and not required):
-            takes_one = len(required) == 1 or (not required and bool(named or rest))
-            if takes_one:
-                return (batch if isinstance(batch, dict) else dict(batch),), {}
+        if takes_one and not given and not by_name:
+            return (batch if isinstance(batch, dict) else dict(batch),), {}
         missing = [name for name in required if name not in given]
         if missing or not given:
             raise LoaderError(mismatch(model, batch, missing))
+        by_name = True
         return (), given
 
     def inputs(batch: Any) -> Call:
         if isinstance(batch, Mapping):
-            return by_name(batch)
+            return of_mapping(batch)
         if isinstance(batch, (tuple, list)) and batch:
             first = batch[0]
             if isinstance(first, (tuple, list)):

@@ -111,3 +111,36 @@ def test_parameters_on_several_devices() -> None:
 def test_equal_integer_buffers_are_left_alone() -> None:
     merged = fxmerge.merge(Counted([0, 2, 1]), Counted([0, 2, 1]), [X])
     assert merged.state_dict()["table"].tolist() == [0, 2, 1]
+
+
+def test_models_in_several_dtypes() -> None:
+    with pytest.raises(
+        fxmerge.OptionError, match=r"'0\.weight' is torch\.float32 in model A and torch\.bfloat16 in model"
+    ):
+        fxmerge.merge(mlp(), mlp().to(torch.bfloat16), [X])
+    with pytest.raises(
+        fxmerge.OptionError, match=r"'2\.bias' is torch\.float64 in model A .*by model\.to\(torch\.float64\)"
+    ):
+        partly = mlp()
+        partly[2].bias.data = partly[2].bias.data.double()
+        fxmerge.align(mlp(), to=partly, args=(X,))
+
+
+@pytest.mark.parametrize("models", [mlp(), mlp().state_dict(), 3, "models"])
+def test_a_model_in_place_of_several(models: Any) -> None:
+    with pytest.raises(
+        fxmerge.OptionError, match=r"merge_many takes a list of models, such as \[model_a, model_b\], not"
+    ):
+        fxmerge.merge_many(models, [X])
+
+
+def test_models_in_a_module_list() -> None:
+    models = [mlp(), mlp()]
+    merged, expected = (fxmerge.merge_many(m, [X]).state_dict() for m in (nn.ModuleList(models), models))  # type: ignore[arg-type]
+    assert all(torch.equal(expected[n], t) for n, t in merged.items())
+
+
+@pytest.mark.parametrize("loaders", [3, X, {"a": [X], "b": [X]}])
+def test_loaders_are_a_list(loaders: Any) -> None:
+    with pytest.raises(fxmerge.OptionError, match="give a list with one loader for each model"):
+        fxmerge.merge(mlp(), mlp(), loaders=loaders)

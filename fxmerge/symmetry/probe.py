@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxmerge.models import same_draws
 from fxmerge.program import Program
 from fxmerge.symmetry.columns import support
 from fxmerge.symmetry.double import in_double
@@ -113,7 +114,7 @@ def _observe(program: Program, ops: set[Any]) -> dict[fx.Node, tuple[Any, Any]]:
         for kind, name in program.sources.values()
     ]
     observer = _Observer(program.graph, ops)
-    with torch.no_grad():
+    with torch.no_grad(), same_draws(*values):
         observer.run(*values)
     return observer.seen
 

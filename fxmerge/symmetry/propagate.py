@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxmerge.models import same_draws
 from fxmerge.program import Program
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import Shape, core, spread, support
@@ -201,7 +202,8 @@ class _Walk(fx.Interpreter):
 
     def _call(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         if not _labels_in((args, kwargs)):
-            return self._compute(n, args, kwargs)
+            with same_draws(*args):
+                return self._compute(n, args, kwargs)
         if n.meta.get("val") is None and not n.users:
             return None
         if not isinstance(n.meta.get("val"), (Tensor, tuple, list)):
