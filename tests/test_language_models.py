@@ -43,7 +43,17 @@ MODELS: dict[str, Build] = {
     "gemma2": causal("Gemma2Config", **GROUPED),
     "mixtral": causal("MixtralConfig", **GROUPED, num_local_experts=3),
     "bert": of("BertForMaskedLM", "BertConfig", **WIDTHS),
-    "t5": of("T5ForConditionalGeneration", "T5Config", **TOKENS, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, decoder_start_token_id=0),
+    "t5": of(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        **TOKENS,
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    ),
     "whisper": of(
         "WhisperForConditionalGeneration",
         "WhisperConfig",
@@ -69,7 +79,9 @@ def net(name: str, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
     return MODELS[name]().to(dtype).eval()
 
 
-def text(name: str, lengths: tuple[int, ...], dtype: torch.dtype = torch.float32, samples: int = 6) -> list[dict[str, Tensor]]:
+def text(
+    name: str, lengths: tuple[int, ...], dtype: torch.dtype = torch.float32, samples: int = 6
+) -> list[dict[str, Tensor]]:
     """What a tokenizer and a collator give, the ends of some samples padded."""
     g = torch.Generator().manual_seed(0)
     batches = []
