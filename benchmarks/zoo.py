@@ -1,8 +1,9 @@
 """How far inference reaches: the symmetry of every model of a large zoo, each in a process of its own.
 
 For every model, with random weights: how it was captured, seconds for capture, inference and verification
-(in float64, one random group element), the classes and what is pinned by which op, ops without a rule, and
-demoted classes. Each model adds one JSON line to the results file; models that have a line are skipped.
+(in float64, one random group element), the classes and what is pinned by which op, ops without a rule, demoted
+classes, and whether what is emitted for other parameters loads strictly into the class and computes what that does.
+Each model adds one JSON line to the results file; models that have a line are skipped.
 
     python benchmarks/zoo.py [--short] [--families NAME ...] [--models NAME ...] [--again NAME ... | failed]
         [--results FILE] [--jobs 2] [--timeout 600] [--memory 10] [--markdown FILE] [--note TEXT] [--report] [--list]
@@ -23,12 +24,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from invariance import table
 from models import FAMILIES, find_factory, is_installed, list_models
 from models.processes import Note, Row, append_row, read_rows, run_all
 from models.timm_models import write_listing
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from fxmerge.capture import Program, capture_program
+from fxmerge import models as running
+from fxmerge.capture import Program, capture_program, other_values
+from fxmerge.rewriting.bake import bake
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
 from fxmerge.symmetry.verify import TOLERANCE
@@ -41,7 +47,7 @@ SHORT = (
     "transformers/BERT",
     "smp/Unet",
 )
-STAGES = ("construct", "capture", "infer", "verify")
+STAGES = ("construct", "capture", "infer", "emit", "verify")
 
 
 # ---------------------------------------------------------------------- one model, in the worker
@@ -58,7 +64,8 @@ def work(task: Row, note: Note) -> None:
     note("infer", route=program.route, capture_seconds=captured - began)
     began = time.perf_counter()
     found, symmetry = analyse(program)
-    note("verify", infer_seconds=time.perf_counter() - began, **describe(program, found, symmetry))
+    note("emit", infer_seconds=time.perf_counter() - began, **describe(program, found, symmetry))
+    note("verify", **emit(program, symmetry, task["name"]))
     began = time.perf_counter()
     symmetry = symmetry.verify(model, args, kwargs, trials=1)
     note("done", verify_seconds=time.perf_counter() - began, error=symmetry.error, demoted=list(symmetry.demoted))
@@ -67,6 +74,33 @@ def work(task: Row, note: Note) -> None:
 def _package(family: str) -> str:
     package = FAMILIES[family][0]
     return f"{package} {version(package)}"
+
+
+def emit(program: Program, symmetry: Symmetry, name: str) -> Row:
+    """Whether what is emitted loads into a fresh instance of the class, and computes what that does.
+
+    The parameters and buffers are other ones than those that the model was captured with, permuted by a random element
+    of the group.
+    """
+    generator = torch.Generator().manual_seed(0)
+    fresh, args, kwargs = find_factory(name)()
+    fresh.eval()
+    state = {n: other_values(t, generator) for n, t in program.module.state_dict().items() if isinstance(t, Tensor)}
+    emitted = bake(program, symmetry.sample(generator).apply(state))
+    saved = emitted.state_dict()
+    row: Row = {"ordered": list(saved) == list(fresh.state_dict())}
+    try:
+        fresh.load_state_dict(saved)
+        row["loads"] = True
+    except (RuntimeError, ValueError) as error:
+        return {**row, "loads": False, "computes": False, "emit_failure": " ".join(str(error).split())[:500]}
+    leaves = (pytree.tree_leaves(running.run(m, args, kwargs)) for m in (fresh, emitted))
+    expected, got = ([v for v in values if isinstance(v, Tensor)] for values in leaves)
+    try:
+        torch.testing.assert_close(got, expected, equal_nan=True)
+    except AssertionError as error:
+        return {**row, "computes": False, "emit_failure": " ".join(str(error).split())[:500]}
+    return {**row, "computes": True}
 
 
 def describe(program: Program, found: Propagation, symmetry: Symmetry) -> Row:
@@ -116,8 +150,13 @@ def is_captured(row: Row) -> bool:
 
 
 def is_wrong(row: Row) -> bool:
-    """Whether a group that was inferred is not a symmetry."""
-    return bool(row.get("demoted")) or row.get("error", 0.0) > TOLERANCE
+    """Whether a group that was inferred is not a symmetry, or what is emitted is not the model."""
+    return bool(row.get("demoted")) or row.get("error", 0.0) > TOLERANCE or ("computes" in row and not row["computes"])
+
+
+def loads(row: Row) -> bool:
+    """Whether the state dict of what was emitted has the keys of the class in their order, and loads strictly."""
+    return bool(row.get("loads") and row.get("ordered"))
 
 
 def report(rows: Sequence[Row], note: str = "") -> str:
@@ -159,6 +198,8 @@ def _summary(family: str, rows: Sequence[Row]) -> Row:
         "captured": sum(map(is_captured, rows)),
         "verified": sum(r["stage"] == "done" and not is_wrong(r) for r in rows),
         "demoted": sum(bool(r.get("demoted")) for r in rows),
+        "loads": sum(loads(r) for r in rows),
+        "computes": sum(r.get("computes", False) for r in rows),
         "op without rule": sum(bool(r.get("unknown")) for r in rows),
         "inference s, median": f"{statistics.median(seconds):.2f}" if seconds else "",
         "90th percentile": f"{seconds[math.ceil(0.9 * len(seconds)) - 1]:.2f}" if seconds else "",
@@ -177,12 +218,18 @@ def _line(row: Row) -> Row:
         "no rule": _most(row["unknown"]),
         "error": f"{row['error']:.0e}" if "error" in row else "",
         "demoted": len(row.get("demoted", ())),
+        "loads": _yes(row, loads(row)),
+        "computes": _yes(row, row.get("computes", False)),
         "capture s": f"{row['capture_seconds']:.1f}",
         "inference s": f"{row['infer_seconds']:.2f}",
         "verification s": f"{row['verify_seconds']:.1f}" if "verify_seconds" in row else "",
         "MiB": row["peak_mib"],
     }
     return line if "probed" not in row else {**line, "probed": _most(row["probed"])}
+
+
+def _yes(row: Row, holds: bool) -> str:
+    return ("yes" if holds else "no") if "computes" in row else ""
 
 
 def _most(counts: Mapping[str, int]) -> str:

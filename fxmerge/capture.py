@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
+from itertools import count
 from textwrap import shorten
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxmerge.errors import CaptureError
+from fxmerge import models, trees
+from fxmerge.emission import Whole, duplicate, emitted, follow_training, is_told, write_out_guards
+from fxmerge.errors import CaptureError, OptionError
 from fxmerge.program import AtenGraph, Program, quiet
-from fxmerge.tracing import trace_around, trace_path
+from fxmerge.reads import find_reads, fixed_inputs
+from fxmerge.tracing import Traced, trace_around, trace_ops, trace_path, trace_symbolically
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +35,12 @@ Sizes = Collection[tuple[int, int]]
 def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> fx.GraphModule:
     """Captures a model as a GraphModule that computes the same function.
 
-    A GraphModule is kept as it is; else `torch.fx.symbolic_trace` is tried, which keeps the code
-    readable, then `torch.export`, with the first dimension of all inputs dynamic and every dimension of those that hold
-    whole numbers or truth values, such as tokens and masks, then symbolic tracing around the submodules that cannot be
-    traced. What depends on the values of its inputs is captured along the path that the example takes.
+    A GraphModule is kept as it is; else symbolic tracing is tried, which keeps the code readable, then
+    `torch.export`, with the first dimension of all inputs dynamic and every dimension of those that hold whole
+    numbers or truth values, such as tokens and masks, then symbolic tracing around the submodules that cannot be
+    traced. A model that no trace captures, because what it does depends on the values of its inputs, is called
+    whole: the graph has one node. With example inputs, outputs are compared for other parameters and buffers.
+    Dropout, BatchNorm and the like follow `train()` and `eval()` as in the model.
 
     Arguments:
         model: any module, GraphModule or ExportedProgram; it is not modified.
@@ -42,7 +48,8 @@ def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs 
         kwargs: example inputs by keyword.
 
     Returns:
-        A GraphModule in eval mode, with parameter names as in the model and copies of its tensors.
+        A GraphModule in eval mode, with copies of the model's tensors. Its state dict has the keys of the model's, in
+        their order, and loads into the class of the model.
 
     Raises:
         CaptureError: if no route captures the model; the message names each and why it failed.
@@ -53,7 +60,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs 
         >>> [node.op for node in gm.graph.nodes]
         ['placeholder', 'call_module', 'call_module', 'output']
     """
-    return _skeleton(_Views(model, args, dict(kwargs or {})))[0]
+    return _skeleton(_Views(*_given(model, args, kwargs)))[0]
 
 
 def capture_program(
@@ -67,8 +74,9 @@ def capture_program(
 
     Raises:
         CaptureError: if no route captures the model, or torch.export cannot.
+        OptionError: if the model or its inputs are none.
     """
-    kwargs = dict(kwargs or {})
+    model, args, kwargs = _given(model, args, kwargs)
     if isinstance(model, ExportedProgram) and not args and not kwargs and model.example_inputs is not None:
         args, kwargs = model.example_inputs
     # How the example lies in memory is not to become a condition on all inputs.
@@ -87,6 +95,54 @@ def _why_fixed(aten: AtenGraph, failure: Exception | None) -> str:
     if said:
         return f"torch.export fails where it is left open ({said})"
     return "the model computes with this size as with a constant"
+
+
+def _given(model: Any, args: Any, kwargs: Any) -> tuple[nn.Module | ExportedProgram, Args, dict[str, Any]]:
+    """What a user gave, checked: a model that may be called without a trace, and inputs that torch can open."""
+    model = models.accepted(model)
+    args, kwargs = check_example(model, args, kwargs)
+    if isinstance(model, nn.Module):
+        model = models.apart(model)
+        if args or kwargs:
+            _run_once(model, args, kwargs)
+    return model, args, kwargs
+
+
+def check_example(model: nn.Module | ExportedProgram, args: Any, kwargs: Any) -> tuple[Args, dict[str, Any]]:
+    """Example inputs of a model, as a tuple and a dict.
+
+    Raises:
+        CaptureError: if they hold an object that cannot be opened.
+        OptionError: if they are something else, such as a tensor that is not in a tuple.
+    """
+    if not isinstance(args, (tuple, list)):
+        raise OptionError(f"args is a {type(args).__name__}; give a tuple of the inputs, such as (x,).")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise OptionError(f"kwargs is a {type(kwargs).__name__}; give a dict of the inputs by name.")
+    advice = "Pass tensors, or a tuple, dict or dataclass of tensors."
+    trees.open_classes((args, kwargs), f"{type(model).__name__} is given", CaptureError, advice)
+    return tuple(args), dict(kwargs or {})
+
+
+def _run_once(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """Makes torch see the tensors inside of what a model returns."""
+    try:
+        with evaluating(model), quiet():
+            outputs = models.run(model, args, kwargs)
+    except Exception:
+        logger.debug("%s does not run on its example", type(model).__name__, exc_info=True)
+        return  # Every route of the capture will tell why.
+    open_outputs(model, outputs)
+
+
+def open_outputs(model: nn.Module, outputs: Any) -> None:
+    """Makes torch see the tensors inside of the outputs of a model.
+
+    Raises:
+        CaptureError: if they are inside of an object that cannot be opened.
+    """
+    advice = "Return a tensor, or a tuple, dict or dataclass of tensors."
+    trees.open_classes(outputs, f"{type(model).__name__} returns", CaptureError, advice)
 
 
 class _Views:
@@ -112,10 +168,18 @@ class _Views:
         return program
 
     @cached_property
-    def path(self) -> tuple[fx.GraphModule, AtenGraph]:
+    def path(self) -> AtenGraph:
         assert isinstance(self.model, nn.Module)
         with evaluating(self.model), quiet():
-            return trace_path(self.model, self.args, self.kwargs)
+            return self._named(trace_path(self.model, self.args, self.kwargs))
+
+    def _named(self, graph: AtenGraph) -> AtenGraph:
+        """A graph with the user's names of its inputs."""
+        if not isinstance(self.model, nn.Module):
+            return graph
+        names = iter(trees.input_names(self.model.forward, self.args, self.kwargs))
+        sources = tuple((kind, next(names, name) if kind == "input" else name) for kind, name in graph.sources)
+        return replace(graph, sources=sources)
 
     @cached_property
     def analysed(self) -> AtenGraph:
@@ -123,52 +187,64 @@ class _Views:
         depend on values, what it does here."""
         try:
             with quiet():
-                graph = AtenGraph.of(self.exported.run_decompositions({}))
-            return graph if isinstance(self.model, ExportedProgram) or not graph.has_open_sizes else self.path[1]
+                graph = self._named(AtenGraph.of(self.exported.run_decompositions({})))
+            return graph if isinstance(self.model, ExportedProgram) or not graph.has_open_sizes else self.path
         except Exception as error:
             if isinstance(self.model, ExportedProgram):
                 raise
             logger.debug("torch.export failed", exc_info=True)
             try:
-                return self.path[1]
+                return self.path
             except Exception as second:
                 raise CaptureError(
                     f"{type(self.model).__name__} cannot be analysed. torch.export: {_first_line(error)} | "
                     f"make_fx: {_first_line(second)}. Pass example inputs that the model accepts as args and kwargs."
                 ) from second
 
+    @cached_property
+    def varied(self) -> tuple[dict[str, Tensor], Any]:
+        """Values of the model's parameters and buffers other than its own, and its outputs with these."""
+        assert isinstance(self.model, nn.Module)
+        model = models.copied(self.model)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for tensor in models.tensors(model).values():
+                tensor.copy_(other_values(tensor, generator))
+        values = {name: tensor.clone() for name, tensor in models.tensors(model).items()}
+        return values, models.run(model, self.args, self.kwargs)
+
 
 def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
     model = views.model
     if isinstance(model, ExportedProgram):
-        return copy.deepcopy(_as_graph_module(model.module())), "exported program"
+        module = model.module()
+        return emitted(module, write_out_guards(_as_graph_module(module)), module), "exported program"
     if isinstance(model, fx.GraphModule):
-        return copy.deepcopy(model).eval(), "kept"
-    routes: dict[str, Callable[[], fx.GraphModule]] = {
-        "symbolic_trace": lambda: fx.symbolic_trace(copy.deepcopy(model)),
-        "torch.export": lambda: _as_graph_module(views.exported.module()),
-        "symbolic_trace (leaf modules)": lambda: trace_around(model),
-        "make_fx": lambda: views.path[0],
+        return duplicate(model).eval(), "kept"
+    routes: dict[str, Callable[[nn.Module], fx.GraphModule]] = {
+        "symbolic_trace": lambda model: _emitted(views, model, trace_symbolically),
+        "torch.export": lambda model: _emitted(views, model, None),
+        "symbolic_trace (leaf modules)": lambda model: _emitted(views, model, trace_around),
+        "whole": lambda model: _whole(views, model),
     }
     failures = []
     for name, route in routes.items():
         try:
             with evaluating(model), quiet():
-                module = route()
-                _check_same(model, module, views.args, views.kwargs)
+                module = route(models.copied(model))
+                _check_same(views, module)
         except Exception as error:
             logger.debug("%s did not capture %s", name, type(model).__name__, exc_info=True)
             failures.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
             continue
         if name == "torch.export" and _has_fixed_batch(views.exported):
             name = "torch.export (fixed batch)"
-        if name == "make_fx":
-            name = "make_fx (path of the example)"
+        if name == "whole":
             logger.warning(
-                "%s depends on the values of its inputs (%s): the GraphModule follows the path that the example takes. "
-                "Load its state dict into the original class to run it on other inputs.",
+                "%s could not be traced (%s). The GraphModule calls it as one module of its class.%s",
                 type(model).__name__,
-                failures[1],
+                shorten(failures[1], 300),
+                _what_is_fixed(views),
             )
         return module, name
     raise CaptureError(
@@ -177,6 +253,49 @@ def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
         + ". Pass example inputs that the model accepts as args and kwargs; if its code depends on the values of "
         "tensors, capture the part that does not."
     )
+
+
+def _whole(views: _Views, model: nn.Module) -> fx.GraphModule:
+    if not views.args and not views.kwargs:
+        raise ValueError("there are no example inputs to run it on")
+    return Whole(model)
+
+
+def _emitted(views: _Views, model: nn.Module, trace: Callable[[nn.Module], Traced] | None) -> fx.GraphModule:
+    """A copy of the model as a GraphModule, by a trace of it or as torch.export has it.
+
+    In training mode it does what the model does then: this is told by the same trace in training mode, or by the ops
+    that run then.
+    """
+    if trace is None:
+        source: nn.Module = views.exported.module()
+        graph = write_out_guards(_as_graph_module(source))
+    else:
+        graph, source = trace(model)
+    if is_told(graph):
+        trained = models.copied(model)
+        models.switch(trained, True)
+        try:
+            if trace is None:
+                follow_training(graph, trace_ops(trained, *_at_least_two(views.args, views.kwargs)))
+            else:
+                follow_training(graph, trace(trained)[0])
+        except Exception:
+            logger.debug("%s could not be traced in training mode", type(model).__name__, exc_info=True)
+    return emitted(model, graph, source)
+
+
+def _what_is_fixed(views: _Views) -> str:
+    """What of a model the analysis takes as it is in the example, where it follows the path of that, as a sentence."""
+    try:
+        graph = views.analysed
+    except CaptureError:
+        return ""  # Whoever needs the analysis is told.
+    if graph.exported is not None:
+        return ""
+    names = fixed_inputs(find_reads(graph))
+    values = f", and whatever depends on the values of {', '.join(map(repr, names))}" if names else ""
+    return f" Its analysis follows the path that the example takes: fixed are the sizes of all inputs{values}."
 
 
 def _first_line(error: Exception) -> str:
@@ -188,19 +307,42 @@ def _as_graph_module(module: nn.Module) -> fx.GraphModule:
     return module
 
 
-def _check_same(model: nn.Module, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    """A trace may have baked in what it should not have: compare outputs, where there are inputs to do so."""
-    if (not args and not kwargs) or any(t.device.type == "meta" for t in model.parameters()):
+def _check_same(views: _Views, module: nn.Module) -> None:
+    """A trace may have baked in what it should not have, such as values of parameters and buffers: compares outputs for
+    others, where there are inputs to do so."""
+    model = views.model
+    assert isinstance(model, nn.Module)
+    if (not views.args and not views.kwargs) or any(t.is_meta for t in models.tensors(model).values()):
         return
-    outputs = []
-    for m in (model, module):
-        with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)  # What draws random numbers, draws the same ones.
-            outputs.append(m(*args, **kwargs))
-    expected, got = outputs
+    values, expected = views.varied
+    open_outputs(model, expected)
+    own = models.tensors(module, keep_vars=True)
+    kept = {name: tensor.clone() for name, tensor in own.items()}
+    try:
+        _set(own, values)
+        got = models.run(module, views.args, views.kwargs)
+    finally:
+        _set(own, kept)
+    if pytree.tree_structure(expected) != pytree.tree_structure(got):
+        raise TypeError(f"the outputs are a {type(got).__name__}, and not a {type(expected).__name__} as the model's")
     for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
         if isinstance(a, Tensor):
             torch.testing.assert_close(b, a, equal_nan=True)
+
+
+def _set(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])
+
+
+def other_values(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Values near those of a tensor, none of them equal; positive ones stay positive, as variances must."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    noise = torch.rand(tensor.shape, generator=generator).to(tensor.device)
+    value = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return torch.where(value == 0, 0.01 * noise, value * (1 + 0.1 * noise))
 
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, varying: Sizes) -> tuple[ExportedProgram, Exception | None]:
@@ -227,10 +369,15 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs, varying: Sizes) -> tup
 def _export_with(model: nn.Module, args: Args, kwargs: Kwargs, sizes: Sizes) -> ExportedProgram:
     """Exports with some dimensions dynamic."""
     example = _at_least_two(args, kwargs) if sizes else (args, dict(kwargs))
-    leaves, spec = pytree.tree_flatten(example)
-    shapes = [{d: Dim.AUTO for i, d in sizes if i == number} or None for number in range(len(leaves))]
-    dynamic = _by_name(model, *pytree.tree_unflatten(shapes, spec)) if sizes else None
+    numbers = count()
+    shapes = trees.dynamic_shapes(example, lambda _: _dynamic(next(numbers), sizes))
+    dynamic = _by_name(model, *shapes) if sizes else None
     return torch.export.export(model, example[0], example[1], dynamic_shapes=dynamic, strict=False)
+
+
+def _dynamic(number: int, sizes: Sizes) -> dict[int, Any] | None:
+    """The dynamic dimensions of the input of a number."""
+    return {d: Dim.AUTO for i, d in sizes if i == number} or None
 
 
 def _discrete_dims(value: Any) -> range:
@@ -277,7 +424,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
     cached = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
-    model.train().eval()
+    models.switch(model, True)
+    models.switch(model, False)
     try:
         for config, _ in cached:
             with suppress(AttributeError):  # Of one that is frozen.
@@ -287,6 +435,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for config, value in cached:
             with suppress(AttributeError):
                 config.use_cache = value
-        model.train()
+        models.switch(model, True)
         for module, training in modes:
             module.training = training

@@ -15,9 +15,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxmerge.capture import Args, Kwargs
+from fxmerge.compare import error_of, score_of
 from fxmerge.program import Program
 from fxmerge.run import Data, Runner
 
@@ -93,7 +93,7 @@ def disagreement(
 
 def _outputs(runner: Runner, state: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> dict[int, Tensor]:
     """The outputs that are floating-point, by their place."""
-    leaves = pytree.tree_leaves(runner.call(state, args, kwargs))
+    leaves = runner.outputs(state, args, kwargs)
     return {i: v.float() for i, v in enumerate(leaves) if isinstance(v, Tensor) and v.is_floating_point()}
 
 
@@ -107,8 +107,8 @@ def best(errors: Mapping[float, float]) -> float:
         >>> best({0.25: 0.40, 0.5: 0.60, 0.75: 0.41}), best({0.25: 0.59, 0.5: 0.60, 0.75: 0.7})
         (0.25, 0.5)
     """
-    alpha = min(errors, key=lambda candidate: errors[candidate])
-    return alpha if errors[alpha] < (1 - MARGIN) * errors[DEFAULT] else DEFAULT
+    alpha = min(errors, key=lambda candidate: error_of(errors[candidate]))
+    return alpha if error_of(errors[alpha]) < (1 - MARGIN) * error_of(errors[DEFAULT]) else DEFAULT
 
 
 def highest(scores: Mapping[float, float]) -> float:
@@ -118,4 +118,4 @@ def highest(scores: Mapping[float, float]) -> float:
         >>> highest({0.25: 0.7, 0.5: 0.7, 0.75: 0.6}), highest({0.25: 0.7, 0.5: 0.6})
         (0.5, 0.25)
     """
-    return max(scores, key=lambda candidate: (scores[candidate], candidate == DEFAULT))
+    return max(scores, key=lambda candidate: (score_of(scores[candidate]), candidate == DEFAULT))

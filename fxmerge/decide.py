@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from fxmerge.compare import error_of, score_of
 from fxmerge.merger import Merger, Outputs
 from fxmerge.refitting.rivals import Refitted
 from fxmerge.score import Score, judged
@@ -28,7 +28,7 @@ def decide(
     Returns:
         The number of the refit, what it gives, and what is told of the scores.
     """
-    errors = [math.inf if math.isnan(error) else error for error in errors_of(refits)]
+    errors = [error_of(error) for error in errors_of(refits)]
     if score is None:
         number = errors.index(min(errors))
         return number, refits[number], []
@@ -41,7 +41,7 @@ def decide(
     if len(options) == 1:
         return *options[0], []
     told = [_scored(score, mergers[number], option) for number, option in options]
-    best = max(range(len(told)), key=lambda i: told[i]["score"])
+    best = max(range(len(told)), key=lambda i: score_of(told[i]["score"]))
     return *options[best], told
 
 
@@ -76,8 +76,8 @@ def warn_of_parent(name: str, refitted: Refitted, outputs: Outputs, scores: Sequ
     else:
         how = "as it is" if outputs == "mean" else "with its outputs standardized"
     if scores:
-        highest = max(one["score"] for one in scores)
-        merged = max(one["score"] for one in scores if one["parent"] is None)
+        highest = max(score_of(one["score"]) for one in scores)
+        merged = max(score_of(one["score"]) for one in scores if one["parent"] is None)
         logger.warning("%s is returned %s. Its score is %.6g, the merged network's %.6g.", name, how, highest, merged)
         return
     logger.warning(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,11 +17,17 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from fxmerge import validate
-from fxmerge.capture import Args, Kwargs, capture_program, evaluating
+from fxmerge.capture import Args, Kwargs, capture_program, check_example, evaluating
 from fxmerge.choose import Alpha
 from fxmerge.errors import LoaderError, OptionError
+from fxmerge.models import accepted, apart, copied, tensors
+from fxmerge.path import SamePath
 from fxmerge.program import Program
+from fxmerge.rewriting.calibrate import batch_norm_statistics
+from fxmerge.rewriting.derived import Derived, not_averaged
+from fxmerge.rewriting.masks import masks_of
 from fxmerge.run import Apart, Data, Inputs, Shapes, batch_inputs, check_shape
+from fxmerge.shared import equal_names
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
@@ -33,7 +39,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """What the stages of one call share: checked inputs, the captured program, and how long each stage took."""
+    """What the stages of one call share: checked inputs, the captured program, and how long each stage took.
+
+    `states` are the parameters and buffers of the models.
+    """
 
     model: Model
     states: tuple[dict[str, Tensor], ...]
@@ -43,6 +52,48 @@ class Job:
     program: Program
     progress: bool | None
     seconds: dict[str, float]
+    buffers: frozenset[str] = frozenset()
+
+    @cached_property
+    def own_buffers(self) -> frozenset[str]:
+        """The names of the model's buffers, but for the statistics of normalizations."""
+        return self.buffers - {name for pair in batch_norm_statistics(self.program) for name in pair}
+
+    @cached_property
+    def masks(self) -> frozenset[str]:
+        """The buffers of zeros and ones."""
+        return masks_of(self.own_buffers, self.states)
+
+    @cached_property
+    def derived(self) -> Derived | None:
+        """The buffers that the model derives from its parameters when it is trained, if it has any."""
+        return Derived.find(self.model, *self.example, self.own_buffers) if isinstance(self.model, nn.Module) else None
+
+    @cached_property
+    def of_one_model(self) -> list[str]:
+        """The buffers that differ between models, and cannot be averaged nor derived anew."""
+        known = set(self.derived.names if self.derived else ()) | equal_names(self.states)
+        names = not_averaged(self.program, self.own_buffers - known)
+        if names:
+            logger.warning(
+                "%s differ between the models and are part of how weights are computed. They are taken from the model "
+                "that counts most, since no average fits. Pass modules that can run in train mode, so that fxmerge can "
+                "derive these buffers anew.",
+                ", ".join(map(repr, names)),
+            )
+        return names
+
+    def rederived(self, state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict with buffers that fit its parameters where an average of buffers does not.
+
+        Arguments:
+            state: the merged state dict.
+            model: the state dict of the model that counts most, in the same units.
+        """
+        names = [*(self.derived.names if self.derived else ()), *self.of_one_model]
+        found = {**state, **{name: model[name] for name in names}}
+        same = all(torch.equal(value, model[name]) for name, value in found.items() if value.is_floating_point())
+        return found if same or self.derived is None else self.derived.settle(found)
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Adds the seconds spent inside to the entry of a stage."""
@@ -99,12 +150,15 @@ def prepare(
     validate.check_alpha(alpha)
     names = validate.names_of(len(models), base)
     models = models if base is None else (base, *models)
+    models = tuple(accepted(model, name) for model, name in zip(models, names, strict=True))
+    example = check_example(models[0], args, kwargs)
     if device is not None:
         models = tuple(_to(m, device) for m in models)
-    modules = tuple(m.module() if isinstance(m, ExportedProgram) else m for m in models)
-    states = tuple(dict(m.state_dict()) for m in modules)
+    # What a call does to buffers, it does to copies: the states are those before any call.
+    modules = tuple(m.module() if isinstance(m, ExportedProgram) else apart(m) for m in models)
+    originals = [module if isinstance(m, ExportedProgram) else m for m, module in zip(models, modules, strict=True)]
+    states = tuple(tensors(m) for m in originals)
     validate.check_states(states, names)
-    example = tuple(args), dict(kwargs or {})
     given, data = any(example), None
     if loaders is not None:
         loader = Apart([_again(own) for own in loaders])
@@ -119,9 +173,9 @@ def prepare(
     example = example if any(example) else _example_of(models[0])
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
-        for model in models:
+        for model, module in zip(models, modules, strict=True):
             if isinstance(model, nn.Module):
-                stack.enter_context(evaluating(model))
+                stack.enter_context(evaluating(module))
         validate.check_batch(modules[0], *example)
         unneeded = training_only(models[0], example) if isinstance(models[0], nn.Module) else ()
         if unneeded:
@@ -138,7 +192,10 @@ def prepare(
         _check_shapes(program, shapes)
         for i in range(1, len(models)):
             validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
-    return Job(models[0], states, names, data, example, program, progress, seconds)
+    if data is not None and program.follows_path:
+        data = replace(data, check=SamePath(program, modules, states, names, example))
+    buffers = frozenset(name for name, _ in modules[0].named_buffers())
+    return Job(models[0], states, names, data, example, program, progress, seconds, buffers)
 
 
 def _without(inputs: Inputs, model: nn.Module, names: Collection[str]) -> Inputs:
@@ -168,7 +225,7 @@ def _to(model: Model, device: str | torch.device) -> Model:
     """A copy of a model on a device."""
     if isinstance(model, ExportedProgram):
         return move_to_device_pass(model, device)
-    return copy.deepcopy(model).to(device)
+    return copied(model).to(device)
 
 
 @contextmanager

@@ -13,15 +13,17 @@ from fxmerge import validate
 from fxmerge.capture import Args, Kwargs
 from fxmerge.choose import DEFAULT, Alpha
 from fxmerge.decide import decide, errors_of, warn_of_parent
-from fxmerge.errors import OptionError
 from fxmerge.job import prepare
 from fxmerge.merger import Combine, Merger, Method, Outputs, Plan, images
 from fxmerge.refitting.outputs import standardized
 from fxmerge.rewriting.bake import bake
+from fxmerge.rewriting.masks import masked, pruned
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.run import Inputs
 from fxmerge.score import Score
+from fxmerge.shared import without_shared
 from fxmerge.similarity.activations import Activations, Similarity
+from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
 
@@ -123,7 +125,8 @@ def merge(
     Returns:
         A GraphModule in eval mode, which needs nothing of fxmerge; its state dict loads into the original
         class. `.meta["fxmerge"]` tells the classes, the match quality of each, alpha, what was gained by refitting
-        each layer, timings and the verification error.
+        each layer, timings and the verification error. Tensors that are equal in all models stay as they are, such
+        as a frozen base under adapters, unless their units must move with others; "shared" names them.
 
     Raises:
         ArchitectureMismatchError: if the models differ in more than the values of their parameters.
@@ -222,9 +225,7 @@ def merge_many(
         >>> merged.meta["fxmerge"]["models"]
         3
     """
-    models = tuple(models)
-    if len(models) < 2:
-        raise OptionError(f"merge_many takes two or more models, not {len(models)}.")
+    models = validate.check_models(models)
     shares = validate.check_weights(weights, len(models))
     reference = validate.check_reference(reference, len(models), base is not None)
     method = ("zip" if base is None else "align") if method is None else method
@@ -238,11 +239,14 @@ def merge_many(
     validate.check_outputs(outputs, base, given)
     validate.check_search(similarity, activations, restarts)
     job = prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base, loaders)
-    found, symmetry = job.symmetry(symmetry, verify)
-    validate.check_class_names(alpha, symmetry)
+    found, whole = job.symmetry(symmetry, verify)
+    validate.check_class_names(alpha, whole)
     if outputs == "standardized" and job.data is not None:
         with job.timed("standardizing"):
             job = replace(job, states=standardized(job.program, job.states, job.data))
+    cut = masked(job.program, job.masks)
+    symmetry, still = without_shared(whole, flows(found), job.states, cut.values())
+    job = replace(job, states=pruned(job.states, cut))
     home = reference if base is None else 0  # The base comes first.
     plan = Plan(
         shares,
@@ -287,7 +291,8 @@ def merge_many(
         "outputs": outputs,
         "reference": reference,
         "units_of": attempt.aligned.home if base is None else None,
-        "images": [images(symmetry, p) for p in attempt.aligned.permutations[-len(models) :]],
+        "images": [images(whole, still, p) for p in attempt.aligned.permutations[-len(models) :]],
+        "shared": merger.stayed(merged.state_dict()),
     }
     return merged
 
@@ -326,13 +331,20 @@ def align(
         {'0.weight[0]': [0, 1, 2, 3, 4, 5, 6, 7]}
     """
     validate.check_search(similarity, activations, restarts)
+    validate.check_loaders(loader, None, 2)
     job = prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
-    found, symmetry = job.symmetry(symmetry, verify)
-    validate.check_class_names(alpha, symmetry)
+    found, whole = job.symmetry(symmetry, verify)
+    validate.check_class_names(alpha, whole)
+    symmetry, still = without_shared(whole, flows(found), job.states, masked(job.program, job.masks).values())
     plan = Plan((0.5, 0.5), seed=seed, restarts=restarts, similarity=similarity, activations=activations)
-    attempt, told = Merger(job, found, symmetry, plan).choose(alpha)
+    merger = Merger(job, found, symmetry, plan)
+    attempt, told = merger.choose(alpha)
     permutation = attempt.aligned.permutations[1]
     with job.timed("rewriting"):
         aligned = bake(job.program, permutation.apply(job.states[1]))
-    aligned.meta["fxmerge"] = job.report(symmetry) | told | {"images": images(symmetry, permutation)}
+    aligned.meta["fxmerge"] = job.report(symmetry) | told
+    aligned.meta["fxmerge"] |= {
+        "images": images(whole, still, permutation),
+        "shared": merger.stayed(aligned.state_dict()),
+    }
     return aligned

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import combinations, combinations_with_replacement
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from fxmerge.choose import AUTO, Alpha, best, candidates_of, disagreement, highest
+from fxmerge.compare import score_of
 from fxmerge.job import Job
 from fxmerge.matching.assignment import Scores
 from fxmerge.matching.search import match
@@ -26,9 +28,11 @@ from fxmerge.refitting.rivals import Refitted
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
+from fxmerge.rewriting.masks import voted
 from fxmerge.rewriting.task_vectors import TaskVectors
 from fxmerge.rewriting.zipped import produced, zip_average
 from fxmerge.score import Score, judged
+from fxmerge.shared import staying
 from fxmerge.similarity.activations import (
     Activations,
     Pair,
@@ -176,6 +180,9 @@ class Merger:
         if plan.task_vectors is not None:
             with self.job.timed("rewriting"):
                 state = plan.task_vectors.combine(states[0], states[1:], plan.shares, statistics)
+                cut = [{name: s[name] for name in self.job.masks} for s in states[1:]]
+                state = voted({**state, **average(cut, plan.shares, ())}, self.job.masks)
+                state = self._rederived(state, states[1:], plan.shares)
             return Attempt(aligned, zipped, state)
         shares = [plan.shares[i] for i in self.order]
         if plan.method == "zip":
@@ -185,12 +192,19 @@ class Merger:
         else:
             combine = partial(average, weights=shares)
         with self.job.timed("rewriting"):
-            state = combine(states, statistics=statistics)
+            state = voted(combine(states, statistics=statistics), self.job.masks)
             if self.job.data is None and statistics:
                 state = folded(self.job.program, states, state, partial(combine, statistics=()))
+            state = self._rederived(state, states, shares)
         if plan.reference is None:
             aligned = aligned.renumbered(self.order)
         return Attempt(aligned, zipped, state)
+
+    def _rederived(
+        self, state: Mapping[str, Tensor], states: Sequence[Mapping[str, Tensor]], shares: Sequence[float]
+    ) -> dict[str, Tensor]:
+        """A state dict with buffers that fit its parameters."""
+        return self.job.rederived(state, states[max(range(len(states)), key=shares.__getitem__)])
 
     def _align(self, shown: Mapping[int, Mapping[Pair, Tensor]], alpha: float | Mapping[int, float]) -> Alignment:
         """All models in the units of one, or of all."""
@@ -211,7 +225,7 @@ class Merger:
     def _highest(self, search: Callable[..., Found], objective: Callable[[Found], float]) -> Found:
         """The best of several searches, each with a seed of its own; of equals the first."""
         seeds = range(self.plan.seed, self.plan.seed + self.plan.restarts + 1)
-        return max((search(seed=seed) for seed in seeds), key=objective)
+        return max((search(seed=seed) for seed in seeds), key=lambda found: score_of(objective(found)))
 
     def _zip(
         self,
@@ -240,6 +254,17 @@ class Merger:
             )
             return self._highest(search, lambda found: found.trace[-1])
 
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """The names of the tensors that are equal in all models, and on which no unit moves."""
+        return staying(self.symmetry, self.job.states)
+
+    def stayed(self, state: Mapping[str, Tensor]) -> list[str]:
+        """The names of the tensors that all models share and that are the same in a state dict."""
+        return [
+            name for name, own in self.job.states[0].items() if name in self.shared and torch.equal(own, state[name])
+        ]
+
     def refit(
         self, attempt: Attempt, combine: Combine, *, or_parent: bool, options: bool, max_memory: float
     ) -> Refitted:
@@ -258,10 +283,15 @@ class Merger:
                 only_last=combine == "readout",
                 or_parent=or_parent and combine == "least_squares",
                 repair=combine == "repair",
+                shared=self.shared,
                 max_memory=max_memory,
                 seed=self.plan.seed,
                 progress=self.job.progress,
             )
+            found = {id(one.state): one.state for one in (refitted, *refitted.options) if one.parent is None}
+            shares = [self.plan.shares[i] for i in self.order]
+            for state in found.values():
+                state.update(self._rederived(state, states, shares))
         return (refitted if options else replace(refitted, options=())).renumbered(self.order)
 
     def teachers(self, program: Program, states: Sequence[Mapping[str, Tensor]], zipped: ZipMatch) -> list[Teacher]:
@@ -288,10 +318,20 @@ class Merger:
             merged = bake(self.job.program, state)
         if self.job.data is not None and calibrate:
             with self.job.timed("calibration"):
-                recalibrate(merged, self.job.program, self.job.data)
+                recalibrate(merged, self.job.program, self.job.data, self.shared)
         return merged
 
 
-def images(symmetry: Symmetry, permutation: Permutation) -> dict[str, list[int]]:
-    """For every class by name, where each unit goes."""
-    return {name: image.tolist() for name, image in zip(symmetry.names, permutation.images, strict=True)}
+def images(symmetry: Symmetry, still: Collection[str], permutation: Permutation) -> dict[str, list[int]]:
+    """For every class of a symmetry by name, where each unit goes.
+
+    Arguments:
+        symmetry: all classes.
+        still: the names of those that do not move.
+        permutation: an element of the symmetry without these.
+    """
+    moved = iter(permutation.images)
+    return {
+        name: (np.arange(c.size) if name in still else next(moved)).tolist()
+        for name, c in zip(symmetry.names, symmetry.units, strict=True)
+    }

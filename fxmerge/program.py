@@ -102,6 +102,11 @@ class Program:
     def graph(self) -> fx.GraphModule:
         return self.aten.module
 
+    @property
+    def follows_path(self) -> bool:
+        """Whether the graph to analyse holds for the path of the example only, with branches taken and sizes fixed."""
+        return self.aten.exported is None
+
     @cached_property
     def aliases(self) -> Mapping[str, str]:
         """Every name of a tensor that may be permuted (parameters and persistent floating-point buffers),

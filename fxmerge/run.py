@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
+from fxmerge import models, trees
 from fxmerge.capture import Args
 from fxmerge.errors import LoaderError
 from fxmerge.program import Program
+
+ADVICE = "Pass inputs=batch -> (args, kwargs), with tensors, or a tuple, dict or dataclass of tensors."
 
 Call = tuple[Args, dict[str, Any]]
 Inputs = Callable[[Any], Call]
@@ -55,7 +58,7 @@ class Runner(fx.Interpreter):
             else:
                 values.append(state.get(name, self.program.constants[name]))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), models.same_draws(*values):
                 return self.run(*values)
         except RuntimeError as error:
             raise LoaderError(
@@ -63,6 +66,11 @@ class Runner(fx.Interpreter):
                 f"{str(error).splitlines()[0]}. Make all batches alike, but for their size, "
                 "or pass inputs=batch -> (args, kwargs)."
             ) from error
+
+    def outputs(self, state: Mapping[str, Tensor], args: Args, kwargs: Mapping[str, Any]) -> list[Any]:
+        """The outputs that the user sees, as leaves; a graph may give changed buffers beside."""
+        results = self.call(state, args, kwargs)
+        return [value for value, seen in zip(results, self.program.aten.outputs, strict=True) if seen]
 
     def inputs(self, args: Args, kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
         """The values of the inputs of the graph.
@@ -79,6 +87,7 @@ class Runner(fx.Interpreter):
         nodes = [n for n, (kind, _) in self.program.sources.items() if kind == "input"]
         for node, value in zip(nodes, leaves, strict=False):
             example = node.meta["val"]
+            _check_number(self.program.sources[node][1], value, example)
             if isinstance(value, Tensor) and isinstance(example, Tensor):
                 check_shape(self.program.sources[node][1], value.shape, example, self.program.why_fixed)
         try:
@@ -89,6 +98,15 @@ class Runner(fx.Interpreter):
                 f"for some sizes only. {error}. Make all batches alike, or pass inputs=batch -> (args, kwargs)."
             ) from error
         return dict(zip(nodes, leaves, strict=False))
+
+
+def _check_number(name: str, value: Any, example: Any) -> None:
+    """A graph has numbers and words baked in, and would compute something else, in silence, for others."""
+    if isinstance(example, (bool, int, float, str)) and value != example:
+        raise LoaderError(
+            f"Input {name!r} of a batch is {value!r}, and the model was captured with {example!r}, which is fixed in "
+            "its graph. Make all batches alike, or pass inputs=batch -> (args, kwargs)."
+        )
 
 
 def check_shape(name: str, shape: Sequence[int], example: Tensor, why: str) -> None:
@@ -157,6 +175,7 @@ class Data:
     inputs: Inputs
     device: torch.device | None = None
     progress: bool | None = None
+    check: Callable[[Args, dict[str, Any]], None] | None = None
 
     def batches(self, what: str) -> Iterator[Call]:
         """The inputs of every batch, with a progress bar named `what`."""
@@ -204,8 +223,14 @@ class Data:
         return chosen, seen
 
     def _call(self, batch: Any) -> Call:
-        args, kwargs = self.inputs(batch)
-        return self._place(tuple(args)), self._place(dict(kwargs))
+        call = self.inputs(batch)
+        if not (isinstance(call, tuple) and len(call) == 2 and isinstance(call[0], (tuple, list))):
+            raise LoaderError(f"inputs gave a {type(call).__name__} for a batch; it must give (args, kwargs).")
+        trees.open_classes(call, "A batch holds", LoaderError, ADVICE)
+        args, kwargs = self._place(tuple(call[0])), self._place(dict(call[1]))
+        if self.check is not None:
+            self.check(args, kwargs)
+        return args, kwargs
 
     def _place(self, values: Any) -> Any:
         if self.device is None:
@@ -216,27 +241,52 @@ class Data:
 def batch_inputs(model: nn.Module) -> Inputs:
     """How the batches of a loader are passed to a model by default.
 
-    A tensor is the only argument; of a tuple or list the first entry holds the inputs and the rest is
-    not used; a mapping is passed by keyword, without keys that the model's forward does not take.
+    A tensor, or an object that holds tensors, is the only argument; of a tuple or list the first entry holds the
+    inputs and the rest is not used; a mapping is passed by keyword, without keys that the model's forward does not
+    take, or as the only argument of a forward that takes one and none of the keys.
     """
-    forward = model.forward
-    parameters = inspect.signature(forward).parameters.values()
+    parameters = trees.parameters_of(model.forward)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    names = {p.name for p in parameters}
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = [p.name for p in named if p.default is p.empty]
+    rest = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
+    names = {p.name for p in named}
+
+    def by_name(batch: Mapping[str, Any]) -> Call:
+        given = {k: v for k, v in batch.items() if takes_any or k in names}
+        if not names.intersection(given) and not (takes_any and not required):
+            takes_one = len(required) == 1 or (not required and bool(named or rest))
+            if takes_one:
+                return (batch if isinstance(batch, dict) else dict(batch),), {}
+        missing = [name for name in required if name not in given]
+        if missing or not given:
+            raise LoaderError(mismatch(model, batch, missing))
+        return (), given
 
     def inputs(batch: Any) -> Call:
         if isinstance(batch, Mapping):
-            return (), {k: v for k, v in batch.items() if takes_any or k in names}
+            return by_name(batch)
         if isinstance(batch, (tuple, list)) and batch:
             first = batch[0]
             if isinstance(first, (tuple, list)):
                 return tuple(first), {}
             return inputs(first)
-        if isinstance(batch, Tensor):
+        if isinstance(batch, Tensor) or trees.can_open(batch):
             return (batch,), {}
+        arrays = " Convert arrays by torch.from_numpy." if isinstance(batch, np.ndarray) else ""
         raise LoaderError(
             f"A batch is a {type(batch).__name__}; expected a tensor, a tuple (inputs, targets) or a dict of inputs. "
-            "Pass inputs=batch -> (args, kwargs) for anything else."
+            f"Pass inputs=batch -> (args, kwargs) for anything else.{arrays}"
         )
 
     return inputs
+
+
+def mismatch(model: nn.Module, batch: Mapping[str, Any], missing: Sequence[str] = ()) -> str:
+    """What is told where the keys of a batch are not the names that a model's forward takes."""
+    takes = [p.name for p in trees.parameters_of(model.forward)]
+    what = f"; it has no {', '.join(map(repr, missing))}" if missing else ""
+    return (
+        f"A batch is a dict with the keys {', '.join(map(repr, batch)) or 'of none'}, and the model's forward takes "
+        f"{', '.join(map(repr, takes)) or 'nothing'}{what}. Rename the keys, or pass inputs=batch -> (args, kwargs)."
+    )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
+from fxmerge.compare import score_of
 from fxmerge.errors import OptionError
 
 Score = Callable[[fx.GraphModule], float | Tensor]
@@ -33,4 +33,4 @@ def judged(score: Score, network: fx.GraphModule, name: str) -> float:
         raise OptionError(
             f"score gave {value!r} for {name}; it must give a number, larger for a better network."
         ) from error
-    return -math.inf if math.isnan(number) else number
+    return score_of(number)

@@ -1,24 +1,26 @@
-"""Tracing of what `torch.export` cannot take: along the path of the example, or around what cannot be traced."""
+"""Traces of a model: symbolic ones, also around what cannot be traced, and ones along the path of an example."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from fxmerge import models
 from fxmerge.program import AtenGraph
+from fxmerge.reads import Noted
 
 Args = tuple[Any, ...]
+Traced = tuple[fx.Graph, nn.Module]
+"""A graph with the attribute names of a model, and what holds the attributes that the graph reads."""
 
 
-def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple[fx.GraphModule, AtenGraph]:
+def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> AtenGraph:
     """Traces one run of a model on real tensors: branches are taken, and sizes fixed, as the example has them.
 
     Arguments:
@@ -27,10 +29,10 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple
         kwargs: example inputs by keyword.
 
     Returns:
-        The path as a GraphModule with parameter names as in the model, and as a graph to analyse.
+        The path as a graph to analyse.
     """
-    model = copy.deepcopy(model)
-    state = model.state_dict(keep_vars=True)
+    model = models.copied(model)
+    state = models.tensors(model, keep_vars=True)
     names = [*dict.fromkeys([*state, *(n for n, _ in model.named_buffers(remove_duplicate=False))])]
     tensors = {**state, **dict(model.named_buffers(remove_duplicate=False))}
     leaves, inputs = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -39,7 +41,8 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple
     def run(*flat: Any) -> tuple[Any, ...]:
         example = pytree.tree_unflatten(list(flat[len(names) :]), inputs)
         values = dict(zip(names, flat, strict=False))
-        out = torch.func.functional_call(model, values, example[0], example[1], tie_weights=False)
+        with Noted():
+            out = torch.func.functional_call(model, values, example[0], example[1], tie_weights=False)
         results, spec = pytree.tree_flatten(out)
         nested[:] = [spec]
         return tuple(results)
@@ -56,8 +59,7 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple
     _Record(graph).run(*(tensors[n].detach() for n in names), *leaves)
     constants = {n: t for n, t in tensors.items() if n not in state}
     example = tuple(args), dict(kwargs)
-    traced = AtenGraph(graph, tuple(sources), outputs, inputs, state, constants, example)
-    return _with_attributes(model, graph, names, nested[0], inputs), traced
+    return AtenGraph(graph, tuple(sources), outputs, inputs, state, constants, example)
 
 
 class _Record(fx.Interpreter):
@@ -70,48 +72,69 @@ class _Record(fx.Interpreter):
         return value
 
 
-def _with_attributes(
-    model: nn.Module, graph: fx.GraphModule, names: list[str], out: pytree.TreeSpec, inputs: pytree.TreeSpec
-) -> fx.GraphModule:
-    """The graph with the tensors of the model as attributes in place of its first placeholders."""
-    root = copy.deepcopy(model)
-    for name, value in graph.named_buffers():  # Constants that the trace met.
-        root.register_buffer(name, value, persistent=False)
-    copied = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    for number, node in enumerate(graph.graph.nodes):
-        if number < len(names):
-            if node.users:
-                nodes[node] = copied.get_attr(names[number])
-        else:
-            nodes[node] = copied.node_copy(node, nodes.__getitem__)
-    args, kwargs = pytree.tree_unflatten([None] * inputs.num_leaves, inputs)
-    arguments = [*(f"arg_{i}" for i in range(len(args))), *kwargs]
-    copied.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, inputs, out)))
-    copied.lint()
-    return fx.GraphModule(root, copied, type(model).__name__)
+def trace_ops(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> fx.Graph:
+    """The ops of one run of a model in the mode that it is in, before torch writes any of them out in others.
+
+    Arguments:
+        model: a copy of a module; its buffers may change.
+        args: example inputs.
+        kwargs: example inputs by keyword.
+    """
+    leaves, inputs = pytree.tree_flatten((tuple(args), dict(kwargs)))
+
+    def run(*flat: Any) -> Any:
+        example = pytree.tree_unflatten(list(flat), inputs)
+        return pytree.tree_leaves(model(*example[0], **example[1]))
+
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        return make_fx(run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(*leaves).graph
 
 
-def trace_around(model: nn.Module) -> fx.GraphModule:
+def trace_symbolically(model: nn.Module) -> Traced:
+    """Traces a model symbolically.
+
+    Arguments:
+        model: a copy of a module.
+    """
+    return _traced(Tracer(), model)
+
+
+def _traced(tracer: fx.Tracer, model: nn.Module) -> Traced:
+    graph = tracer.trace(model)
+    for name, buffer in model.named_buffers():
+        if isinstance(buffer, fx.Proxy):
+            raise TypeError(f"its forward assigns the buffer {name!r}")
+    return graph, tracer.root
+
+
+def trace_around(model: nn.Module) -> Traced:
     """Traces a model symbolically, with those of its submodules left whole that cannot be traced.
+
+    Arguments:
+        model: a copy of a module.
 
     Raises:
         Exception: what tracing raised, where it failed outside of any submodule.
     """
-    model = copy.deepcopy(model)
     whole: set[str] = set()
     while True:
         tracer = _Around(whole)
         try:
-            graph = tracer.trace(model)
-            return fx.GraphModule(tracer.root, graph, type(model).__name__)
+            return _traced(tracer, model)
         except Exception:
             if not tracer.path:
                 raise
             whole.add(tracer.path[-1])
 
 
-class _Around(fx.Tracer):
+class Tracer(fx.Tracer):
+    """Reads the buffers of a module when the graph runs, as it does parameters: else what is computed with them is
+    computed while tracing, with the values that they have then."""
+
+    proxy_buffer_attributes = True
+
+
+class _Around(Tracer):
     """Leaves some submodules whole, and knows in which submodule it is."""
 
     def __init__(self, whole: set[str]) -> None:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxmerge.capture import Args
+from fxmerge import models
+from fxmerge.capture import Args, open_outputs
 from fxmerge.choose import AUTO, Alpha
 from fxmerge.errors import ArchitectureMismatchError, LoaderError, NonFiniteError, OptionError
+from fxmerge.models import Model as Model
 from fxmerge.program import Program
 from fxmerge.rewriting.task_vectors import TaskArithmetic, TaskVectors, Ties
-from fxmerge.run import Runner
+from fxmerge.run import Runner, mismatch
 from fxmerge.score import Score
 from fxmerge.symmetry.group import Symmetry
-
-Model = nn.Module | ExportedProgram
 
 SAME = "only models of one architecture can be merged."
 
@@ -86,11 +86,45 @@ def check_method(method: str, budget: float, damping: float) -> None:
             raise OptionError(f"{name} is {value!r}; it must be a number from 0 to 1.")
 
 
+def check_models(sequence: Any) -> tuple[Any, ...]:
+    """The models of merge_many, which may themselves be containers."""
+    one = isinstance(sequence, (Mapping, str, nn.Module)) and not isinstance(sequence, nn.ModuleList)
+    if one or not isinstance(sequence, Iterable):
+        raise OptionError(
+            f"merge_many takes a list of models, such as [model_a, model_b], not a {type(sequence).__name__}."
+        )
+    given = tuple(sequence)
+    if len(given) < 2:
+        raise OptionError(f"merge_many takes two or more models, not {len(given)}.")
+    return given
+
+
+def check_loader(loader: Any) -> None:
+    """A loader gives batches; what gives something else when it is iterated is refused.
+
+    Raises:
+        LoaderError: if it cannot be iterated, or if it is a batch or a model.
+    """
+    kind = type(loader).__name__
+    if isinstance(loader, (Tensor, np.ndarray)):
+        array = "torch.from_numpy(array)" if isinstance(loader, np.ndarray) else "batch"
+        raise LoaderError(f"The loader is a {kind}, whose rows are no batches; give a list of batches: [{array}].")
+    if isinstance(loader, Mapping):
+        raise LoaderError(f"The loader is a {kind}, which gives its keys; give a list of batches: [batch].")
+    iterable = hasattr(type(loader), "__iter__") or hasattr(type(loader), "__getitem__")
+    if isinstance(loader, (str, bytes, nn.Module, type)) or not iterable:
+        raise LoaderError(f"The loader is a {kind}; give an iterable of batches, such as a DataLoader or a list.")
+
+
 def check_loaders(loader: Any, loaders: Sequence[Any] | None, count: int) -> None:
+    if isinstance(loaders, (Tensor, Mapping, str)) or (loaders is not None and not hasattr(loaders, "__len__")):
+        raise OptionError(f"loaders is a {type(loaders).__name__}; give a list with one loader for each model.")
     if loaders is not None and loader is not None:
         raise OptionError("Both loader and loaders are given: pass one for all models, or one for each of them.")
     if loaders is not None and len(loaders) != count:
         raise OptionError(f"loaders has {len(loaders)} entries for {count} models; give one for each model.")
+    for one in loaders if loaders is not None else [loader] if loader is not None else []:
+        check_loader(one)
 
 
 def check_combine(combine: str, method: str, base: Model | None, given: bool, max_memory: float) -> None:
@@ -172,6 +206,8 @@ def check_states(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -
                 f"The parameters of {names[i]} are on several devices ({', '.join(sorted(map(str, devices)))}); "
                 "move the model to one, or pass device=."
             )
+        if devices == {torch.device("meta")}:
+            raise OptionError(f"{names[i]} is on the meta device, and has no values to merge; load its parameters.")
         for name, tensor in state.items():
             if tensor.is_floating_point() and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).sum())
@@ -191,6 +227,11 @@ def check_states(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -
                 raise ArchitectureMismatchError(
                     f"Parameter {name!r} is {a.dtype} of shape {tuple(a.shape)} in {names[0]} and {b.dtype} of shape "
                     f"{tuple(b.shape)} in {names[i]}; {SAME}"
+                )
+            if a.dtype != b.dtype:
+                raise OptionError(
+                    f"Parameter {name!r} is {a.dtype} in {names[0]} and {b.dtype} in {names[i]}; bring all models "
+                    f"to one dtype, such as by model.to({a.dtype})."
                 )
             if not _mergeable(a, b):
                 raise ArchitectureMismatchError(
@@ -215,9 +256,10 @@ def check_same_function(
     names: tuple[str, str],
 ) -> None:
     """The first model's graph with another model's parameters must compute what that model computes."""
-    with torch.no_grad():
-        expected = pytree.tree_leaves(module(*args, **kwargs))
-    got = pytree.tree_leaves(Runner(program).call(state, args, kwargs))
+    outputs = models.run(module, args, kwargs)
+    open_outputs(module, outputs)
+    expected = pytree.tree_leaves(outputs)
+    got = Runner(program).outputs(state, args, kwargs)
     for a, b in zip(expected, got, strict=False):
         if isinstance(a, Tensor) and a.is_floating_point():
             scale = float(a.detach().abs().max()) or 1.0  # A parameter may be an output.
@@ -230,11 +272,15 @@ def check_same_function(
 
 
 def check_batch(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> None:
-    """The first batch must fit the model."""
+    """The first batch must fit the model, and its outputs must be such as torch can open."""
     try:
-        with torch.no_grad():
-            model(*args, **kwargs)
+        outputs = models.run(model, args, kwargs)
     except Exception as error:
+        if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
+            raise LoaderError(
+                f"{mismatch(model, args[0])} The dict itself, as the one argument of forward, raises "
+                f"{type(error).__name__}: {error}"
+            ) from error
         shapes = [
             tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in pytree.tree_leaves((args, kwargs))
         ]
@@ -242,3 +288,4 @@ def check_batch(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> None
             f"The first batch does not fit the model: its inputs {shapes} raise {type(error).__name__}: {error}. "
             "Check the loader, or pass inputs=batch -> (args, kwargs)."
         ) from error
+    open_outputs(model, outputs)

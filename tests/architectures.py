@@ -554,6 +554,66 @@ def pixel_shuffle() -> tuple[nn.Module, tuple[Any, ...]]:
     ), image(2, 1, 2)
 
 
+@case("sub-pixel convolution, then a kernel")
+def sub_pixel() -> tuple[nn.Module, tuple[Any, ...]]:
+    return nn.Sequential(nn.Conv2d(2, 8, 1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(2, 3, (2, 1))), image(2, 2, 1)
+
+
+class SubPixelStream(nn.Module):
+    """A stream of finer images: what comes in is added to channels that were places, and read by a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.up, self.outer = nn.Conv2d(2, 8, 1), nn.PixelShuffle(2), nn.Conv2d(2, 3, (2, 1))
+        self.scale = nn.Parameter(torch.randn(1, 2, 1, 1))
+        self.skip, self.outer2 = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, (1, 2))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.skip(y) + self.up(self.inner(x)) * self.scale
+        return self.outer(z), self.outer2(z)
+
+
+@case("stream of sub-pixels")
+def sub_pixel_stream() -> tuple[nn.Module, tuple[Any, ...]]:
+    return SubPixelStream(), (torch.randn(1, 2, 1, 2), torch.randn(1, 1, 2, 4))
+
+
+@case("pixel unshuffle, then a kernel")
+def pixel_unshuffle_and_kernel() -> tuple[nn.Module, tuple[Any, ...]]:
+    layers = nn.Conv2d(2, 3, 1), nn.ReLU(), nn.PixelUnshuffle(2), nn.Conv2d(12, 3, (1, 2)), nn.ReLU()
+    return nn.Sequential(*layers, nn.Conv2d(3, 2, 1)), image(2, 2, 4)
+
+
+@case("decoder that begins with a reshape")
+def reshaped_decoder() -> tuple[nn.Module, tuple[Any, ...]]:
+    layers = nn.Linear(2, 24), nn.ReLU(), nn.Unflatten(1, (4, 2, 3)), nn.BatchNorm2d(4), nn.Conv2d(4, 2, (1, 2))
+    return nn.Sequential(*layers), (torch.randn(1, 2),)
+
+
+@case("decoder that begins with a reshape and a transposed convolution")
+def transposed_decoder() -> tuple[nn.Module, tuple[Any, ...]]:
+    layers = nn.Unflatten(1, (3, 1, 2)), nn.ConvTranspose2d(3, 4, 2, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 1, (1, 2))
+    return nn.Sequential(nn.Linear(2, 6), *layers), (torch.randn(1, 2),)
+
+
+@case("decoder with channels last")
+def decoder_with_channels_last() -> tuple[nn.Module, tuple[Any, ...]]:
+    layers = nn.Linear(2, 18), nn.Unflatten(1, (3, 2, 3)), Permute(0, 3, 1, 2), nn.Tanh(), nn.Conv2d(3, 2, (2, 1))
+    return nn.Sequential(*layers), (torch.randn(1, 2),)
+
+
+@case("decoder with tokens, read along time")
+def decoder_of_tokens() -> tuple[nn.Module, tuple[Any, ...]]:
+    layers = nn.Linear(2, 12), nn.Unflatten(1, (4, 3)), nn.LayerNorm(3), Permute(0, 2, 1), nn.Conv1d(3, 2, 2, padding=1)
+    return nn.Sequential(*layers), (torch.randn(1, 2),)
+
+
+@case("reshaped, pooled and interpolated")
+def reshaped_and_pooled() -> tuple[nn.Module, tuple[Any, ...]]:
+    layers = nn.Linear(2, 27), nn.Unflatten(1, (3, 3, 3)), nn.MaxPool2d(2, 1), nn.Upsample(size=(3, 3), mode="bilinear")
+    return nn.Sequential(*layers, nn.Conv2d(3, 1, (1, 2)), nn.AvgPool2d((2, 1), 1)), (torch.randn(1, 2),)
+
+
 @case("pixel unshuffle")
 def pixel_unshuffle() -> tuple[nn.Module, tuple[Any, ...]]:
     return nn.Sequential(

@@ -71,7 +71,7 @@ class Raises(nn.Module):
 def test_the_error_names_every_route() -> None:
     with pytest.raises(fxmerge.CaptureError) as error:
         fxmerge.capture(Raises(), (torch.ones(2),))
-    for route in ("symbolic_trace: ", "torch.export: ", r"symbolic_trace (leaf modules): ", "make_fx: "):
+    for route in ("symbolic_trace: ", "torch.export: ", r"symbolic_trace (leaf modules): ", "whole: "):
         assert f"{route}" in str(error.value)
     assert str(error.value).count("no way") == 4
 
@@ -92,12 +92,14 @@ class DataDependent(nn.Module):
         return {"y": self.outer(h)}
 
 
-def test_what_depends_on_values_is_captured_along_the_path_of_the_example(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_depends_on_values_is_analysed_along_the_path_of_the_example(caplog: pytest.LogCaptureFixture) -> None:
     model, args, kwargs = DataDependent(), ([torch.randn(4, 3)],), {"shift": torch.ones(3)}
     program = capture_program(model, args, kwargs)
-    assert program.route == "make_fx (path of the example)"
-    assert "depends on the values of its inputs" in caplog.text
-    torch.testing.assert_close(program.module(*args, **kwargs), model(*args, **kwargs))
+    assert program.route == "whole"
+    assert "whatever depends on the values of 'xs[0]', 'shift'." in caplog.text
+    for sign in (1, -1):  # The branches of both signs.
+        other = ([sign * torch.rand(2, 3)],)
+        torch.testing.assert_close(program.module(*other, **kwargs), model(*other, **kwargs))
     assert set(program.module.state_dict()) == set(model.state_dict())
     symmetry = fxmerge.find_symmetry(model, args, kwargs)
     assert [c.size for c in symmetry.classes if c.structure == "free"] == [5]

@@ -91,10 +91,12 @@ def test_models_that_do_not_count_equally_are_not_said_to_answer_alike(
     assert bool(chosen.layers) != as_it_is
 
 
-@pytest.mark.parametrize(("merged", "parent"), [(math.nan, 0.1), (1.0, math.nan), (math.nan, math.nan)])
-def test_what_has_no_error_wins_nothing(merged: float, parent: float) -> None:
+@pytest.mark.parametrize(
+    ("merged", "parent", "chosen"), [(math.nan, 0.1, 0), (1.0, math.nan, None), (math.nan, math.nan, 1)]
+)
+def test_what_has_no_error_wins_nothing(merged: float, parent: float, chosen: int | None) -> None:
     rivals = told_rivals([(0.5, 0.5)], disagreement=1.0, error=parent)
-    assert rivals.choose(Refitted({}, {}, {}, error=merged)).parent is None
+    assert rivals.choose(Refitted({}, {}, {}, error=merged)).parent == chosen
 
 
 def test_it_is_told_that_models_answer_alike(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import fxmerge
 from tests.exact import exact_log_order
@@ -100,6 +101,65 @@ def groups_of_different_sizes() -> tuple[Net, Tensor]:
     return Net(forward, **layers), torch.randn(1, 1, 2, 2)
 
 
+def rows_of_a_factor(turn: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Net, Tensor]]:
+    """A layer that reads units times a factor with rows of its own, and the units themselves in another order."""
+
+    def make() -> tuple[Net, Tensor]:
+        def forward(s: Net, x: Tensor) -> object:
+            h = s.a(x)
+            return s.h(torch.einsum("bij,ij->bij", h, s.rows.weight)), s.h(turn(h))
+
+        return Net(forward, a=linear(3, 4), rows=linear(4, 2), h=linear(4, 2)), torch.randn(2, 2, 3)
+
+    return make
+
+
+def orders_side_by_side(turn: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Net, Tensor]]:
+    """Units in two orders, stacked, and numbers that tell places of each order apart."""
+
+    def make() -> tuple[Net, Tensor]:
+        def forward(s: Net, x: Tensor) -> object:
+            h = s.a(x)
+            y = (torch.stack([h, turn(h)], 1) + torch.arange(4.0)).tanh()
+            return y.sum(-1), (y * torch.tensor([1.0, 2.0])[:, None, None]).sum((1, -1))
+
+        return Net(forward, a=linear(3, 4)), torch.randn(2, 2, 3)
+
+    return make
+
+
+def weight_and_its_turn(turn: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Net, Tensor]]:
+    """A square weight, used as it is and turned."""
+
+    def make() -> tuple[Net, Tensor]:
+        def forward(s: Net, x: Tensor) -> object:
+            h = s.a(x)
+            w = s.w.weight
+            return s.o(functional.linear(h, w).tanh()), s.o(functional.linear(h, turn(w)).tanh())
+
+        return Net(forward, a=linear(3, 4), w=linear(4, 4), o=linear(4, 2)), torch.randn(2, 3)
+
+    return make
+
+
+TURNS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flip": lambda h: h.flip(-1),
+    "roll": lambda h: h.roll(1, -1),
+    "index": lambda h: h[..., [1, 0, 3, 2]],
+    "rotation": lambda h: h.unflatten(-1, (2, 2)).rot90(1, (-2, -1)).flatten(-2),
+    "transposition": lambda h: h.unflatten(-1, (2, 2)).mT.flatten(-2),
+}
+"""Orders of four units."""
+
+TURNED = {
+    **{f"rows of a factor, {name}": rows_of_a_factor(turn) for name, turn in TURNS.items()},
+    **{f"side by side, {name}": orders_side_by_side(turn) for name, turn in TURNS.items()},
+    **{f"weight, {name}": weight_and_its_turn(turn) for name, turn in TURNS.items()},
+    "weight, turned round": weight_and_its_turn(lambda w: w.rot90(1)),
+    "weight, transposed": weight_and_its_turn(lambda w: w.T),
+    "weight, both reversed": weight_and_its_turn(lambda w: w.flip(0, 1)),
+}
+
 CASES = [
     glu_and_flatten,
     flip_and_flatten,
@@ -113,7 +173,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", [*CASES, *TURNED.values()], ids=[*(case.__name__ for case in CASES), *TURNED])
 def test_nothing_is_claimed_that_is_no_symmetry(case: Callable[[], tuple[Net, Tensor]]) -> None:
     torch.manual_seed(0)
     model, x = case()

@@ -193,7 +193,7 @@ def search(problem: Problem, *, seed: int = 0, progress: bool | None = None) -> 
     with tqdm(total=None, desc="matching", disable=None if progress is None else not progress, leave=False) as bar:
         _first_sweep(problem, roots, bar)
         # Units that are alike in a, such as dead ones, may trade places at no gain; they stay where they are.
-        if problem.objective() <= at_start + 1e-9 * abs(at_start):
+        if not problem.objective() > at_start + 1e-9 * abs(at_start):  # NaN is no gain.
             problem.position = start
         trace = [problem.objective()]
         rng = np.random.default_rng(seed)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.compare import score_of
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import MAX_SWEEPS, TOLERANCE, Match, Problem, floats, match, quality, search
 from fxmerge.similarity import weights
@@ -222,7 +223,7 @@ def find_universe(
     for reference in models:
         together.permutations = tuple(way(m, reference) for m in models)
         starts.append((together.objective(), -reference, together.permutations))
-    best, _, together.permutations = max(starts, key=lambda start: start[:2])
+    best, _, together.permutations = max(starts, key=lambda start: (score_of(start[0]), start[1]))
     trace = [best]
     rng = np.random.default_rng(seed)
     stale = set(models)

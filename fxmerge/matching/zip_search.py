@@ -225,7 +225,7 @@ def match_zip(
                 at = [list(own) for own in problem.labels], problem.value
                 problem.take(n, zipped(n).labels)
                 now = problem.objective()
-                if now <= trace[-1] + 1e-9 * abs(trace[-1]):
+                if not now > trace[-1] + 1e-9 * abs(trace[-1]):  # NaN is no gain.
                     problem.labels, problem.value = at
                     continue
                 if now - trace[-1] > TOLERANCE * abs(trace[-1]):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxmerge.compare import error_of
+
 RIDGES = tuple(10.0**power for power in range(1, -6, -1))
 """The strengths to choose from, relative to the mean square of a feature, strongest first. Below them, rounding in
 the moments would count."""
@@ -116,6 +118,8 @@ def fit(folds: Sequence[Moments]) -> Fit:
         factor, scale = _factor(whole, ridge)
         if factor is not None:
             step = torch.cholesky_solve(whole.cross, factor)
+            if not bool(torch.isfinite(step).all()):
+                continue
             inverse = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
             rank = float((inverse.shape[1] - scale * inverse.sum(1)).mean())
             before, after, held_out = (e / total for e in (whole.residuals, whole.error(step), errors[ridge]))
@@ -128,7 +132,7 @@ def _missed(own: Moments, folds: Sequence[Moments], ridge: float) -> float:
     """The error on one fold of what the others give."""
     rest = _sum([f for f in folds if f is not own])
     factor, _ = _factor(rest, ridge)
-    return own.error(torch.cholesky_solve(rest.cross, factor)) if factor is not None else math.inf
+    return error_of(own.error(torch.cholesky_solve(rest.cross, factor))) if factor is not None else math.inf
 
 
 def _sum(folds: Sequence[Moments]) -> Moments:

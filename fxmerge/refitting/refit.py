@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
+from fxmerge.models import same_draws
 from fxmerge.program import Program
 from fxmerge.refitting.answers import Answers
 from fxmerge.refitting.boundaries import Boundaries, without_the_rest
@@ -23,8 +24,9 @@ from fxmerge.refitting.repair import Repair
 from fxmerge.refitting.rivals import Refitted, Report, Rivals, asked, comparable, mean_of
 from fxmerge.refitting.schedule import Step, stages_of, walk
 from fxmerge.refitting.sums import Summand, summand_of
-from fxmerge.rewriting.calibrate import statistics_nodes
+from fxmerge.rewriting.calibrate import alike, statistics_nodes
 from fxmerge.run import Call, Runner
+from fxmerge.shared import EQUAL
 from fxmerge.symmetry import rules
 
 ROUNDS = 3
@@ -59,6 +61,7 @@ def refit(
     only_last: bool = False,
     or_parent: bool = False,
     repair: bool = False,
+    shared: Collection[str] = (),
     max_memory: float = math.inf,
     seed: int = 0,
     progress: bool | None = None,
@@ -78,6 +81,8 @@ def refit(
         only_last: whether to refit only layers that no other layer comes after.
         or_parent: whether a parent may be given in place of the merged network; see `Rivals.choose`.
         repair: whether to shift and scale the outputs of the layers, in place of fitting them.
+        shared: names of tensors that are equal in all parents and on which no unit moves: layers stay that are mostly
+            made of these, and BatchNorm statistics of activations that depend on these alone.
         max_memory: GiB of activations to keep in memory between stages; the rest goes to a temporary folder.
         seed: seed of the choice of rows.
         progress: whether to show a progress bar; None shows it on a terminal.
@@ -95,6 +100,9 @@ def refit(
     places = [teacher.places for teacher in teachers if teacher.places is not None]
     chosen, left = [], {} if only_last else dict(layers.left)
     for layer in last if only_last else layers.all:
+        if _mostly(layer, shared):
+            left[layer.name] = f"its parameters are {EQUAL}"
+            continue
         apart = any(_apart(use, own) for use in layer.uses for own in places)
         if apart and (repair or layer in last or not all(_shown(use, own) for use in layer.uses for own in places)):
             left[layer.name] = "merged units lie along the rows or groups of its data, and " + (
@@ -109,7 +117,9 @@ def refit(
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
     by_outputs = or_parent and not comparable(program, last, chosen, parents, teachers)
     answers = Answers(program) if by_outputs else None
-    state, stages = dict(start), _plan(program, chosen, towards_sums, places, to_the_end=by_outputs)
+    state, normal = dict(start), statistics_nodes(program)
+    normal = {names: nodes for names, nodes in normal.items() if not alike(program, names, nodes, shared)}
+    stages = _plan(program, chosen, normal, towards_sums, places, to_the_end=by_outputs)
     told: Report = {}
     merged, *lanes = (_Lane(program, own) for own in (state, *parents))
     disable = None if progress is None else not progress
@@ -204,21 +214,22 @@ class _Stage:
 def _plan(
     program: Program,
     chosen: Sequence[Layer],
+    statistics: Mapping[tuple[str, str], Sequence[fx.Node]],
     towards_sums: Collection[Layer],
     places: Sequence[Places],
     *,
     to_the_end: bool,
 ) -> list[_Stage]:
-    """The stages of a refit of some layers, of which some learn what the sums are to be that their outputs go into; and
-    the way from the last of them to the outputs, if that is asked for."""
+    """The stages of a refit of some layers and statistics, of which some layers learn what the sums are to be
+    that their outputs go into; and the way from the last of them to the outputs, if that is asked for."""
     graph, derived = program.graph.graph, program.derived
-    normal = list(statistics_nodes(program).items())
+    normal = list(statistics.items())
     sets = [[use.node for use in layer.uses] for layer in chosen] + [nodes for _, nodes in normal]
     due, final = stages_of(graph, sets, derived)
     if to_the_end:
         due.append([])
     own = [[chosen[i] for i in numbers if i < len(chosen)] for numbers in due]
-    statistics = [dict(normal[i - len(chosen)] for i in numbers if i >= len(chosen)) for numbers in due]
+    normalized = [dict(normal[i - len(chosen)] for i in numbers if i >= len(chosen)) for numbers in due]
     read = [_read(numbers, sets, derived) for numbers in due]
     taught = [_read([i for i in numbers if i < len(chosen)], sets, derived) for numbers in due]
     if to_the_end:
@@ -239,7 +250,13 @@ def _plan(
         shown[stage] |= apart
         taught[stage] |= {use.node for use in apart}
     ways = walk(graph, read, derived, final), walk(graph, taught, derived)
-    return [_Stage(*each) for each in zip(own, summands, shown, statistics, circular, *ways, strict=True)]
+    return [_Stage(*each) for each in zip(own, summands, shown, normalized, circular, *ways, strict=True)]
+
+
+def _mostly(layer: Layer, names: Collection[str]) -> bool:
+    """Whether most coefficients of a layer are entries of some parameters."""
+    own = sum(len(where) for name, (where, _) in layer.places.items() if name in names)
+    return 2 * own > layer.codes.numel()
 
 
 def _apart(use: Use, places: Places) -> bool:
@@ -298,6 +315,7 @@ class _Lane(Runner):
 
     def __init__(self, program: Program, state: Mapping[str, Tensor]) -> None:
         super().__init__(program)
+        self.number = {n: i for i, n in enumerate(program.graph.graph.nodes)}
         self.derived = [n for n in program.graph.graph.nodes if n in program.derived]
         self.known: dict[fx.Node, Any] = {}
         self.use(state)
@@ -330,4 +348,9 @@ class _Lane(Runner):
 
     @torch.no_grad()
     def _compute(self, node: fx.Node) -> None:
-        self.env[node] = self.run_node(node)
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            self.env[node] = self.run_node(node)
+            return
+        # All networks draw the same numbers: what they differ in is not to be learnt.
+        with same_draws(*self.env.values(), seed=self.number[node]):
+            self.env[node] = self.run_node(node)

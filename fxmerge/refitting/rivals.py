@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fxmerge.compare import error_of
 from fxmerge.program import Program
 from fxmerge.refitting.answers import Answers
 from fxmerge.refitting.gather import LayerFit, Shares, Teacher
@@ -157,7 +158,7 @@ class Rivals:
             alike = self._count_equally() and before[best] < AGREED
             others = as_they_are if alike and before[best] - theirs[best] < NEARER else refitted
             bound = KEPT_IF_ALIKE if alike else KEPT_IF_APART
-            if best in others and errors[None] > bound * theirs[best] + NEGLIGIBLE:
+            if best in others and error_of(errors[None]) > bound * theirs[best] + NEGLIGIBLE:
                 chosen = replace(others[best], alike=alike)
         return replace(chosen, options=(merged, *as_they_are.values(), *refitted.values()))
 

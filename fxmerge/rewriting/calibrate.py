@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional
 from fxmerge.errors import LoaderError
 from fxmerge.program import Program
 from fxmerge.run import Data, Runner
+from fxmerge.shared import computed_alike
 
 _BATCH_NORM = ("aten::_native_batch_norm_legit_no_training", "aten::batch_norm")
 _MEAN, _VARIANCE = 3, 4
@@ -32,6 +33,14 @@ def statistics_nodes(program: Program) -> dict[tuple[str, str], list[fx.Node]]:
             if mean[0] == variance[0] == "parameter":
                 found.setdefault((mean[1], variance[1]), []).append(node)
     return found
+
+
+def alike(program: Program, names: tuple[str, str], nodes: Sequence[fx.Node], shared: Collection[str]) -> bool:
+    """Whether statistics are shared, and of activations that depend on shared parameters alone."""
+    if not set(names) <= set(shared):
+        return False
+    before = computed_alike(program, shared)
+    return all(node.args[0] in before for node in nodes)
 
 
 def _normalizes(node: fx.Node) -> bool:
@@ -99,7 +108,7 @@ class _Estimator(Runner):
         return self.names.get(mean, ""), self.names.get(variance, "")
 
 
-def recalibrate(module: nn.Module, program: Program, data: Data) -> int:
+def recalibrate(module: nn.Module, program: Program, data: Data, shared: Collection[str] = ()) -> int:
     """Re-estimates the BatchNorm statistics of a module over a loader, in place.
 
     All layers together, as cumulative averages over the batches of each batch's mean and unbiased
@@ -109,11 +118,14 @@ def recalibrate(module: nn.Module, program: Program, data: Data) -> int:
         module: a module with the parameter names of `program`; its running statistics are overwritten.
         program: the captured program that the module computes.
         data: calibration batches.
+        shared: names of tensors that are equal in all models. Statistics among them stay, if all parameters before
+            them are, too.
 
     Returns:
         The number of layers re-estimated; 0 if the model has none, in which case no data is read.
     """
-    names = batch_norm_statistics(program)
+    names = statistics_nodes(program)
+    names = {pair: nodes for pair, nodes in names.items() if not alike(program, pair, nodes, shared)}
     if not names:
         return 0
     state = module.state_dict()

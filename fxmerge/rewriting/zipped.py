@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fxmerge.rewriting.combine import average
+from fxmerge.shared import equal_names
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.permutation import AxisLayout, add_axis, along_axis
 from fxmerge.symmetry.propagate import Axis
@@ -47,9 +49,14 @@ def zip_average(
     for mean, variance in statistics:
         for s in wide:
             s[variance] = s[variance] + s[mean].to(s[variance].dtype) ** 2
+    apart = {n for own in labels for n, unit in enumerate(own) if not np.array_equal(unit, np.arange(len(unit)))}
+    equal, added = equal_names(states), set()
+    equal -= {variance for mean, variance in statistics if mean not in equal}
     for name, axes in _by_name(layout).items():
-        if not states[0][name].is_floating_point():
+        still = name in equal and apart.isdisjoint(n for axis in axes for n, _ in axis.roles)
+        if still or not states[0][name].is_floating_point():
             continue
+        added.add(name)
         total, counts = torch.zeros(()), torch.zeros(())
         for s, own, weight in zip(wide, labels, weights, strict=True):
             x, count = _added(s[name], axes, own, flow)
@@ -58,7 +65,7 @@ def zip_average(
         for alias in axes[0].aliases:
             merged[alias] = merged[name]
     for mean, variance in statistics:
-        if any(axis.parameter == variance for axis in layout):
+        if variance in added:
             merged[variance] = (merged[variance] - merged[mean].to(merged[variance].dtype) ** 2).clamp(min=0)
     return merged
 

@@ -158,13 +158,14 @@ class _Closing(Contracted):
         """
         child, parent = concatenate(self.told_member)
         own = (self.colour[self.unit[child]] == c) & (self.colour[self.unit[parent]] == p)
-        child, block = child[own], self.unit[parent[own]]
+        child, parent = child[own], parent[own]
         raw = np.unique(child)
         kinds = np.stack([self.unit[raw].astype(np.uint64), self.kinds[raw]])
-        told = len(np.unique(np.stack([self.unit[child], block]), axis=1).T)
+        told = len(np.unique(np.stack([self.unit[child], self.unit[parent]]), axis=1).T)
         if np.unique(kinds, axis=1).shape[1] < len(raw) or told < len(self.maps[c].get(p, ())):
             return None
-        pairs = np.unique(np.stack([child, block]), axis=1)
+        # By the blocks as they were: one that became one with others may hold other units in each of its parts.
+        pairs = np.unique(np.stack([child, parent]), axis=1)
         seen = np.zeros(self.count, np.uint64)
         np.add.at(seen, self.unit[pairs[0]], mix(self.kinds[pairs[0]] + mix(pairs[1])))
         return np.unique(seen[self.members(c)], return_inverse=True)[1].astype(np.int64)
@@ -254,7 +255,7 @@ class _Closing(Contracted):
                 self.units.segment(self.ids(c)[together == size], "fixed positions hold different numbers of units")
             return True
         if not free:
-            return False
+            return together.max() == 1 and self._pin([self.ids(c)], "each is alone at a fixed position")
         if any(self._segment_by_fixed(p, block, fixed) for p, block in free.items()):
             return True
         columns = [*free.values(), fixed]

@@ -85,9 +85,9 @@ def join(units: UnitGraph, x: Labels, y: Labels, reason: str) -> Labels:
             elif finer == "b":
                 keep_x[i] = False
                 rows_apart(units, x, a, set(support(b)) - set(support(a)))
-    for columns, keep, factors in ((x.columns, keep_x, y.inert), (y.columns, keep_y, x.inert)):
-        for i, column in enumerate(columns):
-            if relate_inert(units, column, factors, reason):
+    for z, keep, factors in ((x, keep_x, y.inert), (y, keep_y, x.inert)):
+        for i, column in enumerate(z.columns):
+            if relate_inert(units, column, factors, reason, z.inert):
                 # The units no longer move, but still tell positions apart that are inert alike.
                 keep[i] = False
                 told.append(column)
@@ -171,7 +171,13 @@ def _first_of(column: Tensor, dims: Iterable[int]) -> Tensor:
     return column
 
 
-def _reduce_column(units: UnitGraph, column: Tensor, gone: set[int], reason: str) -> Tensor | None:
+def _reduce_column(
+    units: UnitGraph, column: Tensor, gone: set[int], reason: str, *, ordered: bool = False
+) -> Tensor | None:
+    """The column of the blocks whose members are the units along `gone`, None if there is only one such block.
+
+    Places along `gone` that hold the same units in another order make one block, unless `ordered`.
+    """
     dims = support(column)
     kept = [d for d in dims if d not in gone]
     if len(kept) == len(dims):
@@ -180,7 +186,8 @@ def _reduce_column(units: UnitGraph, column: Tensor, gone: set[int], reason: str
     rows = core(column, kept + [d for d in dims if d in gone]).reshape(size, -1).numpy()
     if size == 1 and len(distinct(rows)) == rows.size:
         return None
-    first, row_set = number(mix(rows).sum(axis=1))
+    place = mix(np.arange(rows.shape[1])) if ordered else np.uint64(0)
+    first, row_set = number(mix(rows.view(np.uint64) ^ place).sum(axis=1))
     sets = rows[first]
     # One entry per (set, unit), with how often the set holds the unit.
     flat = np.arange(len(sets))[:, None] * (int(sets.max()) + 1) + sets
@@ -190,7 +197,7 @@ def _reduce_column(units: UnitGraph, column: Tensor, gone: set[int], reason: str
     shared = np.zeros(len(sets), bool)
     again = np.bincount(np.unique(unit, return_inverse=True)[1])[np.unique(unit, return_inverse=True)[1]] > 1
     np.logical_or.at(shared, owner, again)
-    bad = uneven | shared
+    bad = shared if ordered else uneven | shared
     units.pin(unit[bad[owner]], f"{reason}: reduced in overlapping or uneven groups")
     if len(sets) == 1:
         return None
@@ -228,15 +235,25 @@ def move(units: UnitGraph, x: Labels, op: Callable[[Tensor], Tensor], shape: Sha
 
 
 def pin(units: UnitGraph, x: Labels, reason: str, dims: Iterable[int] | None = None) -> Labels:
-    """Pins the units of the columns that depend on `dims` (by default all), and makes those dims inert."""
+    """The labels for an op to which the places along `dims` (by default all) matter: these dims become inert.
+
+    Units that lie along `dims` only are pinned. Units that lie along other dimensions too are told apart by their
+    places along `dims`. A row of them, which is all places along `dims` at one place elsewhere, moves as a whole.
+    """
     if 0 in x.shape:
         return x
     pinned = set(range(x.ndim)) if dims is None else {d % x.ndim for d in dims}
-    columns, factors = [], [axis_column(x.shape, d) for d in sorted(pinned) if x.shape[d] > 1]
+    places = [axis_column(x.shape, d) for d in sorted(pinned) if x.shape[d] > 1]
+    columns, factors = [], [*places]
     for column in x.columns:
-        if pinned.isdisjoint(support(column)):
+        along = set(support(column))
+        if pinned.isdisjoint(along):
             columns.append(column)
-        else:
+        elif along <= pinned:
             units.pin(distinct(core(column, support(column)).numpy()), reason)
+        elif relate_inert(units, column, places, reason, x.inert):
             factors.append(column)
-    return replace(x, columns=tuple(columns), inert=prune((*x.inert, *factors), columns))
+        else:
+            rows = _reduce_column(units, column, pinned, reason, ordered=True)
+            columns += [] if rows is None else [rows]
+    return Labels(x.shape, tuple(columns), prune((*x.inert, *factors), columns))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,7 +107,8 @@ class Permutation:
             state_dict: tensors by name, any dtype and device, in the shapes that the symmetry was found for.
 
         Returns:
-            A new dict with the same keys; tensors that do not move are the same objects.
+            A new dict with the same keys in the same order, and with the `_metadata` (the versions of its modules) that
+            the state dict of a module has; tensors that do not move are the same objects.
 
         Raises:
             PermutationError: if a parameter is missing or has another shape.
@@ -120,7 +122,9 @@ class Permutation:
             >>> torch.equal(p.inverse().apply(permuted)["0.weight"], mlp[0].weight)
             True
         """
-        moved = dict(state_dict)
+        moved: OrderedDict[str, Tensor] = OrderedDict(state_dict)
+        if hasattr(state_dict, "_metadata"):
+            moved._metadata = state_dict._metadata  # type: ignore[attr-defined]
         for axis in self.layout:
             if axis.parameter not in moved:
                 raise PermutationError(

@@ -194,10 +194,18 @@ def _contain(units: UnitGraph, child: Ids, part: Ids, parent: Ids, where: np.nda
     return bool(lone.all())
 
 
-def relate_inert(units: UnitGraph, column: Tensor, factors: Sequence[Tensor], reason: str) -> bool:
-    """Tells units apart that meet different inert positions; True if that pins every one of them."""
+def relate_inert(
+    units: UnitGraph, column: Tensor, factors: Sequence[Tensor], reason: str, known: Sequence[Tensor] = ()
+) -> bool:
+    """Tells units apart that meet different inert positions; True if that pins every one of them.
+
+    Arguments:
+        known: inert columns to which the units are related already. Two units may meet the same positions in each
+            inert column, and still not the same pairs of positions in two.
+    """
     dims = support(column)
-    joint = joint_column([f for f in factors if any(d in dims for d in support(f))])
+    new, old = ([f for f in fs if any(d in dims for d in support(f))] for fs in (factors, known))
+    joint = joint_column(new + old) if new else None
     if joint is None:
         return False
     shared = [d for d in dims if d in support(joint)]

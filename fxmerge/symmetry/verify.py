@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxmerge.capture import Args, Kwargs, evaluating
-from fxmerge.errors import FxmergeError
+from fxmerge import models
+from fxmerge.capture import Args, Kwargs, check_example, evaluating, open_outputs
+from fxmerge.errors import FxmergeError, OptionError
 from fxmerge.symmetry.double import InDouble, WithOwnStatistics
 from fxmerge.symmetry.freeze import demote
 from fxmerge.symmetry.permutation import Permutation
@@ -66,6 +66,7 @@ def verify(
 
     Raises:
         FxmergeError: if the model gives different outputs for the same inputs and parameters.
+        OptionError: if the model or its inputs are none, or if it is on the meta device.
 
     Example:
         >>> import torch, fxmerge
@@ -75,7 +76,10 @@ def verify(
         ((), True)
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    probe = Probe(model, args, dict(kwargs or {}), generator)
+    model = models.accepted(model)
+    if isinstance(model, nn.Module) and any(t.is_meta for t in models.tensors(model).values()):
+        raise OptionError("The model is on the meta device, and has no values to verify; load them, or build it anew.")
+    probe = Probe(model, *check_example(model, args, kwargs), generator)
     tolerance, worst = TOLERANCE, 0.0
     for _ in range(trials):
         p = symmetry.sample(generator)
@@ -131,24 +135,30 @@ class Probe:
                 model = model.module()  # It shares its tensors with the program.
             else:
                 stack.enter_context(evaluating(model))
-            self.module = copy.deepcopy(model).double()
+            self.module = models.copied(model).double()
         self.inputs: tuple[Args, dict[str, Any]] = pytree.tree_map(_double, (tuple(args), kwargs))
-        own = self.module.state_dict(keep_vars=True)
+        own = models.tensors(self.module, keep_vars=True)
         self.state = {name: _perturb(t, generator) for name, t in own.items()}
         _share(self.state, own)
-        mode = WithOwnStatistics({t.data_ptr(): self.state[name] for name, t in own.items() if t.numel()})
-        self.expected = self._run(self.state, mode)
+        self.expected = self._run(self.state, statistics=True)
 
-    def _run(self, state: Mapping[str, Tensor], mode: InDouble) -> list[Tensor]:
+    def _run(self, state: Mapping[str, Tensor], *, statistics: bool = False) -> list[Tensor]:
+        """The outputs under some parameters; running statistics are to fit the activations if asked for."""
+        module = models.apart(self.module)  # A forward may count its calls.
         if not self.exported:  # Modules drop what they have derived from other values of their parameters.
-            self.module.train().eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=()):
-            for name, tensor in self.module.state_dict(keep_vars=True).items():
+            models.switch(module, True)
+            models.switch(module, False)
+        own = models.tensors(module, keep_vars=True)
+        mode: InDouble = InDouble()  # type: ignore[no-untyped-call]
+        if statistics:
+            mode = WithOwnStatistics({t.data_ptr(): self.state[name] for name, t in own.items() if t.numel()})
+        with torch.no_grad(), models.same_draws(*own.values()):
+            for name, tensor in own.items():
                 tensor.copy_(state[name])
-            torch.manual_seed(0)  # What draws random numbers, draws the same ones every time.
             with mode:
-                outputs = pytree.tree_leaves(self.module(*self.inputs[0], **self.inputs[1]))
-        found = [o.detach().clone() for o in outputs if isinstance(o, Tensor)]
+                outputs = module(*self.inputs[0], **self.inputs[1])
+        open_outputs(module, outputs)
+        found = [o.detach().clone() for o in pytree.tree_leaves(outputs) if isinstance(o, Tensor)]
         return [o.to(torch.int8) if o.dtype == torch.bool else o for o in found]  # Truth has no differences.
 
     def error(self, p: Permutation) -> float:
@@ -169,7 +179,7 @@ class Probe:
     def change(self, state: Mapping[str, Tensor]) -> float:
         """The largest change of an output under other parameters, relative to the largest value of that output."""
         worst = 0.0
-        for a, b in zip(self.expected, self._run(state, InDouble()), strict=True):  # type: ignore[no-untyped-call]
+        for a, b in zip(self.expected, self._run(state), strict=True):
             if a.numel():
                 finite = torch.isfinite(a)
                 scale = float(a[finite].abs().max()) if finite.any() else 0.0
