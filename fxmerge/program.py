@@ -24,6 +24,9 @@ Source = tuple[str, str]
 """What a placeholder stands for: ("parameter" | "constant" | "input", name)."""
 
 
+_SIZES = ("aten::sym_size", "aten::sym_numel", "aten::sym_stride")
+
+
 @dataclass(frozen=True)
 class AtenGraph:
     """A functional graph of ATen ops in which every node's `meta["val"]` tells shape and dtype.
@@ -158,6 +161,19 @@ class Program:
         return frozenset(found)
 
     @cached_property
+    def sized(self) -> frozenset[fx.Node]:
+        """The nodes that depend on parameters, constants and the sizes of inputs alone, such as the embeddings of
+        positions."""
+        found = set(self.derived)
+        for node in self.graph.graph.nodes:
+            name = getattr(getattr(node.target, "_schema", None), "name", "")
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            known = found.issuperset(node.all_input_nodes) and not random
+            if name in _SIZES or (known and node.op not in ("placeholder", "output")):
+                found.add(node)
+        return frozenset(found)
+
+    @cached_property
     def of_parameters(self) -> frozenset[fx.Node]:
         """The nodes that depend on parameters."""
         found: set[fx.Node] = set()
@@ -168,8 +184,8 @@ class Program:
 
     @cached_property
     def learnt(self) -> frozenset[fx.Node]:
-        """The activations that depend on parameters."""
-        return self.of_parameters - self.derived
+        """The activations that depend on parameters and on what the inputs hold."""
+        return self.of_parameters - self.sized
 
     @cached_property
     def answers(self) -> tuple[fx.Node, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxmerge.capture import evaluating
+from fxmerge.program import quiet
 from fxmerge.run import Call
 
 Output = tuple[tuple[str | None, ...], Any]
@@ -40,12 +43,12 @@ def training_only(model: nn.Module, call: Call) -> frozenset[str]:
 
 
 def left_out(model: nn.Module, call: Call, names: Collection[str]) -> Call:
-    """A call without some inputs; of those given by position only the last can be left out."""
+    """A call without some inputs; what comes after one that was given by position is then given by name."""
     args, kwargs = call
-    order = list(inspect.signature(model.forward).parameters)
-    while args and not {*order[len(args) - 1 : len(args)]}.isdisjoint(names):
-        args = args[:-1]
-    return args, {name: value for name, value in kwargs.items() if name not in names}
+    order = list(inspect.signature(model.forward).parameters)[: len(args)]
+    cut = min((i for i, name in enumerate(order) if name in names), default=len(args))
+    named = {**dict(zip(order[cut:], args[cut:], strict=False)), **kwargs}
+    return args[:cut], {name: value for name, value in named.items() if name not in names}
 
 
 def _is_optional(parameter: inspect.Parameter | None) -> bool:
@@ -60,13 +63,25 @@ def _holds_tensors(value: Any) -> bool:
 def _outputs(model: nn.Module, call: Call) -> list[Output] | None:
     """What a model gives, apart from None; None if it cannot be called so."""
     try:
-        with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=()):
+        with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=()), _silent():
             torch.manual_seed(0)  # What draws random numbers, draws the same ones every time.
             result = model(*call[0], **call[1])
     except Exception:  # Whatever a model raises that needs the input.
         return None
     leaves = pytree.tree_flatten_with_path(result)[0]
     return [(tuple(map(_key, path)), value) for path, value in leaves if value is not None]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what libraries say of calls that only try something."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with quiet():
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _key(entry: Any) -> str | None:

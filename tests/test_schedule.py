@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.refitting.boundaries import Boundaries
+from fxmerge.refitting.boundaries import Boundaries, without_the_rest
 from fxmerge.refitting.schedule import stages_of, walk
 
 
@@ -69,3 +69,28 @@ def test_values_beyond_the_budget_come_back_from_disk() -> None:
             assert torch.equal(got["a"], value["a"])
             assert got["b"] == i
         assert kept.bytes == 0
+
+
+def test_a_part_of_a_large_tensor_counts_and_is_written_as_what_it_shows() -> None:
+    data = torch.arange(100_000.0).reshape(-1, 10)
+    part = {"rows": data[5:10], "column": [data[:20, 3]], "repeated": data[:1, :1].expand(4, 4)}
+    shown = 50 * 4 + 20 * 4 + 16 * 4
+    for budget in (shown, 0):
+        with Boundaries(budget) as kept:
+            kept.put((0, 0), part)
+            assert kept.bytes == (shown if budget else 0)
+            assert budget or kept._path((0, 0)).stat().st_size < shown + 4000
+            got = kept.take((0, 0))
+            assert torch.equal(got["rows"], part["rows"])
+            assert torch.equal(got["column"][0], part["column"][0])
+            assert torch.equal(got["repeated"], part["repeated"])
+
+
+def test_parts_that_show_all_of_a_tensor_together_share_it_and_count_once() -> None:
+    whole = torch.randn(4, 6)
+    left, right = whole.chunk(2, dim=1)
+    values = {"left": left, "right": right, "turned": whole.T}
+    assert all(value is values[key] for key, value in without_the_rest(values).items())
+    with Boundaries(1000) as kept:
+        kept.put((0, 0), values)
+        assert kept.bytes == 24 * 4

@@ -52,8 +52,9 @@ class Places:
             if target is None:
                 raise ValueError(f"It cannot be told what units lie along dimension {dim} of graph node {node.name!r}.")
             index = torch.from_numpy(target).to(value.device)
-            value = torch.zeros_like(value).index_add_(dim, index, value)
-            counts = torch.from_numpy(np.bincount(target, minlength=len(target))).to(value)
+            parts = value.unflatten(dim, (-1, len(target)))  # The units may repeat.
+            value = torch.zeros_like(parts).index_add_(dim + 1, index, parts).flatten(dim, dim + 1)
+            counts = torch.from_numpy(np.bincount(target, minlength=len(target))).to(value).repeat(parts.shape[dim])
             members = members * counts.reshape([-1 if d == dim else 1 for d in range(value.ndim)])
         return value, members
 

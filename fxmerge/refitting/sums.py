@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, fx
 
 from fxmerge.refitting.forms import bind
 
 _Step = tuple[Literal["permute", "reshape"], tuple[int, ...]]
+"""Dimensions, or sizes; of these -1 is what is left, and -2 - d the size of dimension d of what is reshaped."""
 
 _VIEWS = ("aten::view", "aten::_unsafe_view", "aten::reshape")
 _COPIES = ("aten::clone", "aten::contiguous", "aten::alias")
@@ -31,7 +33,10 @@ class Summand:
     def placed(self, value: Tensor) -> Tensor:
         """A tensor like the sum in the shape of the node's output."""
         for kind, sizes in self.back:
-            value = value.permute(sizes) if kind == "permute" else value.reshape(sizes)
+            if kind == "permute":
+                value = value.permute(sizes)
+            else:
+                value = value.reshape([value.shape[-2 - size] if size < -1 else size for size in sizes])
         return value
 
 
@@ -55,7 +60,7 @@ def summand_of(node: fx.Node, learnt: Collection[fx.Node]) -> Summand | None:
         if name in ("aten::transpose", "aten::permute"):
             back.append(("permute", _back(call, value.ndim)))
         elif name in _VIEWS:
-            sizes = tuple(n if isinstance(n, int) else -1 for n in value.shape)
+            sizes = tuple(_size(n, user.meta["val"].shape) for n in value.shape)
             if sizes.count(-1) > 1:
                 return None
             back.append(("reshape", sizes))
@@ -63,6 +68,14 @@ def summand_of(node: fx.Node, learnt: Collection[fx.Node]) -> Summand | None:
             return None
         last = user
     return None
+
+
+def _size(size: int | torch.SymInt, known: Sequence[int | torch.SymInt]) -> int:
+    """A size as a step has it, where some sizes are known as they are."""
+    if isinstance(size, int):
+        return size
+    same = (d for d, n in enumerate(known) if isinstance(n, torch.SymInt) and n.node.expr == size.node.expr)
+    return next((-2 - d for d in same), -1)
 
 
 def _fits(others: list[object], last: fx.Node, call: dict[str, object], learnt: Collection[fx.Node]) -> bool:

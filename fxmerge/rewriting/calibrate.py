@@ -86,7 +86,8 @@ class _Estimator(Runner):
                 f"BatchNorm statistics at graph node {n.name!r} cannot be estimated from a batch with one value per "
                 f"channel (input shape {tuple(x.shape)}); use larger batches."
             )
-        self.seen[mean_name] += 1
+        rows = x.numel() // x.shape[1]
+        self.seen[mean_name] += rows
         y = functional.batch_norm(
             x,
             self.statistics[mean_name],
@@ -94,7 +95,7 @@ class _Estimator(Runner):
             weight,
             bias,
             training=True,
-            momentum=1 / self.seen[mean_name],
+            momentum=rows / self.seen[mean_name],
             eps=next(a for a in reversed(args) if type(a) is float),
         )
         return (y, *(x.new_empty(0),) * 2) if isinstance(n.meta["val"], (tuple, list)) else y
@@ -111,7 +112,7 @@ def recalibrate(module: nn.Module, program: Program, data: Data, shared: Collect
     """Re-estimates the BatchNorm statistics of a module over a loader, in place.
 
     All layers together, as cumulative averages over the batches of each batch's mean and unbiased
-    variance; the rest of the model stays in eval mode.
+    variance, in which a batch counts as its values per channel do; the rest of the model stays in eval mode.
 
     Arguments:
         module: a module with the parameter names of `program`; its running statistics are overwritten.

@@ -44,12 +44,14 @@ class Tap:
         node: name of the graph node that computes it.
         number: the class.
         dims: the dimensions along which the units lie.
-        order: for every unit, its positions along these, flattened; shape (units, places per unit).
+        sizes: how many positions of each of these show the units once; along a dimension that is longer, they repeat.
+        order: for every unit, its positions among these, flattened; shape (units, places per unit).
     """
 
     node: str
     number: int
     dims: tuple[int, ...]
+    sizes: tuple[int, ...]
     order: Tensor
 
 
@@ -61,7 +63,10 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
         labels = found.labels.get(node.name)
         for column in labels.columns if labels is not None else ():
             dims = support(column)
-            ids = core(column, dims).reshape(-1).numpy()
+            once = _once(core(column, dims), [node.meta["val"].shape[d] for d in dims])
+            if once is None:
+                continue
+            ids = once.reshape(-1).numpy()
             for n in np.unique(number[ids[number[ids] >= 0]]):
                 at = np.flatnonzero(number[ids] == n)
                 size = symmetry.units[n].size
@@ -72,7 +77,7 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
                     for shown, units in views:
                         if shown == n:
                             where = torch.from_numpy(order[units].reshape(len(units), -1))
-                            taps.append(Tap(node.name, owner, dims, where))
+                            taps.append(Tap(node.name, owner, dims, tuple(once.shape), where))
     return taps
 
 
@@ -90,18 +95,32 @@ def classes_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, Coll
 
 def units_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, int], tuple[Ids, Ids] | None]:
     """Tells the class, -1 for none, and the unit in it at every position along a dimension of a node's value, by the
-    node's name. None if no units lie there, or if which ones depends on other dimensions too."""
+    node's name; if they repeat along a dimension of any size, at the first positions. None if no units lie there, or
+    if which ones depends on the size or on other dimensions too."""
     number, place = _places(found, symmetry)
+    values = {node.name: node.meta.get("val") for node in found.program.graph.graph.nodes}
 
     def along(node: str, dim: int) -> tuple[Ids, Ids] | None:
         labels = found.labels.get(node)
         columns = [c for c in labels.columns if dim in support(c)] if labels is not None else []
         if not columns or any(support(c) != (dim,) for c in columns):
             return None
-        ids = core(columns[0], (dim,)).numpy()
-        return number[ids], place[ids]
+        once = _once(core(columns[0], (dim,)), [values[node].shape[dim]])
+        return None if once is None else (number[once.numpy()], place[once.numpy()])
 
     return along
+
+
+def _once(ids: Tensor, sizes: Sequence[int | torch.SymInt]) -> Tensor | None:
+    """The units along some dimensions, once where they repeat along a size that is only known to be a multiple of a
+    number; None where they lie otherwise along a size that is not fixed, and elsewhere if that is another."""
+    for dim, size in enumerate(sizes):
+        if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
+            parts = ids.unflatten(dim, (-1, max(int(size.node.expr.as_coeff_Mul()[0]), 1)))
+            ids = parts.select(dim, 0)
+            if not torch.equal(parts, ids.unsqueeze(dim).expand_as(parts)):
+                return None
+    return ids
 
 
 def _places(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
@@ -137,7 +156,7 @@ def _consumed(program: Program) -> list[fx.Node]:
     """The activations that contractions multiply, each once, in graph order."""
     nodes = program.graph.graph.nodes
     operands = {a for n in nodes for a in rules.multiplied(n) if a.op == "call_function"}
-    return [n for n in nodes if n in operands and n not in program.derived]
+    return [n for n in nodes if n in operands and n not in program.sized]
 
 
 class _Tapped(Runner):
@@ -275,8 +294,11 @@ def whole(blocks: Mapping[Pair, Tensor], models: int) -> NDArray[np.float64]:
 def _rows(value: Tensor, tap: Tap) -> Tensor:
     """What a tap shows of an activation: shape (rows, units). Both parts of complex numbers are rows."""
     value = real(value)
-    others = [d for d in range(value.ndim) if d not in tap.dims]
-    flat = value.permute(*others, *tap.dims).reshape(math.prod(value.shape[d] for d in others), -1)
+    for d, size in reversed(list(zip(tap.dims, tap.sizes, strict=True))):
+        value = value.unflatten(d, (-1, size))
+    dims = [d + i + 1 for i, d in enumerate(tap.dims)]
+    others = [d for d in range(value.ndim) if d not in dims]
+    flat = value.permute(*others, *dims).reshape(math.prod(value.shape[d] for d in others), -1)
     limit = max(min(MAX_ROWS // tap.order.shape[1], MAX_ENTRIES // tap.order.numel()), 2)
     if len(flat) > limit:
         flat = flat[torch.linspace(0, len(flat) - 1, limit, device=flat.device).long()]

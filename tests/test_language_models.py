@@ -1,0 +1,127 @@
+"""Language models as transformers makes them: default configurations, only smaller, on batches of two lengths."""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = 64
+TOKENS = {"vocab_size": WORDS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+WIDTHS: dict[str, Any] = {
+    **TOKENS,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+GROUPED: dict[str, Any] = {**WIDTHS, "num_key_value_heads": 2, "head_dim": 4}
+
+Build = Callable[[], nn.Module]
+
+
+def causal(config: str, **sizes: Any) -> Build:
+    return lambda: transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
+
+
+def of(kind: str, config: str, **sizes: Any) -> Build:
+    return lambda: getattr(transformers, kind)(getattr(transformers, config)(**sizes))
+
+
+MODELS: dict[str, Build] = {
+    "gpt2": causal("GPT2Config", **TOKENS, n_embd=16, n_layer=1, n_head=4, n_positions=32),
+    "llama": causal("LlamaConfig", **GROUPED),
+    "qwen3": causal("Qwen3Config", **GROUPED),
+    "gemma2": causal("Gemma2Config", **GROUPED),
+    "mixtral": causal("MixtralConfig", **GROUPED, num_local_experts=3),
+    "bert": of("BertForMaskedLM", "BertConfig", **WIDTHS),
+    "t5": of(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        **TOKENS,
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    ),
+    "whisper": of(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        **TOKENS,
+        d_model=16,
+        num_mel_bins=4,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_source_positions=10,
+        max_target_positions=32,
+        decoder_start_token_id=1,
+        begin_suppress_tokens=None,
+    ),
+}
+
+
+def net(name: str, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(seed)
+    return MODELS[name]().to(dtype).eval()
+
+
+def text(
+    name: str, lengths: tuple[int, ...], dtype: torch.dtype = torch.float32, samples: int = 6
+) -> list[dict[str, Tensor]]:
+    """What a tokenizer and a collator give, the ends of some samples padded."""
+    g = torch.Generator().manual_seed(0)
+    batches = []
+    for length in lengths:
+        ids = torch.randint(3, WORDS, (samples, length), generator=g)
+        if name == "whisper":
+            batches.append({"input_features": torch.randn(samples, 4, 20, generator=g).to(dtype), "labels": ids})
+        else:
+            mask = torch.ones_like(ids)
+            mask[0, -2:] = 0
+            batches.append({"input_ids": ids.where(mask > 0, 0), "attention_mask": mask, "labels": ids})
+    return batches
+
+
+def inputs(batch: dict[str, Tensor], merged: nn.Module) -> dict[str, Tensor]:
+    names = merged.forward.__code__.co_varnames
+    return {key: value for key, value in batch.items() if key in names}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_language_models_merge_as_they_come(name: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = net(name, 0, dtype), net(name, 1, dtype)
+    loader = text(name, (7, 11), dtype)
+    before = [(copy.deepcopy(m.state_dict()), m.config.to_dict()) for m in (a, b)]
+    given = copy.deepcopy(loader)
+    with caplog.at_level(logging.INFO, logger="fxmerge"):
+        merged = fxmerge.merge(a, b, loader, or_parent=False)
+    print([r.getMessage()[:300] for r in caplog.records])
+    for m, (state, config) in zip((a, b), before, strict=True):
+        assert m.config.to_dict() == config
+        assert all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
+    assert all(torch.equal(x[k], y[k]) for x, y in zip(loader, given, strict=True) for k in x)
+    fresh = net(name, 2, dtype)
+    extra = merged.state_dict().keys() - fresh.state_dict().keys()
+    print("extra", extra)
+    fresh.load_state_dict({k: v for k, v in merged.state_dict().items() if k not in extra})
+    for batch in text(name, (7, 11, 5, 16), dtype, samples=3):
+        call = inputs(batch, merged)
+        torch.testing.assert_close(merged(**call)["logits"], fresh(**call).logits)
+    batch = {k: v for k, v in text(name, (5,), dtype, samples=2)[0].items() if k != "labels"}
+    if name != "bert":
+        assert fresh.generate(**batch, max_new_tokens=3, do_sample=False).shape[0] == 2
