@@ -93,11 +93,13 @@ class Job:
         """Adds the seconds spent inside to the entry of a stage."""
         return _timed(self.seconds, stage)
 
-    def symmetry(self, given: Symmetry | None, verify: bool) -> tuple[Propagation, Symmetry]:
+    def symmetry(
+        self, given: Symmetry | None, verify: bool, free: str | Iterable[str] = ()
+    ) -> tuple[Propagation, Symmetry]:
         """The labels of the program, and the symmetry given or else inferred."""
         with self.timed("symmetry"):
             if given is None:
-                found, symmetry = analyse(self.program)
+                found, symmetry = analyse(self.program, free=free)
             else:
                 check_fits(given, self.program)
                 found, symmetry = propagate(self.program), given

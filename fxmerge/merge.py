@@ -61,6 +61,7 @@ def merge(
     progress: bool | None = None,
     verify: bool = True,
     symmetry: Symmetry | None = None,
+    free: str | Sequence[str] = (),
     inputs: Inputs | None = None,
     args: Args = (),
     kwargs: Kwargs | None = None,
@@ -119,6 +120,9 @@ def merge(
         progress: whether to show progress; None shows it on a terminal.
         verify: whether to prove the symmetry on `gm_a` (or the base) itself, in float64, before it is used.
         symmetry: the symmetry to use in place of an inferred one, as from `find_symmetry` or `Symmetry.from_json`.
+        free: outputs along which units may move, as those of a backbone whose head is not part of it, by name as in
+            `find_symmetry`: "output" for all. The result's outputs are in the units of the first model, or in those that
+            "units_of" tells. It is part of a symmetry that is given.
         inputs: turns a batch of the loader into (args, kwargs) of the model, where the default does not fit.
         args: example inputs, needed only without a loader.
         kwargs: example inputs by keyword.
@@ -170,6 +174,7 @@ def merge(
         progress=progress,
         verify=verify,
         symmetry=symmetry,
+        free=free,
         inputs=inputs,
         args=args,
         kwargs=kwargs,
@@ -202,6 +207,7 @@ def merge_many(
     progress: bool | None = None,
     verify: bool = True,
     symmetry: Symmetry | None = None,
+    free: str | Sequence[str] = (),
     inputs: Inputs | None = None,
     args: Args = (),
     kwargs: Kwargs | None = None,
@@ -242,7 +248,7 @@ def merge_many(
     validate.check_outputs(outputs, base, given)
     validate.check_search(similarity, activations, restarts)
     job = prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base, loaders)
-    found, whole = job.symmetry(symmetry, verify)
+    found, whole = job.symmetry(symmetry, verify, free)
     validate.check_class_names(alpha, whole)
     if outputs == "standardized" and job.data is not None:
         with job.timed("standardizing"):
@@ -314,6 +320,7 @@ def align(
     progress: bool | None = None,
     verify: bool = True,
     symmetry: Symmetry | None = None,
+    free: str | Sequence[str] = (),
     inputs: Inputs | None = None,
     args: Args = (),
     kwargs: Kwargs | None = None,
@@ -335,7 +342,7 @@ def align(
     """
     validate.check_search(similarity, activations, restarts)
     job = prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
-    found, whole = job.symmetry(symmetry, verify)
+    found, whole = job.symmetry(symmetry, verify, free)
     validate.check_class_names(alpha, whole)
     symmetry, still = without_shared(whole, flows(found), job.states, masked(job.program, job.masks).values())
     plan = Plan((0.5, 0.5), seed=seed, restarts=restarts, similarity=similarity, activations=activations)

@@ -150,7 +150,10 @@ class Merger:
                 with self.job.timed("choosing alpha"):
                     data, program = self.job.data, self.job.program
                     if score is None:
-                        errors[candidate] = disagreement(program, merged.state_dict(), self.job.states, weights, data)
+                        # Where outputs are free, only aligned models have them in the same units.
+                        aligned = zip(tried.aligned.permutations, self.job.states, strict=True)
+                        parents = [p.apply(s) for p, s in aligned]
+                        errors[candidate] = disagreement(program, merged.state_dict(), parents, weights, data)
                     else:
                         scores[candidate] = judged(score, merged, f"the average for alpha {candidate}")
             chosen = best(errors) if score is None else highest(scores)

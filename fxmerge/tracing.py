@@ -56,7 +56,7 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> tuple
     _Record(graph).run(*(tensors[n].detach() for n in names), *leaves)
     constants = {n: t for n, t in tensors.items() if n not in state}
     example = tuple(args), dict(kwargs)
-    traced = AtenGraph(graph, tuple(sources), outputs, inputs, state, constants, example)
+    traced = AtenGraph(graph, tuple(sources), outputs, inputs, state, constants, example, out=nested[0])
     return _with_attributes(model, graph, names, nested[0], inputs), traced
 
 

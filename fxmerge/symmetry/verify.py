@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from fxmerge.symmetry.permutation import Permutation
 
 if TYPE_CHECKING:
     from fxmerge.symmetry.group import Symmetry
+    from fxmerge.symmetry.outputs import FreeOutput
+    from fxmerge.symmetry.units import Ids
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def verify(
         ((), True)
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    probe = Probe(model, args, dict(kwargs or {}), generator)
+    probe = Probe(model, args, dict(kwargs or {}), generator, symmetry.free)
     tolerance, worst = TOLERANCE, 0.0
     for _ in range(trials):
         p = symmetry.sample(generator)
@@ -86,6 +88,7 @@ def verify(
             bad = _bisect(symmetry, p, probe, tolerance)
             logger.warning("classes failed verification and were demoted: %s", [symmetry.names[n] for n in bad])
             symmetry = demote(symmetry, bad)
+            probe.free = symmetry.free
             error = probe.error(symmetry.sample(generator))
         worst = max(worst, error)
     return replace(symmetry, error=worst)
@@ -123,8 +126,14 @@ class Probe:
     """
 
     def __init__(
-        self, model: nn.Module | ExportedProgram, args: Args, kwargs: dict[str, Any], generator: torch.Generator
+        self,
+        model: nn.Module | ExportedProgram,
+        args: Args,
+        kwargs: dict[str, Any],
+        generator: torch.Generator,
+        free: Sequence[FreeOutput] = (),
     ) -> None:
+        self.free = free
         self.exported = isinstance(model, ExportedProgram)
         with ExitStack() as stack:
             if isinstance(model, ExportedProgram):
@@ -139,7 +148,7 @@ class Probe:
         mode = WithOwnStatistics({t.data_ptr(): self.state[name] for name, t in own.items() if t.numel()})
         self.expected = self._run(self.state, mode)
 
-    def _run(self, state: Mapping[str, Tensor], mode: InDouble) -> list[Tensor]:
+    def _run(self, state: Mapping[str, Tensor], mode: InDouble, images: Sequence[Ids] | None = None) -> list[Tensor]:
         if not self.exported:  # Modules drop what they have derived from other values of their parameters.
             self.module.train().eval()
         with torch.no_grad(), torch.random.fork_rng(devices=()):
@@ -148,12 +157,14 @@ class Probe:
             torch.manual_seed(0)  # What draws random numbers, draws the same ones every time.
             with mode:
                 outputs = pytree.tree_leaves(self.module(*self.inputs[0], **self.inputs[1]))
+        for own in self.free if images is not None else ():
+            outputs[own.leaf] = own.put_back(outputs[own.leaf], images)  # type: ignore[arg-type]
         found = [o.detach().clone() for o in outputs if isinstance(o, Tensor)]
         return [o.to(torch.int8) if o.dtype == torch.bool else o for o in found]  # Truth has no differences.
 
     def error(self, p: Permutation) -> float:
         """What a permutation of the parameters changes."""
-        return self.change(p.apply(self.state))
+        return self.change(p.apply(self.state), p.images)
 
     def rounding(self, generator: torch.Generator) -> float:
         """What changes of the parameters in their last places change."""
@@ -166,10 +177,11 @@ class Probe:
 
         return self.change({name: shaken(tensor) for name, tensor in self.state.items()})
 
-    def change(self, state: Mapping[str, Tensor]) -> float:
-        """The largest change of an output under other parameters, relative to the largest value of that output."""
+    def change(self, state: Mapping[str, Tensor], images: Sequence[Ids] | None = None) -> float:
+        """The largest change of an output under other parameters, relative to the largest value of that output; of free
+        outputs, once they are back in their places."""
         worst = 0.0
-        for a, b in zip(self.expected, self._run(state, InDouble()), strict=True):  # type: ignore[no-untyped-call]
+        for a, b in zip(self.expected, self._run(state, InDouble(), images), strict=True):  # type: ignore[no-untyped-call]
             if a.numel():
                 finite = torch.isfinite(a)
                 scale = float(a[finite].abs().max()) if finite.any() else 0.0
