@@ -83,8 +83,8 @@ def inspect(
         began = time.perf_counter()
         symmetry = symmetry.verify(model, args, kwargs)
         seconds["verification"] = time.perf_counter() - began
-    free, entries = free_entries(symmetry, program.parameters)
-    return Inspection(symmetry, chains(found, symmetry), program.route, entries, free, seconds)
+    moving, entries = free_entries(symmetry, program.parameters)
+    return Inspection(symmetry, chains(found, symmetry), program.route, entries, moving, seconds)
 
 
 def free_entries(symmetry: Symmetry, parameters: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +20,7 @@ from fxmerge.capture import Args, Kwargs, capture_program, evaluating
 from fxmerge.choose import Alpha
 from fxmerge.errors import LoaderError, OptionError
 from fxmerge.program import Program
+from fxmerge.progress import timed
 from fxmerge.rewriting.calibrate import batch_norm_statistics
 from fxmerge.rewriting.derived import Derived, not_averaged
 from fxmerge.rewriting.masks import masks_of
@@ -90,8 +90,8 @@ class Job:
         return found if same or self.derived is None else self.derived.settle(found)
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
-        """Adds the seconds spent inside to the entry of a stage."""
-        return _timed(self.seconds, stage)
+        """Adds the seconds spent inside to the entry of a stage, and logs when it begins and ends."""
+        return timed(logger, self.seconds, stage)
 
     def symmetry(
         self, given: Symmetry | None, verify: bool, free: str | Iterable[str] = ()
@@ -171,7 +171,7 @@ def prepare(
             if isinstance(model, nn.Module):
                 stack.enter_context(evaluating(model))
         validate.check_batch(modules[0], *example)
-        with _timed(seconds, "capture"):
+        with timed(logger, seconds, "capture"):
             program = capture_program(models[0], *example)
         for i in range(1, len(models)):
             validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
@@ -189,13 +189,6 @@ def _to(model: Model, device: str | torch.device) -> Model:
     if isinstance(model, ExportedProgram):
         return move_to_device_pass(model, device)
     return copy.deepcopy(model).to(device)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
 def _example_of(model: Model) -> tuple[Args, dict[str, Any]]:

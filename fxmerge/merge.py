@@ -16,6 +16,7 @@ from fxmerge.decide import decide, errors_of, warn_of_parent
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
 from fxmerge.merger import Combine, Merger, Method, Outputs, Plan, images
+from fxmerge.notices import warn_of_few_rows, warn_of_outputs
 from fxmerge.refitting.outputs import standardized
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.masks import masked, pruned
@@ -121,8 +122,8 @@ def merge(
         verify: whether to prove the symmetry on `gm_a` (or the base) itself, in float64, before it is used.
         symmetry: the symmetry to use in place of an inferred one, as from `find_symmetry` or `Symmetry.from_json`.
         free: outputs along which units may move, as those of a backbone whose head is not part of it, by name as in
-            `find_symmetry`: "output" for all. The result's outputs are in the units of the first model, or in those that
-            "units_of" tells. It is part of a symmetry that is given.
+            `find_symmetry`: "output" for all. The outputs of the result are in the units of the model that "units_of"
+            tells, mostly the first. A symmetry that is given has its own free outputs.
         inputs: turns a batch of the loader into (args, kwargs) of the model, where the default does not fit.
         args: example inputs, needed only without a loader.
         kwargs: example inputs by keyword.
@@ -250,11 +251,13 @@ def merge_many(
     job = prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base, loaders)
     found, whole = job.symmetry(symmetry, verify, free)
     validate.check_class_names(alpha, whole)
+    flow = flows(found)
+    warn_of_outputs(found, whole, flow)
     if outputs == "standardized" and job.data is not None:
         with job.timed("standardizing"):
             job = replace(job, states=standardized(job.program, job.states, job.data))
     cut = masked(job.program, job.masks)
-    symmetry, still = without_shared(whole, flows(found), job.states, cut.values())
+    symmetry, still = without_shared(whole, flow, job.states, cut.values())
     job = replace(job, states=pruned(job.states, cut))
     home = reference if base is None else 0  # The base comes first.
     plan = Plan(
@@ -289,6 +292,7 @@ def merge_many(
         merged = merger.finish(refitted.state, calibrate=False)
         told |= {"layers": refitted.layers, "left": dict(refitted.left)}
         told |= {"parent": refitted.parent, "errors": dict(refitted.errors), "compared": refitted.compared}
+        warn_of_few_rows(refitted.layers)
         if refitted.parent is not None:
             warn_of_parent(job.names[refitted.parent], refitted, outputs, scores)
     merged.meta["fxmerge"] = job.report(symmetry) | told
@@ -344,7 +348,9 @@ def align(
     job = prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
     found, whole = job.symmetry(symmetry, verify, free)
     validate.check_class_names(alpha, whole)
-    symmetry, still = without_shared(whole, flows(found), job.states, masked(job.program, job.masks).values())
+    flow = flows(found)
+    warn_of_outputs(found, whole, flow)
+    symmetry, still = without_shared(whole, flow, job.states, masked(job.program, job.masks).values())
     plan = Plan((0.5, 0.5), seed=seed, restarts=restarts, similarity=similarity, activations=activations)
     merger = Merger(job, found, symmetry, plan)
     attempt, told = merger.choose(alpha)

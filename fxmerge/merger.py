@@ -19,6 +19,7 @@ from fxmerge.matching.assignment import Scores
 from fxmerge.matching.search import match
 from fxmerge.matching.universe import Alignment, canonical_order, find_universe, to_reference
 from fxmerge.matching.zip_search import ZipMatch, match_zip, zipped_classes
+from fxmerge.notices import warn_without_data
 from fxmerge.program import Program
 from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
@@ -180,6 +181,8 @@ class Merger:
         with self.job.timed("rewriting"):
             states = [p.apply(s) for p, s in zip(aligned.permutations, self.states, strict=True)]
             statistics = batch_norm_statistics(self.job.program)
+        if self.job.data is None and statistics:
+            warn_without_data(states, statistics)
         if plan.task_vectors is not None:
             with self.job.timed("rewriting"):
                 state = plan.task_vectors.combine(states[0], states[1:], plan.shares, statistics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from tqdm.auto import tqdm
 from fxmerge.capture import Args
 from fxmerge.errors import LoaderError
 from fxmerge.program import Program
+from fxmerge.progress import Ticker
+
+logger = logging.getLogger(__name__)
 
 Call = tuple[Args, dict[str, Any]]
 Inputs = Callable[[Any], Call]
@@ -133,7 +137,9 @@ class Data:
     def batches(self, what: str) -> Iterator[Call]:
         """The inputs of every batch, with a progress bar named `what`."""
         disable = None if self.progress is None else not self.progress
-        for batch in tqdm(self.loader, desc=what, disable=disable, leave=False):
+        ticker = Ticker(logger, f"{what}: batch %d")
+        for number, batch in enumerate(tqdm(self.loader, desc=what, disable=disable, leave=False), start=1):
+            ticker.tick(number)
             yield self._call(batch)
 
     def owned(self) -> Iterator[tuple[int | None, Call]]:

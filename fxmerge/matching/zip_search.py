@@ -58,11 +58,8 @@ def zipped_classes(symmetry: Symmetry, flow: Mapping[Axis, Flow]) -> list[int]:
         shown = {number for number, _ in symmetry.views[n]}
         axes = [(a.parameter, a.dim) for a in symmetry.layout if any(number in shown for number, _ in a.roles)]
         above = set(descendants(symmetry, n)) - {n}
-        if (
-            shown.isdisjoint(seen)
-            and above.isdisjoint(symmetry.choices)
-            and all(flow[axis] is not Flow.BOTH for axis in axes)
-        ):
+        alone = shown.isdisjoint(seen) and above.isdisjoint(symmetry.choices)
+        if alone and all(flow[axis] is not Flow.BOTH for axis in axes):
             found.append(n)
     return found
 

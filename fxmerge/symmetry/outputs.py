@@ -102,7 +102,8 @@ def paths_of(spec: pytree.TreeSpec | None, count: int) -> list[Path]:
         found = [tuple(_key(k) for k in path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
     except Exception:  # Whatever a user's class raises that is made of other values.
         found = []
-    return found if len(found) == count else [(str(i),) for i in range(count)]
+    by_number: list[Path] = [()] if count == 1 else [(str(i),) for i in range(count)]
+    return found if len(found) == count else by_number
 
 
 def _key(entry: object) -> str:
