@@ -85,6 +85,8 @@ class Job:
             model: the state dict of the model that counts most, in the same units.
         """
         names = [*(self.derived.names if self.derived else ()), *self.of_one_model]
+        if not names:
+            return dict(state)
         found = {**state, **{name: model[name] for name in names}}
         same = all(torch.equal(value, model[name]) for name, value in found.items() if value.is_floating_point())
         return found if same or self.derived is None else self.derived.settle(found)
@@ -97,6 +99,8 @@ class Job:
         self, given: Symmetry | None, verify: bool, free: str | Iterable[str] = ()
     ) -> tuple[Propagation, Symmetry]:
         """The labels of the program, and the symmetry given or else inferred."""
+        if given is not None and free:
+            raise OptionError("Both symmetry and free are given: pass free to find_symmetry, whose result tells it.")
         with self.timed("symmetry"):
             if given is None:
                 found, symmetry = analyse(self.program, free=free)

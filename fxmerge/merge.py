@@ -139,7 +139,7 @@ def merge(
         CaptureError: if the architecture cannot be captured as a graph.
         LoaderError: if the loader is empty or its batches do not fit.
         NonFiniteError: if a weight or an activation is NaN or infinite.
-        OptionError: if an argument is out of range.
+        OptionError: if an argument is out of range, or `free` names no output.
         SpecError: if `symmetry` is not one of these models.
 
     Example:

@@ -127,6 +127,8 @@ def free_leaves(free: str | Iterable[str], paths: Sequence[Path]) -> frozenset[i
         >>> sorted(free_leaves("output.a", [("a", "0"), ("a", "1"), ("b",)]))
         [0, 1]
     """
+    if not isinstance(free, Iterable):
+        raise OptionError(f"free is {free!r}; give names of outputs, such as {ROOT!r} for all of them.")
     found: set[int] = set()
     for name in [free] if isinstance(free, str) else free:
         keys = _parse(name)

@@ -80,8 +80,19 @@ def _load(source: str | Path) -> dict[str, Any]:
         raise SpecError(f'{where} does not describe a symmetry: it has no entry "fxmerge": "{KIND}".')
     if spec.get("version") != VERSION:
         raise SpecError(f"{where} is of version {spec.get('version')!r}; this version of fxmerge reads {VERSION}.")
-    known = ["fxmerge", "version", "pin", "parameters", "classes", "pinned", "unknown", "probed", "demoted", "error"]
-    known.append("outputs")
+    known = [
+        "fxmerge",
+        "version",
+        "pin",
+        "parameters",
+        "classes",
+        "pinned",
+        "unknown",
+        "probed",
+        "demoted",
+        "error",
+        "outputs",
+    ]
     _check_keys(spec, known, "The spec")
     return spec
 
