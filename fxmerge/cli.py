@@ -43,7 +43,7 @@ def _inspect(options: argparse.Namespace) -> None:
     source = sources.load(options.model, options.input, dict(options.config), options.device)
     if options.verify and any(p.is_meta for p in source.model.parameters()):
         raise OptionError("A model on the meta device has no values to verify; make it smaller with --config.")
-    found = inspect(source.model, source.args, source.kwargs, pin=options.pin, verify=options.verify)
+    found = inspect(source.model, source.args, source.kwargs, pin=options.pin, free=options.free, verify=options.verify)
     print(found)
     if options.chains:
         print("", *found.chains, sep="\n")
@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", help="where to build the model; meta needs no memory for its weights")
     command.add_argument(
         "--pin", nargs="+", default=[], metavar="NAME", help="parameters that must not move: layer.weight[0], layer.*"
+    )
+    command.add_argument(
+        "--free", nargs="+", default=[], metavar="OUTPUT", help="outputs along which units may move: output, output[0]"
     )
     command.add_argument("--verify", action="store_true", help="prove the symmetry on the model, in float64")
     command.add_argument("--chains", action="store_true", help="for every pinned axis, show the ops that pinned it")

@@ -52,7 +52,13 @@ class Inspection:
 
 
 def inspect(
-    model: nn.Module, args: Args = (), kwargs: Kwargs | None = None, *, pin: Iterable[Pin] = (), verify: bool = False
+    model: nn.Module,
+    args: Args = (),
+    kwargs: Kwargs | None = None,
+    *,
+    pin: Iterable[Pin] = (),
+    free: str | Iterable[str] = (),
+    verify: bool = False,
 ) -> Inspection:
     """Infers the symmetry of a model and explains it.
 
@@ -61,23 +67,24 @@ def inspect(
         args: example inputs, as the model's forward takes them.
         kwargs: example inputs by keyword.
         pin: parameters that must not move, as in `find_symmetry`.
+        free: outputs along which units may move, as in `find_symmetry`.
         verify: whether to prove the symmetry on the model.
 
     Raises:
         CaptureError: if the model cannot be captured as a graph.
-        OptionError: if `pin` names no parameter.
+        OptionError: if `pin` names no parameter, or `free` no output.
     """
     began = time.perf_counter()
     program = capture_program(model, args, kwargs)
     captured = time.perf_counter()
-    found, symmetry = analyse(program, pin)
+    found, symmetry = analyse(program, pin, free=free)
     seconds = {"capture": captured - began, "inference": time.perf_counter() - captured}
     if verify:
         began = time.perf_counter()
         symmetry = symmetry.verify(model, args, kwargs)
         seconds["verification"] = time.perf_counter() - began
-    free, entries = free_entries(symmetry, program.parameters)
-    return Inspection(symmetry, chains(found, symmetry), program.route, entries, free, seconds)
+    moving, entries = free_entries(symmetry, program.parameters)
+    return Inspection(symmetry, chains(found, symmetry), program.route, entries, moving, seconds)
 
 
 def free_entries(symmetry: Symmetry, parameters: Mapping[str, Tensor]) -> tuple[int, int]:

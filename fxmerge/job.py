@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,6 +22,7 @@ from fxmerge.errors import LoaderError, OptionError
 from fxmerge.models import accepted, apart, copied, tensors
 from fxmerge.path import SamePath
 from fxmerge.program import Program
+from fxmerge.progress import timed
 from fxmerge.rewriting.calibrate import batch_norm_statistics
 from fxmerge.rewriting.derived import Derived, not_averaged
 from fxmerge.rewriting.masks import masks_of
@@ -91,19 +91,25 @@ class Job:
             model: the state dict of the model that counts most, in the same units.
         """
         names = [*(self.derived.names if self.derived else ()), *self.of_one_model]
+        if not names:
+            return dict(state)
         found = {**state, **{name: model[name] for name in names}}
         same = all(torch.equal(value, model[name]) for name, value in found.items() if value.is_floating_point())
         return found if same or self.derived is None else self.derived.settle(found)
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
-        """Adds the seconds spent inside to the entry of a stage."""
-        return _timed(self.seconds, stage)
+        """Adds the seconds spent inside to the entry of a stage, and logs when it begins and ends."""
+        return timed(logger, self.seconds, stage)
 
-    def symmetry(self, given: Symmetry | None, verify: bool) -> tuple[Propagation, Symmetry]:
+    def symmetry(
+        self, given: Symmetry | None, verify: bool, free: str | Iterable[str] = ()
+    ) -> tuple[Propagation, Symmetry]:
         """The labels of the program, and the symmetry given or else inferred."""
+        if given is not None and free:
+            raise OptionError("Both symmetry and free are given: pass free to find_symmetry, whose result tells it.")
         with self.timed("symmetry"):
             if given is None:
-                found, symmetry = analyse(self.program)
+                found, symmetry = analyse(self.program, free=free)
             else:
                 check_fits(given, self.program)
                 found, symmetry = propagate(self.program), given
@@ -187,7 +193,7 @@ def prepare(
             example = surveyed
         elif pytree.tree_structure(surveyed) != pytree.tree_structure(example):
             shapes = {}
-        with _timed(seconds, "capture"):
+        with timed(logger, seconds, "capture"):
             program = capture_program(models[0], *example, varying=_varying(shapes))
         _check_shapes(program, shapes)
         path = SamePath(program, modules, states, names, example) if program.follows_path else None
@@ -228,13 +234,6 @@ def _to(model: Model, device: str | torch.device) -> Model:
     if isinstance(model, ExportedProgram):
         return move_to_device_pass(model, device)
     return copied(model).to(device)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
 def _example_of(model: Model) -> tuple[Args, dict[str, Any]]:

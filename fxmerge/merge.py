@@ -15,6 +15,7 @@ from fxmerge.choose import DEFAULT, Alpha
 from fxmerge.decide import decide, errors_of, warn_of_parent
 from fxmerge.job import prepare
 from fxmerge.merger import Combine, Merger, Method, Outputs, Plan, images
+from fxmerge.notices import warn_of_few_rows, warn_of_outputs
 from fxmerge.refitting.outputs import standardized
 from fxmerge.rewriting.bake import bake
 from fxmerge.rewriting.masks import masked, pruned
@@ -60,6 +61,7 @@ def merge(
     progress: bool | None = None,
     verify: bool = True,
     symmetry: Symmetry | None = None,
+    free: str | Sequence[str] = (),
     inputs: Inputs | None = None,
     args: Args = (),
     kwargs: Kwargs | None = None,
@@ -118,6 +120,9 @@ def merge(
         progress: whether to show progress; None shows it on a terminal.
         verify: whether to prove the symmetry on `gm_a` (or the base) itself, in float64, before it is used.
         symmetry: the symmetry to use in place of an inferred one, as from `find_symmetry` or `Symmetry.from_json`.
+        free: outputs along which units may move, as those of a backbone whose head is not part of it, by name as in
+            `find_symmetry`: "output" for all. The outputs of the result are in the units of the model that "units_of"
+            tells, mostly the first. A symmetry that is given has its own free outputs.
         inputs: turns a batch of the loader into (args, kwargs) of the model, where the default does not fit.
         args: example inputs, needed only without a loader.
         kwargs: example inputs by keyword.
@@ -133,7 +138,7 @@ def merge(
         CaptureError: if the architecture cannot be captured as a graph.
         LoaderError: if the loader is empty or its batches do not fit.
         NonFiniteError: if a weight or an activation is NaN or infinite.
-        OptionError: if an argument is out of range.
+        OptionError: if an argument is out of range, or `free` names no output.
         SpecError: if `symmetry` is not one of these models.
 
     Example:
@@ -169,6 +174,7 @@ def merge(
         progress=progress,
         verify=verify,
         symmetry=symmetry,
+        free=free,
         inputs=inputs,
         args=args,
         kwargs=kwargs,
@@ -201,6 +207,7 @@ def merge_many(
     progress: bool | None = None,
     verify: bool = True,
     symmetry: Symmetry | None = None,
+    free: str | Sequence[str] = (),
     inputs: Inputs | None = None,
     args: Args = (),
     kwargs: Kwargs | None = None,
@@ -239,13 +246,15 @@ def merge_many(
     validate.check_outputs(outputs, base, given)
     validate.check_search(similarity, activations, restarts)
     job = prepare(models, loader, alpha, device, progress, inputs, args, kwargs, base, loaders)
-    found, whole = job.symmetry(symmetry, verify)
+    found, whole = job.symmetry(symmetry, verify, free)
     validate.check_class_names(alpha, whole)
+    flow = flows(found)
+    warn_of_outputs(found, whole, flow)
     if outputs == "standardized" and job.data is not None:
         with job.timed("standardizing"):
             job = replace(job, states=standardized(job.program, job.states, job.data))
     cut = masked(job.program, job.masks)
-    symmetry, still = without_shared(whole, flows(found), job.states, cut.values())
+    symmetry, still = without_shared(whole, flow, job.states, cut.values())
     job = replace(job, states=pruned(job.states, cut))
     home = reference if base is None else 0  # The base comes first.
     plan = Plan(
@@ -280,6 +289,7 @@ def merge_many(
         merged = merger.finish(refitted.state, calibrate=False)
         told |= {"layers": refitted.layers, "left": dict(refitted.left)}
         told |= {"parent": refitted.parent, "errors": dict(refitted.errors), "compared": refitted.compared}
+        warn_of_few_rows(refitted.layers)
         if refitted.parent is not None:
             warn_of_parent(job.names[refitted.parent], refitted, outputs, scores)
     merged.meta["fxmerge"] = job.report(symmetry) | told
@@ -311,6 +321,7 @@ def align(
     progress: bool | None = None,
     verify: bool = True,
     symmetry: Symmetry | None = None,
+    free: str | Sequence[str] = (),
     inputs: Inputs | None = None,
     args: Args = (),
     kwargs: Kwargs | None = None,
@@ -333,9 +344,11 @@ def align(
     validate.check_search(similarity, activations, restarts)
     validate.check_loaders(loader, None, 2)
     job = prepare((to, model), loader, alpha, device, progress, inputs, args, kwargs)
-    found, whole = job.symmetry(symmetry, verify)
+    found, whole = job.symmetry(symmetry, verify, free)
     validate.check_class_names(alpha, whole)
-    symmetry, still = without_shared(whole, flows(found), job.states, masked(job.program, job.masks).values())
+    flow = flows(found)
+    warn_of_outputs(found, whole, flow)
+    symmetry, still = without_shared(whole, flow, job.states, masked(job.program, job.masks).values())
     plan = Plan((0.5, 0.5), seed=seed, restarts=restarts, similarity=similarity, activations=activations)
     merger = Merger(job, found, symmetry, plan)
     attempt, told = merger.choose(alpha)

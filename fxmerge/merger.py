@@ -19,6 +19,7 @@ from fxmerge.matching.assignment import Scores
 from fxmerge.matching.search import match
 from fxmerge.matching.universe import Alignment, canonical_order, find_universe, to_reference
 from fxmerge.matching.zip_search import ZipMatch, match_zip, zipped_classes
+from fxmerge.notices import warn_without_data
 from fxmerge.program import Program
 from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
@@ -150,7 +151,10 @@ class Merger:
                 with self.job.timed("choosing alpha"):
                     data, program = self.job.data, self.job.program
                     if score is None:
-                        errors[candidate] = disagreement(program, merged.state_dict(), self.job.states, weights, data)
+                        # Where outputs are free, only aligned models have them in the same units.
+                        aligned = zip(tried.aligned.permutations, self.job.states, strict=True)
+                        parents = [p.apply(s) for p, s in aligned]
+                        errors[candidate] = disagreement(program, merged.state_dict(), parents, weights, data)
                     else:
                         scores[candidate] = judged(score, merged, f"the average for alpha {candidate}")
             chosen = best(errors) if score is None else highest(scores)
@@ -177,6 +181,8 @@ class Merger:
         with self.job.timed("rewriting"):
             states = [p.apply(s) for p, s in zip(aligned.permutations, self.states, strict=True)]
             statistics = batch_norm_statistics(self.job.program)
+        if self.job.data is None and statistics:
+            warn_without_data(states, statistics)
         if plan.task_vectors is not None:
             with self.job.timed("rewriting"):
                 state = plan.task_vectors.combine(states[0], states[1:], plan.shares, statistics)

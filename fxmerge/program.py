@@ -40,6 +40,7 @@ class AtenGraph:
         constants: the values of all other placeholders that are not inputs.
         example: the inputs that it was captured with, as (args, kwargs).
         exported: the exported program that the graph is from, if it is from one.
+        out: how the outputs that the user sees are nested, if that is known.
     """
 
     module: fx.GraphModule
@@ -50,6 +51,7 @@ class AtenGraph:
     constants: Mapping[str, Any]
     example: Any = None
     exported: ExportedProgram | None = None
+    out: pytree.TreeSpec | None = None
 
     @classmethod
     def of(cls, exported: ExportedProgram) -> AtenGraph:
@@ -61,7 +63,8 @@ class AtenGraph:
         outputs = tuple(spec.kind is OutputKind.USER_OUTPUT for spec in exported.graph_signature.output_specs)
         spec, state, constants = exported.call_spec.in_spec, exported.state_dict, exported.constants
         example = exported.example_inputs
-        return cls(exported.graph_module, sources, outputs, spec, state, constants, example, exported)
+        out = exported.call_spec.out_spec
+        return cls(exported.graph_module, sources, outputs, spec, state, constants, example, exported, out)
 
     @cached_property
     def has_open_sizes(self) -> bool:
@@ -196,9 +199,12 @@ class Program:
 
     def outputs(self, node: fx.Node) -> Iterator[fx.Node]:
         """The nodes that the user sees as outputs."""
-        for arg, seen in zip(node.args[0], self.aten.outputs, strict=True):  # type: ignore[arg-type]
-            if isinstance(arg, fx.Node) and seen:
-                yield arg
+        return (own for _, own in self.numbered_outputs(node))
+
+    def numbered_outputs(self, node: fx.Node) -> Iterator[tuple[int, fx.Node]]:
+        """The nodes that the user sees as outputs, each with its number among all outputs."""
+        seen = [arg for arg, seen in zip(node.args[0], self.aten.outputs, strict=True) if seen]  # type: ignore[arg-type]
+        return ((i, arg) for i, arg in enumerate(seen) if isinstance(arg, fx.Node))
 
 
 def _run_decompositions(program: ExportedProgram, table: Mapping[Any, Any]) -> ExportedProgram | None:

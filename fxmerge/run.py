@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,9 @@ from fxmerge import models, trees
 from fxmerge.capture import Args
 from fxmerge.errors import LoaderError
 from fxmerge.program import Program
+from fxmerge.progress import Ticker
+
+logger = logging.getLogger(__name__)
 
 ADVICE = "Pass inputs=batch -> (args, kwargs), with tensors, or a tuple, dict or dataclass of tensors."
 
@@ -180,7 +184,9 @@ class Data:
     def batches(self, what: str) -> Iterator[Call]:
         """The inputs of every batch, with a progress bar named `what`."""
         disable = None if self.progress is None else not self.progress
-        for batch in tqdm(self.loader, desc=what, disable=disable, leave=False):
+        ticker = Ticker(logger, f"{what}: batch %d")
+        for number, batch in enumerate(tqdm(self.loader, desc=what, disable=disable, leave=False), start=1):
+            ticker.tick(number)
             yield self._call(batch)
 
     def owned(self) -> Iterator[tuple[int | None, Call]]:

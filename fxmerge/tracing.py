@@ -59,7 +59,7 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> AtenG
     _Record(graph).run(*(tensors[n].detach() for n in names), *leaves)
     constants = {n: t for n, t in tensors.items() if n not in state}
     example = tuple(args), dict(kwargs)
-    return AtenGraph(graph, tuple(sources), outputs, inputs, state, constants, example)
+    return AtenGraph(graph, tuple(sources), outputs, inputs, state, constants, example, out=nested[0])
 
 
 class _Record(fx.Interpreter):

@@ -49,14 +49,17 @@ def zipped_classes(symmetry: Symmetry, flow: Mapping[Axis, Flow]) -> list[int]:
     """The classes whose units may be merged inside of one model.
 
     Not those with a choice below them, since the blocks of a model are never merged with each other, nor
-    those on an axis that both produces and consumes, for which mean and sum cannot both be right.
+    those on an axis that both produces and consumes, for which mean and sum cannot both be right, nor those along
+    a free output, since who reads it does not know what is merged.
     """
     found = []
+    seen = {n for output in symmetry.free for n in output.classes.tolist()}
     for n in symmetry.choices:
         shown = {number for number, _ in symmetry.views[n]}
         axes = [(a.parameter, a.dim) for a in symmetry.layout if any(number in shown for number, _ in a.roles)]
         above = set(descendants(symmetry, n)) - {n}
-        if above.isdisjoint(symmetry.choices) and all(flow[axis] is not Flow.BOTH for axis in axes):
+        alone = shown.isdisjoint(seen) and above.isdisjoint(symmetry.choices)
+        if alone and all(flow[axis] is not Flow.BOTH for axis in axes):
             found.append(n)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from fxmerge.models import same_draws
 from fxmerge.program import Program
+from fxmerge.progress import Ticker
 from fxmerge.refitting.answers import Answers
 from fxmerge.refitting.boundaries import Boundaries, without_the_rest
 from fxmerge.refitting.forms import bind, form_of
@@ -28,6 +30,8 @@ from fxmerge.rewriting.calibrate import alike, statistics_nodes
 from fxmerge.run import Call, Runner
 from fxmerge.shared import EQUAL
 from fxmerge.symmetry import rules
+
+logger = logging.getLogger(__name__)
 
 ROUNDS = 3
 """How often a layer is fitted whose inputs depend on itself, as in a recurrent network."""
@@ -127,6 +131,7 @@ def refit(
         course = _Course(kept, merged, lanes, lessons)
         rivals = Rivals(last, parents, teachers, list(course.alike), answers) if or_parent else None
         bar = tqdm(total=len(stages) * len(course.data), desc="refitting", leave=False, disable=disable)
+        ticker, due = Ticker(logger, "refitting: layer %d of %d"), sum(len(stage.layers) for stage in stages)
         for stage in stages:
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
             for again in reversed(range(ROUNDS if stage.circular else 1)):
@@ -149,6 +154,7 @@ def refit(
                         answers.add(values, taught, shares, weight)
                     del values, taught
                     bar.update(not again)
+                    ticker.tick(min(len(told) + 1, due), due)
                 told |= {fit.layer.name: fit.settle(state) for fit in fits}
                 if rivals:
                     rivals.settle(theirs)

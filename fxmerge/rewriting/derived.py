@@ -100,6 +100,8 @@ class Derived:
             if torch.equal(once[0][name], once[1][name]) and not torch.equal(once[0][name], start[name])
         ]
         tried = self._only(moved)
+        if not moved:
+            return tried
         tried._load(start)
         changes = tried._converge(TRIALS)
         # Comparisons with NaN are false.

@@ -73,6 +73,7 @@ def explain(
     *,
     pin: Iterable[Pin] = (),
     rules: Rules | None = None,
+    free: str | Iterable[str] = (),
 ) -> tuple[Chain, ...]:
     """Tells why the axes of a model that do not move do not.
 
@@ -91,7 +92,7 @@ def explain(
         0.bias[0] (3 indices) <- pinned: on request
         2.weight[1] (3 indices) <- linear_1: 0.weight[0] <- linear: 0.bias[0] <- pinned: on request
     """
-    return chains(*analyse(capture_program(model, args, kwargs), pin, rules))
+    return chains(*analyse(capture_program(model, args, kwargs), pin, rules, free))
 
 
 def chains(found: Propagation, symmetry: Symmetry) -> tuple[Chain, ...]:

@@ -48,7 +48,10 @@ def freeze(symmetry: Symmetry, numbers: Iterable[int], why: Callable[[str], str]
                 reasons = stuck.setdefault((a.parameter, a.dim), {})
                 reason = why(symmetry.names[n])
                 reasons[reason] = np.union1d(reasons.get(reason, s[:0]), a.index[s])
-    smaller = replace(symmetry, units=units, layout=tuple(a for a in layout if a.roles), stuck=stuck)
+    free = tuple(
+        replace(o, classes=np.array([number.get(n, -1) for n in o.classes.tolist()], np.int64)) for o in symmetry.free
+    )
+    smaller = replace(symmetry, units=units, layout=tuple(a for a in layout if a.roles), stuck=stuck, free=free)
     return smaller, tuple(symmetry.names[n] for n in sorted(gone))
 
 

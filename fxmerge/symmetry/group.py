@@ -20,6 +20,7 @@ from fxmerge.errors import PermutationError
 from fxmerge.program import Program
 from fxmerge.symmetry.classes import UnitClass, resolve
 from fxmerge.symmetry.contracted import Role
+from fxmerge.symmetry.outputs import FreeOutput, free_leaves, free_outputs, paths_of
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
 from fxmerge.symmetry.permutation import AxisLayout, Permutation, build_image
 from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate
@@ -83,6 +84,7 @@ class Symmetry:
         probed: how often each op occurs that has no rule, and whose behaviour was found by numeric trials.
         demoted: names of classes that `verify` found unsound and turned to the identity.
         error: the largest relative output error that `verify` measured, None before.
+        free: where units lie along the outputs that were declared free.
     """
 
     units: tuple[UnitClass, ...]
@@ -92,6 +94,7 @@ class Symmetry:
     probed: Mapping[str, int] = field(default_factory=dict)
     demoted: tuple[str, ...] = ()
     error: float | None = None
+    free: tuple[FreeOutput, ...] = ()
 
     # ---------------------------------------------------------------------- description
 
@@ -317,6 +320,7 @@ def find_symmetry(
     *,
     pin: Iterable[Pin] = (),
     rules: Rules | None = None,
+    free: str | Iterable[str] = (),
 ) -> Symmetry:
     """Infers which coordinate permutations of a model's parameters leave its function unchanged.
 
@@ -327,13 +331,16 @@ def find_symmetry(
         pin: parameters that must not move: ("layer.weight", 0) for one axis, a name or a pattern such as
             "layer.*" for all axes.
         rules: rules that come before the registered ones in this call, by op: "mylib::op" or torch.ops.mylib.op.
+        free: outputs along which units may move, as the features of a backbone may whose head is not part of the model:
+            "output" for all outputs, "output[0]", "output['logits']" or "output.logits" for one of several. The
+            outputs of a permuted model are then permuted, too.
 
     Returns:
         The equivalence classes of parameter axes, and the group that they generate.
 
     Raises:
         CaptureError: if the model cannot be captured as a graph.
-        OptionError: if `pin` names no parameter, or `rules` no op.
+        OptionError: if `pin` names no parameter, `rules` no op, or `free` no output.
 
     Example:
         >>> import torch, fxmerge
@@ -343,19 +350,27 @@ def find_symmetry(
         a: 3 units, 3! | 0.weight(a _), 0.bias(a), 2.weight(_ a)
         pinned: 0.weight[1], 2 indices: linear
     """
-    return analyse(capture_program(model, args, kwargs), pin, rules)[1]
+    return analyse(capture_program(model, args, kwargs), pin, rules, free)[1]
 
 
-def analyse(program: Program, pin: Iterable[Pin] = (), rules: Rules | None = None) -> tuple[Propagation, Symmetry]:
+def analyse(
+    program: Program, pin: Iterable[Pin] = (), rules: Rules | None = None, free: str | Iterable[str] = ()
+) -> tuple[Propagation, Symmetry]:
     """The labels of a captured program, and its symmetry."""
+    leaves = free_leaves(free, paths_of(program.aten.out, sum(program.aten.outputs)))
     shapes = {name: tuple(tensor.shape) for name, tensor in program.parameters.items()}
     asked = pinned_axes(pin, shapes, program.aliases)
-    found = propagate(program, overriding(rules))
-    found.units.node = ""
-    for axis in asked:
-        if axis in found.axes:
-            found.units.pin(np.unique(found.axes[axis].ids), REQUESTED)
-    resolution = resolve(found.units, found.axes)
+    while True:
+        found = propagate(program, overriding(rules), leaves)
+        found.units.node = ""
+        for axis in asked:
+            if axis in found.axes:
+                found.units.pin(np.unique(found.axes[axis].ids), REQUESTED)
+        resolution = resolve(found.units, found.axes)
+        outputs, unknown_leaves = free_outputs(found, resolution.classes, leaves)
+        if not unknown_leaves:
+            break
+        leaves = leaves - unknown_leaves
     raw = {axis: np.unique(units.ids) for axis, units in found.axes.items()}
     # A symmetry outlives the unit graph, so units are counted anew along each axis.
     classes = tuple(
@@ -380,7 +395,7 @@ def analyse(program: Program, pin: Iterable[Pin] = (), rules: Rules | None = Non
         for axis, reasons in resolution.pinned.items()
     }
     unknown, probed = ({str(op): n for op, n in ops.items()} for ops in (found.unknown, found.probed))
-    return found, Symmetry(classes, tuple(layout), stuck, unknown, probed)
+    return found, Symmetry(classes, tuple(layout), stuck, unknown, probed, free=tuple(outputs))
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, cast
@@ -26,6 +26,9 @@ from fxmerge.symmetry.relate import relate
 from fxmerge.symmetry.units import Ids, UnitGraph, distinct
 
 logger = logging.getLogger(__name__)
+
+OUTPUT = "output"
+"""The reason given for units that lie along an output."""
 
 Axis = tuple[str, int]
 """A parameter's name and one of its dimensions."""
@@ -56,13 +59,15 @@ class Propagation:
     labels: dict[str, Labels] = field(default_factory=dict)
 
 
-def propagate(program: Program, find_rule: rules.Lookup = rules.find_rule) -> Propagation:
+def propagate(
+    program: Program, find_rule: rules.Lookup = rules.find_rule, free: Collection[int] = frozenset()
+) -> Propagation:
     """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
-    those parameters split whose rows are used apart."""
+    those parameters split whose rows are used apart. Units may move along the outputs whose numbers are in `free`."""
     splits: dict[Axis, Ids] = {}
     prober, tried = None, set[Any]()
     while True:
-        walk = _Walk(program, splits, find_rule, prober)
+        walk = _Walk(program, splits, find_rule, prober, free)
         found = walk.run_all()
         if found.unknown and prober is None:
             simpler = program.aten.decompose(found.unknown.keys() - tried)
@@ -113,10 +118,16 @@ class _Walk(fx.Interpreter):
     parameters, which is computed as it stands."""
 
     def __init__(
-        self, program: Program, splits: Mapping[Axis, Ids], find_rule: rules.Lookup, prober: Prober | None
+        self,
+        program: Program,
+        splits: Mapping[Axis, Ids],
+        find_rule: rules.Lookup,
+        prober: Prober | None,
+        free: Collection[int],
     ) -> None:
         super().__init__(program.graph, garbage_collect_values=True)
         self.program, self.splits, self.find_rule, self.prober = program, splits, find_rule, prober
+        self.free = free
         self.found = Propagation(program, UnitGraph(), {})
         self.failed: dict[fx.Node, Exception] = {}
         self.wide: dict[int, tuple[Tensor, Tensor]] = {}
@@ -265,11 +276,21 @@ class _Walk(fx.Interpreter):
         return NotImplemented if rule is None else rule(site, *args, **kwargs)
 
     def _output(self, n: fx.Node) -> None:
-        for node in self.program.outputs(n):
+        for number, node in self.program.numbered_outputs(n):
             value = self.env[node]
             if isinstance(value, Labels):
                 self._use(value)
-                pin(self.found.units, value, "output")
+                still = [c for c in value.columns if number not in self.free or not self._may_move(c, value)]
+                pin(self.found.units, replace(value, columns=tuple(still)), OUTPUT)
+
+    def _may_move(self, column: Tensor, value: Labels) -> bool:
+        """Whether a column of a free output tells which unit of a parameter is where along one dimension."""
+        dims = support(column)
+        if len(dims) != 1 or any(dims[0] in support(c) for c in value.columns if c is not column):
+            return False
+        units = self.found.units
+        origins = np.unique(units.origin(core(column, dims).numpy()))
+        return all(units.origins[i][0] in ("axis", "nothing") for i in origins.tolist())
 
     def _use(self, x: Labels) -> None:
         if x.parameter is not None:

@@ -15,6 +15,7 @@ from fxmerge.symmetry.classes import UnitClass
 from fxmerge.symmetry.contracted import Role
 from fxmerge.symmetry.freeze import freeze
 from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.outputs import FreeOutput
 from fxmerge.symmetry.overrides import REQUESTED, pinned_axes
 from fxmerge.symmetry.permutation import AxisLayout
 from fxmerge.symmetry.propagate import Axis
@@ -53,6 +54,7 @@ def from_json(source: str | Path) -> Symmetry:
         _typed(spec, "probed", dict, "The spec", {}),
         tuple(_typed(spec, "demoted", list, "The spec", [])),
         error,
+        _outputs(_typed(spec, "outputs", list, "The spec", []), [c["name"] for c in spec["classes"]], units),
     )
     _check_moves(symmetry)
     asked = set(pinned_axes(_typed(spec, "pin", list, "The spec", []), parameters.shapes, parameters.aliases))
@@ -78,7 +80,19 @@ def _load(source: str | Path) -> dict[str, Any]:
         raise SpecError(f'{where} does not describe a symmetry: it has no entry "fxmerge": "{KIND}".')
     if spec.get("version") != VERSION:
         raise SpecError(f"{where} is of version {spec.get('version')!r}; this version of fxmerge reads {VERSION}.")
-    known = ["fxmerge", "version", "pin", "parameters", "classes", "pinned", "unknown", "probed", "demoted", "error"]
+    known = [
+        "fxmerge",
+        "version",
+        "pin",
+        "parameters",
+        "classes",
+        "pinned",
+        "unknown",
+        "probed",
+        "demoted",
+        "error",
+        "outputs",
+    ]
     _check_keys(spec, known, "The spec")
     return spec
 
@@ -274,6 +288,28 @@ def _check_moves(symmetry: Symmetry) -> None:
             symmetry.sample(generator)
         except PermutationError as error:
             raise SpecError(f"The classes do not make a group: {error}") from error
+
+
+def _outputs(entries: list[Any], names: list[str], units: Sequence[UnitClass]) -> tuple[FreeOutput, ...]:
+    found = []
+    for entry in entries:
+        where = "A free output"
+        leaf, dim, size = (_typed(entry, key, int, where) for key in ("leaf", "dim", "size"))
+        _check_keys(entry, ("leaf", "dim", "size", "units"), where)
+        classes, own = np.full(size, -1), np.zeros(size, np.int64)
+        for one in _typed(entry, "units", list, where):
+            name = _typed(one, "class", str, where)
+            if name not in names:
+                continue  # Deleted from the spec: its units stay.
+            number = names.index(name)
+            at = _numbers(one.get("positions"), where, "positions", size)
+            classes[at] = number
+            own[at] = _numbers(one.get("units"), where, "units", units[number].size, len(at))
+        for number in np.unique(classes[classes >= 0]).tolist():
+            if len(np.unique(np.bincount(own[classes == number], minlength=units[number].size))) > 1:
+                raise SpecError(f"{where} does not hold every unit of class {names[number]!r} equally often.")
+        found.append(FreeOutput(leaf, dim, classes, own))
+    return tuple(found)
 
 
 def _pinned(entries: list[Any], parameters: _Parameters) -> dict[Axis, dict[str, Ids]]:

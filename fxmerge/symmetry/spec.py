@@ -64,6 +64,23 @@ def to_json(symmetry: Symmetry) -> str:
         "demoted": list(symmetry.demoted),
         "error": symmetry.error,
     }
+    if symmetry.free:
+        spec["outputs"] = [
+            {
+                "leaf": o.leaf,
+                "dim": o.dim,
+                "size": len(o.classes),
+                "units": [
+                    {
+                        "class": symmetry.names[n],
+                        "positions": write_ranges(np.flatnonzero(o.classes == n)),
+                        "units": write_ranges(o.units[o.classes == n]),
+                    }
+                    for n in np.unique(o.classes[o.classes >= 0]).tolist()
+                ],
+            }
+            for o in symmetry.free
+        ]
     return _format(spec, "") + "\n"
 
 

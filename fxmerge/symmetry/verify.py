@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from fxmerge.symmetry.permutation import Permutation
 
 if TYPE_CHECKING:
     from fxmerge.symmetry.group import Symmetry
+    from fxmerge.symmetry.outputs import FreeOutput
+    from fxmerge.symmetry.units import Ids
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ def verify(
     model = models.accepted(model)
     if isinstance(model, nn.Module) and any(t.is_meta for t in models.tensors(model).values()):
         raise OptionError("The model is on the meta device, and has no values to verify; load them, or build it anew.")
-    probe = Probe(model, *check_example(model, args, kwargs), generator)
+    probe = Probe(model, *check_example(model, args, kwargs), generator, symmetry.free)
     tolerance, worst = TOLERANCE, 0.0
     for _ in range(trials):
         p = symmetry.sample(generator)
@@ -90,6 +92,7 @@ def verify(
             bad = _bisect(symmetry, p, probe, tolerance)
             logger.warning("classes failed verification and were demoted: %s", [symmetry.names[n] for n in bad])
             symmetry = demote(symmetry, bad)
+            probe.free = symmetry.free
             error = probe.error(symmetry.sample(generator))
         worst = max(worst, error)
     return replace(symmetry, error=worst)
@@ -127,8 +130,14 @@ class Probe:
     """
 
     def __init__(
-        self, model: nn.Module | ExportedProgram, args: Args, kwargs: dict[str, Any], generator: torch.Generator
+        self,
+        model: nn.Module | ExportedProgram,
+        args: Args,
+        kwargs: dict[str, Any],
+        generator: torch.Generator,
+        free: Sequence[FreeOutput] = (),
     ) -> None:
+        self.free = free
         self.exported = isinstance(model, ExportedProgram)
         with ExitStack() as stack:
             if isinstance(model, ExportedProgram):
@@ -142,8 +151,11 @@ class Probe:
         _share(self.state, own)
         self.expected = self._run(self.state, statistics=True)
 
-    def _run(self, state: Mapping[str, Tensor], *, statistics: bool = False) -> list[Tensor]:
-        """The outputs under some parameters; running statistics are to fit the activations if asked for."""
+    def _run(
+        self, state: Mapping[str, Tensor], images: Sequence[Ids] | None = None, *, statistics: bool = False
+    ) -> list[Tensor]:
+        """The outputs under some parameters, free ones with their units put back where `images` took them from; running
+        statistics are to fit the activations if asked for."""
         module = models.apart(self.module)  # A forward may count its calls.
         if not self.exported:  # Modules drop what they have derived from other values of their parameters.
             models.switch(module, True)
@@ -158,12 +170,15 @@ class Probe:
             with mode:
                 outputs = module(*self.inputs[0], **self.inputs[1])
         open_outputs(module, outputs)
-        found = [o.detach().clone() for o in pytree.tree_leaves(outputs) if isinstance(o, Tensor)]
+        leaves = pytree.tree_leaves(outputs)
+        for output in self.free if images is not None else ():
+            leaves[output.leaf] = output.put_back(leaves[output.leaf], images)  # type: ignore[arg-type]
+        found = [o.detach().clone() for o in leaves if isinstance(o, Tensor)]
         return [o.to(torch.int8) if o.dtype == torch.bool else o for o in found]  # Truth has no differences.
 
     def error(self, p: Permutation) -> float:
         """What a permutation of the parameters changes."""
-        return self.change(p.apply(self.state))
+        return self.change(p.apply(self.state), p.images)
 
     def rounding(self, generator: torch.Generator) -> float:
         """What changes of the parameters in their last places change."""
@@ -177,10 +192,11 @@ class Probe:
 
         return self.change({name: shaken(tensor) for name, tensor in self.state.items()})
 
-    def change(self, state: Mapping[str, Tensor]) -> float:
-        """The largest change of an output under other parameters, relative to the largest value of that output."""
+    def change(self, state: Mapping[str, Tensor], images: Sequence[Ids] | None = None) -> float:
+        """The largest change of an output under other parameters, relative to the largest value of that output; of free
+        outputs, once they are back in their places."""
         worst = 0.0
-        for a, b in zip(self.expected, self._run(state), strict=True):
+        for a, b in zip(self.expected, self._run(state, images), strict=True):
             if a.numel():
                 finite = torch.isfinite(a)
                 scale = float(a[finite].abs().max()) if finite.any() else 0.0

@@ -1,0 +1,83 @@
+"""Warnings of results that may be poor, each in one sentence or two, with what to do about it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxmerge.symmetry.flow import Flow
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.outputs import name_of, paths_of
+from fxmerge.symmetry.propagate import OUTPUT, Axis, Propagation
+
+logger = logging.getLogger(__name__)
+
+MANY = 0.5
+"""More than this share of the parameter entries, or of the layers, is worth a warning."""
+
+
+def warn_of_outputs(found: Propagation, symmetry: Symmetry, flow: Mapping[Axis, Flow]) -> None:
+    """Warns if most parameter entries cannot move because of units that layers read, but that are outputs, too."""
+    program, stuck = found.program, {a: reasons[OUTPUT] for a, reasons in symmetry.stuck.items() if OUTPUT in reasons}
+    if all(flow.get(axis) is not Flow.CONSUMES for axis in stuck):
+        return  # Outputs that no layer reads, such as scores of classes, have an order that counts.
+    held = total = 0.0
+    for name, tensor in program.parameters.items():
+        shares = [len(stuck.get((name, d), ())) / n for d, n in enumerate(tensor.shape) if n]
+        held += tensor.numel() * (1 - float(np.prod([1 - share for share in shares])))
+        total += tensor.numel()
+    if held > MANY * total:
+        logger.warning(
+            "%.0f%% of the parameter entries cannot move along an axis whose units are outputs of the model: %s. "
+            "If nothing depends on their order, as of features whose head is not part of the model, pass free=%r.",
+            100 * held / total,
+            ", ".join(_outputs(found, symmetry)),
+            "output",
+        )
+
+
+def _outputs(found: Propagation, symmetry: Symmetry) -> list[str]:
+    """The names of the outputs along which units lie that do not move."""
+    program = found.program
+    (output,) = program.graph.graph.find_nodes(op="output")
+    paths, free = paths_of(program.aten.out, sum(program.aten.outputs)), {o.leaf for o in symmetry.free}
+    return [
+        name_of(paths[leaf])
+        for leaf, node in program.numbered_outputs(output)
+        if leaf not in free and node.name in found.labels and found.labels[node.name].columns
+    ]
+
+
+def warn_of_few_rows(layers: Mapping[str, Mapping[str, float]]) -> None:
+    """Warns if most refitted layers had fewer rows of data than features."""
+    few = [name for name, told in layers.items() if told.get("rows", np.inf) < told.get("features", 0)]
+    if len(few) > MANY * len(layers):
+        first = layers[few[0]]
+        logger.warning(
+            "%d of %d refitted layers had fewer rows of data than features (%s%s; %r had %d rows and %d features). "
+            "Pass more data: inputs need no labels.",
+            len(few),
+            len(layers),
+            ", ".join(map(repr, few[:3])),
+            ", ..." if len(few) > 3 else "",
+            few[0],
+            first["rows"],
+            first["features"],
+        )
+
+
+def warn_without_data(states: Sequence[Mapping[str, Tensor]], statistics: Sequence[tuple[str, str]]) -> None:
+    """Warns if running statistics of models that differ had to be estimated without data."""
+    first, *others = states
+    names = [name for pair in statistics for name in pair]
+    if any(not torch.allclose(first[name], state[name]) for state in others for name in names):
+        logger.warning(
+            "%d layers normalize by running statistics, such as %r. Without data these are estimated roughly, and the "
+            "merged network may be near chance. Pass a loader with a few batches of inputs, which need no labels.",
+            len(statistics),
+            statistics[0][0],
+        )

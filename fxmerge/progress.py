@@ -1,0 +1,41 @@
+"""What is logged of the progress of long work, for who sees no progress bar."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SECONDS = 10.0
+"""How long nothing is logged at most, of work that tells how far it is."""
+
+
+class Ticker:
+    """Logs how far some work is, every few seconds.
+
+    Arguments:
+        logger: where to log it, as INFO.
+        text: what to log, with the place of the numbers that are given to `tick`.
+    """
+
+    def __init__(self, logger: logging.Logger, text: str) -> None:
+        self.logger, self.text, self.last = logger, text, time.monotonic()
+
+    def tick(self, *numbers: object) -> None:
+        """Logs the numbers, if the last time is long enough ago."""
+        now = time.monotonic()
+        if now - self.last >= SECONDS:
+            self.last = now
+            self.logger.info(self.text, *numbers)
+
+
+@contextmanager
+def timed(logger: logging.Logger, seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the seconds spent inside to the entry of a stage, and logs when it begins and ends."""
+    logger.info("%s ...", stage)
+    began = time.perf_counter()
+    yield
+    spent = time.perf_counter() - began
+    seconds[stage] = seconds.get(stage, 0.0) + spent
+    logger.info("%s: %.1f s", stage, spent)

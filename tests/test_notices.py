@@ -1,0 +1,115 @@
+"""Warnings of poor results, and what is logged of the progress."""
+
+import logging
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge import progress
+from fxmerge.notices import warn_of_few_rows
+from fxmerge.progress import Ticker, timed
+
+
+class Backbone(nn.Module):
+    def __init__(self, seed: int, *, head: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.a, self.b = nn.Linear(3, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 2) if head else nn.Identity()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.stem(x)
+        return {"features": self.head(h + self.b(torch.relu(self.a(h))))}
+
+
+X = torch.randn(256, 3, generator=torch.Generator().manual_seed(0))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name == "fxmerge.notices"]
+
+
+def test_outputs_that_hold_most_parameters_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    fxmerge.align(Backbone(0), to=Backbone(1), loader=[X])
+    (text,) = warnings_of(caplog)
+    assert (
+        text.startswith("97% of the parameter entries")
+        and "model: output['features']. If" in text
+        and "free='output'" in text
+    )
+    caplog.clear()
+    fxmerge.merge(Backbone(0), Backbone(1), [X], free="output", combine="average")
+    fxmerge.merge(Backbone(0, head=True), Backbone(1, head=True), [X], combine="average")
+    wide = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 500)) for _ in range(2)]
+    fxmerge.merge(*wide, [X], combine="average")
+    assert warnings_of(caplog) == []
+
+
+def test_few_rows_of_data_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    models = [nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 2)) for _ in "ab"]
+    x = torch.randn(64, 30)
+    for rows, count in ((8, 1), (64, 0)):
+        caplog.clear()
+        fxmerge.merge(*models, [x[:rows]], or_parent=False, method="auto")
+        told = warnings_of(caplog)
+        assert len(told) == count
+        if told:
+            assert told[0].startswith("3 of 3 refitted layers had fewer rows of data than features ('0.weight', '2.")
+            assert "'0.weight' had 8 rows and 31 features" in told[0]
+
+
+def test_half_of_the_layers_with_few_rows_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_few_rows({"a": {"rows": 3, "features": 4}, "b": {"rows": 5, "features": 4}})
+    warn_of_few_rows({"gain": {"gain": 1.0}})
+    warn_of_few_rows({})
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("method", ["align", "zip"])
+def test_statistics_without_data_are_told(method: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def net(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        m = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).train()
+        m(X)
+        return m.eval()
+
+    fxmerge.merge(net(0), net(1), method=method, args=(X,))
+    (text,) = warnings_of(caplog)
+    assert text.startswith("1 layers normalize by running statistics, such as '1.running_mean'") and "loader" in text
+    caplog.clear()
+    fxmerge.merge(net(0), net(1), [X], method=method, combine="average")
+    fxmerge.merge(net(0), net(0), method=method, args=(X,))
+    assert warnings_of(caplog) == []
+
+
+def test_every_stage_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    models = [nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)) for _ in range(2)]
+    with caplog.at_level(logging.INFO, logger="fxmerge"):
+        fxmerge.merge(*models, [X, X], or_parent=False)
+        fxmerge.merge(*models, [X, X], combine="average")
+    told = [r.getMessage() for r in caplog.records if r.name.startswith("fxmerge") and r.levelno == logging.INFO]
+    stages = ("capture", "symmetry", "verification", "activations", "matching", "rewriting", "refitting", "calibration")
+    for stage in stages:
+        assert f"{stage} ..." in told, stage
+        assert any(text.startswith(f"{stage}: ") and text.endswith(" s") for text in told), stage
+    assert "refitting: layer 1 of 2" in told and "refitting: layer 2 of 2" in told
+    assert "BatchNorm statistics: batch 2" in told
+
+
+def test_progress_is_logged_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    logger, seconds = logging.getLogger("fxmerge.test"), {"stage": 1.0}
+    with caplog.at_level(logging.INFO, logger="fxmerge"):
+        ticker = Ticker(logger, "%d of %d")
+        for i in range(3):
+            ticker.last -= progress.SECONDS * (i > 0)
+            ticker.tick(i, 3)
+        with timed(logger, seconds, "stage"):
+            time.sleep(0.01)
+    assert seconds["stage"] > 1.0
+    told = [r.getMessage() for r in caplog.records if r.name == "fxmerge.test"]
+    assert told == ["1 of 3", "2 of 3", "stage ...", "stage: 0.0 s"]
