@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._decomp import get_decompositions
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -83,7 +83,10 @@ class AtenGraph:
         """The graph with some ops written out in simpler ones, where torch can do so; None where it can for none."""
         if self.exported is None:
             return None
+        ops, composite = set(ops), default_decompositions()
         table = get_decompositions(list(ops))
+        # Ops that torch composes of others, such as recurrent cells, have no entry there.
+        table |= {op: composite[op] for op in ops - table.keys() if op in composite}
         program = _run_decompositions(self.exported, table)
         if program is None:  # One that fails does not stop the others.
             program = self.exported
