@@ -430,17 +430,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     which a configuration may ask for by `use_cache`, is no output that a merge could have.
     """
     modes = [(m, m.training) for m in model.modules()]
-    configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
-    cached = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
+    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    cached = {id(config): (config, config.use_cache) for config in configs if getattr(config, "use_cache", None)}
     models.switch(model, True)
     models.switch(model, False)
     try:
-        for config, _ in cached:
+        for config, _ in cached.values():
             with suppress(AttributeError):  # Of one that is frozen.
                 config.use_cache = False
         yield
     finally:
-        for config, value in cached:
+        for config, value in cached.values():
             with suppress(AttributeError):
                 config.use_cache = value
         models.switch(model, True)

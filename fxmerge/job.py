@@ -183,7 +183,7 @@ def prepare(
             if isinstance(model, nn.Module):
                 stack.enter_context(evaluating(module))
         validate.check_batch(modules[0], *example)
-        unneeded = training_only(models[0], example) if isinstance(models[0], nn.Module) else ()
+        unneeded = training_only(modules[0], example) if isinstance(models[0], nn.Module) else ()
         if unneeded:
             logger.info("Inputs that only a loss is computed from are left out: %s", ", ".join(sorted(unneeded)))
             example = left_out(modules[0], example, unneeded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,12 +55,20 @@ def trace_path(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> AtenG
         path = make_fx(run, tracing_mode="real", _error_on_data_dependent_ops=False)(*flat)
         graph = make_fx(torch.func.functionalize(path), tracing_mode="real", _error_on_data_dependent_ops=False)(*flat)
     sources = [("parameter" if n in state else "constant", n) for n in names]
-    sources += [("input", n.name) for n in graph.graph.find_nodes(op="placeholder")[len(names) :]]
+    sources += [("input", name) for name in _input_names(model, args, kwargs)]
     outputs = (True,) * nested[0].num_leaves
     _Record(graph).run(*(tensors[n].detach() for n in names), *leaves)
     constants = {n: t for n, t in tensors.items() if n not in state}
     example = tuple(args), dict(kwargs)
     return AtenGraph(graph, tuple(sources), outputs, inputs, state, constants, example, out=nested[0])
+
+
+def _input_names(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> list[str]:
+    """What the user calls each leaf of the inputs: x, xs[0], batch['x']."""
+    order = list(inspect.signature(model.forward).parameters)
+    names = [order[i] if i < len(order) else f"args[{i}]" for i in range(len(args))]
+    named = [*zip(names, args, strict=True), *kwargs.items()]
+    return [name + pytree.keystr(path) for name, value in named for path, _ in pytree.tree_flatten_with_path(value)[0]]
 
 
 class _Record(fx.Interpreter):

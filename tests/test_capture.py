@@ -1,4 +1,6 @@
 import copy
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -147,3 +149,53 @@ def test_tied_parameters_are_one() -> None:
 def test_the_meta_device() -> None:
     model = nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Linear(50, 2)).to("meta")
     assert fxmerge.find_symmetry(model, (torch.zeros(2, 3, device="meta"),)).classes[0].size == 50
+
+
+class Config:
+    def __init__(self, use_cache: bool) -> None:
+        self.use_cache = use_cache
+
+
+class Cache:
+    """No type that a graph can give."""
+
+
+class Caching(nn.Module):
+    """Returns a cache where its configuration, or that of a part, says so."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.config, self.linear, self.fails = Config(True), nn.Linear(3, 4), fails
+        self.linear.config = Config(True)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        if self.fails:
+            raise ValueError("no way")
+        y = self.linear(x)
+        return {"y": y, "cache": Cache()} if self.config.use_cache or self.linear.config.use_cache else {"y": y}
+
+
+def test_models_are_worked_on_without_a_cache_and_configurations_are_put_back() -> None:
+    model, x = Caching(), torch.randn(4, 3)
+    module = capture_program(model, (x,)).module
+    assert set(module(x)) == {"y"}
+    assert fxmerge.find_symmetry(model, (x,)).verify(model, (x,)).demoted == ()
+    assert set(fxmerge.merge(model, Caching(), [x])(x)) == {"y"}
+    failing = Caching(fails=True)
+    with pytest.raises(fxmerge.CaptureError):
+        fxmerge.capture(failing, (x,))
+    for net in (model, failing):
+        assert net.config.use_cache is True
+        assert net.linear.config.use_cache is True
+    assert isinstance(model(x)["cache"], Cache)
+
+
+def test_a_configuration_that_cannot_be_changed_is_left() -> None:
+    @dataclass(frozen=True)
+    class Frozen:
+        use_cache: bool = True
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    model.config = Frozen()  # type: ignore[assignment]
+    assert capture_program(model, (torch.randn(2, 3),)).route == "symbolic_trace"
+    assert model.config.use_cache is True

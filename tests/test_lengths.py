@@ -202,7 +202,7 @@ class OnValues(Tokenwise):
         (Loop, r"Input 'x' .* \(4, 7, 3\) .* \(any, 5, 3\)\. Dimension 1 is fixed to 5: .* as with a constant"),
         (
             OnValues,
-            r"shape \(4, 7, 3\) .* \(4, 5, 3\)\. Dimension 1 is fixed to 5: the graph follows the path .* since",
+            r"Input 'x' .* \(4, 7, 3\) .* \(4, 5, 3\)\. Dimension 1 is fixed to 5: the graph follows the path .* since",
         ),
     ],
 )
