@@ -150,7 +150,7 @@ class _Walk(fx.Interpreter):
         else:
             value = self._widened(super().run_node(n))
         if isinstance(value, Labels):
-            value = replace(value, is_mask=n.meta["val"].dtype is torch.bool)
+            value = replace(value, is_mask=getattr(n.meta.get("val"), "dtype", None) is torch.bool)
             self.found.labels[n.name] = value
         return value
 

@@ -256,6 +256,21 @@ def _overwritten(at: Site, x: Labels, mask: Tensor) -> None:
             at.units.segment(kept, f"{at.name}: overwritten")
 
 
+@rule("col2im")
+def fold(at: Site, x: Labels, size: Sequence[int], *windows: Sequence[int]) -> Labels:
+    """What lies under each window is added up at the places that it was taken from."""
+    *lead, channels, height, width = at.shape
+    numbers = torch.arange(1.0, height * width + 1, dtype=torch.float64).reshape(1, 1, height, width)
+    places = torch.ops.aten.im2col(numbers, *windows)[0].long()  # Those outside are all at a place 0 of their own.
+    open_ = replace(at, shape=(*lead, channels, height * width + 1))
+    parts = x.reshape((*lead, channels, *places.shape))
+    added = write(
+        open_, torch.zeros(()).expand(open_.shape), parts, [len(lead) + 1], places, len(lead) + 1, replaces=False
+    )
+    inside = (*lead, channels, height * width)
+    return move(at.units, added, lambda c: c[..., 1:], inside, at.name).reshape(at.shape)
+
+
 @rule("slice_scatter")
 def scatter_slice(at: Site, x: Labels | Tensor, source: Labels | Tensor, dim: int = 0, *args: Any) -> Labels:
     dim %= len(at.shape)
