@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, core, reshape, shrink, spread, support
 from fxmerge.symmetry.relate import relate, relate_inert
-from fxmerge.symmetry.units import UnitGraph, distinct, mix, number, number_rows
+from fxmerge.symmetry.units import Ids, UnitGraph, distinct, mix, number, number_rows
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def _implies(fine: Tensor, coarse: Tensor) -> bool:
 def reduce(units: UnitGraph, x: Labels, dims: Iterable[int], reason: str, *, keepdim: bool = False) -> Labels:
     """The labels after a symmetric reduction (sum, mean, max, norm) over `dims`."""
     gone = {d % x.ndim for d in dims} if x.ndim else set()
+    sum_over(units, x, gone)
     columns = [c for c in (_reduce_column(units, c, gone, reason) for c in x.columns) if c is not None]
     factors = [f for f in (_reduce_inert(f, gone) for f in x.inert) if f is not None]
     shape = tuple(1 if d in gone else n for d, n in enumerate(x.shape))
@@ -165,27 +167,44 @@ def reduce(units: UnitGraph, x: Labels, dims: Iterable[int], reason: str, *, kee
     return replace(reduced.map(lambda c: c[index], kept), parameter=None)
 
 
+def sum_over(units: UnitGraph, x: Labels, gone: set[int]) -> None:
+    """Tells over which axes of a parameter a reduction goes."""
+    if x.parameter is not None:
+        for column in x.columns:
+            if gone.issuperset(support(column)):
+                units.sum(distinct(core(column, support(column)).numpy()))
+
+
 def _first_of(column: Tensor, dims: Iterable[int]) -> Tensor:
     for d in dims:
         column = column.narrow(d, 0, 1)
     return column
 
 
-def _reduce_column(
-    units: UnitGraph, column: Tensor, gone: set[int], reason: str, *, ordered: bool = False
-) -> Tensor | None:
-    """The column of the blocks whose members are the units along `gone`, None if there is only one such block.
+@dataclass(frozen=True)
+class _Rows:
+    """What the rows of a column hold, where a row is all that lies along some dimensions at one place elsewhere.
 
-    Places along `gone` that hold the same units in another order make one block, unless `ordered`.
+    Attributes:
+        kept: the dimensions of the column that are left.
+        number: for every place along these, the number of its row; rows that hold the same have one number.
+        owner, unit: for every row, by number, the units in it, each once.
+        bad: which rows share a unit with another one, or hold their units unequally often.
     """
+
+    kept: list[int]
+    number: Ids
+    owner: Ids
+    unit: Ids
+    bad: NDArray[np.bool_]
+
+
+def _rows(column: Tensor, gone: set[int], *, ordered: bool = False) -> _Rows:
+    """The rows along `gone`. Rows that hold the same units in another order are alike, unless `ordered`."""
     dims = support(column)
     kept = [d for d in dims if d not in gone]
-    if len(kept) == len(dims):
-        return column
     size = math.prod(column.shape[d] for d in kept)
     rows = core(column, kept + [d for d in dims if d in gone]).reshape(size, -1).numpy()
-    if size == 1 and len(distinct(rows)) == rows.size:
-        return None
     place = mix(np.arange(rows.shape[1])) if ordered else np.uint64(0)
     first, row_set = number(mix(rows.view(np.uint64) ^ place).sum(axis=1))
     sets = rows[first]
@@ -197,14 +216,35 @@ def _reduce_column(
     shared = np.zeros(len(sets), bool)
     again = np.bincount(np.unique(unit, return_inverse=True)[1])[np.unique(unit, return_inverse=True)[1]] > 1
     np.logical_or.at(shared, owner, again)
-    bad = shared if ordered else uneven | shared
-    units.pin(unit[bad[owner]], f"{reason}: reduced in overlapping or uneven groups")
-    if len(sets) == 1:
+    return _Rows(kept, row_set, owner, unit, shared if ordered else uneven | shared)
+
+
+def reduces_evenly(column: Tensor, dims: Iterable[int]) -> bool:
+    """Whether the units that a reduction over `dims` takes together are blocks."""
+    return set(dims).isdisjoint(support(column)) or not _rows(column, set(dims)).bad.any()
+
+
+def _reduce_column(
+    units: UnitGraph, column: Tensor, gone: set[int], reason: str, *, ordered: bool = False
+) -> Tensor | None:
+    """The column of the blocks whose members are the units along `gone`, None if there is only one such block."""
+    if gone.isdisjoint(support(column)):
+        return column
+    if gone.issuperset(support(column)) and _holds_each_once(column):
         return None
-    block = units.fresh(len(sets), ("block", reason))
-    units.pin(block[bad], f"{reason}: reduced in overlapping or uneven groups")
-    units.include(unit, block[owner])
-    return spread(torch.from_numpy(block[row_set]), tuple(column.shape), kept)
+    rows = _rows(column, gone, ordered=ordered)
+    units.pin(rows.unit[rows.bad[rows.owner]], f"{reason}: reduced in overlapping or uneven groups")
+    if len(rows.bad) == 1:
+        return None
+    block = units.fresh(len(rows.bad), ("block", reason))
+    units.pin(block[rows.bad], f"{reason}: reduced in overlapping or uneven groups")
+    units.include(rows.unit, block[rows.owner])
+    return spread(torch.from_numpy(block[rows.number]), tuple(column.shape), rows.kept)
+
+
+def _holds_each_once(column: Tensor) -> bool:
+    ids = core(column, support(column)).numpy()
+    return len(distinct(ids)) == ids.size
 
 
 def _reduce_inert(factor: Tensor, gone: set[int]) -> Tensor | None:

@@ -17,11 +17,13 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.program import Program
 from fxmerge.symmetry import rules
-from fxmerge.symmetry.columns import Shape, core, spread, support
+from fxmerge.symmetry.columns import Shape, core, reshape, spread, support
 from fxmerge.symmetry.labels import Labels, inert, pin
+from fxmerge.symmetry.parts import Part, combine, parts
 from fxmerge.symmetry.probe import Prober
 from fxmerge.symmetry.relate import relate
-from fxmerge.symmetry.units import Ids, UnitGraph, distinct
+from fxmerge.symmetry.rules import movement
+from fxmerge.symmetry.units import Ids, UnitGraph, distinct, mix
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def propagate(program: Program, find_rule: rules.Lookup = rules.find_rule) -> Pr
             else:
                 program = replace(program, aten=simpler)
             continue
-        more = _rows_used_apart(found, splits)
+        more = _rows_used_apart(found, splits) or _rows_summed_apart(found, splits)
         if not more:
             return found
         splits = splits | more
@@ -101,6 +103,35 @@ def _rows_used_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Axis
     return splits
 
 
+def _rows_summed_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Axis, Ids]:
+    """The rows of parameters with an axis that is summed over in each row, and of which some units are alike.
+
+    Such units, as the weights of equal inputs, may move in each row by themselves. Not so those with which others move.
+    """
+    units = found.units
+    bound, summed, blocks = np.zeros(units.size, bool), np.zeros(units.size, bool), np.zeros(units.size, np.uint64)
+    for ids in units.summed:
+        summed[ids] = True
+    for ids, _ in units.pinned:
+        bound[ids] = True
+    for a, b in units.equal:
+        bound[a[a != b]] = bound[b[a != b]] = True
+    for child, parent in units.member:
+        bound[parent] = True
+        np.add.at(blocks, child, mix(parent))
+    splits: dict[Axis, Ids] = {}
+    for (name, dim), axis in found.axes.items():
+        alike = np.unique(blocks[axis.ids[(summed & ~bound)[axis.ids]]], return_counts=True)[1]
+        if (alike > 1).any():
+            rows = [d for n, d in found.axes if n == name and d != dim and (n, d) not in known]
+            splits |= {(name, d): np.arange(_length(found.axes[name, d], d)) for d in rows}
+    return splits
+
+
+def _length(axis: AxisUnits, dim: int) -> int:
+    return int(axis.ids.shape[axis.dims.index(dim)])
+
+
 class _Walk(fx.Interpreter):
     """One walk over the graph. Nodes hold `Labels`, or the values of what does not depend on the inputs or
     parameters, which is computed as it stands."""
@@ -111,6 +142,7 @@ class _Walk(fx.Interpreter):
         super().__init__(program.graph, garbage_collect_values=True)
         self.program, self.splits, self.find_rule, self.prober = program, splits, find_rule, prober
         self.found = Propagation(program, UnitGraph(), {})
+        self.parts = parts(program.graph.graph, self._moves)
 
     def run_all(self) -> Propagation:
         with torch.no_grad():
@@ -171,12 +203,19 @@ class _Walk(fx.Interpreter):
             return None
         if not isinstance(n.meta.get("val"), (Tensor, tuple, list)):
             return concrete(n.meta.get("val"))
+        if n in self.parts:
+            return self._part(n, *args, **kwargs)
         if n.target is operator.getitem:
             return args[0][args[1]]
         used = frozenset(cast(int, u.args[1]) for u in n.users if u.target is operator.getitem and u.users)
         site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used)
         if getattr(getattr(n.target, "_schema", None), "is_mutable", False):
             return self._write(n, args, kwargs)
+        if any(isinstance(a, Part) for a in args):
+            combined = combine(site, *args)
+            if combined is not None:
+                return combined
+            args = tuple(a.labels(site) if isinstance(a, Part) else a for a in args)
         several = isinstance(site.shape, list)
         if all(0 in shape for shape in (site.shape if several else [site.shape])):
             return [Labels(shape) for shape in site.shape] if several else Labels(site.shape)
@@ -199,6 +238,17 @@ class _Walk(fx.Interpreter):
         for v in _labels_in((args, kwargs)):
             pin(self.found.units, v, f"{n.name}: no rule for {n.target}")
         return [inert(s) for s in site.shape] if several else inert(site.shape)
+
+    def _moves(self, target: Any) -> bool:
+        return target is operator.getitem or self.find_rule(target) in movement.MOVEMENTS
+
+    def _part(self, n: fx.Node, x: Labels | Part, *args: Any, **kwargs: Any) -> Part:
+        """A rearrangement that waits for the op that it is for."""
+        whole = x if isinstance(x, Part) else Part(x, lambda column: column)
+        if self.find_rule(n.target) is movement.view:
+            shape = shape_of(n)
+            return whole.then(lambda column: reshape(column, shape))
+        return whole.then(movement.on_columns(n.target, *args, **kwargs))
 
     def _write(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """An op in place, which a trace leaves where it writes to a constant: all that it reads is pinned, and of what
@@ -240,8 +290,12 @@ class _Walk(fx.Interpreter):
 
 
 def _labels_in(value: Any) -> list[Labels]:
-    leaves = pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, Labels))
+    leaves = (v.source if isinstance(v, Part) else v for v in pytree.tree_leaves(value, is_leaf=_is_labelled))
     return [v for v in leaves if isinstance(v, Labels)]
+
+
+def _is_labelled(value: Any) -> bool:
+    return isinstance(value, (Labels, Part))
 
 
 def concrete(size: Any) -> Any:

@@ -77,6 +77,7 @@ class UnitGraph:
     final: list[Ids] = field(default_factory=list)
     rows: list[tuple[Ids, Ids]] = field(default_factory=list)
     used: list[Ids] = field(default_factory=list)
+    summed: list[Ids] = field(default_factory=list)
     contracted: list[Ids] = field(default_factory=list)
     node: str = ""
     equal_at: list[str] = field(default_factory=list)
@@ -136,6 +137,10 @@ class UnitGraph:
     def use_apart(self, ids: Ids, groups: Ids) -> None:
         """The parameter rows `ids[i]` are used together with the rows of the same group only."""
         self.rows.append((ids, groups))
+
+    def sum(self, ids: Ids) -> None:
+        """A symmetric reduction goes over these units of a parameter, in each of its rows."""
+        self.summed.append(ids)
 
     def segment(self, ids: Ids, reason: str) -> None:
         """The units `ids` are told apart from all others, but may move among themselves."""

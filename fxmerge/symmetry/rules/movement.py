@@ -35,15 +35,19 @@ def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided"),
 )
 def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
-    def op(column: Tensor) -> Tensor:
-        moved: Tensor
-        try:
-            moved = at.target(column, *args, **kwargs)
-        except (NotImplementedError, RuntimeError):  # No integer kernel; unit numbers are exact in float64.
-            moved = at.target(column.double(), *args, **kwargs).long()
-        return moved
+    return move(at.units, x, on_columns(at.target, *args, **kwargs), at.shape, at.name)
 
-    return move(at.units, x, op, at.shape, at.name)
+
+def on_columns(target: Any, *args: Any, **kwargs: Any) -> Callable[[Tensor], Any]:
+    """The op as it is run on the columns."""
+
+    def op(column: Tensor) -> Any:
+        try:
+            return target(column, *args, **kwargs)
+        except (NotImplementedError, RuntimeError):  # No integer kernel; unit numbers are exact in float64.
+            return target(column.double(), *args, **kwargs).long()
+
+    return op
 
 
 @rule("diagonal")
@@ -59,6 +63,10 @@ def split(at: Site, x: Labels, *args: Any, **kwargs: Any) -> list[Labels]:
         return lambda column: at.target(column, *args, **kwargs)[i]
 
     return [move(at.units, x, piece(i), shape, f"{at.name}[{i}]") for i, shape in enumerate(at.shape)]
+
+
+MOVEMENTS = (view, movement, split)
+"""The rules of the ops that do no more than rearrange their first operand."""
 
 
 @rule("tril", "triu")
