@@ -162,7 +162,8 @@ class _Walk(fx.Interpreter):
         else:
             value = super().run_node(n)
         if isinstance(value, Labels):
-            self.found.labels[n.name] = value
+            # An object of its own for every node: rules take operands that are one object for one tensor.
+            value = self.found.labels[n.name] = replace(value)
         return value
 
     def _placeholder(self, n: fx.Node) -> Any:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, core, support
-from fxmerge.symmetry.labels import Labels, inert, pin, reduce, rows_apart, sum_over
-from fxmerge.symmetry.rules.pooling import apart
+from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce, rows_apart, sum_over
+from fxmerge.symmetry.rules.movement import pad
+from fxmerge.symmetry.rules.pooling import apart, lies_in_space
 from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import distinct
 
@@ -146,10 +148,32 @@ def conv(
     rows, columns, *kernel = weight.shape
     w, x = at.labels(weight).reshape((groups, rows // groups, columns, *kernel)), at.labels(x)
     if isinstance(padding, str):
-        padding = 0 if padding == "valid" or all(k == 1 for k in kernel) else 1
-    plain = _all_are(padding, 0) and (_all_are(dilation, 1) or all(k == 1 for k in kernel))
-    windows = apart(at, x, kernel, stride, at.shape[-len(kernel) :]) if plain else None
-    return _convolve(at, x, w, "goi", bias, windows)
+        padding = 0 if padding == "valid" or all(k == 1 for k in kernel) else None
+    if padding is None:
+        return _convolve(at, x, w, "goi", bias, None)
+    pads = np.broadcast_to(padding, len(kernel)).tolist()
+    places = [[-1] * p + [*range(n)] + [-1] * p for p, n in zip(pads, x.shape[-len(kernel) :], strict=True)]
+    return _convolve(at, x, w, "goi", bias, _windows(at, x, places, kernel, stride, dilation))
+
+
+def _windows(
+    at: Site, x: Labels, places: Sequence[Sequence[int]], kernel: Sequence[int], stride: Any, dilation: Any
+) -> Labels | None:
+    """x as (..., *places, *kernel), None where windows overlap.
+
+    Arguments:
+        places: for every dimension of space, the places of x in the order in which windows see them, -1 for a zero.
+    """
+    spatial = len(kernel)
+    if any(k > 1 for k in kernel) and not (_all_are(dilation, 1) and lies_in_space(x, spatial)):
+        return None
+    for dim, seen in enumerate(places, start=x.ndim - spatial):
+        if list(seen) != list(range(x.shape[dim])):
+            x = pad(at, x, [*[0, 0] * (x.ndim - 1 - dim), 0, 1]) if -1 in seen else x
+            chosen = torch.tensor(seen) % x.shape[dim]
+            shape = (*x.shape[:dim], len(seen), *x.shape[dim + 1 :])
+            x = move(at.units, x, lambda c, d=dim, i=chosen: c.index_select(d, i), shape, at.name)  # type: ignore[misc]
+    return apart(at, x, kernel, stride, at.shape[-spatial:])
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", contracts=True, adds="bias")
@@ -170,10 +194,17 @@ def conv_transpose(
     """
     rows, columns, *kernel = weight.shape
     w, x = at.labels(weight).reshape((groups, rows // groups, columns, *kernel)), at.labels(x)
-    spatial = len(kernel)
-    touching = list(np.broadcast_to(stride, spatial)) == kernel and _all_are(dilation, 1)
-    if not (touching and _all_are(padding, 0) and _all_are(output_padding, 0)):
-        return _convolve(at, x, w, "gio", bias, None)
+    spatial, plain = len(kernel), _all_are(dilation, 1)
+    if not (plain and _all_are(padding, 0) and _all_are(output_padding, 0) and _all_are(np.equal(stride, kernel), 1)):
+        # A convolution of the stretched input with the kernel turned round.
+        steps, pads = (np.broadcast_to(v, spatial).tolist() for v in (stride, padding))
+        places = []
+        for n, k, step, p, wide in zip(x.shape[-spatial:], kernel, steps, pads, at.shape[-spatial:], strict=True):
+            first = [i + p - k + 1 for i in range(wide + k - 1)]
+            places.append([i // step if i % step == 0 and 0 <= i < n * step else -1 for i in first])
+        seen = _windows(at, x, places, kernel, 1, dilation)
+        turned = w if seen is None else w.map(lambda c: c.flip(list(range(3, w.ndim))), w.shape)
+        return _convolve(at, x, turned, "gio", bias, seen)
     x = x.reshape((*x.shape[: -spatial - 1], groups, rows // groups, *x.shape[-spatial:]))
     n, space, taps = "n" * (x.ndim - spatial - 2), "XYZ"[:spatial], "PQR"[:spatial]
     out = n + "go" + "".join(place + tap for place, tap in zip(space, taps, strict=True))

@@ -82,13 +82,13 @@ def assemble(
 
     A column of the result takes one column of each part; positions from a part that has none of its
     kind, and is not uniform along it, get the unit `NOTHING`. An inert column tells the parts apart, since
-    one unit, or equal constants, may come in through two of them; parts that are the same constant are alike.
+    one unit, or equal constants, may come in through two of them; parts that are the same tensor are alike.
     """
 
     def kind(column: Tensor) -> tuple[int, ...]:
         return tuple(d for d in support(column) if d not in dims)
 
-    labels = _lend([at.labels(p) for p in parts], kind)
+    labels, keys = _lend([at.labels(p) for p in parts], kind), [_value(p) for p in parts]
 
     def build(pieces: list[Tensor]) -> Tensor:
         used = set(dims).union(*(support(p) for p in pieces))
@@ -106,12 +106,12 @@ def assemble(
                 continue
             alike = [[c for c in part if kind(c) == k] for part in columns]
             for i in range(max(map(len, alike))):
-                pieces, base = [], 0
-                for label, part in zip(labels, alike, strict=True):
+                pieces, base, bases = [], 0, dict[object, int]()
+                for key, label, part in zip(keys, labels, alike, strict=True):
                     piece = part[i] if i < len(part) else torch.full((1,) * label.ndim, fill).expand(label.shape)
                     small = compact(piece)
                     move_on = apart and any(d in support(piece) for d in dims)
-                    pieces.append((small + base).expand(piece.shape) if move_on else piece)
+                    pieces.append((small + bases.setdefault(key, base)).expand(piece.shape) if move_on else piece)
                     base += int(small.max()) + 1 if small.numel() else 0
                 built.append(build(pieces))
         return [c for c in built if support(c)]
@@ -120,12 +120,9 @@ def assemble(
     columns = gather([x.columns for x in labels], NOTHING, apart=False)
     with_units |= {d for c in columns for d in support(c)}
     factors = gather([x.inert for x in labels], 0, apart=True)
-    uniform: dict[object, int] = {}
-    marks = [
-        torch.full((1,) * x.ndim, uniform.setdefault(_value(p), len(uniform)))
-        for p, x in zip(parts, labels, strict=True)
-    ]
-    factors.append(build([m.expand(x.shape) for m, x in zip(marks, labels, strict=True)]))
+    numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    marks = [torch.full((1,) * x.ndim, numbers[key]).expand(x.shape) for key, x in zip(keys, labels, strict=True)]
+    factors.append(build(marks))
     return Labels(at.shape, tuple(columns), prune([f for f in factors if support(f)], columns))
 
 
@@ -145,10 +142,10 @@ def _lend(parts: list[Labels], kind: Callable[[Tensor], tuple[int, ...]]) -> lis
 
 
 def _value(part: Labels | Tensor) -> object:
-    """The value of a constant part that has only one, else something equal to itself only."""
+    """The value of a constant part that has only one, else which tensor it is: every node has labels of its own."""
     if isinstance(part, Tensor) and part.numel() and bool((part == part.reshape(-1)[0]).all()):
         return part.reshape(-1)[0].item()
-    return object()
+    return "tensor", id(part)
 
 
 @rule("cat", "concat", "concatenate")
@@ -162,7 +159,8 @@ def cat(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
 def stack(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
     dim %= len(at.shape)
     one: Shape = (*at.shape[:dim], 1, *at.shape[dim + 1 :])
-    return cat(at, [t.reshape(one) for t in tensors], dim)
+    thin = {id(t): t.reshape(one) for t in tensors}
+    return cat(at, [thin[id(t)] for t in tensors], dim)
 
 
 @rule("constant_pad_nd", "pad")

@@ -17,7 +17,7 @@ from fxmerge.symmetry.rules.registry import Site, rule
 def apart(at: Site, x: Labels, kernel: Sequence[int], stride: Any, places: Sequence[int]) -> Labels | None:
     """x seen through windows that do not overlap: (..., *places, *kernel).
 
-    None where windows overlap, where no unit lies along space, and where the units in windows are not blocks.
+    None where windows overlap, and where the units in windows are not blocks.
     """
     first = x.ndim - len(kernel)
     windows = list(zip(x.shape[first:], kernel, np.broadcast_to(stride, len(kernel)).tolist(), places, strict=True))
@@ -30,10 +30,14 @@ def apart(at: Site, x: Labels, kernel: Sequence[int], stride: Any, places: Seque
         return column
 
     taps = range(x.ndim, x.ndim + len(kernel))
-    along = any(d >= first for c in x.columns for d in support(c))
-    if any(k > 1 for k in kernel) and not (along and all(reduces_evenly(see(c), taps) for c in x.columns)):
+    if any(k > 1 for k in kernel) and not all(reduces_evenly(see(c), taps) for c in x.columns):
         return None
     return move(at.units, x, see, (*x.shape[:first], *places, *kernel), at.name)
+
+
+def lies_in_space(x: Labels, spatial: int) -> bool:
+    """Whether units lie along the last dimensions, as those of a linear layer over space do."""
+    return any(d >= x.ndim - spatial for c in x.columns for d in support(c))
 
 
 def _over_space(at: Site, x: Labels, shape: tuple[int, ...], spatial: int) -> Labels:
@@ -47,7 +51,7 @@ def _over_space(at: Site, x: Labels, shape: tuple[int, ...], spatial: int) -> La
 def _pooled(at: Site, x: Labels, kernel: Any, stride: Any, shape: tuple[int, ...], spatial: int) -> Labels:
     """A reduction of every window, where they do not overlap."""
     size = [int(k) for k in np.broadcast_to(kernel, spatial)]
-    seen = apart(at, x, size, stride, shape[-spatial:])
+    seen = apart(at, x, size, stride, shape[-spatial:]) if lies_in_space(x, spatial) else None
     return _over_space(at, x, shape, spatial) if seen is None else reduce(at.units, seen, range(-spatial, 0), at.name)
 
 
