@@ -155,7 +155,6 @@ def _implies(fine: Tensor, coarse: Tensor) -> bool:
 def reduce(units: UnitGraph, x: Labels, dims: Iterable[int], reason: str, *, keepdim: bool = False) -> Labels:
     """The labels after a symmetric reduction (sum, mean, max, norm) over `dims`."""
     gone = {d % x.ndim for d in dims} if x.ndim else set()
-    sum_over(units, x, gone)
     columns = [c for c in (_reduce_column(units, c, gone, reason) for c in x.columns) if c is not None]
     factors = [f for f in (_reduce_inert(f, gone) for f in x.inert) if f is not None]
     shape = tuple(1 if d in gone else n for d, n in enumerate(x.shape))

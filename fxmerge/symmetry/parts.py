@@ -35,15 +35,16 @@ class Part:
         return move(at.units, self.source, self.op, shape, at.name)
 
 
-def parts(graph: fx.Graph, moves: Callable[[Any], bool]) -> set[fx.Node]:
+def parts(graph: fx.Graph, combines: Callable[[Any], bool], moves: Callable[[Any], bool]) -> set[fx.Node]:
     """The nodes that only rearrange a tensor for an op to which the order of its two operands does not matter.
 
     Arguments:
+        combines: whether an op is such an op.
         moves: whether an op does no more than rearrange its first operand.
     """
     found: set[fx.Node] = set()
     for n in graph.nodes:
-        if n.target in COMMUTATIVE and len(n.args) == 2 and not n.kwargs and all(isinstance(a, fx.Node) for a in n.args):
+        if combines(n.target) and len(n.args) == 2 and not n.kwargs and all(isinstance(a, fx.Node) for a in n.args):
             found |= _parts(n, moves)
     return found
 

@@ -19,10 +19,10 @@ from fxmerge.program import Program
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import Shape, core, reshape, spread, support
 from fxmerge.symmetry.labels import Labels, inert, pin
-from fxmerge.symmetry.parts import Part, combine, parts
+from fxmerge.symmetry.parts import COMMUTATIVE, Part, combine, parts
 from fxmerge.symmetry.probe import Prober
 from fxmerge.symmetry.relate import relate
-from fxmerge.symmetry.rules import movement
+from fxmerge.symmetry.rules import elementwise, movement
 from fxmerge.symmetry.units import Ids, UnitGraph, distinct, mix
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _rows_used_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Axis
 
 
 def _rows_summed_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Axis, Ids]:
-    """The rows of parameters with an axis that is summed over in each row, and of which some units are alike.
+    """The rows of parameters with an axis that is only summed over, in each row, and of which some units are alike.
 
     Such units, as the weights of equal inputs, may move in each row by themselves. Not so those with which others move.
     """
@@ -120,7 +120,10 @@ def _rows_summed_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Ax
         bound[parent] = True
         np.add.at(blocks, child, mix(parent))
     splits: dict[Axis, Ids] = {}
+    used, at = units.nodes_by_axis(units.used, units.used_at), units.nodes_by_axis(units.summed, units.summed_at)
     for (name, dim), axis in found.axes.items():
+        if not used[name, dim] <= at[name, dim]:
+            continue
         alike = np.unique(blocks[axis.ids[(summed & ~bound)[axis.ids]]], return_counts=True)[1]
         if (alike > 1).any():
             rows = [d for n, d in found.axes if n == name and d != dim and (n, d) not in known]
@@ -142,7 +145,7 @@ class _Walk(fx.Interpreter):
         super().__init__(program.graph, garbage_collect_values=True)
         self.program, self.splits, self.find_rule, self.prober = program, splits, find_rule, prober
         self.found = Propagation(program, UnitGraph(), {})
-        self.parts = parts(program.graph.graph, self._moves)
+        self.parts = parts(program.graph.graph, self._combines, self._moves)
 
     def run_all(self) -> Propagation:
         with torch.no_grad():
@@ -239,6 +242,9 @@ class _Walk(fx.Interpreter):
         for v in _labels_in((args, kwargs)):
             pin(self.found.units, v, f"{n.name}: no rule for {n.target}")
         return [inert(s) for s in site.shape] if several else inert(site.shape)
+
+    def _combines(self, target: Any) -> bool:
+        return target in COMMUTATIVE and self.find_rule(target) is elementwise.pointwise
 
     def _moves(self, target: Any) -> bool:
         return target is operator.getitem or self.find_rule(target) in movement.MOVEMENTS

@@ -6,6 +6,8 @@ units. Rules never loop over units; they hand over arrays of them.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +87,7 @@ class UnitGraph:
     pinned_at: list[str] = field(default_factory=list)
     used_at: list[str] = field(default_factory=list)
     contracted_at: list[str] = field(default_factory=list)
+    summed_at: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pin(self.fresh(1, ("nothing",)), "no unit")
@@ -105,6 +108,15 @@ class UnitGraph:
         origins = {self.origins[i] for i in distinct(self.origin(ids))}
         origin = origins.pop()
         return origin[1:] if not origins and origin[0] == "axis" else None
+
+    def nodes_by_axis(self, records: Iterable[Ids], at: Iterable[str]) -> dict[tuple[str, int], set[str]]:
+        """For every parameter axis, the nodes at which something was recorded of its units."""
+        nodes: dict[tuple[str, int], set[str]] = defaultdict(set)
+        for ids, node in zip(records, at, strict=True):
+            axis = self.axis(ids)
+            if axis is not None:
+                nodes[axis].add(node)
+        return nodes
 
     def equate(self, a: Ids, b: Ids) -> None:
         """Unit `a[i]` moves exactly as unit `b[i]` does, for all i."""
@@ -141,6 +153,7 @@ class UnitGraph:
     def sum(self, ids: Ids) -> None:
         """A symmetric reduction goes over these units of a parameter, in each of its rows."""
         self.summed.append(ids)
+        self.summed_at.append(self.node)
 
     def segment(self, ids: Ids, reason: str) -> None:
         """The units `ids` are told apart from all others, but may move among themselves."""

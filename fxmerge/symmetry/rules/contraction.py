@@ -148,9 +148,9 @@ def conv(
     rows, columns, *kernel = weight.shape
     w, x = at.labels(weight).reshape((groups, rows // groups, columns, *kernel)), at.labels(x)
     if isinstance(padding, str):
-        padding = 0 if padding == "valid" or all(k == 1 for k in kernel) else None
-    if padding is None:
-        return _convolve(at, x, w, "goi", bias, None)
+        if padding == "same" and any(k > 1 for k in kernel):
+            return _convolve(at, x, w, "goi", bias, None)
+        padding = 0
     pads = np.broadcast_to(padding, len(kernel)).tolist()
     places = [[-1] * p + [*range(n)] + [-1] * p for p, n in zip(pads, x.shape[-len(kernel) :], strict=True)]
     return _convolve(at, x, w, "goi", bias, _windows(at, x, places, kernel, stride, dilation))
@@ -169,6 +169,8 @@ def _windows(
         return None
     for dim, seen in enumerate(places, start=x.ndim - spatial):
         if list(seen) != list(range(x.shape[dim])):
+            if -1 in seen and any(dim in support(c) and len(support(c)) > 1 for c in x.columns):
+                return None  # Zeros would be units of every row.
             x = pad(at, x, [*[0, 0] * (x.ndim - 1 - dim), 0, 1]) if -1 in seen else x
             chosen = torch.tensor(seen) % x.shape[dim]
             shape = (*x.shape[:dim], len(seen), *x.shape[dim + 1 :])
@@ -194,18 +196,25 @@ def conv_transpose(
     """
     rows, columns, *kernel = weight.shape
     w, x = at.labels(weight).reshape((groups, rows // groups, columns, *kernel)), at.labels(x)
-    spatial, plain = len(kernel), _all_are(dilation, 1)
-    if not (plain and _all_are(padding, 0) and _all_are(output_padding, 0) and _all_are(np.equal(stride, kernel), 1)):
-        # A convolution of the stretched input with the kernel turned round.
-        steps, pads = (np.broadcast_to(v, spatial).tolist() for v in (stride, padding))
-        places = []
-        for n, k, step, p, wide in zip(x.shape[-spatial:], kernel, steps, pads, at.shape[-spatial:], strict=True):
-            first = [i + p - k + 1 for i in range(wide + k - 1)]
-            places.append([i // step if i % step == 0 and 0 <= i < n * step else -1 for i in first])
-        seen = _windows(at, x, places, kernel, 1, dilation)
-        turned = w if seen is None else w.map(lambda c: c.flip(list(range(3, w.ndim))), w.shape)
-        return _convolve(at, x, turned, "gio", bias, seen)
-    x = x.reshape((*x.shape[: -spatial - 1], groups, rows // groups, *x.shape[-spatial:]))
+    spatial = len(kernel)
+    zero = _all_are(padding, 0) and _all_are(output_padding, 0)
+    if zero and _all_are(dilation, 1) and _all_are(np.equal(stride, kernel), True):
+        return _touching(at, x, w, bias)
+    # A convolution of the stretched input with the kernel turned round.
+    steps, pads = (np.broadcast_to(v, spatial).tolist() for v in (stride, padding))
+    places = []
+    for n, k, step, p, wide in zip(x.shape[-spatial:], kernel, steps, pads, at.shape[-spatial:], strict=True):
+        first = [i + p - k + 1 for i in range(wide + k - 1)]
+        places.append([i // step if i % step == 0 and 0 <= i < n * step else -1 for i in first])
+    windows = _windows(at, x, places, kernel, 1, dilation)
+    turned = w if windows is None else w.map(lambda c: c.flip(list(range(3, w.ndim))), w.shape)
+    return _convolve(at, x, turned, "gio", bias, windows)
+
+
+def _touching(at: Site, x: Labels, w: Labels, bias: Operand | None) -> Labels:
+    """A transposed convolution whose windows of the output touch and do not overlap."""
+    spatial, groups, rows = w.ndim - 3, w.shape[0], w.shape[1]
+    x = x.reshape((*x.shape[: -spatial - 1], groups, rows, *x.shape[-spatial:]))
     n, space, taps = "n" * (x.ndim - spatial - 2), "XYZ"[:spatial], "PQR"[:spatial]
     out = n + "go" + "".join(place + tap for place, tap in zip(space, taps, strict=True))
     return _biased(at, contract(at, [x, w], [n + "gi" + space, "gio" + taps], out).reshape(at.shape), bias, spatial)

@@ -1,4 +1,4 @@
-"""Pooling, interpolation and other ops with windows over space: channels pass, and places where windows do not overlap."""
+"""Pooling, interpolation and other ops with windows over space: channels pass, places where no windows overlap."""
 
 from __future__ import annotations
 
