@@ -196,8 +196,12 @@ REGRESSIONS: dict[str, tuple[str, Recipe]] = {
         EXACT,
         Recipe(
             ((1, 2, 2),),
-            (("linear", (0,), ("p1", 3, False)), ("stack", (1, 1), (2,)), ("flatten", (2,), (2,)))
-            + (("linear", (3,), ("p3", 2, False)),),
+            (
+                ("linear", (0,), ("p1", 3, False)),
+                ("stack", (1, 1), (2,)),
+                ("flatten", (2,), (2,)),
+                ("linear", (3,), ("p3", 2, False)),
+            ),
             (4,),
         ),
     ),

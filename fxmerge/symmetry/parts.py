@@ -64,10 +64,10 @@ def _parts(op: fx.Node, moves: Callable[[Any], bool]) -> set[fx.Node]:
     return inside - {op} if len(sources) == 1 and a is not b else set()
 
 
-def combine(at: Site, a: Labels | Part, b: Labels | Part) -> Labels | None:
+def combine(at: Site, a: Labels | Part, b: Labels | Part) -> Labels:
     """The labels of a function of two parts of one tensor that does not tell them apart.
 
-    None where the units that it takes together are no blocks, so that the parts have to be told apart.
+    Where the units that it takes together are no blocks, the parts are told apart.
     """
     source = a.source if isinstance(a, Part) else a
     see = [x.op if isinstance(x, Part) else lambda column: column for x in (a, b)]
@@ -75,6 +75,8 @@ def combine(at: Site, a: Labels | Part, b: Labels | Part) -> Labels | None:
     def both(column: Tensor) -> Tensor:
         return torch.stack([op(column).expand(at.shape) for op in see], -1)
 
-    if source.parameter is not None or not all(reduces_evenly(both(c), [len(at.shape)]) for c in source.columns):
-        return None
-    return reduce(at.units, move(at.units, source, both, (*at.shape, 2), at.name), [len(at.shape)], at.name)
+    last = len(at.shape)
+    if all(reduces_evenly(both(column), [last]) for column in source.columns):
+        return reduce(at.units, move(at.units, source, both, (*at.shape, 2), at.name), [last], at.name)
+    first, second = (x.labels(at) if isinstance(x, Part) else x for x in (a, b))
+    return at.join(first, second, at.shape)

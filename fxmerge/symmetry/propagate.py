@@ -207,7 +207,7 @@ class _Walk(fx.Interpreter):
             return None
         if not isinstance(n.meta.get("val"), (Tensor, tuple, list)):
             return concrete(n.meta.get("val"))
-        if n in self.parts:
+        if n in self.parts and _is_activation(args[0]):
             return self._part(n, *args, **kwargs)
         if n.target is operator.getitem:
             return args[0][args[1]]
@@ -215,11 +215,6 @@ class _Walk(fx.Interpreter):
         site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used)
         if getattr(getattr(n.target, "_schema", None), "is_mutable", False):
             return self._write(n, args, kwargs)
-        if any(isinstance(a, Part) for a in args):
-            combined = combine(site, *args)
-            if combined is not None:
-                return combined
-            args = tuple(a.labels(site) if isinstance(a, Part) else a for a in args)
         several = isinstance(site.shape, list)
         if all(0 in shape for shape in (site.shape if several else [site.shape])):
             return [Labels(shape) for shape in site.shape] if several else Labels(site.shape)
@@ -281,6 +276,8 @@ class _Walk(fx.Interpreter):
     def _apply_rule(self, site: rules.Site, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """What the op's rule gives; NotImplemented if there is none, or it does not serve this call."""
         rule = self.find_rule(n.target)
+        if any(isinstance(a, Part) for a in args):
+            return combine(site, *args)
         return NotImplemented if rule is None else rule(site, *args, **kwargs)
 
     def _output(self, n: fx.Node) -> None:
@@ -303,6 +300,10 @@ def _labels_in(value: Any) -> list[Labels]:
 
 def _is_labelled(value: Any) -> bool:
     return isinstance(value, (Labels, Part))
+
+
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, Part) or (isinstance(value, Labels) and value.parameter is None)
 
 
 def concrete(size: Any) -> Any:
