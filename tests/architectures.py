@@ -585,7 +585,7 @@ def pixel_unshuffle_and_kernel() -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 @case("decoder that begins with a reshape")
-def reshaped_decoder() -> tuple[nn.Module, tuple[Any, ...]]:
+def reshaping_decoder() -> tuple[nn.Module, tuple[Any, ...]]:
     layers = nn.Linear(2, 24), nn.ReLU(), nn.Unflatten(1, (4, 2, 3)), nn.BatchNorm2d(4), nn.Conv2d(4, 2, (1, 2))
     return nn.Sequential(*layers), (torch.randn(1, 2),)
 

@@ -81,21 +81,18 @@ def excuses(recipe: Recipe) -> list[str]:
     ops = {op for op, _, _ in recipe.steps}
     kinds = {(op, option) for op, _, options in recipe.steps for option in options if isinstance(option, str)}
     groups = {(op, *options[-1:]) for op, _, options in recipe.steps if op in ("group_mean", "channels", "conv")}
+    twice = {op for op, taken, _ in recipe.steps if len(taken) == 2 and len(set(taken)) == 1}
+    # A kernel of two or more places over units: places that a layer has, or that are put beside the channels.
+    lines = any(op in ("conv", "deconv") and options[2] > 1 for op, _, options in recipe.steps)
     found = {
         "one number at several places (copies, symmetric products): places are told apart": has_equal_entries(recipe),
-        "two factors or terms of one layer can be exchanged": bool(
-            kinds & {("glu", "products"), ("combine", "mul"), ("combine", "add"), ("combine", "maximum")}
-        )
-        or bool(ops & {"outer", "gram", "matmul", "apply"})
+        "products of a value with itself": bool(twice & {"outer", "matmul", "apply"})
+        or "gram" in ops
         or ("einsum", "bi,bj,ijk->bk") in kinds,
-        "reversals and rotations": bool(ops & {"flip", "roll"}) or ("low_rank", "flip") in kinds,
-        "windows along units": "pool" in ops,
-        "taps of a kernel": "deconv" in ops,
+        "reversals and rotations": bool(ops & {"flip", "roll"}) or ("low_rank", "flip") in kinds or lines,
         "groups that do not nest": len(groups) > 1,
         "two axes as one": bool(ops & {"flatten", "unflatten", "shuffle", "pixel_shuffle", "pixel_unshuffle"}),
-        "rows of a parameter that are reduced": "parameter" in ops or ("einsum" in ops and "reduce" in ops),
-        "space that is padded": "pad" in ops,
-        "ops without a rule": bool(kinds & {("cell", "gru"), ("cell", "lstm")}),
+        "a sum right after a product": "einsum" in ops and bool(ops & {"reduce", "pool"}),
         "experts whose outputs are used apart": "experts" in ops,
     }
     return [why for why, holds in found.items() if holds]

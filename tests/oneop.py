@@ -42,6 +42,7 @@ from fxmerge.symmetry.contracted import Contracted
 from fxmerge.symmetry.labels import Labels, constant
 from fxmerge.symmetry.permutation import build_image
 from fxmerge.symmetry.propagate import propagate
+from fxmerge.symmetry.rules.elementwise import filled
 from fxmerge.symmetry.rules.registry import Rule, Site, find_rule
 from fxmerge.symmetry.units import NOTHING, Ids
 
@@ -381,17 +382,19 @@ def analyse(call: Call) -> Analysis:
         node.meta["val"] = leaf.value
         nodes[id(leaf)] = node
     values = {id(leaf): leaf.value for leaf in leaves}
+    made: dict[tuple[Any, int], fx.Node] = {}
 
     def emit(x: Any) -> Any:
         if isinstance(x, Leaf):
             return nodes[id(x)]
         if not isinstance(x, Call):
             return x
-        args, kwargs = pytree.tree_map(emit, (x.args, x.kwargs), is_leaf=_is_operand)
-        node = graph.create_node(
-            "call_function", x.target, args, kwargs, x.target._schema.name.removeprefix("aten::").strip("_")
-        )
-        node.meta["val"] = run(x, values)
+        if (x.target, id(x.args)) not in made:
+            args, kwargs = pytree.tree_map(emit, (x.args, x.kwargs), is_leaf=_is_operand)
+            name = x.target._schema.name.removeprefix("aten::").strip("_")
+            node = made[x.target, id(x.args)] = graph.create_node("call_function", x.target, args, kwargs, name)
+            node.meta["val"] = run(x, values)
+        node = made[x.target, id(x.args)]
         return node if x.used is None or x is call else part(node, x.used)
 
     def part(node: fx.Node, number: int) -> fx.Node:
@@ -420,13 +423,14 @@ def analyse(call: Call) -> Analysis:
 
     def recording(target: Any) -> Rule | None:
         rule = find_rule(target)
+        if rule is not filled:
+            return rule
 
         def apply(at: Site, *args: Any, **kwargs: Any) -> Any:
-            assert rule is not None
             returned[at.name] = rule(at, *args, **kwargs)
             return returned[at.name]
 
-        return None if rule is None else apply
+        return apply
 
     found = propagate(Program(aten.module, aten, "one op"), recording)
     labels = {id(x): constant(x.value) if x.kind == "constant" else found.labels[names[id(x)]] for x in leaves}

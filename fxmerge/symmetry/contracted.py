@@ -128,7 +128,7 @@ class Contracted:
         parents = {p: b for p, b in self.maps.get(c, {}).items() if len(self.members(p)) > 1}
         fixed = np.zeros(len(self.members(c)), np.int64)
         for b in parents.values():
-            if self.pinned[b[0]]:
+            if self.pinned[b[0]] and len(b) == len(fixed):
                 fixed = np.unique(np.stack([fixed, b]), axis=1, return_inverse=True)[1].reshape(-1)
         free = {p: b for p, b in parents.items() if not self.pinned[b[0]]}
         implied = {s for p in free for s in self.maps.get(p, {})}

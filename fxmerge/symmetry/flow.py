@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
 from enum import Enum
 
 from fxmerge.symmetry.propagate import Axis, Propagation
-from fxmerge.symmetry.units import Ids
 
 
 class Flow(Enum):
@@ -28,18 +25,9 @@ def flows(found: Propagation) -> dict[Axis, Flow]:
     as well, such as that of an embedding which is also the output layer, does both; all others produce.
     """
     units = found.units
-    used = _nodes_by_axis(found, units.used, units.used_at)
-    contracted = _nodes_by_axis(found, units.contracted, units.contracted_at)
+    used = units.nodes_by_axis(units.used, units.used_at)
+    contracted = units.nodes_by_axis(units.contracted, units.contracted_at)
     flow = dict.fromkeys(found.axes, Flow.PRODUCES)
     for axis, nodes in contracted.items():
         flow[axis] = Flow.CONSUMES if nodes >= used[axis] else Flow.BOTH
     return flow
-
-
-def _nodes_by_axis(found: Propagation, records: Sequence[Ids], at: Sequence[str]) -> dict[Axis, set[str]]:
-    nodes: dict[Axis, set[str]] = defaultdict(set)
-    for ids, node in zip(records, at, strict=True):
-        axis = found.units.axis(ids)
-        if axis is not None:
-            nodes[axis].add(node)
-    return nodes

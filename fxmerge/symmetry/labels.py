@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, reshape, shrink, spread, support
 from fxmerge.symmetry.relate import relate, relate_inert, relate_sets
-from fxmerge.symmetry.units import NOTHING, UnitGraph, distinct, mix, number, number_rows
+from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, distinct, mix, number, number_rows
 
 
 @dataclass(frozen=True)
@@ -185,47 +186,57 @@ def reduce(units: UnitGraph, x: Labels, dims: Iterable[int], reason: str, *, kee
     return replace(reduced.map(lambda c: c[index], kept), parameter=None)
 
 
+def sum_over(units: UnitGraph, x: Labels, gone: set[int]) -> None:
+    """Tells over which axes of a parameter a reduction goes."""
+    if x.parameter is not None:
+        for column in x.columns:
+            if gone.issuperset(support(column)):
+                units.sum(distinct(core(column, support(column)).numpy()))
+
+
 def _first_of(column: Tensor, dims: Iterable[int]) -> Tensor:
     for d in dims:
         column = column.narrow(d, 0, 1)
     return column
 
 
-def _reduce_column(
-    units: UnitGraph,
-    column: Tensor,
-    factors: Sequence[Tensor],
-    gone: set[int],
-    reason: str,
-    *,
-    ordered: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The blocks of what is reduced away together, and, where more of it is `NOTHING` at some places than at others, an
-    inert column that tells these apart.
+@dataclass(frozen=True)
+class _Rows:
+    """What the rows of a column hold, where a row is all that lies along some dimensions at one place elsewhere.
 
-    Arguments:
-        factors: the inert columns of the result.
-        ordered: whether places along `gone` that hold the same units in another order are other blocks.
+    Attributes:
+        kept: the dimensions of the column that are left.
+        number: for every place along these, the number of its row; rows that hold the same units have one number.
+        owner, unit: for every row, by number, the units in it, each once. Padding is in no row.
+        bad: which rows share a unit with another one, or hold their units unequally often.
+        nothing: for every place, how much of its row is padding.
     """
+
+    kept: list[int]
+    number: Ids
+    owner: Ids
+    unit: Ids
+    bad: NDArray[np.bool_]
+    nothing: Ids
+
+
+def _rows(column: Tensor, gone: set[int], *, ordered: bool = False) -> _Rows:
+    """The rows along `gone`. Rows that hold the same units in another order are alike, unless `ordered`."""
     dims = support(column)
     kept = [d for d in dims if d not in gone]
-    if len(kept) == len(dims):
-        return column, None
     size = math.prod(column.shape[d] for d in kept)
     rows = core(column, kept + [d for d in dims if d in gone]).reshape(size, -1).numpy()
-    if size == 1 and len(distinct(rows)) == rows.size:
-        return None, None
     place = mix(np.arange(rows.shape[1])) if ordered else np.uint64(0)
     first, row_set = number(mix(rows.view(np.uint64) ^ place).sum(axis=1))
     sets = rows[first]
-    # One entry per (set, unit), with how often the set holds the unit. Padding is in no block.
+    # One entry per (set, unit), with how often the set holds the unit.
     span = int(sets.max()) + 1
     entry, times = np.unique(np.arange(len(sets))[:, None] * span + sets, return_counts=True)
     owner, unit = entry // span, entry % span
     nothing = np.zeros(len(sets), np.int64)
     nothing[owner[unit == NOTHING]] = times[unit == NOTHING]
     owner, unit, times = (a[unit != NOTHING] for a in (owner, unit, times))
-    # Sets of the same units are one block, however much padding there is beside.
+    # Sets of the same units are one row, however much padding there is beside.
     held = np.zeros(len(sets), np.uint64)
     np.add.at(held, owner, mix(unit))
     group = np.arange(len(sets)) if ordered else number(held)[1]
@@ -239,20 +250,48 @@ def _reduce_column(
     if not ordered:
         bad[group[most > least]] = True
     bad[owner[again[1][again[0]] > 1]] = True
-    units.pin(unit[bad[owner]], f"{reason}: reduced in overlapping or uneven groups")
-    shape = tuple(column.shape)
-    told = spread(torch.from_numpy(nothing[row_set]), shape, kept) if (nothing != nothing[0]).any() else None
-    blocks = distinct(owner)
+    return _Rows(kept, group[row_set], owner, unit, bad, nothing[row_set])
+
+
+def reduces_evenly(column: Tensor, dims: Iterable[int]) -> bool:
+    """Whether the units that a reduction over `dims` takes together are blocks."""
+    return set(dims).isdisjoint(support(column)) or not _rows(column, set(dims)).bad.any()
+
+
+def _reduce_column(
+    units: UnitGraph, column: Tensor, factors: Sequence[Tensor], gone: set[int], reason: str, *, ordered: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """The column of the blocks whose members are the units along `gone`, None if there is only one such block; and,
+    where more of it is padding at some places than at others, an inert column that tells these apart.
+
+    Arguments:
+        factors: the inert columns of the result.
+        ordered: whether places along `gone` that hold the same units in another order are other blocks.
+    """
+    if gone.isdisjoint(support(column)):
+        return column, None
+    if gone.issuperset(support(column)) and _holds_each_once(column):
+        return None, None
+    rows, shape = _rows(column, gone, ordered=ordered), tuple(column.shape)
+    units.pin(rows.unit[rows.bad[rows.owner]], f"{reason}: reduced in overlapping or uneven groups")
+    uneven = bool((rows.nothing != rows.nothing[0]).any())
+    told = spread(torch.from_numpy(rows.nothing), shape, rows.kept) if uneven else None
+    blocks = distinct(rows.owner)
     if len(blocks) < 2:
         return None, told
-    block = np.full(len(bad), NOTHING, np.int64)
+    block = np.full(len(rows.bad), NOTHING, np.int64)
     block[blocks] = units.fresh(len(blocks), ("block", reason))
-    units.pin(block[bad], f"{reason}: reduced in overlapping or uneven groups")
-    units.include(unit, block[owner])
-    result = spread(torch.from_numpy(block[group[row_set]]), shape, kept)
-    if nothing.any():
+    units.pin(block[rows.bad], f"{reason}: reduced in overlapping or uneven groups")
+    units.include(rows.unit, block[rows.owner])
+    result = spread(torch.from_numpy(block[rows.number]), shape, rows.kept)
+    if rows.nothing.any():
         relate_inert(units, result, factors if told is None else [*factors, told], reason)
     return result, told
+
+
+def _holds_each_once(column: Tensor) -> bool:
+    ids = core(column, support(column)).numpy()
+    return len(distinct(ids)) == ids.size
 
 
 def _reduce_inert(factor: Tensor, gone: set[int]) -> Tensor | None:

@@ -18,12 +18,14 @@ from torch.utils import _pytree as pytree
 from fxmerge.models import same_draws
 from fxmerge.program import Program
 from fxmerge.symmetry import rules
-from fxmerge.symmetry.columns import Shape, core, spread, support
+from fxmerge.symmetry.columns import Shape, core, reshape, spread, support
 from fxmerge.symmetry.double import InSingle
 from fxmerge.symmetry.labels import Labels, inert, pin
+from fxmerge.symmetry.parts import COMMUTATIVE, Part, combine, parts
 from fxmerge.symmetry.probe import Prober
 from fxmerge.symmetry.relate import relate
-from fxmerge.symmetry.units import Ids, UnitGraph, distinct
+from fxmerge.symmetry.rules import elementwise, movement
+from fxmerge.symmetry.units import Ids, UnitGraph, distinct, mix
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def propagate(
             else:
                 program = replace(program, aten=simpler)
             continue
-        more = _rows_used_apart(found, splits)
+        more = _rows_used_apart(found, splits) or _rows_summed_apart(found, splits)
         if not more:
             for node, error in walk.failed.items():
                 logger.warning("%s (%s) cannot be labelled, so what it reads is pinned.", node.name, node.target)
@@ -113,6 +115,38 @@ def _rows_used_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Axis
     return splits
 
 
+def _rows_summed_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Axis, Ids]:
+    """The rows of parameters with an axis that is only summed over, in each row, and of which some units are alike.
+
+    Such units, as the weights of equal inputs, may move in each row by themselves. Not so those with which others move.
+    """
+    units = found.units
+    bound, summed, blocks = np.zeros(units.size, bool), np.zeros(units.size, bool), np.zeros(units.size, np.uint64)
+    for ids in units.summed:
+        summed[ids] = True
+    for ids, _ in units.pinned:
+        bound[ids] = True
+    for a, b in units.equal:
+        bound[a[a != b]] = bound[b[a != b]] = True
+    for child, parent in units.member:
+        bound[parent] = True
+        np.add.at(blocks, child, mix(parent))
+    splits: dict[Axis, Ids] = {}
+    used, at = units.nodes_by_axis(units.used, units.used_at), units.nodes_by_axis(units.summed, units.summed_at)
+    for (name, dim), axis in found.axes.items():
+        if not used[name, dim] <= at[name, dim]:
+            continue
+        alike = np.unique(blocks[axis.ids[(summed & ~bound)[axis.ids]]], return_counts=True)[1]
+        if (alike > 1).any():
+            rows = [d for n, d in found.axes if n == name and d != dim and (n, d) not in known]
+            splits |= {(name, d): np.arange(_length(found.axes[name, d], d)) for d in rows}
+    return splits
+
+
+def _length(axis: AxisUnits, dim: int) -> int:
+    return int(axis.ids.shape[axis.dims.index(dim)])
+
+
 class _Walk(fx.Interpreter):
     """One walk over the graph. Nodes hold `Labels`, or the values of what does not depend on the inputs or
     parameters, which is computed as it stands."""
@@ -131,6 +165,7 @@ class _Walk(fx.Interpreter):
         self.found = Propagation(program, UnitGraph(), {})
         self.failed: dict[fx.Node, Exception] = {}
         self.wide: dict[int, tuple[Tensor, Tensor]] = {}
+        self.parts = parts(program.graph.graph, self._combines, self._moves)
 
     def run_all(self) -> Propagation:
         with torch.no_grad():
@@ -150,6 +185,7 @@ class _Walk(fx.Interpreter):
         else:
             value = self._widened(super().run_node(n))
         if isinstance(value, Labels):
+            # An object of its own for every node: rules take operands that are one object for one tensor.
             value = replace(value, is_mask=getattr(n.meta.get("val"), "dtype", None) is torch.bool)
             self.found.labels[n.name] = value
         return value
@@ -219,6 +255,8 @@ class _Walk(fx.Interpreter):
             return None
         if not isinstance(n.meta.get("val"), (Tensor, tuple, list)):
             return concrete(n.meta.get("val"))
+        if n in self.parts and _is_activation(args[0]):
+            return self._part(n, *args, **kwargs)
         if n.target is operator.getitem:
             return args[0][args[1]]
         used = frozenset(cast(int, u.args[1]) for u in n.users if u.target is operator.getitem and u.users)
@@ -249,6 +287,20 @@ class _Walk(fx.Interpreter):
             pin(self.found.units, v, f"{n.name}: {'no labels' if n in self.failed else 'no rule'} for {n.target}")
         return [inert(s) for s in site.shape] if several else inert(site.shape)
 
+    def _combines(self, target: Any) -> bool:
+        return target in COMMUTATIVE and self.find_rule(target) is elementwise.pointwise
+
+    def _moves(self, target: Any) -> bool:
+        return target is operator.getitem or self.find_rule(target) in movement.MOVEMENTS
+
+    def _part(self, n: fx.Node, x: Labels | Part, *args: Any, **kwargs: Any) -> Part:
+        """A rearrangement that waits for the op that it is for."""
+        whole = x if isinstance(x, Part) else Part(x, lambda column: column)
+        if self.find_rule(n.target) is movement.view:
+            shape = shape_of(n)
+            return whole.then(lambda column: reshape(column, shape))
+        return whole.then(movement.on_columns(n.target, *args, **kwargs))
+
     def _write(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """An op in place, which a trace leaves where it writes to a constant: all that it reads is pinned, and of what
         it writes to, and what that is a view of, it is only known that positions differ."""
@@ -273,6 +325,8 @@ class _Walk(fx.Interpreter):
     def _apply_rule(self, site: rules.Site, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """What the op's rule gives; NotImplemented if there is none, or it does not serve this call."""
         rule = self.find_rule(n.target)
+        if any(isinstance(a, Part) for a in args):
+            return combine(site, *args)
         return NotImplemented if rule is None else rule(site, *args, **kwargs)
 
     def _output(self, n: fx.Node) -> None:
@@ -299,8 +353,16 @@ class _Walk(fx.Interpreter):
 
 
 def _labels_in(value: Any) -> list[Labels]:
-    leaves = pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, Labels))
+    leaves = (v.source if isinstance(v, Part) else v for v in pytree.tree_leaves(value, is_leaf=_is_labelled))
     return [v for v in leaves if isinstance(v, Labels)]
+
+
+def _is_labelled(value: Any) -> bool:
+    return isinstance(value, (Labels, Part))
+
+
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, Part) or (isinstance(value, Labels) and value.parameter is None)
 
 
 def concrete(size: Any) -> Any:

@@ -6,6 +6,8 @@ units. Rules never loop over units; they hand over arrays of them.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +79,7 @@ class UnitGraph:
     final: list[Ids] = field(default_factory=list)
     rows: list[tuple[Ids, Ids]] = field(default_factory=list)
     used: list[Ids] = field(default_factory=list)
+    summed: list[Ids] = field(default_factory=list)
     contracted: list[Ids] = field(default_factory=list)
     node: str = ""
     equal_at: list[str] = field(default_factory=list)
@@ -84,6 +87,7 @@ class UnitGraph:
     pinned_at: list[str] = field(default_factory=list)
     used_at: list[str] = field(default_factory=list)
     contracted_at: list[str] = field(default_factory=list)
+    summed_at: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pin(self.fresh(1, ("nothing",)), "no unit")
@@ -104,6 +108,15 @@ class UnitGraph:
         origins = {self.origins[i] for i in distinct(self.origin(ids))}
         origin = origins.pop()
         return origin[1:] if not origins and origin[0] == "axis" else None
+
+    def nodes_by_axis(self, records: Iterable[Ids], at: Iterable[str]) -> dict[tuple[str, int], set[str]]:
+        """For every parameter axis, the nodes at which something was recorded of its units."""
+        nodes: dict[tuple[str, int], set[str]] = defaultdict(set)
+        for ids, node in zip(records, at, strict=True):
+            axis = self.axis(ids)
+            if axis is not None:
+                nodes[axis].add(node)
+        return nodes
 
     def equate(self, a: Ids, b: Ids) -> None:
         """Unit `a[i]` moves exactly as unit `b[i]` does, for all i."""
@@ -136,6 +149,11 @@ class UnitGraph:
     def use_apart(self, ids: Ids, groups: Ids) -> None:
         """The parameter rows `ids[i]` are used together with the rows of the same group only."""
         self.rows.append((ids, groups))
+
+    def sum(self, ids: Ids) -> None:
+        """A symmetric reduction goes over these units of a parameter, in each of its rows."""
+        self.summed.append(ids)
+        self.summed_at.append(self.node)
 
     def segment(self, ids: Ids, reason: str) -> None:
         """The units `ids` are told apart from all others, but may move among themselves."""

@@ -8,10 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, core, support
-from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce, rows_apart
+from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce, rows_apart, sum_over
+from fxmerge.symmetry.rules.movement import pad
+from fxmerge.symmetry.rules.pooling import apart, lies_in_space
 from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import distinct
 
@@ -36,6 +39,7 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
             _use_apart(at, x, [d for d, letter in enumerate(term) if letter in batch])
             if i == len(labels) - 1 or any(y.parameter is None for y in labels):
                 _consume(at, x, [d for d, letter in enumerate(term) if letter not in out])
+        sum_over(at.units, x, {d for d, letter in enumerate(term) if letter not in out})
         for t in others:
             shared = {d for d, letter in enumerate(term) if letter in t}
             for column in x.columns:
@@ -139,17 +143,39 @@ def conv(
 ) -> Labels:
     """(groups, out/groups, in/groups) is contracted over its last index; space is inert.
 
-    A kernel of one tap reads every place, or with a stride some places, alone.
+    Windows that do not overlap are contracted over their places, too.
     """
     rows, columns, *kernel = weight.shape
-    w = at.labels(weight).reshape((groups, rows // groups, columns, *kernel))
-    labels, still = at.labels(x), _is_point(kernel, padding)
-    if still and not _all_are(stride, 1):
-        places = (slice(None),) * (labels.ndim - len(kernel))
-        places += tuple(slice(None, None, int(s)) for s in np.broadcast_to(stride, len(kernel)))
-        read = (*labels.shape[: -len(kernel)], *at.shape[-len(kernel) :])
-        labels = move(at.units, labels, lambda column: column[places], read, at.name)
-    return _convolve(at, labels, w, "goi", bias, still=still)
+    w, x = at.labels(weight).reshape((groups, rows // groups, columns, *kernel)), at.labels(x)
+    if isinstance(padding, str):
+        if padding == "same" and any(k > 1 for k in kernel):
+            return _convolve(at, x, w, "goi", bias, None)
+        padding = 0
+    pads = np.broadcast_to(padding, len(kernel)).tolist()
+    places = [[-1] * p + [*range(n)] + [-1] * p for p, n in zip(pads, x.shape[-len(kernel) :], strict=True)]
+    return _convolve(at, x, w, "goi", bias, _windows(at, x, places, kernel, stride, dilation))
+
+
+def _windows(
+    at: Site, x: Labels, places: Sequence[Sequence[int]], kernel: Sequence[int], stride: Any, dilation: Any
+) -> Labels | None:
+    """x as (..., *places, *kernel), None where windows overlap.
+
+    Arguments:
+        places: for every dimension of space, the places of x in the order in which windows see them, -1 for a zero.
+    """
+    spatial = len(kernel)
+    if any(k > 1 for k in kernel) and not (_all_are(dilation, 1) and lies_in_space(x, spatial)):
+        return None
+    for dim, seen in enumerate(places, start=x.ndim - spatial):
+        if list(seen) != list(range(x.shape[dim])):
+            if -1 in seen and any(dim in support(c) and len(support(c)) > 1 for c in x.columns):
+                return None  # Zeros would be units of every row.
+            x = pad(at, x, [*[0, 0] * (x.ndim - 1 - dim), 0, 1]) if -1 in seen else x
+            chosen = torch.tensor(seen) % x.shape[dim]
+            shape = (*x.shape[:dim], len(seen), *x.shape[dim + 1 :])
+            x = move(at.units, x, lambda c, d=dim, i=chosen: c.index_select(d, i), shape, at.name)  # type: ignore[misc]
+    return apart(at, x, kernel, stride, at.shape[-spatial:])
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", contracts=True, adds="bias")
@@ -164,11 +190,34 @@ def conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Labels:
-    """As a convolution, with the weight as (groups, in/groups, out/groups)."""
+    """As a convolution, with the weight as (groups, in/groups, out/groups).
+
+    Where windows of the output touch and do not overlap, every place of a window has a weight of its own.
+    """
     rows, columns, *kernel = weight.shape
-    w = at.labels(weight).reshape((groups, rows // groups, columns, *kernel))
-    still = _is_point(kernel, padding) and _all_are(stride, 1) and _all_are(output_padding, 0)
-    return _convolve(at, at.labels(x), w, "gio", bias, still=still)
+    w, x = at.labels(weight).reshape((groups, rows // groups, columns, *kernel)), at.labels(x)
+    spatial = len(kernel)
+    zero = _all_are(padding, 0) and _all_are(output_padding, 0)
+    if zero and _all_are(dilation, 1) and _all_are(np.equal(stride, kernel), True):
+        return _touching(at, x, w, bias)
+    # A convolution of the stretched input with the kernel turned round.
+    steps, pads = (np.broadcast_to(v, spatial).tolist() for v in (stride, padding))
+    places = []
+    for n, k, step, p, wide in zip(x.shape[-spatial:], kernel, steps, pads, at.shape[-spatial:], strict=True):
+        first = [i + p - k + 1 for i in range(wide + k - 1)]
+        places.append([i // step if i % step == 0 and 0 <= i < n * step else -1 for i in first])
+    windows = _windows(at, x, places, kernel, 1, dilation)
+    turned = w if windows is None else w.map(lambda c: c.flip(list(range(3, w.ndim))), w.shape)
+    return _convolve(at, x, turned, "gio", bias, windows)
+
+
+def _touching(at: Site, x: Labels, w: Labels, bias: Operand | None) -> Labels:
+    """A transposed convolution whose windows of the output touch and do not overlap."""
+    spatial, groups, rows = w.ndim - 3, w.shape[0], w.shape[1]
+    x = x.reshape((*x.shape[: -spatial - 1], groups, rows, *x.shape[-spatial:]))
+    n, space, taps = "n" * (x.ndim - spatial - 2), "XYZ"[:spatial], "PQR"[:spatial]
+    out = n + "go" + "".join(place + tap for place, tap in zip(space, taps, strict=True))
+    return _biased(at, contract(at, [x, w], [n + "gi" + space, "gio" + taps], out).reshape(at.shape), bias, spatial)
 
 
 @rule("convolution", contracts=True, adds="bias")
@@ -189,30 +238,33 @@ def convolution(
     return conv(at, x, weight, bias, stride, padding, dilation, groups)
 
 
-def _is_point(kernel: Sequence[int], padding: Any) -> bool:
-    """Whether every window is one place of the input."""
-    return all(k == 1 for k in kernel) and (padding in ("valid", "same") or _all_are(padding, 0))
-
-
 def _all_are(value: Any, one: int) -> bool:
-    return all(v == one for v in value) if isinstance(value, (list, tuple)) else bool(value == one)
+    return bool(np.all(np.equal(value, one)))
 
 
-def _convolve(at: Site, x: Labels, w: Labels, order: str, bias: Operand | None, *, still: bool) -> Labels:
-    """Contracts x with a weight of shape (groups, `order[1]`, `order[2]`, *kernel)."""
+def _convolve(at: Site, x: Labels, w: Labels, order: str, bias: Operand | None, windows: Labels | None) -> Labels:
+    """Contracts x with a weight of shape (groups, `order[1]`, `order[2]`, *kernel).
+
+    Arguments:
+        windows: x as (..., *places, *kernel), if its windows do not overlap.
+    """
     spatial, groups = w.ndim - 3, w.shape[0]
-    # Not pinned: a group may move, and takes the positions in its kernels along.
-    w = replace(at.join(w, inert(w.shape, range(3, w.ndim))), parameter=w.parameter)
     lead, channels = x.shape[: -spatial - 1], x.shape[-spatial - 1]
     n, letters, taps = "n" * len(lead), "XYZ"[:spatial], "PQR"[:spatial]
-    if still:
-        x = x.reshape((*lead, groups, channels // groups, *x.shape[-spatial:]))
-        y = contract(at, [x, w], [n + "gi" + letters, order + taps], n + "go" + letters).reshape(at.shape)
+    if windows is not None:
+        x = windows.reshape((*lead, groups, channels // groups, *windows.shape[-2 * spatial :]))
+        y = contract(at, [x, w], [n + "gi" + letters + taps, order + taps], n + "go" + letters).reshape(at.shape)
     else:
+        # Not pinned: a group may move, and takes the positions in its kernels along.
+        w = replace(at.join(w, inert(w.shape, range(3, w.ndim))), parameter=w.parameter)
         # Every place of the output sees a window of its own, so of space it is only known that places differ.
         space = range(x.ndim - spatial, x.ndim)
         x = reduce(at.units, pin(at.units, x, f"{at.name}: space", space), space, at.name)
         x = x.reshape((*lead, groups, channels // groups))
         y = contract(at, [x, w], [n + "gi", order + taps], n + "go").reshape((*at.shape[:-spatial], *(1,) * spatial))
         y = at.join(y, inert(at.shape, range(len(at.shape) - spatial, len(at.shape))), at.shape)
+    return _biased(at, y, bias, spatial)
+
+
+def _biased(at: Site, y: Labels, bias: Operand | None, spatial: int) -> Labels:
     return at.join(y, None if bias is None else bias.reshape((*bias.shape, *(1,) * spatial)))

@@ -35,15 +35,19 @@ def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided", "fft_fftshift", "fft_ifftshift"),
 )
 def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
-    def op(column: Tensor) -> Tensor:
-        moved: Tensor
-        try:
-            moved = at.target(column, *args, **kwargs)
-        except (NotImplementedError, RuntimeError):  # No integer kernel; unit numbers are exact in float64.
-            moved = at.target(column.double(), *args, **kwargs).long()
-        return moved
+    return move(at.units, x, on_columns(at.target, *args, **kwargs), at.shape, at.name)
 
-    return move(at.units, x, op, at.shape, at.name)
+
+def on_columns(target: Any, *args: Any, **kwargs: Any) -> Callable[[Tensor], Any]:
+    """The op as it is run on the columns."""
+
+    def op(column: Tensor) -> Any:
+        try:
+            return target(column, *args, **kwargs)
+        except (NotImplementedError, RuntimeError):  # No integer kernel; unit numbers are exact in float64.
+            return target(column.double(), *args, **kwargs).long()
+
+    return op
 
 
 @rule("im2col")
@@ -73,6 +77,10 @@ def split(at: Site, x: Labels, *args: Any, **kwargs: Any) -> list[Labels]:
     return [move(at.units, x, piece(i), shape, f"{at.name}[{i}]") for i, shape in enumerate(at.shape)]
 
 
+MOVEMENTS = (view, movement, split)
+"""The rules of the ops that do no more than rearrange their first operand."""
+
+
 @rule("tril", "triu")
 def triangle(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     """A product with a constant mask over the last two dimensions."""
@@ -86,13 +94,13 @@ def assemble(
 
     A column of the result takes one column of each part; positions from a part that has none of its
     kind, and is not uniform along it, get the unit `NOTHING`. An inert column tells the parts apart, since
-    one unit, or equal constants, may come in through two of them; parts that are the same constant are alike.
+    one unit, or equal constants, may come in through two of them; parts that are the same tensor are alike.
     """
 
     def kind(column: Tensor) -> tuple[int, ...]:
         return tuple(d for d in support(column) if d not in dims)
 
-    labels = _lend([at.labels(p) for p in parts], kind)
+    labels, keys = _lend([at.labels(p) for p in parts], kind), [_value(p) for p in parts]
 
     def build(pieces: list[Tensor]) -> Tensor:
         used = set(dims).union(*(support(p) for p in pieces))
@@ -110,12 +118,12 @@ def assemble(
                 continue
             alike = [[c for c in part if kind(c) == k] for part in columns]
             for i in range(max(map(len, alike))):
-                pieces, base = [], 0
-                for label, part in zip(labels, alike, strict=True):
+                pieces, base, bases = [], 0, dict[object, int]()
+                for key, label, part in zip(keys, labels, alike, strict=True):
                     piece = part[i] if i < len(part) else torch.full((1,) * label.ndim, fill).expand(label.shape)
                     small = compact(piece)
                     move_on = apart and any(d in support(piece) for d in dims)
-                    pieces.append((small + base).expand(piece.shape) if move_on else piece)
+                    pieces.append((small + bases.setdefault(key, base)).expand(piece.shape) if move_on else piece)
                     base += int(small.max()) + 1 if small.numel() else 0
                 built.append(build(pieces))
         return [c for c in built if support(c)]
@@ -124,12 +132,9 @@ def assemble(
     columns = gather([x.columns for x in labels], NOTHING, apart=False)
     with_units |= {d for c in columns for d in support(c)}
     factors = gather([x.inert for x in labels], 0, apart=True)
-    uniform: dict[object, int] = {}
-    marks = [
-        torch.full((1,) * x.ndim, uniform.setdefault(_value(p), len(uniform)))
-        for p, x in zip(parts, labels, strict=True)
-    ]
-    factors.append(build([m.expand(x.shape) for m, x in zip(marks, labels, strict=True)]))
+    numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    marks = [torch.full((1,) * x.ndim, numbers[key]).expand(x.shape) for key, x in zip(keys, labels, strict=True)]
+    factors.append(build(marks))
     return Labels(at.shape, tuple(columns), prune([f for f in factors if support(f)], columns))
 
 
@@ -149,10 +154,10 @@ def _lend(parts: list[Labels], kind: Callable[[Tensor], tuple[int, ...]]) -> lis
 
 
 def _value(part: Labels | Tensor) -> object:
-    """The value of a constant part that has only one, else something equal to itself only."""
+    """The value of a constant part that has only one, else which tensor it is: every node has labels of its own."""
     if isinstance(part, Tensor) and part.numel() and bool((part == part.reshape(-1)[0]).all()):
         return part.reshape(-1)[0].item()
-    return object()
+    return "tensor", id(part)
 
 
 @rule("cat", "concat", "concatenate")
@@ -166,7 +171,8 @@ def cat(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
 def stack(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
     dim %= len(at.shape)
     one: Shape = (*at.shape[:dim], 1, *at.shape[dim + 1 :])
-    return cat(at, [t.reshape(one) for t in tensors], dim)
+    thin = {id(t): t.reshape(one) for t in tensors}
+    return cat(at, [thin[id(t)] for t in tensors], dim)
 
 
 @rule("constant_pad_nd", "pad")

@@ -1,14 +1,43 @@
-"""Pooling, interpolation and other ops with windows over space: space is pinned, channels pass."""
+"""Pooling, interpolation and other ops with windows over space: channels pass, places where no windows overlap."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from fxmerge.symmetry.labels import Labels, inert, pin, reduce
+from fxmerge.symmetry.columns import support
+from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce, reduces_evenly
 from fxmerge.symmetry.rules.reduction import reduce_to
 from fxmerge.symmetry.rules.registry import Site, rule
+
+
+def apart(at: Site, x: Labels, kernel: Sequence[int], stride: Any, places: Sequence[int]) -> Labels | None:
+    """x seen through windows that do not overlap: (..., *places, *kernel).
+
+    None where windows overlap, and where the units in windows are not blocks.
+    """
+    first = x.ndim - len(kernel)
+    windows = list(zip(x.shape[first:], kernel, np.broadcast_to(stride, len(kernel)).tolist(), places, strict=True))
+    if any(n != (size - k) // step + 1 or (n > 1 and step < k) for size, k, step, n in windows):
+        return None
+
+    def see(column: Tensor) -> Tensor:
+        for d, (_, k, step, _) in enumerate(windows, start=first):
+            column = column.unfold(d, k, step)
+        return column
+
+    taps = range(x.ndim, x.ndim + len(kernel))
+    if any(k > 1 for k in kernel) and not all(reduces_evenly(see(c), taps) for c in x.columns):
+        return None
+    return move(at.units, x, see, (*x.shape[:first], *places, *kernel), at.name)
+
+
+def lies_in_space(x: Labels, spatial: int) -> bool:
+    """Whether units lie along the last dimensions, as those of a linear layer over space do."""
+    return any(d >= x.ndim - spatial for c in x.columns for d in support(c))
 
 
 def _over_space(at: Site, x: Labels, shape: tuple[int, ...], spatial: int) -> Labels:
@@ -19,22 +48,42 @@ def _over_space(at: Site, x: Labels, shape: tuple[int, ...], spatial: int) -> La
     return at.join(flat, inert(shape, space), shape)
 
 
-def _windows(spatial: int) -> Any:
-    def apply(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(at.shape, list):
-            return [_over_space(at, x, shape, spatial) for shape in at.shape]
+def _pooled(at: Site, x: Labels, kernel: Any, stride: Any, shape: tuple[int, ...], spatial: int) -> Labels:
+    """A reduction of every window, where they do not overlap."""
+    size = [int(k) for k in np.broadcast_to(kernel, spatial)]
+    seen = apart(at, x, size, stride, shape[-spatial:]) if lies_in_space(x, spatial) else None
+    return _over_space(at, x, shape, spatial) if seen is None else reduce(at.units, seen, range(-spatial, 0), at.name)
+
+
+def _pool(spatial: int) -> Any:
+    def apply(at: Site, x: Labels, kernel: Any, stride: Any = (), padding: Any = 0, *more: Any) -> Any:
+        shapes = at.shape if isinstance(at.shape, list) else [at.shape]
+        dilation = more[0] if more and "max" in at.target._schema.name else 1
+        if 1 in at.used or np.any(padding) or np.any(np.not_equal(dilation, 1)):
+            y = _over_space(at, x, shapes[0], spatial)
+        else:
+            y = _pooled(at, x, kernel, stride or kernel, shapes[0], spatial)
+        return [y for _ in shapes] if isinstance(at.shape, list) else y
+
+    return apply
+
+
+def _resample(spatial: int) -> Any:
+    def apply(at: Site, x: Labels, *args: Any) -> Labels:
         return _over_space(at, x, at.shape, spatial)
 
     return apply
 
 
-rule("avg_pool1d", "max_pool1d", "max_pool1d_with_indices", "upsample_nearest1d", "upsample_linear1d")(_windows(1))
+rule("avg_pool1d", "max_pool1d", "max_pool1d_with_indices")(_pool(1))
+rule("avg_pool2d", "max_pool2d", "max_pool2d_with_indices")(_pool(2))
+rule("avg_pool3d", "max_pool3d", "max_pool3d_with_indices")(_pool(3))
+rule("upsample_nearest1d", "upsample_linear1d")(_resample(1))
 rule(
-    *("avg_pool2d", "max_pool2d", "max_pool2d_with_indices"),
     *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d"),
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
-)(_windows(2))
-rule("avg_pool3d", "max_pool3d", "max_pool3d_with_indices", "upsample_nearest3d", "upsample_trilinear3d")(_windows(3))
+)(_resample(2))
+rule("upsample_nearest3d", "upsample_trilinear3d")(_resample(3))
 
 
 @rule("fractional_max_pool2d")
@@ -60,6 +109,9 @@ def _adaptive(spatial: int) -> Any:
             y = x
         elif all(n == 1 for n in shape[-spatial:]):
             y = reduce_to(at, x, list(range(-spatial, 0)), shape)
+        elif 1 not in at.used and all(n % m == 0 for n, m in zip(x.shape[-spatial:], shape[-spatial:], strict=True)):
+            size = [n // m for n, m in zip(x.shape[-spatial:], shape[-spatial:], strict=True)]
+            y = _pooled(at, x, size, size, shape, spatial)
         else:
             y = _over_space(at, x, shape, spatial)
         return [y, y] if several else y

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxmerge.symmetry.labels import Labels, inert, join, pin, reduce
+from fxmerge.symmetry.labels import Labels, inert, join, pin, reduce, sum_over
 from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule
 
 Dims = int | Sequence[int] | None
@@ -14,6 +14,7 @@ Dims = int | Sequence[int] | None
 def reduce_to(at: Site, x: Labels, dims: Dims, shape: tuple[int, ...]) -> Labels:
     """x reduced over `dims`, which the result keeps with size 1 where its shape says so."""
     gone = normalize_dims(dims, x.ndim)
+    sum_over(at.units, x, set(gone))
     return reduce(at.units, x, gone, at.name, keepdim=True).reshape(shape)
 
 
