@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxmerge.program import Program
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import Shape, core, spread, support
+from fxmerge.symmetry.deferred import Deferred
 from fxmerge.symmetry.labels import Labels, inert, pin
 from fxmerge.symmetry.probe import Prober
 from fxmerge.symmetry.relate import relate
@@ -170,13 +171,15 @@ class _Walk(fx.Interpreter):
         if n.meta.get("val") is None and not n.users:
             return None
         if not isinstance(n.meta.get("val"), (Tensor, tuple, list)):
+            if not n.name.startswith("sym_"):
+                self._settled(n, args, kwargs)
             return concrete(n.meta.get("val"))
         if n.target is operator.getitem:
             return args[0][args[1]]
         used = frozenset(cast(int, u.args[1]) for u in n.users if u.target is operator.getitem and u.users)
-        site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used)
+        site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used, n)
         if getattr(getattr(n.target, "_schema", None), "is_mutable", False):
-            return self._write(n, args, kwargs)
+            return self._write(n, *self._settled(n, args, kwargs))
         several = isinstance(site.shape, list)
         if all(0 in shape for shape in (site.shape if several else [site.shape])):
             return [Labels(shape) for shape in site.shape] if several else Labels(site.shape)
@@ -187,6 +190,7 @@ class _Walk(fx.Interpreter):
                 if v.parameter not in moved:
                     self._use(v)
             return value
+        args, kwargs = self._settled(n, args, kwargs)
         for v in _labels_in((args, kwargs)):
             self._use(v)
         if self.prober is not None:
@@ -224,11 +228,17 @@ class _Walk(fx.Interpreter):
     def _apply_rule(self, site: rules.Site, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """What the op's rule gives; NotImplemented if there is none, or it does not serve this call."""
         rule = self.find_rule(n.target)
-        return NotImplemented if rule is None else rule(site, *args, **kwargs)
+        return NotImplemented if rule is None else rules.lifting.apply(rule, site, args, kwargs)
+
+    def _settled(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        """The arguments of a node with labels in place of what is deferred."""
+        return rules.lifting.settle(rules.Site(self.found.units, n.name, n.target, None), args, kwargs)
 
     def _output(self, n: fx.Node) -> None:
         for node in self.program.outputs(n):
             value = self.env[node]
+            if isinstance(value, Deferred):
+                value = value.settle(self.found.units, "output")
             if isinstance(value, Labels):
                 self._use(value)
                 pin(self.found.units, value, "output")
@@ -240,8 +250,9 @@ class _Walk(fx.Interpreter):
 
 
 def _labels_in(value: Any) -> list[Labels]:
-    leaves = pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, Labels))
-    return [v for v in leaves if isinstance(v, Labels)]
+    leaves = pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, (Labels, Deferred)))
+    parts = (v.parts if isinstance(v, Deferred) else (v,) for v in leaves if isinstance(v, (Labels, Deferred)))
+    return [p for own in parts for p in own]
 
 
 def concrete(size: Any) -> Any:

@@ -9,14 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxmerge.symmetry.deferred import Chosen, Deferred, Index, Order, look_up, take_along
 from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce
+from fxmerge.symmetry.rules.lifting import simplest
+from fxmerge.symmetry.rules.movement import assemble
 from fxmerge.symmetry.rules.registry import Site, rule
 
-Index = Labels | Tensor
+Operand = Labels | Deferred | Tensor
 
 
-@rule("index", "_unsafe_index")
-def index(at: Site, x: Labels | Tensor, indices: Sequence[Index | None]) -> Labels:
+@rule("index", "_unsafe_index", takes=True)
+def index(at: Site, x: Operand, indices: Sequence[Operand | None]) -> Labels | Chosen:
+    named = [(d, i) for d, i in enumerate(indices) if isinstance(i, Index)]
+    if len(named) == 1 and all(i is None for d, i in enumerate(indices) if d != named[0][0]):
+        table = _named_part(at, at.labels(x), *named[0])
+        if table is not None:
+            return simplest(at, look_up(table, *named[0]))
+    x = at.labels(x) if isinstance(x, Deferred) else x
+    indices = [at.labels(i) if isinstance(i, Deferred) else i for i in indices]
     if not any(isinstance(i, Labels) for i in indices):
         fixed = [i.to("cpu") if isinstance(i, Tensor) else None for i in indices]
         return move(at.units, at.labels(x), lambda c: torch.ops.aten.index(c, fixed), at.shape, at.name)
@@ -39,13 +49,37 @@ def _mask(at: Site, x: Labels, dim: int, mask: Labels) -> Labels:
     return at.join(kept.reshape(one).expand(at.shape), inert(at.shape, [dim]))
 
 
-@rule("index_select")
-def index_select(at: Site, x: Labels | Tensor, dim: int, chosen: Index) -> Labels:
+def _named_part(at: Site, table: Labels, dim: int, by: Index) -> Labels | None:
+    """The part of a table that has an entry along `dim` for each unit that an index can name, None if there are too few
+    entries."""
+    size = table.shape[dim]
+    if size <= by.count:
+        return table if size == by.count else None
+    shape = (*table.shape[:dim], by.count, *table.shape[dim + 1 :])
+    return move(at.units, table, lambda c: c.narrow(dim, 0, by.count), shape, at.name)
+
+
+@rule("index_select", takes=True)
+def index_select(at: Site, x: Operand, dim: int, chosen: Operand) -> Labels | Chosen:
     return index(at, x, [None] * (dim % len(x.shape)) + [chosen])
 
 
-@rule("embedding")
-def embedding(at: Site, weight: Labels | Tensor, chosen: Index, *args: Any, **kwargs: Any) -> Labels:
+@rule("one_hot", takes=True)
+def one_hot(at: Site, x: Operand, classes: int = -1) -> Labels:
+    """Numbers that name units become columns of these, others positions."""
+    if isinstance(x, Index) and 0 < x.count <= classes:
+        hot = x.hot.map(lambda c: c.movedim(0, -1), (*x.shape, x.count))
+        if classes == x.count:
+            return hot
+        return assemble(at, [hot, torch.zeros(*x.shape, classes - x.count)], lambda c: torch.cat(c, -1), [x.ndim])
+    values = at.labels(x)
+    last = len(at.shape) - 1
+    told = pin(at.units, values, f"{at.name}: values become places")
+    return at.join(told.reshape((*told.shape, 1)), inert(at.shape, [last]), at.shape)
+
+
+@rule("embedding", takes=True)
+def embedding(at: Site, weight: Operand, chosen: Operand, *args: Any, **kwargs: Any) -> Labels | Chosen:
     return index(at, weight, [chosen])
 
 
@@ -62,10 +96,18 @@ def _look_up(at: Site, x: Labels, dims: Sequence[int], chosen: Sequence[Labels])
     return y
 
 
-@rule("gather")
-def gather(at: Site, x: Labels | Tensor, dim: int, chosen: Index, **kwargs: Any) -> Labels:
+@rule("gather", takes=True)
+def gather(at: Site, x: Operand, dim: int, chosen: Operand, **kwargs: Any) -> Labels | Chosen:
     labels = at.labels(x)
     dim %= max(labels.ndim, 1)
+    if isinstance(chosen, Index):
+        table = _named_part(at, labels, dim, chosen) if labels.ndim else None
+        if table is not None:
+            read = (*at.shape[:dim], table.shape[dim], *at.shape[dim + 1 :])
+            part = tuple(slice(0, n) for n in read)
+            seen = move(at.units, table, lambda c: c[part], read, at.name)
+            return simplest(at, take_along(seen, dim, chosen))
+    chosen = at.labels(chosen) if isinstance(chosen, Deferred) else chosen
     if isinstance(chosen, Tensor):
         fixed = chosen.to("cpu")
         return move(at.units, labels, lambda c: torch.gather(c, dim, fixed), at.shape, at.name)
@@ -77,21 +119,36 @@ def gather(at: Site, x: Labels | Tensor, dim: int, chosen: Index, **kwargs: Any)
     return at.join(taken, chosen, at.shape)
 
 
-@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce")
+@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce", takes=True)
 def scatter(
     at: Site,
-    x: Labels | Tensor,
+    x: Operand,
     dim: int,
-    chosen: Index,
-    source: Labels | Tensor | float = 0.0,
+    chosen: Operand,
+    source: Operand | float = 0.0,
     *args: Any,
     **kwargs: Any,
-) -> Labels:
-    """Of x, and of what is written into it along `dim` at places given by data, the other dimensions move on."""
-    x, chosen, source = at.labels(x), at.labels(chosen), at.labels(source)
+) -> Labels | Index:
+    """Of x, and of what is written into it along `dim` at places given by data, the other dimensions move on.
+
+    What is added is not pinned: it does not matter in which order.
+    """
+    if isinstance(chosen, Order) and len(x.shape) == 1 and _numbers(source, chosen):
+        return chosen.inverse()
+    x, source = at.labels(x), at.labels(source)
     dim %= max(x.ndim, 1)
+    name = at.target._schema.name.removeprefix("aten::")
+    if isinstance(chosen, Index) and name in ("scatter", "scatter_add", "index_add", "index_fill"):
+        placed = _scatter_to_units(at, x, dim, chosen, source, adds=name.endswith("_add"))
+        if placed is not None:
+            return placed
+    chosen = at.labels(chosen)
     reason = f"{at.name}: indexed by data"
     y = pin(at.units, x, reason, [dim])
+    if name == "index_add" and source.ndim == x.ndim and source.shape[:dim] == x.shape[:dim]:
+        told = chosen.reshape((*chosen.shape, *(1,) * (x.ndim - dim - 1)))
+        added = at.reduce(at.join(source, told), [dim], keepdim=True)
+        return at.join(at.join(y, added), inert(at.shape, [dim]))
     written = [source] if chosen.ndim < x.ndim else [source, chosen]
     pin(at.units, chosen, reason, [dim] if chosen.ndim == x.ndim else None)
     for part in written:
@@ -104,11 +161,43 @@ def scatter(
     return at.join(y, inert(at.shape, [dim]))
 
 
-@rule("index_put", "_unsafe_index_put")
+def _numbers(source: Any, order: Order) -> bool:
+    """Whether these are the numbers of the places in an order."""
+    size = order.order.shape[0]
+    return isinstance(source, Tensor) and torch.equal(source.long().cpu(), torch.arange(size))
+
+
+def _scatter_to_units(at: Site, x: Labels, dim: int, by: Index, source: Labels, *, adds: bool) -> Labels | None:
+    """What is written along `dim` at the places of the units that an index names; None where these are not all."""
+    shape = (*x.shape[:dim], -1, *x.shape[dim + 1 :])
+    if by.ndim < x.ndim:
+        by = by.reshape((*(1,) * dim, *by.shape, *(1,) * (x.ndim - dim - 1)))
+        by = by.expand(tuple(by.shape[dim] if n < 0 else n for n in shape))
+    read = tuple(by.shape[dim] if n < 0 else n for n in shape)
+    if by.count != x.shape[dim] or by.shape != read or (source.ndim and any(n < m for n, m in zip(source.shape, read))):
+        return None
+    if source.ndim:
+        part = tuple(slice(0, n) for n in read)
+        source = move(at.units, source, lambda c: c[part], read, at.name)
+    both = at.join(by.hot, source, by.hot.shape)
+    if not adds:  # Of what is written to one place twice, the last is kept.
+        both = pin(at.units, both, f"{at.name}: indexed by data", [dim + 1])
+    placed = at.reduce(both, [dim + 1])
+    order = (*range(1, dim + 1), 0, *range(dim + 1, x.ndim))
+    return at.join(x, placed.map(lambda c: c.permute(order), x.shape))
+
+
+@rule("index_put", "_unsafe_index_put", takes=True)
 def index_put(
-    at: Site, x: Labels | Tensor, indices: Sequence[Index | None], values: Labels | Tensor, accumulate: bool = False
-) -> Labels:
+    at: Site, x: Operand, indices: Sequence[Operand | None], values: Operand, accumulate: bool = False
+) -> Labels | Index:
     """As a scatter: the leading dimensions, which are indexed, stay, and the others move on."""
+    if len(indices) == 1 and isinstance(indices[0], Order) and not accumulate and x.shape[0] == indices[0].most:
+        if _numbers(values, indices[0]) and len(x.shape) == 1:
+            return indices[0].inverse()
+        order = indices[0].order
+        written = at.join(at.labels(values).expand(at.shape), order.reshape((*order.shape, *(1,) * (len(at.shape) - 1))))
+        return at.join(at.reduce(written, [0], keepdim=True).expand(at.shape), inert(at.shape, [0]))
     labels, source = at.labels(x), at.labels(values)
     reason = f"{at.name}: indexed by data"
     chosen = [at.labels(i) for i in indices if i is not None]

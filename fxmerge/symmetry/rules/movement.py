@@ -17,12 +17,12 @@ from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import NOTHING, distinct
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze")
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze", lifts="views")
 def view(at: Site, x: Labels, *args: Any) -> Labels:
     return x.reshape(at.shape)
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@rule("expand", "expand_as", "broadcast_to", lifts="aligns")
 def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return x.expand(at.shape)
 
@@ -33,6 +33,7 @@ def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     *("repeat", "repeat_interleave", "tile", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     *("native_channel_shuffle", "im2col", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided"),
+    lifts="moves",
 )
 def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     def op(column: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def diagonal(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return at.join(y, y)
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split")
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split", lifts="moves")
 def split(at: Site, x: Labels, *args: Any, **kwargs: Any) -> list[Labels]:
     def piece(i: int) -> Callable[[Tensor], Tensor]:
         return lambda column: at.target(column, *args, **kwargs)[i]
