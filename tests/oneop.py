@@ -18,6 +18,7 @@ labels it, and what is found is printed with a letter for every class of units:
 | `!` | units that do not move |
 | `.` | no units, but positions differ; `.[0 1 0]` where some are alike |
 | `_` | all positions alike |
+| `(a => b)` | numbers along `a` that name units of `b` |
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import groupby, permutations
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import one_hot
 from torch.utils import _pytree as pytree
 
 from fxmerge.program import AtenGraph, Program
 from fxmerge.symmetry.classes import Resolution, resolve
 from fxmerge.symmetry.columns import core, joint_column, support
 from fxmerge.symmetry.contracted import Contracted
+from fxmerge.symmetry.deferred import Deferred, Index
 from fxmerge.symmetry.labels import Labels, constant
 from fxmerge.symmetry.permutation import build_image
 from fxmerge.symmetry.propagate import propagate
@@ -173,7 +176,7 @@ class Analysis:
 
     call: Call
     leaves: list[tuple[Leaf, Labels]]
-    outputs: list[Labels | None]
+    outputs: list[Labels | Index | None]
     state: Contracted
     resolution: Resolution
     unknown: list[str]
@@ -187,7 +190,10 @@ class Analysis:
         why = dict.fromkeys(w.split(": ")[-1] for reasons in self.resolution.pinned.values() for w in reasons)
         return f"{operands} -> {results}" + (f" ! {'; '.join(why)}" if why else "")
 
-    def _pattern(self, x: Labels) -> str:
+    def _pattern(self, x: Labels | Index) -> str:
+        if isinstance(x, Index):
+            visible, _, unit = self._pattern(_hot(x))[1:-1].rpartition(" ")
+            return f"({visible} => {unit})"
         tokens: list[list[str]] = [[] for _ in x.shape]
         kinds = [dims for dims in sorted({support(c) for c in (*x.columns, *x.inert)}, key=len) if dims]
         for dims in kinds:
@@ -290,7 +296,9 @@ class Analysis:
         after = run(self.call, values)
         for number, (x, y, out) in enumerate(zip(_listed(before), _listed(after), self.outputs, strict=True)):
             if out is not None:
-                here, there = self._names(out, image)
+                if isinstance(out, Index):
+                    x, y = one_hot(x, out.count), one_hot(y, out.count)
+                here, there = self._names(_hot(out) if isinstance(out, Index) else out, image)
                 if not np.array_equal(np.unique(here), np.unique(there)):
                     return f"output {number}: some positions move to where there are none"
                 first = np.unique(here, return_index=True)[1]
@@ -356,6 +364,11 @@ def _by_appearance(numbers: Ids) -> Ids:
     _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
     rank: Ids = np.argsort(np.argsort(first))[inverse.reshape(-1)]
     return rank
+
+
+def _hot(x: Index) -> Labels:
+    """The labels of the one-hot vectors that numbers stand for, these along the last dimension."""
+    return x.hot.map(lambda c: c.movedim(0, -1), (*x.shape, x.count))
 
 
 def _close(x: Tensor, y: Tensor) -> bool:
@@ -425,13 +438,21 @@ def analyse(call: Call) -> Analysis:
             returned[at.name] = rule(at, *args, **kwargs)
             return returned[at.name]
 
-        return None if rule is None else apply
+        return None if rule is None else wraps(rule)(apply)
 
     found = propagate(Program(aten.module, aten, "one op"), recording)
     labels = {id(x): constant(x.value) if x.kind == "constant" else found.labels[names[id(x)]] for x in leaves}
-    outputs = [None if r is None else found.labels.get(r.name) or constant(returned[r.name]) for r in results]
+
+    known: dict[str, Any] = {**found.labels, **found.deferred}
+
+    def output(value: Any) -> Labels | Index:
+        if isinstance(value, Deferred) and not isinstance(value, Index):
+            return value.settle(found.units, "output")
+        return value if isinstance(value, (Labels, Index)) else constant(value)
+
+    outputs = [None if r is None else output(known.get(r.name, returned.get(r.name))) for r in results]
     for y in outputs:
-        if y is not None and y.parameter is not None:
+        if isinstance(y, Labels) and y.parameter is not None:
             for c in y.columns:
                 found.units.use(np.unique(core(c, support(c)).numpy()))
     told = len(found.units.equal), len(found.units.member)

@@ -188,13 +188,14 @@ def sort(units: UnitGraph, x: Index, *, ascending: bool) -> tuple[Index, Order]:
     """
     size = x.shape[0]
     column = axis_column((x.count, size), 1)
+    pin(units, x.hot, f"{units.node}: order along the dimension", [1])
     named = [c for c in x.hot.columns if 0 in support(c)]
     ids = units.fresh(size, ("places", units.node))
     slots = spread(torch.from_numpy(ids), tuple(column.shape), (1,))
     kept = tuple(c for c in x.hot.inert if 0 in support(c))
     ordered = Index.of(Labels(tuple(column.shape), (*named, slots), kept))
     follow = [distinct(c.select(1, 0).contiguous().numpy()) for c in named]
-    units.follow(ids, follow, (x.source, ordered) if ascending and x.is_complete else None)
+    units.follow(ids, follow, (x, ordered) if ascending and x.is_complete else None)
     return ordered, Order(Labels((size,), (slots[0],)))
 
 

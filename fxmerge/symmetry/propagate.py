@@ -45,7 +45,7 @@ class AxisUnits:
 @dataclass
 class Propagation:
     """What a walk over a program found: its units, how often each op was met that has no rule or was probed, and the
-    labels of every node."""
+    labels of every node, apart from those that were deferred."""
 
     program: Program
     units: UnitGraph
@@ -53,6 +53,7 @@ class Propagation:
     unknown: Counter[Any] = field(default_factory=Counter)
     probed: Counter[Any] = field(default_factory=Counter)
     labels: dict[str, Labels] = field(default_factory=dict)
+    deferred: dict[str, Deferred] = field(default_factory=dict)
 
 
 def propagate(program: Program, find_rule: rules.Lookup = rules.find_rule) -> Propagation:
@@ -132,6 +133,8 @@ class _Walk(fx.Interpreter):
             value = super().run_node(n)
         if isinstance(value, Labels):
             self.found.labels[n.name] = value
+        elif isinstance(value, Deferred):
+            self.found.deferred[n.name] = value
         return value
 
     def _placeholder(self, n: fx.Node) -> Any:
@@ -238,6 +241,8 @@ class _Walk(fx.Interpreter):
         for node in self.program.outputs(n):
             value = self.env[node]
             if isinstance(value, Deferred):
+                for part in value.parts:
+                    self._use(part)
                 value = value.settle(self.found.units, "output")
             if isinstance(value, Labels):
                 self._use(value)

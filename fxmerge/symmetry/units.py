@@ -62,7 +62,7 @@ def number_rows(rows: Ids) -> Ids:
 class Followed:
     """Places in an order, `ids`, whose units go where the order of the units `named` takes them.
 
-    `order` is for the rules: from what numbers to what sorted ones, None where nothing is known of these.
+    `order` is for the rules: the numbers and the same ones sorted, None where there is no more to be said of these.
     """
 
     ids: Ids

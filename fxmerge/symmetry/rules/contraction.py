@@ -80,7 +80,7 @@ def _consume(at: Site, x: Labels, dims: Sequence[int]) -> None:
             at.units.contract(distinct(core(column, support(column)).numpy()))
 
 
-@rule("einsum", contracts=True)
+@rule("einsum", contracts=True, lifts="contracts")
 def einsum(at: Site, equation: str, operands: Sequence[Operand], **kwargs: Any) -> Labels:
     left, _, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")

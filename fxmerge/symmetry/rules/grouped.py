@@ -34,9 +34,12 @@ def grouped_mm(
 
 def _order_of(at: Site, rows: Labels | Deferred, ends: Counts) -> Index | None:
     """The sorted numbers in whose order rows lie, if they are the ones that were counted."""
+    ordered: Index
     for followed in at.units.followed:
-        source, ordered = followed.order or (None, None)
-        if ends.of in (source, ordered and ordered.source):
+        if followed.order is None:
+            continue
+        numbers, ordered = followed.order
+        if ends.of in (numbers.source, ordered.source):
             if isinstance(rows, Chosen):
                 place = torch.arange(rows.shape[0])[:, None].expand(rows.shape)
                 if rows.by.source is ordered.source and torch.equal(rows.by.place, place):

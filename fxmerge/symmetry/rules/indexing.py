@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxmerge.symmetry.deferred import Chosen, Deferred, Index, Order, look_up, take_along
 from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce
@@ -25,8 +25,23 @@ def index(at: Site, x: Operand, indices: Sequence[Operand | None]) -> Labels | C
         table = _named_part(at, at.labels(x), *named[0])
         if table is not None:
             return simplest(at, look_up(table, *named[0]))
-    x = at.labels(x) if isinstance(x, Deferred) else x
-    indices = [at.labels(i) if isinstance(i, Deferred) else i for i in indices]
+    plain = [at.labels(i) if isinstance(i, Deferred) else i for i in indices]
+    if not isinstance(x, Index):
+        return _index(at, x if isinstance(x, Tensor) else at.labels(x), plain)
+    if any(_is_mask(at, d) for d, i in enumerate(indices) if i is not None):
+        return _index(at, at.labels(x), plain)
+    if len(indices) == 1 and isinstance(indices[0], Order):
+        for followed in at.units.followed:
+            numbers, ordered = followed.order or (x, None)
+            same = numbers.source is x.source and torch.equal(numbers.place, x.place)
+            if ordered is not None and same and torch.equal(indices[0].order.columns[0], ordered.hot.columns[-1][0]):
+                return ordered
+    hot = _index(replace(at, shape=(x.count, *at.shape)), x.hot, [None, *plain], first=1)
+    return Index.of(hot)
+
+
+def _index(at: Site, x: Labels | Tensor, indices: Sequence[Labels | Tensor | None], first: int = 0) -> Labels:
+    """`first` is how many dimensions there are before those that the op knows of."""
     if not any(isinstance(i, Labels) for i in indices):
         fixed = [i.to("cpu") if isinstance(i, Tensor) else None for i in indices]
         return move(at.units, at.labels(x), lambda c: torch.ops.aten.index(c, fixed), at.shape, at.name)
@@ -34,10 +49,17 @@ def index(at: Site, x: Operand, indices: Sequence[Operand | None]) -> Labels | C
     chosen = [at.labels(i) for i in indices if i is not None]
     found = torch.broadcast_shapes(*(i.shape for i in chosen))
     looked_up = (*labels.shape[: dims[0]], *found, *labels.shape[dims[0] + 1 :])
-    # As many positions as there are may be looked up, or be all those that a mask of data took this time.
-    if len(dims) == 1 and (at.shape != looked_up or looked_up == labels.shape):
+    if len(dims) == 1 and (at.shape != looked_up or _is_mask(at, dims[0] - first)):
         return _mask(at, labels, dims[0], chosen[0])
     return _look_up(at, labels, dims, chosen)
+
+
+def _is_mask(at: Site, dim: int) -> bool:
+    """Whether the index along a dimension may be one that takes the positions where it is true."""
+    if at.target._schema.name not in ("aten::index", "aten::_unsafe_index"):
+        return False
+    chosen: Any = at.node.args[1][dim] if at.node is not None else None  # type: ignore[index]
+    return not isinstance(chosen, fx.Node) or chosen.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 def _mask(at: Site, x: Labels, dim: int, mask: Labels) -> Labels:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import string
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,12 +82,13 @@ def _lift(rule: Rule, how: str, at: Site, args: Any, kwargs: Any) -> Value:
     shapes = [(by[0].count, *shape) for shape in (at.shape if several else [at.shape])]
     site = replace(at, shape=shapes if several else shapes[0], target=_over_first(at.target))
     ndim = len(at.shape) if how in ("joins", "aligns") else 0
+    lifted_args = (_lifted_equation(*args), *args[1:]) if at.target._schema.name == "aten::einsum" else args
 
     def run(first: Callable[[Lifted], Labels], other: Callable[[Any], Any]) -> list[Labels]:
         def operand(x: Any) -> Any:
             return lead(first(x), max(ndim, x.ndim)) if isinstance(x, (Index, Chosen)) else other(x)
 
-        result = rule(site, *_map(operand, args), **_map(operand, kwargs))
+        result = rule(site, *_map(operand, lifted_args), **_map(operand, kwargs))
         return list(result) if several else [result]
 
     hots = run(lambda x: x.hot if isinstance(x, Index) else x.by.hot, _blank)
@@ -118,10 +120,20 @@ def _over_first(target: Any) -> Any:
     return lifted
 
 
+def _lifted_equation(equation: str, operands: Sequence[Any], *args: Any) -> str:
+    """An einsum in which the operands whose labels are deferred, and the output, have one more dimension."""
+    left, _, out = equation.replace(" ", "").partition("->")
+    letter = next(c for c in string.ascii_letters if c not in equation)
+    terms = [letter + t if isinstance(x, Deferred) else t for t, x in zip(left.split(","), operands, strict=True)]
+    return f"{','.join(terms)}->{letter}{out}"
+
+
 def _fits(at: Site, args: Any, operands: list[Lifted]) -> bool:
     """Whether one more dimension before all others is one of a batch."""
     if at.target._schema.name == "aten::linear":
         return len(operands) == 1 and operands[0] is args[0]
+    if at.target._schema.name == "aten::einsum":
+        return "->" in args[0]
     most = max(len(a.shape) for a in args[:2])
     return most > 1 and all(x.ndim == most for x in operands)
 

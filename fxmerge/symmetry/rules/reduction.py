@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.deferred import Counts, Deferred, Index, Order
 from fxmerge.symmetry.deferred import sort as sort_index
 from fxmerge.symmetry.labels import Labels, inert, pin, reduce
+from fxmerge.symmetry.relate import relate
 from fxmerge.symmetry.rules import ties
 from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule
 
@@ -73,10 +75,12 @@ def _named(at: Site, x: Labels, dim: int, arrange: Callable[[Labels], Labels]) -
     """Numbers that name units along a dimension of x by their values; `arrange` gives one-hot vectors, of which it gets
     the units as the first dimension, the shape of the numbers."""
     along = [c for c in x.columns if dim in support(c)]
-    if len(along) != 1 or not _differ(along[0], dim) or ties.possible(at.node):
+    if not all(_differ(c, dim) for c in along) or ties.possible(at.node):
         x = pin(at.units, x, f"{at.name}: index along the dimension", [dim])
         reduced = reduce(at.units, x, [dim], at.name)
         return arrange(reduced.reshape((1, *reduced.shape))).reshape(at.shape)
+    for a, b in combinations(along, 2):
+        relate(at.units, a, b, at.name)
     hot = at.join(x, reduce(at.units, x, [dim], at.name, keepdim=True), x.shape)
     return Index.of(arrange(hot.map(lambda c: c.movedim(dim, 0), (x.shape[dim], *x.shape[:dim], *x.shape[dim + 1 :]))))
 
