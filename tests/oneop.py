@@ -42,6 +42,7 @@ from fxmerge.symmetry.classes import Resolution, resolve
 from fxmerge.symmetry.columns import core, joint_column, support
 from fxmerge.symmetry.contracted import Contracted
 from fxmerge.symmetry.deferred import Deferred, Index
+from fxmerge.symmetry.double import _WRITTEN_OUT
 from fxmerge.symmetry.labels import Labels, constant
 from fxmerge.symmetry.permutation import build_image
 from fxmerge.symmetry.propagate import propagate
@@ -160,7 +161,7 @@ def run(call: Call, values: dict[int, Tensor]) -> Any:
     args, kwargs = pytree.tree_map(value, (call.args, call.kwargs), is_leaf=_is_operand)
     torch.manual_seed(0)
     with torch.no_grad():
-        return call.target(*args, **kwargs)
+        return _WRITTEN_OUT.get(call.target, call.target)(*args, **kwargs)
 
 
 @dataclass
@@ -395,7 +396,7 @@ def analyse(call: Call) -> Analysis:
     values = {id(leaf): leaf.value for leaf in leaves}
 
     def emit(x: Any) -> Any:
-        if isinstance(x, Leaf):
+        if id(x) in nodes:
             return nodes[id(x)]
         if not isinstance(x, Call):
             return x
@@ -404,7 +405,8 @@ def analyse(call: Call) -> Analysis:
             "call_function", x.target, args, kwargs, x.target._schema.name.removeprefix("aten::").strip("_")
         )
         node.meta["val"] = run(x, values)
-        return node if x.used is None or x is call else part(node, x.used)
+        nodes[id(x)] = node if x.used is None or x is call else part(node, x.used)
+        return nodes[id(x)]
 
     def part(node: fx.Node, number: int) -> fx.Node:
         taken = graph.call_function(operator.getitem, (node, number))
@@ -447,6 +449,8 @@ def analyse(call: Call) -> Analysis:
 
     def output(value: Any) -> Labels | Index:
         if isinstance(value, Deferred) and not isinstance(value, Index):
+            for c in (c for part in value.parts if part.parameter is not None for c in part.columns):
+                found.units.use(np.unique(core(c, support(c)).numpy()))
             return value.settle(found.units, "output")
         return value if isinstance(value, (Labels, Index)) else constant(value)
 

@@ -257,7 +257,7 @@ case(
     orders(2, 3),
     lambda s, x: (s.a(x).argmax(-1) > 0)[:, None] * s.w.sum(0),
     a=linear(3, 3),
-    w=(3, 2),
+    w=(3, 1),
 )
 
 

@@ -202,7 +202,7 @@ def _scatter_to_units(at: Site, x: Labels, dim: int, by: Index, source: Labels, 
         part = tuple(slice(0, n) for n in read)
         source = move(at.units, source, lambda c: c[part], read, at.name)
     both = at.join(by.hot, source, by.hot.shape)
-    if not adds:  # Of what is written to one place twice, the last is kept.
+    if not adds and source.ndim:  # Of what is written to one place twice, the last is kept.
         both = pin(at.units, both, f"{at.name}: indexed by data", [dim + 1])
     placed = at.reduce(both, [dim + 1])
     order = (*range(1, dim + 1), 0, *range(dim + 1, x.ndim))

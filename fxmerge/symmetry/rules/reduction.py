@@ -75,7 +75,7 @@ def _named(at: Site, x: Labels, dim: int, arrange: Callable[[Labels], Labels]) -
     """Numbers that name units along a dimension of x by their values; `arrange` gives one-hot vectors, of which it gets
     the units as the first dimension, the shape of the numbers."""
     along = [c for c in x.columns if dim in support(c)]
-    if not all(_differ(c, dim) for c in along) or ties.possible(at.node):
+    if not along or not all(_differ(c, dim) for c in along) or ties.possible(at.node):
         x = pin(at.units, x, f"{at.name}: index along the dimension", [dim])
         reduced = reduce(at.units, x, [dim], at.name)
         return arrange(reduced.reshape((1, *reduced.shape))).reshape(at.shape)
