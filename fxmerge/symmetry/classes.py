@@ -302,16 +302,18 @@ class _Closing(Contracted):
         return new
 
     def classes(self) -> Resolution:
-        places = {int(self.colour[self.unit[f.ids[0]]]) for f in self.units.followed}
         movable = [
             c
             for c in range(int(self.colour.max()) + 1)
-            if len(self.members(c)) > 1 and not self.pinned[self.members(c)[0]] and c not in places
+            if len(self.members(c)) > 1 and not self.pinned[self.members(c)[0]]
         ]
         free = {c: self.blocks(c) for c in movable}
         graph: nx.DiGraph[int] = nx.DiGraph()
         graph.add_nodes_from(sorted(movable, key=lambda c: int(self.ids(c).min())))
         graph.add_edges_from((p, c) for c in movable for p in free[c][0])
+        # What neither lies on an axis nor holds units that do moves nothing: places in an order, diagonals.
+        on_axes = {c for c in movable if self.roles(c)}
+        graph.remove_nodes_from([c for c in movable if on_axes.isdisjoint({c} | nx.descendants(graph, c))])
         order = list(nx.lexicographical_topological_sort(graph, key=lambda c: int(self.ids(c).min())))
         number = {c: i for i, c in enumerate(order)}
         position = np.zeros(self.count, np.int64)

@@ -55,14 +55,23 @@ def inert(shape: Shape, dims: Iterable[int] | None = None) -> Labels:
     return Labels(shape, (), tuple(axis_column(shape, d) for d in dims if shape[d] > 1))
 
 
-def constant(value: Tensor) -> Labels:
-    """A constant: positions of equal value are alike, others are told apart."""
+def constant(value: Tensor, units: UnitGraph | None = None) -> Labels:
+    """A constant: positions of equal value are alike, others are told apart.
+
+    A matrix with one value on its diagonal and another one beside it stays the same if both dimensions move alike:
+    where there are units to write to, it gets new ones, which lie along both.
+    """
     if value.numel() == 0 or value.device.type == "meta":
         return inert(tuple(value.shape))
     value = shrink(value.detach().to("cpu"))
     dims = support(value)
     if not dims:
         return Labels(tuple(value.shape))
+    if units is not None and len(dims) == 2 and value.shape[dims[0]] == value.shape[dims[1]]:
+        own, same = core(value, dims), torch.eye(value.shape[dims[0]], dtype=torch.bool)
+        if all(bool((own[where] == own[where][0]).all()) for where in (same, ~same)):
+            both = torch.from_numpy(units.fresh(len(own), ("diagonal", units.node)))
+            return Labels(tuple(value.shape), tuple(spread(both, tuple(value.shape), (d,)) for d in dims))
     values = np.unique(core(value, dims).resolve_conj().numpy(), return_inverse=True)[1]
     ids = torch.from_numpy(values.astype(np.int64))
     return Labels(tuple(value.shape), (), (spread(ids, tuple(value.shape), dims),))

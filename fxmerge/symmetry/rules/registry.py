@@ -39,7 +39,7 @@ class Site:
             return value
         if isinstance(value, Deferred):
             return value.settle(self.units, self.name)
-        return constant(value) if isinstance(value, Tensor) else Labels(())
+        return constant(value, self.units) if isinstance(value, Tensor) else Labels(())
 
     def join(self, x: Labels, y: Labels | Tensor | None, shape: Shape | None = None) -> Labels:
         """`fxmerge.symmetry.labels.join` after broadcasting both to `shape` (by default that of x)."""
