@@ -58,8 +58,7 @@ def inert(shape: Shape, dims: Iterable[int] | None = None) -> Labels:
 def constant(value: Tensor, units: UnitGraph | None = None) -> Labels:
     """A constant: positions of equal value are alike, others are told apart.
 
-    A matrix with one value on its diagonal and another one beside it stays the same if both dimensions move alike:
-    where there are units to write to, it gets new ones, which lie along both.
+    Where there are units to write to, a diagonal is one: see `diagonals`.
     """
     if value.numel() == 0 or value.device.type == "meta":
         return inert(tuple(value.shape))
@@ -67,14 +66,26 @@ def constant(value: Tensor, units: UnitGraph | None = None) -> Labels:
     dims = support(value)
     if not dims:
         return Labels(tuple(value.shape))
-    if units is not None and len(dims) == 2 and value.shape[dims[0]] == value.shape[dims[1]]:
-        own, same = core(value, dims), torch.eye(value.shape[dims[0]], dtype=torch.bool)
-        if all(bool((own[where] == own[where][0]).all()) for where in (same, ~same)):
-            both = torch.from_numpy(units.fresh(len(own), ("diagonal", units.node)))
-            return Labels(tuple(value.shape), tuple(spread(both, tuple(value.shape), (d,)) for d in dims))
     values = np.unique(core(value, dims).resolve_conj().numpy(), return_inverse=True)[1]
     ids = torch.from_numpy(values.astype(np.int64))
-    return Labels(tuple(value.shape), (), (spread(ids, tuple(value.shape), dims),))
+    labels = Labels(tuple(value.shape), (), (spread(ids, tuple(value.shape), dims),))
+    return labels if units is None else diagonals(units, labels, units.node)
+
+
+def diagonals(units: UnitGraph, x: Labels, reason: str) -> Labels:
+    """x, with new units along both dimensions of every inert column that has one number on a diagonal and another one
+    beside it: if both dimensions move alike, it stays as it is."""
+    for factor in x.inert:
+        dims = support(factor)
+        own = core(factor, dims)
+        if len(dims) == 2 and own.shape[0] == own.shape[1]:
+            same = torch.eye(len(own), dtype=torch.bool)
+            if all(bool((own[where] == own[where][0]).all()) for where in (same, ~same)):
+                both = torch.from_numpy(units.fresh(len(own), ("diagonal", reason)))
+                lines = Labels(x.shape, tuple(spread(both, x.shape, (d,)) for d in dims))
+                x = replace(x, inert=tuple(f for f in x.inert if f is not factor))
+                x = replace(join(units, x, lines, reason), parameter=x.parameter)
+    return x
 
 
 def _varying(columns: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, shrink, spread, support
-from fxmerge.symmetry.labels import MAX_INERT, Labels, move, prune
+from fxmerge.symmetry.labels import MAX_INERT, Labels, diagonals, move, prune
 from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import NOTHING, distinct
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze", lifts="views")
 def view(at: Site, x: Labels, *args: Any) -> Labels:
-    return x.reshape(at.shape)
+    return diagonals(at.units, x.reshape(at.shape), at.name)
 
 
 @rule("expand", "expand_as", "broadcast_to", lifts="aligns")
