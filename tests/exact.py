@@ -22,6 +22,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -396,8 +397,8 @@ def _index_put(s: Scalars, x: Operand, places: Sequence[Tensor], source: Operand
 
 @_op("_grouped_mm")
 def _grouped_product(s: Scalars, rows: Grid, stack: Grid, ends: Tensor, *args: Any) -> Grid:
-    edges = [0, *ends.tolist()]
-    parts = [_matmul(s, rows[i:j], stack[e]) for e, (i, j) in enumerate(zip(edges, edges[1:], strict=False)) if i < j]
+    edges = pairwise([0, *ends.tolist()])
+    parts = [_matmul(s, rows[i:j], stack[e]) for e, (i, j) in enumerate(edges) if i < j]
     return np.concatenate(parts)
 
 

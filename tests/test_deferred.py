@@ -294,9 +294,7 @@ pinned(
 )
 pinned(
     "rows in two orders",
-    lambda s, x: (
-        (x[s.a(x).argmax(-1).argsort(stable=True)] * x[s.b(x).argmax(-1).argsort(stable=True)]).sum(0) @ s.w
-    ),
+    lambda s, x: (x[s.a(x).argmax(-1).argsort(stable=True)] * x[s.b(x).argmax(-1).argsort(stable=True)]).sum(0) @ s.w,
     rows=4,
     a=linear(3, 3),
     b=linear(3, 3),

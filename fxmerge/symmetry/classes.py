@@ -133,8 +133,10 @@ class _Closing(Contracted):
             ids = self.unit[followed.ids]
             c = int(self.colour[ids[0]])
             alike = len(self.members(c)) == len(ids) and bool((self.colour[ids] == c).all())
-            free = alike and not (several | nested | self.pinned)[ids].any() and not any(
-                len(np.unique(block)) > 1 for block in self.maps.get(c, {}).values()
+            free = (
+                alike
+                and not (several | nested | self.pinned)[ids].any()
+                and not any(len(np.unique(block)) > 1 for block in self.maps.get(c, {}).values())
             )
             if not free:
                 new |= self._pin([followed.ids, *followed.named], "something tells places apart that are in its order")
@@ -177,7 +179,8 @@ class _Closing(Contracted):
         members, size = self.members(c), self.count
         inside = np.zeros((2, size), bool)
         inside[0, members] = inside[1, self.members(p)] = True
-        where, maps = [], {}
+        where: list[tuple[int, NDArray[np.bool_], int]] = []
+        maps: dict[bytes, int] = {}
         for number, (child, parent) in enumerate(self.units.member):
             own = inside[0, self.unit[child]] & inside[1, self.unit[parent]]
             pairs = np.unique(np.stack([self.unit[child[own]], self.unit[parent[own]]]), axis=1)

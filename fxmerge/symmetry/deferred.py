@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,11 @@ class Deferred:
     @property
     def parts(self) -> tuple[Labels, ...]:
         """The labels of which this one is made."""
+        raise NotImplementedError
+
+    @property
+    def most(self) -> int:
+        """A number that is larger than all of those that the tensor holds, if it holds whole numbers."""
         raise NotImplementedError
 
     @property
@@ -78,6 +84,10 @@ class Index(Deferred):
     def count(self) -> int:
         """How many units the numbers can name."""
         return self.hot.shape[0]
+
+    @property
+    def most(self) -> int:
+        return self.count
 
     @property
     def names_alike(self) -> bool:
@@ -137,7 +147,6 @@ class Order(Deferred):
 
     @property
     def most(self) -> int:
-        """A bound of the numbers."""
         return self.order.shape[0]
 
     @property
@@ -161,7 +170,6 @@ class Counts(Deferred):
 
     @property
     def most(self) -> int:
-        """A bound of the numbers."""
         return self.of.count + 1
 
     @property
@@ -199,6 +207,17 @@ def sort(units: UnitGraph, x: Index, *, ascending: bool) -> tuple[Index, Order]:
     return ordered, Order(Labels((size,), (slots[0],)))
 
 
+def sorted_by(units: UnitGraph, x: Index, order: Order) -> Index | None:
+    """The numbers in an order that is theirs, None if it may be another one."""
+    for followed in units.followed:
+        if followed.order is not None and np.array_equal(order.order.columns[0], followed.ids):
+            numbers: Index = followed.order[0]
+            ordered: Index = followed.order[1]
+            if numbers.source is x.source and torch.equal(numbers.place, x.place):
+                return ordered
+    return None
+
+
 def look_up(table: Labels, dim: int, by: Index) -> Chosen:
     """Dimension `dim` of a table, as long as there are units to be named, replaced by the dimensions of an index."""
     before, after = table.shape[:dim], table.shape[dim + 1 :]
@@ -215,4 +234,3 @@ def take_along(table: Labels, dim: int, by: Index) -> Chosen:
     moved = table.map(lambda c: c.movedim(dim, 0), (one[0], *one[1 : dim + 1], *one[dim + 2 :])).reshape(one)
     full = moved.map(lambda c: c.expand(by.count, *by.shape), (by.count, *by.shape))
     return Chosen(full, by)
-

@@ -43,7 +43,10 @@ def copy(at: Site, x: Labels | Tensor, source: Labels | Tensor, *args: Any, **kw
     return at.labels(source).expand(at.shape)
 
 
-@rule("zero", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", takes=True)
+@rule(
+    *("zero", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"),
+    takes=True,
+)
 def filled(at: Site, x: Labels | Deferred, *args: Any, **kwargs: Any) -> Labels | Tensor:
     """A constant in the shape, not with the values, of its operand."""
     values = [at.labels(a) for a in (*args, *kwargs.values()) if isinstance(a, (Labels, Deferred))]

@@ -1,4 +1,4 @@
-"""Products of rows with stacked matrices, where the rows are in the order of an index that chooses among the matrices."""
+"""Products of rows with stacked matrices, where an index chooses among these and the rows are in its order."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ def _order_of(at: Site, rows: Labels | Deferred, ends: Counts) -> Index | None:
                 place = torch.arange(rows.shape[0])[:, None].expand(rows.shape)
                 if rows.by.source is ordered.source and torch.equal(rows.by.place, place):
                     return ordered
-            elif any(support(c) == (0,) and np.array_equal(core(c, (0,)), followed.ids) for c in at.labels(rows).columns):
+            elif any(
+                np.array_equal(core(c, (0,)), followed.ids) for c in at.labels(rows).columns if support(c) == (0,)
+            ):
                 return ordered
     return None

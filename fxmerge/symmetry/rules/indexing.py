@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.symmetry.deferred import Chosen, Deferred, Index, Order, look_up, take_along
+from fxmerge.symmetry.deferred import Chosen, Deferred, Index, Order, look_up, sorted_by, take_along
 from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce
 from fxmerge.symmetry.rules.lifting import simplest
 from fxmerge.symmetry.rules.movement import assemble
@@ -19,7 +19,7 @@ Operand = Labels | Deferred | Tensor
 
 
 @rule("index", "_unsafe_index", takes=True)
-def index(at: Site, x: Operand, indices: Sequence[Operand | None]) -> Labels | Chosen:
+def index(at: Site, x: Operand, indices: Sequence[Operand | None]) -> Labels | Deferred:
     named = [(d, i) for d, i in enumerate(indices) if isinstance(i, Index)]
     if len(named) == 1 and all(i is None for d, i in enumerate(indices) if d != named[0][0]):
         table = _named_part(at, at.labels(x), *named[0])
@@ -31,11 +31,9 @@ def index(at: Site, x: Operand, indices: Sequence[Operand | None]) -> Labels | C
     if any(_is_mask(at, d) for d, i in enumerate(indices) if i is not None):
         return _index(at, at.labels(x), plain)
     if len(indices) == 1 and isinstance(indices[0], Order):
-        for followed in at.units.followed:
-            numbers, ordered = followed.order or (x, None)
-            same = numbers.source is x.source and torch.equal(numbers.place, x.place)
-            if ordered is not None and same and torch.equal(indices[0].order.columns[0], ordered.hot.columns[-1][0]):
-                return ordered
+        ordered = sorted_by(at.units, x, indices[0])
+        if ordered is not None:
+            return ordered
     hot = _index(replace(at, shape=(x.count, *at.shape)), x.hot, [None, *plain], first=1)
     return Index.of(hot)
 
@@ -82,7 +80,7 @@ def _named_part(at: Site, table: Labels, dim: int, by: Index) -> Labels | None:
 
 
 @rule("index_select", takes=True)
-def index_select(at: Site, x: Operand, dim: int, chosen: Operand) -> Labels | Chosen:
+def index_select(at: Site, x: Operand, dim: int, chosen: Operand) -> Labels | Deferred:
     return index(at, x, [None] * (dim % len(x.shape)) + [chosen])
 
 
@@ -101,7 +99,7 @@ def one_hot(at: Site, x: Operand, classes: int = -1) -> Labels:
 
 
 @rule("embedding", takes=True)
-def embedding(at: Site, weight: Operand, chosen: Operand, *args: Any, **kwargs: Any) -> Labels | Chosen:
+def embedding(at: Site, weight: Operand, chosen: Operand, *args: Any, **kwargs: Any) -> Labels | Deferred:
     return index(at, weight, [chosen])
 
 
@@ -196,7 +194,8 @@ def _scatter_to_units(at: Site, x: Labels, dim: int, by: Index, source: Labels, 
         by = by.reshape((*(1,) * dim, *by.shape, *(1,) * (x.ndim - dim - 1)))
         by = by.expand(tuple(by.shape[dim] if n < 0 else n for n in shape))
     read = tuple(by.shape[dim] if n < 0 else n for n in shape)
-    if by.count != x.shape[dim] or by.shape != read or (source.ndim and any(n < m for n, m in zip(source.shape, read))):
+    fits = source.ndim in (0, x.ndim) and all(n >= m for n, m in zip(source.shape, read, strict=False))
+    if by.count != x.shape[dim] or by.shape != read or not fits:
         return None
     if source.ndim:
         part = tuple(slice(0, n) for n in read)
@@ -218,7 +217,8 @@ def index_put(
         if _numbers(values, indices[0]) and len(x.shape) == 1:
             return indices[0].inverse()
         order = indices[0].order
-        written = at.join(at.labels(values).expand(at.shape), order.reshape((*order.shape, *(1,) * (len(at.shape) - 1))))
+        told = order.reshape((*order.shape, *(1,) * (len(at.shape) - 1)))
+        written = at.join(at.labels(values), told, at.shape)
         return at.join(at.reduce(written, [0], keepdim=True).expand(at.shape), inert(at.shape, [0]))
     labels, source = at.labels(x), at.labels(values)
     reason = f"{at.name}: indexed by data"

@@ -72,7 +72,7 @@ def _lift(rule: Rule, how: str, at: Site, args: Any, kwargs: Any) -> Value:
     operands: list[Lifted] = list(_leaves((args, kwargs), (Index, Chosen)))
     by = [x if isinstance(x, Index) else x.by for x in operands]
     moved = isinstance(operands[0], Index)
-    if how == "contracts" and not _fits(at, args, operands) or any(b.source is not by[0].source for b in by):
+    if (how == "contracts" and not _fits(at, args, operands)) or any(b.source is not by[0].source for b in by):
         return NotImplemented
     places = [_places(rule, at, args, kwargs, x) for x in operands]
     unclear = any(p is None or not all(map(torch.equal, p, places[0] or ())) for p in places)
@@ -143,7 +143,7 @@ def _holds(at: Site, x: Deferred) -> bool:
     value = None if at.node is None else at.node.meta.get("val")
     if isinstance(x, Chosen) or not isinstance(value, Tensor):
         return True
-    numbers = torch.arange(x.count if isinstance(x, Index) else x.most)
+    numbers = torch.arange(x.most)
     return value.dtype != torch.bool and bool((numbers.to(value.dtype).long() == numbers).all())
 
 

@@ -71,9 +71,8 @@ _CONTRACTIONS: dict[str, str] = {}
 
 
 LIFTS = "lifts"
-"""The attribute of a rule that says that it serves operands with one more dimension before all others: "copies" or
-"views" its operand, "moves" where it rearranges positions, "aligns" dimensions at the right, "joins" where it is pointwise,
-"contracts"."""
+"""The attribute of a rule that serves operands with one more dimension before all others. It says how: "copies" or
+"views" its operand, "moves" positions, "aligns" dimensions at the right, "joins" point by point, or "contracts"."""
 TAKES = "takes"
 """The attribute of a rule that is given `Deferred` operands as they are."""
 

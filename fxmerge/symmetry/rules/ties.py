@@ -20,8 +20,17 @@ _SMOOTH = frozenset(
 
 _MIXING = frozenset(
     (
-        *("softmax", "log_softmax", "_softmax", "_log_softmax", "sum", "mean", "norm", "linalg_vector_norm", "var", "std"),
-        *("logsumexp", "layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm", "group_norm", "batch_norm"),
+        *("softmax", "log_softmax", "_softmax", "_log_softmax", "sum", "mean", "norm", "linalg_vector_norm", "var"),
+        *(
+            "std",
+            "logsumexp",
+            "layer_norm",
+            "rms_norm",
+            "native_layer_norm",
+            "_fused_rms_norm",
+            "group_norm",
+            "batch_norm",
+        ),
         *("cdist", "_cdist_forward", "_euclidean_dist", "pairwise_distance", "cosine_similarity"),
     )
 )
@@ -52,5 +61,3 @@ def possible(node: fx.Node | None) -> bool:
         else:
             return True
     return False
-
-
