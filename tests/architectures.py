@@ -252,17 +252,17 @@ def transformed() -> tuple[nn.Module, tuple[Any, ...]]:
     return Transformed(""), (torch.randn(1, 2, 2),)
 
 
-@case("transformed units, beside an identity")
+@incomplete("transformed units, beside an identity", "units that are pairs of units of one class are pinned")
 def transformed_beside_identity() -> tuple[nn.Module, tuple[Any, ...]]:
     return Transformed("matrix"), (torch.randn(1, 2, 2),)
 
 
-@case("transformed units, beside an identity in one row")
+@incomplete("transformed units, beside an identity in one row", "units that are pairs of units of one class are pinned")
 def transformed_beside_flat_identity() -> tuple[nn.Module, tuple[Any, ...]]:
     return Transformed("entries"), (torch.randn(1, 2, 2),)
 
 
-@case("transformed units, added to themselves")
+@incomplete("transformed units, added to themselves", "units that are pairs of units of one class are pinned")
 def transformed_and_added() -> tuple[nn.Module, tuple[Any, ...]]:
     return Transformed("units"), (torch.randn(1, 2, 2),)
 
@@ -284,7 +284,7 @@ class PointFeatures(nn.Module):
         return self.head(self.outer(x).amax(2))  # type: ignore[no-any-return]
 
 
-@case("features of points, transformed")
+@incomplete("features of points, transformed", "units that are pairs of units of one class are pinned")
 def point_features() -> tuple[nn.Module, tuple[Any, ...]]:
     return PointFeatures(), (torch.randn(1, 2, 2),)
 

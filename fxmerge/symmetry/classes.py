@@ -78,8 +78,6 @@ class _Closing(Contracted):
                 continue
             for p, block in list(parents.items()):
                 if len(block) != len(self.members(c)):
-                    if self._divert_pairs(c, p):
-                        return True
                     part = self._fixed_blocks(c, p) if self.pinned[block[0]] else None
                     del parents[p]
                     if part is not None:
@@ -88,7 +86,7 @@ class _Closing(Contracted):
                     new |= self._pin([self.ids(c), self.first[block]], "a unit is a member of two blocks of one kind")
                 elif len(self.members(p)) == len(block) and self.pinned[block[0]]:
                     new |= self._pin([self.ids(c)], "each is alone at a fixed position")
-                elif len(self.members(p)) == len(block) and not self.copies[self.members(c)].all():
+                elif len(self.members(p)) == len(block):
                     self.units.equate(self.ids(c), self.first[block])
                     new = True
         if new:
@@ -96,8 +94,6 @@ class _Closing(Contracted):
         for c, parents in self.maps.items():
             if not self.pinned[self.members(c)[0]]:
                 for (p, a), (q, b) in combinations(parents.items(), 2):
-                    if self.copies[[a[0], b[0]]].all() and set(self.maps[p]) & set(self.maps[q]):
-                        continue  # Pairs of units of one class, but for pairs of a unit with itself.
                     new |= self._relate(p, a, q, b)
         if new:
             return True
@@ -172,33 +168,6 @@ class _Closing(Contracted):
         _, first, group = np.unique(members[blocks], return_index=True, return_inverse=True)
         self.units.equate(self.first[blocks], self.first[blocks[first[group]]])
         return len(first) < len(blocks)
-
-    def _divert_pairs(self, c: int, p: int) -> bool:
-        """Gives a class whose units are pairs of units of one class p a class of blocks of its own for the first ones
-        and for the second ones, which move with p; False if it is unclear which of a pair is the first."""
-        members, size = self.members(c), self.count
-        inside = np.zeros((2, size), bool)
-        inside[0, members] = inside[1, self.members(p)] = True
-        where: list[tuple[int, NDArray[np.bool_], int]] = []
-        maps: dict[bytes, int] = {}
-        for number, (child, parent) in enumerate(self.units.member):
-            own = inside[0, self.unit[child]] & inside[1, self.unit[parent]]
-            pairs = np.unique(np.stack([self.unit[child[own]], self.unit[parent[own]]]), axis=1)
-            if own.any():
-                if not np.array_equal(pairs[0], np.sort(members)):
-                    return False
-                where.append((number, own, maps.setdefault(pairs[1].tobytes(), len(maps))))
-        if self.pinned[members[0]] or len(maps) != 2 or len(self.maps[c][p]) != 2 * len(members):
-            return False
-        copies = [self.units.fresh(len(self.members(p)), ("copy", "pairs")) for _ in maps]
-        at = np.zeros(size, np.int64)
-        at[self.members(p)] = np.arange(len(self.members(p)))
-        for number, own, which in where:
-            child, parent = self.units.member[number]
-            self.units.member[number] = child, np.where(own, copies[which][at[self.unit[parent]]], parent)
-        for copy in copies:
-            self.units.include(copy, self.ids(p))
-        return True
 
     def _fixed_blocks(self, c: int, p: int) -> Ids | None:
         """For every unit of class c, a number for the fixed blocks of class p that its parts are members of.

@@ -86,8 +86,6 @@ class Contracted:
             np.add.at(colour, self.unit[raw], mix(np.array([number]))[0])
         for number, followed in enumerate(self.units.followed):
             np.add.at(colour, self.unit[followed.ids], mix(np.array([number + (1 << 50)]))[0])
-        some = np.flatnonzero(self.copies)
-        np.add.at(colour, some, mix(self.units.origin(self.first[some]) + (1 << 51)))
         tags = np.flatnonzero(self.pinned[self.unit] & ~self.is_raw())
         np.add.at(colour, self.unit[tags], mix(self.units.origin(tags) + (1 << 40)))
         colour[self.pinned] = mix(colour[self.pinned] + np.uint64(1))
@@ -145,14 +143,6 @@ class Contracted:
         for raw in self.raw.values():
             is_raw[raw] = True
         return is_raw
-
-    @cached_property
-    def copies(self) -> NDArray[np.bool_]:
-        """The contracted units that only stand for another one, as the first or the second of a pair."""
-        copy = np.array([origin[0] == "copy" for origin in self.units.origins])
-        own = copy[self.units.origin(np.arange(self.units.size))]
-        copies: NDArray[np.bool_] = np.bincount(self.unit[~own], minlength=self.count) == 0
-        return copies
 
     @cached_property
     def is_tag(self) -> NDArray[np.bool_]:
