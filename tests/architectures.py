@@ -226,6 +226,86 @@ def experts_by_einsum() -> tuple[nn.Module, tuple[Any, ...]]:
     return DenseExperts(batched=False), (torch.randn(2, 2),)
 
 
+class Transformed(nn.Module):
+    """A network whose hidden units are mixed by a matrix that is computed from them."""
+
+    def __init__(self, add: str) -> None:
+        super().__init__()
+        self.add = add
+        self.inner, self.pooled, self.head = nn.Linear(2, 3), nn.Linear(3, 2), nn.Linear(3, 2)
+        self.matrix = nn.Linear(2, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x).relu()
+        entries = self.matrix(self.pooled(x).amax(1).relu())
+        if self.add == "entries":
+            entries = entries + torch.eye(3).flatten().view(1, 9).repeat(len(x), 1)
+        mixed = entries.view(-1, 3, 3)
+        if self.add == "matrix":
+            mixed = mixed + torch.eye(3)
+        y = torch.bmm(x, mixed)
+        return self.head((x + y if self.add == "units" else y).tanh())  # type: ignore[no-any-return]
+
+
+@case("transformed units")
+def transformed() -> tuple[nn.Module, tuple[Any, ...]]:
+    return Transformed(""), (torch.randn(1, 2, 2),)
+
+
+@incomplete("transformed units, beside an identity", "units that are pairs of units of one class are pinned")
+def transformed_beside_identity() -> tuple[nn.Module, tuple[Any, ...]]:
+    return Transformed("matrix"), (torch.randn(1, 2, 2),)
+
+
+@incomplete("transformed units, beside an identity in one row", "units that are pairs of units of one class are pinned")
+def transformed_beside_flat_identity() -> tuple[nn.Module, tuple[Any, ...]]:
+    return Transformed("entries"), (torch.randn(1, 2, 2),)
+
+
+@incomplete("transformed units, added to themselves", "units that are pairs of units of one class are pinned")
+def transformed_and_added() -> tuple[nn.Module, tuple[Any, ...]]:
+    return Transformed("units"), (torch.randn(1, 2, 2),)
+
+
+class PointFeatures(nn.Module):
+    """Features of points, which a matrix mixes that is computed by convolutions and a maximum over the points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.local = nn.Conv1d(2, 3, 1), nn.Conv1d(3, 2, 1)
+        self.norm, self.matrix, self.outer = nn.BatchNorm1d(3), nn.Linear(2, 9), nn.Conv1d(3, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.inner(x)).relu()
+        pooled = self.local(x).relu().amax(2)
+        mixing = (self.matrix(pooled) + torch.eye(3).view(1, 9)).view(-1, 3, 3)
+        x = torch.bmm(x.transpose(2, 1), mixing).transpose(2, 1)
+        return self.head(self.outer(x).amax(2))  # type: ignore[no-any-return]
+
+
+@incomplete("features of points, transformed", "units that are pairs of units of one class are pinned")
+def point_features() -> tuple[nn.Module, tuple[Any, ...]]:
+    return PointFeatures(), (torch.randn(1, 2, 2),)
+
+
+class WithDiagonal(nn.Module):
+    """Weights and second moments to which a diagonal is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.square, self.head = nn.Linear(2, 4), nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x) @ (self.square + torch.eye(4))
+        return self.head((x @ (x.mT @ x + 0.1 * torch.eye(4))).relu())  # type: ignore[no-any-return]
+
+
+@case("diagonals are added")
+def with_diagonal() -> tuple[nn.Module, tuple[Any, ...]]:
+    return WithDiagonal(), (torch.randn(2, 2),)
+
+
 class BiasedExperts(nn.Module):
     """Experts with biases, of which every token takes the mean."""
 

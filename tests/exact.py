@@ -10,6 +10,9 @@ that leave every output the same expression, and BLISS counts them.
 What counts as the same expression: sums are unordered but not re-associated, and nothing is
 distributed or cancelled. Only terms that are zero, factors that are zero or one, and infinities that
 stem from masks are simplified away, because padding and masks make entries irrelevant in this way.
+
+Where numbers tell places, such as those of the largest values, the network is written out once for every way
+in which these may come out, as a case with its condition. Equal values do not occur.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -50,8 +54,16 @@ def exact_log_order(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         warnings.simplefilter("ignore")  # Of torch.export, about torch's own recurrent modules.
         exported = torch.export.export(copy.deepcopy(model).eval(), args, dict(kwargs or {}), strict=False)
         program = exported.run_decompositions()
-    unrolled = _Unroll(program, [*pytree.tree_leaves((args, dict(kwargs or {})))])
-    return math.log(unrolled.scalars.count_automorphisms(unrolled.outputs()))
+    scalars, inputs = Scalars(), pytree.tree_leaves((args, dict(kwargs or {})))
+    found, scripts = [], [()]
+    while scripts:
+        script: tuple[int, ...] = scripts.pop()
+        scalars.begin(script)
+        outputs = _Unroll(program, inputs, scalars).outputs()
+        found.append((scalars.conditions, outputs))
+        for i in range(len(script), len(scalars.taken)):
+            scripts += [(*scalars.taken[:i], other) for other in range(1, scalars.options[i])]
+    return math.log(scalars.count_automorphisms(scalars.cases(found)))
 
 
 # ------------------------------------------------------------------------------------ ops
@@ -321,6 +333,75 @@ def _minima(s: Scalars, x: Grid, dims: Dims = None, keepdim: bool = False) -> Gr
     return s.reduce(lambda row: s.extreme("amin", row), x, dims, keepdim)
 
 
+@_op("argmax", "argmin")
+def _extreme_place(s: Scalars, x: Grid, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    """Which is the largest, as a number, in the case that is written out."""
+    rows = x.reshape(-1) if dim is None else np.moveaxis(x, dim, -1)
+    first = [s.choose("extreme", row, 1)[0] for row in rows.reshape(-1, rows.shape[-1]).tolist()]
+    places = torch.tensor(first).reshape(rows.shape[:-1])
+    return places.unsqueeze(dim) if keepdim and dim is not None else places
+
+
+@_op("topk")
+def _top(s: Scalars, x: Grid, k: int, dim: int = -1, largest: bool = True, *rest: Any) -> list[Any]:
+    rows = np.moveaxis(x, dim, -1)
+    first = [s.choose(("top", largest), row, k) for row in rows.reshape(-1, rows.shape[-1]).tolist()]
+    places = np.array(first).reshape(*rows.shape[:-1], k)
+    values = np.take_along_axis(rows, places, -1)
+    return [np.moveaxis(values, -1, dim), torch.from_numpy(np.moveaxis(places, -1, dim))]
+
+
+@_op("sort")
+def _sorted(s: Scalars, x: Grid, dim: int = -1, descending: bool = False) -> list[Any]:
+    return _top(s, x, x.shape[dim], dim, descending)
+
+
+@_op("max.dim", "min.dim", "median.dim")
+def _extreme_and_place(s: Scalars, x: Grid, dim: int, keepdim: bool = False) -> list[Any]:
+    places = _extreme_place(s, x, dim, True)
+    values = np.take_along_axis(x, places.numpy(), dim)
+    return [values, places] if keepdim else [values.squeeze(dim), places.squeeze(dim)]
+
+
+@_op("scatter")
+def _scatter(s: Scalars, x: Operand, dim: int, places: Tensor, source: Operand) -> Grid:
+    return _written(s, x, dim, places, np.broadcast_to(s.grid(source), tuple(places.shape)), adds=False)
+
+
+@_op("scatter_add")
+def _scatter_add(s: Scalars, x: Operand, dim: int, places: Tensor, source: Operand) -> Grid:
+    return _written(s, x, dim, places, s.grid(source), adds=True)
+
+
+def _written(s: Scalars, x: Operand, dim: int, places: Tensor, source: Grid, *, adds: bool) -> Grid:
+    out, dim = s.grid(x).copy(), dim % places.ndim
+    for at in np.ndindex(*places.shape):
+        to = (*at[:dim], int(places[at]), *at[dim + 1 :])
+        out[to] = s.sum([int(out[to]), int(source[at])]) if adds else source[at]
+    return out
+
+
+@_op("index_add")
+def _index_add(s: Scalars, x: Operand, dim: int, places: Tensor, source: Grid) -> Grid:
+    shape = [-1 if d == dim else 1 for d in range(source.ndim)]
+    return _written(s, x, dim, places.reshape(shape).expand(source.shape), source, adds=True)
+
+
+@_op("index_put")
+def _index_put(s: Scalars, x: Operand, places: Sequence[Tensor], source: Operand, accumulate: bool = False) -> Grid:
+    (rows,) = places
+    source = np.broadcast_to(s.grid(source), (len(rows), *s.grid(x).shape[1:]))
+    wide = rows.reshape(-1, *(1,) * (source.ndim - 1)).expand(source.shape)
+    return _written(s, x, 0, wide, source, adds=accumulate)
+
+
+@_op("_grouped_mm")
+def _grouped_product(s: Scalars, rows: Grid, stack: Grid, ends: Tensor, *args: Any) -> Grid:
+    edges = pairwise([0, *ends.tolist()])
+    parts = [_matmul(s, rows[i:j], stack[e]) for e, (i, j) in enumerate(edges) if i < j]
+    return np.concatenate(parts)
+
+
 @_op("where")
 def _where(s: Scalars, condition: Operand, a: Operand, b: Operand) -> Grid:
     return s.map(s.choice, condition, a, b)
@@ -389,9 +470,9 @@ def _filled(s: Scalars, x: Grid, value: float, **kwargs: Any) -> Tensor:
 class _Unroll(fx.Interpreter):
     """Runs an exported program on grids in place of its inputs and parameters."""
 
-    def __init__(self, program: ExportedProgram, inputs: Sequence[Any]) -> None:
+    def __init__(self, program: ExportedProgram, inputs: Sequence[Any], scalars: Scalars) -> None:
         super().__init__(program.graph_module)
-        self.program, self.inputs, self.scalars = program, iter(inputs), Scalars()
+        self.program, self.inputs, self.scalars = program, iter(inputs), scalars
 
     def outputs(self) -> list[int]:
         """The vertices of everything that the user sees."""
@@ -426,6 +507,7 @@ class _Unroll(fx.Interpreter):
         name = target._schema.name.removeprefix("aten::")
         if name.startswith(("_assert", "sym_constrain")):
             return None
+        name = f"{name}.{target._overloadname}" if f"{name}.{target._overloadname}" in _OPS else name
         if name in _OPS:
             return _OPS[name](self.scalars, *args, **kwargs)
         if name in _MOVEMENTS and isinstance(args[0], np.ndarray) and not _is_grid(args[1:]):

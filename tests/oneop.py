@@ -18,6 +18,7 @@ labels it, and what is found is printed with a letter for every class of units:
 | `!` | units that do not move |
 | `.` | no units, but positions differ; `.[0 1 0]` where some are alike |
 | `_` | all positions alike |
+| `(a => b)` | numbers along `a` that name units of `b` |
 """
 
 from __future__ import annotations
@@ -26,19 +27,22 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import groupby, permutations
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import one_hot
 from torch.utils import _pytree as pytree
 
 from fxmerge.program import AtenGraph, Program
 from fxmerge.symmetry.classes import Resolution, resolve
 from fxmerge.symmetry.columns import core, joint_column, support
 from fxmerge.symmetry.contracted import Contracted
+from fxmerge.symmetry.deferred import Deferred, Index
+from fxmerge.symmetry.double import _WRITTEN_OUT
 from fxmerge.symmetry.labels import Labels, constant
 from fxmerge.symmetry.permutation import build_image
 from fxmerge.symmetry.propagate import propagate
@@ -159,7 +163,7 @@ def run(call: Call, values: dict[int, Tensor]) -> Any:
     args, kwargs = pytree.tree_map(value, (call.args, call.kwargs), is_leaf=_is_operand)
     torch.manual_seed(0)
     with torch.no_grad():
-        return call.target(*args, **kwargs)
+        return _WRITTEN_OUT.get(call.target, call.target)(*args, **kwargs)
 
 
 @dataclass
@@ -175,7 +179,7 @@ class Analysis:
 
     call: Call
     leaves: list[tuple[Leaf, Labels]]
-    outputs: list[Labels | None]
+    outputs: list[Labels | Index | None]
     state: Contracted
     resolution: Resolution
     unknown: list[str]
@@ -189,7 +193,13 @@ class Analysis:
         why = dict.fromkeys(w.split(": ")[-1] for reasons in self.resolution.pinned.values() for w in reasons)
         return f"{operands} -> {results}" + (f" ! {'; '.join(why)}" if why else "")
 
-    def _pattern(self, x: Labels) -> str:
+    def _pattern(self, x: Labels | Index) -> str:
+        tokens = self._tokens(_hot(x) if isinstance(x, Index) else x)
+        if isinstance(x, Index):
+            return f"({' '.join(tokens[:-1])} => {tokens[-1]})"
+        return f"({' '.join(tokens)})"
+
+    def _tokens(self, x: Labels) -> list[str]:
         tokens: list[list[str]] = [[] for _ in x.shape]
         kinds = [dims for dims in sorted({support(c) for c in (*x.columns, *x.inert)}, key=len) if dims]
         for dims in kinds:
@@ -204,7 +214,7 @@ class Analysis:
                 alike = _by_appearance(marks)
                 full = len(np.unique(alike)) == len(alike)
                 tokens[dims[-1]].append("." + ("" if full else str(alike).replace("\n", "")) + where)
-        return "(" + " ".join("&".join(t) or "_" for t in tokens) + ")"
+        return ["&".join(t) or "_" for t in tokens]
 
     def _column(self, raw: Ids, marks: Ids | None) -> str:
         """A column as pieces of one class each."""
@@ -292,7 +302,9 @@ class Analysis:
         after = run(self.call, values)
         for number, (x, y, out) in enumerate(zip(_listed(before), _listed(after), self.outputs, strict=True)):
             if out is not None:
-                here, there = self._names(out, image)
+                if isinstance(out, Index):
+                    x, y = one_hot(x, out.count), one_hot(y, out.count)
+                here, there = self._names(_hot(out) if isinstance(out, Index) else out, image)
                 if not np.array_equal(np.unique(here), np.unique(there)):
                     return f"output {number}: some positions move to where there are none"
                 first = np.unique(here, return_index=True)[1]
@@ -360,6 +372,11 @@ def _by_appearance(numbers: Ids) -> Ids:
     return rank
 
 
+def _hot(x: Index) -> Labels:
+    """The labels of the one-hot vectors that numbers stand for, these along the last dimension."""
+    return x.hot.map(lambda c: c.movedim(0, -1), (*x.shape, x.count))
+
+
 def _close(x: Tensor, y: Tensor) -> bool:
     if x.is_complex():
         x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
@@ -385,7 +402,7 @@ def analyse(call: Call) -> Analysis:
     made: dict[tuple[Any, int], fx.Node] = {}
 
     def emit(x: Any) -> Any:
-        if isinstance(x, Leaf):
+        if id(x) in nodes:
             return nodes[id(x)]
         if not isinstance(x, Call):
             return x
@@ -430,13 +447,23 @@ def analyse(call: Call) -> Analysis:
             returned[at.name] = rule(at, *args, **kwargs)
             return returned[at.name]
 
-        return apply
+        return wraps(rule)(apply)
 
     found = propagate(Program(aten.module, aten, "one op"), recording)
     labels = {id(x): constant(x.value) if x.kind == "constant" else found.labels[names[id(x)]] for x in leaves}
-    outputs = [None if r is None else found.labels.get(r.name) or constant(returned[r.name]) for r in results]
+
+    known: dict[str, Any] = {**found.labels, **found.deferred}
+
+    def output(value: Any) -> Labels | Index:
+        if isinstance(value, Deferred) and not isinstance(value, Index):
+            for c in (c for part in value.parts if part.parameter is not None for c in part.columns):
+                found.units.use(np.unique(core(c, support(c)).numpy()))
+            return value.settle(found.units, "output")
+        return value if isinstance(value, (Labels, Index)) else constant(value)
+
+    outputs = [None if r is None else output(known.get(r.name, returned.get(r.name))) for r in results]
     for y in outputs:
-        if y is not None and y.parameter is not None:
+        if isinstance(y, Labels) and y.parameter is not None:
             for c in y.columns:
                 found.units.use(np.unique(core(c, support(c)).numpy()))
     told = len(found.units.equal), len(found.units.member)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import islice, permutations
 
 import igraph
 import numpy as np
@@ -27,6 +28,35 @@ class Scalars:
         self.arguments: list[list[tuple[Hashable, int]]] = []
         self.values: dict[int, float] = {}
         self._known: dict[Hashable, int] = {}
+        self.begin(())
+
+    def begin(self, script: Sequence[int]) -> None:
+        """Starts to write out what is computed where the first choices among values come out as in the script, and all
+        further ones as the first thing that they can be."""
+        self.script, self.taken, self.options = script, list[int](), list[int]()
+        self.conditions: list[int] = []
+
+    def choose(self, kind: Hashable, values: Sequence[int], count: int) -> tuple[int, ...]:
+        """Which values come first, by size: their places, in order."""
+        number, options = len(self.taken), math.perm(len(values), count)
+        self.options.append(options)
+        self.taken.append(self.script[number] if number < len(self.script) else 0)
+        places = next(islice(permutations(range(len(values)), count), self.taken[-1], None))
+        others = [v for i, v in enumerate(values) if i not in places]
+        first = [values[i] for i in places]
+        self.conditions.append(self.ordered(kind, [*first, self.unordered("others", others)]))
+        return places
+
+    def cases(self, found: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
+        """The outputs, given the conditions and the outputs of every way in which choices come out."""
+        if len(found) == 1:
+            return list(found[0][1])
+        told = [self.unordered("all of", conditions) for conditions, _ in found]
+        every = zip(*(outputs for _, outputs in found), strict=True)
+        return [
+            self.unordered("cases", [self.ordered("case", pair) for pair in zip(told, each, strict=True)])
+            for each in every
+        ]
 
     def _vertex(self, key: Hashable, kind: Hashable, arguments: list[tuple[Hashable, int]]) -> int:
         if key not in self._known:

@@ -67,7 +67,7 @@ class _Closing(Contracted):
 
     def close(self) -> bool:
         """Adds what the classes say of each other to the unit graph; True if there was anything new."""
-        if self._check_places() or self._merge_blocks():
+        if self._check_places() or self._check_followed() or self._merge_blocks():
             return True
         new = False
         for cycle in nx.strongly_connected_components(self._class_graph()):
@@ -119,6 +119,24 @@ class _Closing(Contracted):
         _, first, group = np.unique(alike, axis=1, return_index=True, return_inverse=True)
         differ = members[some] != members[some[first[group.reshape(-1)]]]
         return self._pin([some[differ]], "equal units that look alike have different members")
+
+    def _check_followed(self) -> bool:
+        """Pins places in an order that anything but each other tells apart, and the units that the order is one of."""
+        several = np.bincount(self.unit, minlength=self.count) > 1
+        nested = np.bincount(self.parent, minlength=self.count) > 0
+        new = False
+        for followed in self.units.followed:
+            ids = self.unit[followed.ids]
+            c = int(self.colour[ids[0]])
+            alike = len(self.members(c)) == len(ids) and bool((self.colour[ids] == c).all())
+            free = (
+                alike
+                and not (several | nested | self.pinned)[ids].any()
+                and not any(len(np.unique(block)) > 1 for block in self.maps.get(c, {}).values())
+            )
+            if not free:
+                new |= self._pin([followed.ids, *followed.named], "something tells places apart that are in its order")
+        return new
 
     def _class_graph(self) -> nx.DiGraph[int]:
         graph: nx.DiGraph[int] = nx.DiGraph()
@@ -296,6 +314,9 @@ class _Closing(Contracted):
         graph: nx.DiGraph[int] = nx.DiGraph()
         graph.add_nodes_from(sorted(movable, key=lambda c: int(self.ids(c).min())))
         graph.add_edges_from((p, c) for c in movable for p in free[c][0])
+        # What neither lies on an axis nor holds units that do moves nothing: places in an order, diagonals.
+        on_axes = {c for c in movable if self.roles(c)}
+        graph.remove_nodes_from([c for c in movable if on_axes.isdisjoint({c} | nx.descendants(graph, c))])
         order = list(nx.lexicographical_topological_sort(graph, key=lambda c: int(self.ids(c).min())))
         number = {c: i for i, c in enumerate(order)}
         position = np.zeros(self.count, np.int64)

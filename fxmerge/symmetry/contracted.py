@@ -84,6 +84,8 @@ class Contracted:
         colour = np.zeros(self.count, np.uint64)
         for number, raw in enumerate(self.raw.values()):
             np.add.at(colour, self.unit[raw], mix(np.array([number]))[0])
+        for number, followed in enumerate(self.units.followed):
+            np.add.at(colour, self.unit[followed.ids], mix(np.array([number + (1 << 50)]))[0])
         tags = np.flatnonzero(self.pinned[self.unit] & ~self.is_raw())
         np.add.at(colour, self.unit[tags], mix(self.units.origin(tags) + (1 << 40)))
         colour[self.pinned] = mix(colour[self.pinned] + np.uint64(1))

@@ -58,8 +58,11 @@ def inert(shape: Shape, dims: Iterable[int] | None = None) -> Labels:
     return Labels(shape, (), tuple(axis_column(shape, d) for d in dims if shape[d] > 1))
 
 
-def constant(value: Tensor) -> Labels:
-    """A constant: positions of equal value are alike, others are told apart."""
+def constant(value: Tensor, units: UnitGraph | None = None) -> Labels:
+    """A constant: positions of equal value are alike, others are told apart.
+
+    Where there are units to write to, a diagonal is one: see `diagonals`.
+    """
     if value.numel() == 0 or value.device.type == "meta":
         return inert(tuple(value.shape))
     shape = tuple(value.shape)
@@ -68,7 +71,8 @@ def constant(value: Tensor) -> Labels:
     if not dims:
         return Labels(shape)
     values = np.unique(core(value, dims).numpy(), return_inverse=True)[1]
-    return Labels(shape, (), (spread(torch.from_numpy(values.astype(np.int64)), shape, dims),))
+    labels = Labels(shape, (), (spread(torch.from_numpy(values.astype(np.int64)), shape, dims),))
+    return labels if units is None else diagonals(units, labels, units.node)
 
 
 def _comparable(value: Tensor) -> Tensor:
@@ -83,6 +87,22 @@ def _comparable(value: Tensor) -> Tensor:
         return numbers
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return value.view(bits[value.itemsize])
+
+
+def diagonals(units: UnitGraph, x: Labels, reason: str) -> Labels:
+    """x, with new units along both dimensions of every inert column that has one number on a diagonal and another one
+    beside it: if both dimensions move alike, it stays as it is."""
+    for factor in x.inert:
+        dims = support(factor)
+        own = core(factor, dims)
+        if len(dims) == 2 and own.shape[0] == own.shape[1]:
+            same = torch.eye(len(own), dtype=torch.bool)
+            if all(bool((own[where] == own[where][0]).all()) for where in (same, ~same)):
+                both = torch.from_numpy(units.fresh(len(own), ("diagonal", reason)))
+                lines = Labels(x.shape, tuple(spread(both, x.shape, (d,)) for d in dims))
+                x = replace(x, inert=tuple(f for f in x.inert if f is not factor))
+                x = replace(join(units, x, lines, reason), parameter=x.parameter)
+    return x
 
 
 def _varying(columns: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from fxmerge.models import same_draws
 from fxmerge.program import Program
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import Shape, core, reshape, spread, support
+from fxmerge.symmetry.deferred import Deferred
 from fxmerge.symmetry.double import InSingle
 from fxmerge.symmetry.labels import Labels, inert, pin
 from fxmerge.symmetry.parts import COMMUTATIVE, Part, combine, parts
@@ -51,7 +52,7 @@ class AxisUnits:
 @dataclass
 class Propagation:
     """What a walk over a program found: its units, how often each op was met that has no rule or was probed, and the
-    labels of every node."""
+    labels of every node, apart from those that were deferred."""
 
     program: Program
     units: UnitGraph
@@ -59,6 +60,7 @@ class Propagation:
     unknown: Counter[Any] = field(default_factory=Counter)
     probed: Counter[Any] = field(default_factory=Counter)
     labels: dict[str, Labels] = field(default_factory=dict)
+    deferred: dict[str, Deferred] = field(default_factory=dict)
 
 
 def propagate(
@@ -188,6 +190,8 @@ class _Walk(fx.Interpreter):
             # An object of its own for every node: rules take operands that are one object for one tensor.
             value = replace(value, is_mask=getattr(n.meta.get("val"), "dtype", None) is torch.bool)
             self.found.labels[n.name] = value
+        elif isinstance(value, Deferred):
+            self.found.deferred[n.name] = value
         return value
 
     def _placeholder(self, n: fx.Node) -> Any:
@@ -254,15 +258,17 @@ class _Walk(fx.Interpreter):
         if n.meta.get("val") is None and not n.users:
             return None
         if not isinstance(n.meta.get("val"), (Tensor, tuple, list)):
+            if not n.name.startswith("sym_"):
+                self._settled(n, args, kwargs)
             return concrete(n.meta.get("val"))
-        if n in self.parts and _is_activation(args[0]):
+        if n in self.parts and (isinstance(args[0], Part) or (n.args[0] not in self.parts and _is_activation(args[0]))):
             return self._part(n, *args, **kwargs)
         if n.target is operator.getitem:
             return args[0][args[1]]
         used = frozenset(cast(int, u.args[1]) for u in n.users if u.target is operator.getitem and u.users)
-        site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used)
+        site = rules.Site(self.found.units, n.name, n.target, shape_of(n), used, n)
         if getattr(getattr(n.target, "_schema", None), "is_mutable", False):
-            return self._write(n, args, kwargs)
+            return self._write(n, *self._settled(n, args, kwargs))
         several = isinstance(site.shape, list)
         if all(0 in shape for shape in (site.shape if several else [site.shape])):
             return [Labels(shape) for shape in site.shape] if several else Labels(site.shape)
@@ -273,6 +279,7 @@ class _Walk(fx.Interpreter):
                 if v.parameter not in moved:
                     self._use(v)
             return value
+        args, kwargs = self._settled(n, args, kwargs)
         for v in _labels_in((args, kwargs)):
             self._use(v)
         if self.prober is not None:
@@ -327,11 +334,19 @@ class _Walk(fx.Interpreter):
         rule = self.find_rule(n.target)
         if any(isinstance(a, Part) for a in args):
             return combine(site, *args)
-        return NotImplemented if rule is None else rule(site, *args, **kwargs)
+        return NotImplemented if rule is None else rules.lifting.apply(rule, site, args, kwargs)
+
+    def _settled(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        """The arguments of a node with labels in place of what is deferred."""
+        return rules.lifting.settle(rules.Site(self.found.units, n.name, n.target, None), args, kwargs)
 
     def _output(self, n: fx.Node) -> None:
         for number, node in self.program.numbered_outputs(n):
             value = self.env[node]
+            if isinstance(value, Deferred):
+                for part in value.parts:
+                    self._use(part)
+                value = value.settle(self.found.units, OUTPUT)
             if isinstance(value, Labels):
                 self._use(value)
                 still = [c for c in value.columns if number not in self.free or not self._may_move(c, value)]
@@ -353,16 +368,24 @@ class _Walk(fx.Interpreter):
 
 
 def _labels_in(value: Any) -> list[Labels]:
-    leaves = (v.source if isinstance(v, Part) else v for v in pytree.tree_leaves(value, is_leaf=_is_labelled))
-    return [v for v in leaves if isinstance(v, Labels)]
+    leaves = pytree.tree_leaves(value, is_leaf=_is_labelled)
+    parts = (_labels_of(v) for v in leaves)
+    return [p for own in parts for p in own]
+
+
+def _labels_of(value: Any) -> tuple[Labels, ...]:
+    if isinstance(value, Deferred):
+        return value.parts
+    whole = value.source if isinstance(value, Part) else value
+    return (whole,) if isinstance(whole, Labels) else ()
 
 
 def _is_labelled(value: Any) -> bool:
-    return isinstance(value, (Labels, Part))
+    return isinstance(value, (Labels, Deferred, Part))
 
 
 def _is_activation(value: Any) -> bool:
-    return isinstance(value, Part) or (isinstance(value, Labels) and value.parameter is None)
+    return isinstance(value, Labels) and value.parameter is None
 
 
 def concrete(size: Any) -> Any:

@@ -7,7 +7,7 @@ units. Rules never loop over units; they hand over arrays of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,18 @@ def number_rows(rows: Ids) -> Ids:
     return number(mix(rows.view(np.uint64) ^ mix(np.arange(rows.shape[1]))).sum(axis=1))[1]
 
 
+@dataclass(frozen=True)
+class Followed:
+    """Places in an order, `ids`, whose units go where the order of the units `named` takes them.
+
+    `order` is for the rules: the numbers and the same ones sorted, None where there is no more to be said of these.
+    """
+
+    ids: Ids
+    named: tuple[Ids, ...]
+    order: Any = None
+
+
 @dataclass
 class UnitGraph:
     """Facts about units, appended by the rules and resolved once, by `fxmerge.symmetry.classes`.
@@ -81,6 +93,7 @@ class UnitGraph:
     used: list[Ids] = field(default_factory=list)
     summed: list[Ids] = field(default_factory=list)
     contracted: list[Ids] = field(default_factory=list)
+    followed: list[Followed] = field(default_factory=list)
     node: str = ""
     equal_at: list[str] = field(default_factory=list)
     member_at: list[str] = field(default_factory=list)
@@ -154,6 +167,11 @@ class UnitGraph:
         """A symmetric reduction goes over these units of a parameter, in each of its rows."""
         self.summed.append(ids)
         self.summed_at.append(self.node)
+
+    def follow(self, ids: Ids, named: Sequence[Ids], order: Any = None) -> None:
+        """Where the units `ids` go is told by data and by where the units `named` go: if anything but each other tells
+        them apart, neither move."""
+        self.followed.append(Followed(ids, tuple(named), order))
 
     def segment(self, ids: Ids, reason: str) -> None:
         """The units `ids` are told apart from all others, but may move among themselves."""

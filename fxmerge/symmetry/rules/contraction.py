@@ -36,7 +36,7 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
         if x.parameter is not None:
             # Not so where the other operand has nothing else in common: a bias.
             batch = {a for t in others if len(set(t) & set(term)) > 1 for a in t if a in out}
-            _use_apart(at, x, [d for d, letter in enumerate(term) if letter in batch])
+            use_apart(at, x, [d for d, letter in enumerate(term) if letter in batch])
             if i == len(labels) - 1 or any(y.parameter is None for y in labels):
                 _consume(at, x, [d for d, letter in enumerate(term) if letter not in out])
         sum_over(at.units, x, {d for d, letter in enumerate(term) if letter not in out})
@@ -64,7 +64,7 @@ def _align(at: Site, x: Labels, term: str, space: str, shape: Shape) -> Labels:
     return x.map(lambda c: c.permute(order).reshape(unit).expand(shape), shape)
 
 
-def _use_apart(at: Site, x: Labels, dims: Sequence[int]) -> None:
+def use_apart(at: Site, x: Labels, dims: Sequence[int]) -> None:
     """Tells which rows of a parameter a batched contraction keeps apart."""
     for column in x.columns:
         along = [d for d in dims if d in support(column)]
@@ -84,7 +84,7 @@ def _consume(at: Site, x: Labels, dims: Sequence[int]) -> None:
             at.units.contract(distinct(core(column, support(column)).numpy()))
 
 
-@rule("einsum", contracts=True)
+@rule("einsum", contracts=True, lifts="contracts")
 def einsum(at: Site, equation: str, operands: Sequence[Operand], **kwargs: Any) -> Labels:
     left, _, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
@@ -101,7 +101,7 @@ def einsum(at: Site, equation: str, operands: Sequence[Operand], **kwargs: Any) 
     return contract(at, operands, full, out.replace("...", dots))
 
 
-@rule("linear", contracts=True, adds="bias")
+@rule("linear", contracts=True, adds="bias", lifts="contracts")
 def linear(at: Site, x: Operand, weight: Operand, bias: Operand | None = None) -> Labels:
     batch = string.ascii_lowercase[: len(x.shape) - 1]
     if len(weight.shape) == 1:
@@ -109,7 +109,7 @@ def linear(at: Site, x: Operand, weight: Operand, bias: Operand | None = None) -
     return at.join(contract(at, [x, weight], [batch + "I", "OI"], batch + "O"), bias)
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", contracts=True)
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", contracts=True, lifts="contracts")
 def matmul(at: Site, a: Operand, b: Operand, *args: Any, **kwargs: Any) -> Labels:
     batch = string.ascii_lowercase[: max(len(a.shape), len(b.shape), 2) - 2]
     term_a = "K" if len(a.shape) == 1 else batch[len(batch) - len(a.shape) + 2 :] + "MK"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxmerge.symmetry.deferred import Deferred
 from fxmerge.symmetry.labels import Labels, inert
 from fxmerge.symmetry.rules.registry import Site, rule
 
@@ -16,6 +17,7 @@ from fxmerge.symmetry.rules.registry import Site, rule
     *("pointwise", "where", "masked_fill", "floor_divide", "__and__", "__or__", "__xor__", "multiply", "divide"),
     *("subtract", "true_divide", "absolute", "negative", "square", "polar", "log_sigmoid", "hardswish"),
     *("_prelu_kernel", "complex"),
+    lifts="joins",
 )
 def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     """Joins all operands. Serves every op that torch tags as pointwise."""
@@ -36,6 +38,7 @@ def prelu(at: Site, x: Labels | Tensor, slope: Labels | Tensor) -> Labels:
     *("_to_copy", "to", "clone", "alias", "detach", "contiguous", "lift_fresh_copy", "lift_fresh", "type_as"),
     *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "native_dropout"),
     *("_conj", "resolve_conj", "_conj_physical", "resolve_neg", "_neg_view"),
+    lifts="copies",
 )
 def identity(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Any:
     """Copies, casts, and dropout in eval mode."""
@@ -47,10 +50,14 @@ def copy(at: Site, x: Labels | Tensor, source: Labels | Tensor, *args: Any, **kw
     return at.labels(source).expand(at.shape)
 
 
-@rule("zero", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
-def filled(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels | Tensor:
+@rule(
+    *("zero", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"),
+    takes=True,
+)
+def filled(at: Site, x: Labels | Deferred, *args: Any, **kwargs: Any) -> Labels | Tensor:
     """A constant in the shape, not with the values, of its operand."""
-    if any(isinstance(a, Labels) for a in (*args, *kwargs.values())):
+    values = [at.labels(a) for a in (*args, *kwargs.values()) if isinstance(a, (Labels, Deferred))]
+    if values:
         return Labels(at.shape)
     filled: Tensor = at.target(torch.zeros(x.shape), *args, **kwargs)
     return torch.zeros_like(filled) if "empty" in at.target._schema.name else filled

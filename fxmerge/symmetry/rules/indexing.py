@@ -8,18 +8,40 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxmerge.symmetry.columns import Shape, core, shrink, support
+from fxmerge.symmetry.deferred import Chosen, Deferred, Index, Order, look_up, sorted_by, take_along
 from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce
-from fxmerge.symmetry.rules.movement import write
+from fxmerge.symmetry.rules.lifting import simplest
+from fxmerge.symmetry.rules.movement import assemble, write
 from fxmerge.symmetry.rules.registry import Site, rule
 
-Index = Labels | Tensor
+Operand = Labels | Deferred | Tensor
 
 
-@rule("index", "_unsafe_index")
-def index(at: Site, x: Labels | Tensor, indices: Sequence[Index | None]) -> Labels:
+@rule("index", "_unsafe_index", takes=True)
+def index(at: Site, x: Operand, indices: Sequence[Operand | None]) -> Labels | Deferred:
+    named = [(d, i) for d, i in enumerate(indices) if isinstance(i, Index)]
+    if len(named) == 1 and all(i is None for d, i in enumerate(indices) if d != named[0][0]):
+        table = _named_part(at, at.labels(x), *named[0])
+        if table is not None:
+            return simplest(at, look_up(table, *named[0]))
+    plain = [at.labels(i) if isinstance(i, Deferred) else i for i in indices]
+    if not isinstance(x, Index):
+        return _index(at, x if isinstance(x, Tensor) else at.labels(x), plain)
+    if any(_is_mask(at, d) for d, i in enumerate(indices) if i is not None):
+        return _index(at, at.labels(x), plain)
+    if len(indices) == 1 and isinstance(indices[0], Order):
+        ordered = sorted_by(at.units, x, indices[0])
+        if ordered is not None:
+            return ordered
+    hot = _index(replace(at, shape=(x.count, *at.shape)), x.hot, [None, *plain], first=1)
+    return Index.of(hot)
+
+
+def _index(at: Site, x: Labels | Tensor, indices: Sequence[Labels | Tensor | None], first: int = 0) -> Labels:
+    """`first` is how many dimensions there are before those that the op knows of."""
     if not any(isinstance(i, Labels) for i in indices):
         fixed = [i.to("cpu") if isinstance(i, Tensor) else None for i in indices]
         return _chosen(at, x, lambda c: torch.ops.aten.index(c, fixed))
@@ -27,8 +49,7 @@ def index(at: Site, x: Labels | Tensor, indices: Sequence[Index | None]) -> Labe
     chosen = [at.labels(i) for i in indices if i is not None]
     found = torch.broadcast_shapes(*(i.shape for i in chosen))
     looked_up = (*labels.shape[: dims[0]], *found, *labels.shape[dims[0] + 1 :])
-    # As many positions as there are may be looked up, or be all those that a mask of data took this time.
-    if len(dims) == 1 and (at.shape != looked_up or looked_up == labels.shape):
+    if len(dims) == 1 and (at.shape != looked_up or _is_mask(at, dims[0] - first)):
         return _mask(at, labels, dims[0], chosen[0])
     return _look_up(at, labels, dims, chosen)
 
@@ -37,6 +58,14 @@ def _chosen(at: Site, x: Labels | Tensor, op: Callable[[Tensor], Tensor]) -> Lab
     """What lies along several dimensions of x may meet at the positions that are chosen."""
     y = at.move(at.labels(x), op)
     return replace(at.join(y, y), parameter=y.parameter)
+
+
+def _is_mask(at: Site, dim: int) -> bool:
+    """Whether the index along a dimension may be one that takes the positions where it is true."""
+    if at.target._schema.name not in ("aten::index", "aten::_unsafe_index"):
+        return False
+    chosen: Any = at.node.args[1][dim] if at.node is not None else None  # type: ignore[index]
+    return not isinstance(chosen, fx.Node) or chosen.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 def _mask(at: Site, x: Labels, dim: int, mask: Labels) -> Labels:
@@ -48,13 +77,37 @@ def _mask(at: Site, x: Labels, dim: int, mask: Labels) -> Labels:
     return at.join(kept.reshape(one).expand(at.shape), inert(at.shape, [dim]))
 
 
-@rule("index_select")
-def index_select(at: Site, x: Labels | Tensor, dim: int, chosen: Index) -> Labels:
+def _named_part(at: Site, table: Labels, dim: int, by: Index) -> Labels | None:
+    """The part of a table that has an entry along `dim` for each unit that an index can name, None if there are too few
+    entries."""
+    size = table.shape[dim]
+    if size <= by.count:
+        return table if size == by.count else None
+    shape = (*table.shape[:dim], by.count, *table.shape[dim + 1 :])
+    return move(at.units, table, lambda c: c.narrow(dim, 0, by.count), shape, at.name)
+
+
+@rule("index_select", takes=True)
+def index_select(at: Site, x: Operand, dim: int, chosen: Operand) -> Labels | Deferred:
     return index(at, x, [None] * (dim % len(x.shape)) + [chosen])
 
 
-@rule("embedding")
-def embedding(at: Site, weight: Labels | Tensor, chosen: Index, *args: Any, **kwargs: Any) -> Labels:
+@rule("one_hot", takes=True)
+def one_hot(at: Site, x: Operand, classes: int = -1) -> Labels:
+    """Numbers that name units become columns of these, others positions."""
+    if isinstance(x, Index) and 0 < x.count <= classes:
+        hot = x.hot.map(lambda c: c.movedim(0, -1), (*x.shape, x.count))
+        if classes == x.count:
+            return hot
+        return assemble(at, [hot, torch.zeros(*x.shape, classes - x.count)], lambda c: torch.cat(c, -1), [x.ndim])
+    values = at.labels(x)
+    last = len(at.shape) - 1
+    told = pin(at.units, values, f"{at.name}: values become places")
+    return at.join(told.reshape((*told.shape, 1)), inert(at.shape, [last]), at.shape)
+
+
+@rule("embedding", takes=True)
+def embedding(at: Site, weight: Operand, chosen: Operand, *args: Any, **kwargs: Any) -> Labels | Deferred:
     return index(at, weight, [chosen])
 
 
@@ -71,10 +124,18 @@ def _look_up(at: Site, x: Labels, dims: Sequence[int], chosen: Sequence[Labels])
     return y
 
 
-@rule("gather")
-def gather(at: Site, x: Labels | Tensor, dim: int, chosen: Index, **kwargs: Any) -> Labels:
+@rule("gather", takes=True)
+def gather(at: Site, x: Operand, dim: int, chosen: Operand, **kwargs: Any) -> Labels | Chosen:
     labels = at.labels(x)
     dim %= max(labels.ndim, 1)
+    if isinstance(chosen, Index):
+        table = _named_part(at, labels, dim, chosen) if labels.ndim else None
+        if table is not None:
+            read = (*at.shape[:dim], table.shape[dim], *at.shape[dim + 1 :])
+            part = tuple(slice(0, n) for n in read)
+            seen = move(at.units, table, lambda c: c[part], read, at.name)
+            return simplest(at, take_along(seen, dim, chosen))
+    chosen = at.labels(chosen) if isinstance(chosen, Deferred) else chosen
     if isinstance(chosen, Tensor):
         fixed = chosen.to("cpu")
         return _chosen(at, labels, lambda c: torch.gather(c, dim, fixed))
@@ -86,23 +147,30 @@ def gather(at: Site, x: Labels | Tensor, dim: int, chosen: Index, **kwargs: Any)
     return at.join(taken, chosen, at.shape)
 
 
-@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce")
+@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce", takes=True)
 def scatter(
     at: Site,
-    x: Labels | Tensor,
+    x: Operand,
     dim: int,
-    chosen: Index,
-    source: Labels | Tensor | float = 0.0,
+    chosen: Operand,
+    source: Operand | float = 0.0,
     *args: Any,
     **kwargs: Any,
-) -> Labels:
-    """What is written into x along `dim`, at constant places, or at places given by data."""
+) -> Labels | Index:
+    """What is written into x along `dim`: at the places of units, at constant places, or at places given by data."""
+    name = at.target._schema.name.removeprefix("aten::")
+    copies = name in _COPIES and "reduce" not in kwargs
+    if isinstance(chosen, Order) and copies and x.shape == chosen.shape and _numbers(source, chosen):
+        return chosen.inverse()
     x, source = at.labels(x), at.labels(source)
     dim %= max(x.ndim, 1)
+    if isinstance(chosen, Index) and (name in _COPIES or name in _ADDS):
+        placed = _scatter_to_units(at, x, dim, chosen, source, adds=name in _ADDS)
+        if placed is not None:
+            return placed
     if isinstance(chosen, Tensor) and x.ndim:
-        copies = at.target._schema.name in _COPIES and "reduce" not in kwargs
         whole = chosen.to("cpu")
-        if chosen.ndim < x.ndim or "index_" in at.target._schema.name:  # One place for all of a row.
+        if chosen.ndim < x.ndim or "index_" in name:  # One place for all of a row.
             lines = [1 if d != dim else chosen.numel() for d in range(x.ndim)]
             whole = whole.reshape(lines).expand([n if d != dim else -1 for d, n in enumerate(x.shape)])
         written = _scatter_at(at, x, dim, whole, source, copies, kwargs.get("include_self", True))
@@ -111,8 +179,10 @@ def scatter(
     return _scatter_by_data(at, x, dim, at.labels(chosen), source)
 
 
-_COPIES = ("aten::scatter", "aten::index_copy", "aten::index_fill")
+_COPIES = ("scatter", "index_copy", "index_fill")
 """Ops that leave nothing of what they write over; the others add it up, or reduce it in another way."""
+_ADDS = ("scatter_add", "index_add")
+"""Ops that add up what they write."""
 
 
 def _scatter_at(
@@ -155,9 +225,16 @@ def _write_at(
 
 
 def _scatter_by_data(at: Site, x: Labels, dim: int, chosen: Labels, source: Labels) -> Labels:
-    """Of x, and of what is written into it along `dim`, the other dimensions move on."""
+    """Of x, and of what is written into it along `dim`, the other dimensions move on.
+
+    What is added is not pinned: it does not matter in which order.
+    """
     reason = f"{at.name}: indexed by data"
     y = pin(at.units, x, reason, [dim])
+    if at.target._schema.name == "aten::index_add" and source.ndim == x.ndim and source.shape[:dim] == x.shape[:dim]:
+        told = chosen.reshape((*chosen.shape, *(1,) * (x.ndim - dim - 1)))
+        added = at.reduce(at.join(source, told), [dim], keepdim=True)
+        return at.join(at.join(y, added), inert(at.shape, [dim]))
     written = [source] if chosen.ndim < x.ndim else [source, chosen]
     pin(at.units, chosen, reason, [dim] if chosen.ndim == x.ndim else None)
     for part in written:
@@ -170,28 +247,63 @@ def _scatter_by_data(at: Site, x: Labels, dim: int, chosen: Labels, source: Labe
     return at.join(y, inert(at.shape, [dim]))
 
 
-@rule("index_put", "_unsafe_index_put")
+def _numbers(source: Any, order: Order) -> bool:
+    """Whether these are the numbers of the places in an order."""
+    size = order.order.shape[0]
+    return isinstance(source, Tensor) and torch.equal(source.long().cpu(), torch.arange(size))
+
+
+def _scatter_to_units(at: Site, x: Labels, dim: int, by: Index, source: Labels, *, adds: bool) -> Labels | None:
+    """What is written along `dim` at the places of the units that an index names; None where these are not all."""
+    shape = (*x.shape[:dim], -1, *x.shape[dim + 1 :])
+    if by.ndim < x.ndim:
+        by = by.reshape((*(1,) * dim, *by.shape, *(1,) * (x.ndim - dim - 1)))
+        by = by.expand(tuple(by.shape[dim] if n < 0 else n for n in shape))
+    read = tuple(by.shape[dim] if n < 0 else n for n in shape)
+    fits = source.ndim in (0, x.ndim) and all(n >= m for n, m in zip(source.shape, read, strict=False))
+    if by.count != x.shape[dim] or by.shape != read or not fits:
+        return None
+    if source.ndim:
+        part = tuple(slice(0, n) for n in read)
+        source = move(at.units, source, lambda c: c[part], read, at.name)
+    both = at.join(by.hot, source, by.hot.shape)
+    if not adds and source.ndim:  # Of what is written to one place twice, the last is kept.
+        both = pin(at.units, both, f"{at.name}: indexed by data", [dim + 1])
+    placed = at.reduce(both, [dim + 1])
+    order = (*range(1, dim + 1), 0, *range(dim + 1, x.ndim))
+    return at.join(x, placed.map(lambda c: c.permute(order), x.shape))
+
+
+@rule("index_put", "_unsafe_index_put", takes=True)
 def index_put(
-    at: Site, x: Labels | Tensor, indices: Sequence[Index | None], values: Labels | Tensor, accumulate: bool = False
-) -> Labels:
-    """What is written at constant places, where a mask of data is true, or at places given by data."""
+    at: Site, x: Operand, indices: Sequence[Operand | None], values: Operand, accumulate: bool = False
+) -> Labels | Index:
+    """What is written in an order, at constant places, where a mask of data is true, or at places given by data."""
+    if len(indices) == 1 and isinstance(indices[0], Order) and not accumulate and x.shape[0] == indices[0].most:
+        if _numbers(values, indices[0]) and len(x.shape) == 1:
+            return indices[0].inverse()
+        order = indices[0].order
+        told = order.reshape((*order.shape, *(1,) * (len(at.shape) - 1)))
+        written = at.join(at.labels(values), told, at.shape)
+        return at.join(at.reduce(written, [0], keepdim=True).expand(at.shape), inert(at.shape, [0]))
     labels, source = at.labels(x), at.labels(values)
-    if isinstance(values, Tensor) and not source.inert:
+    if isinstance(values, Tensor) and not source.inert and not source.columns:
         source = Labels(())  # One value for all places.
-    chosen = [i for i in indices if i is not None]
-    if not any(isinstance(i, Labels) for i in chosen):
-        dims, places, first = _places_of_indices(labels.shape, indices)
-        written = _write_at(at, labels, dims, places, first, source, not accumulate)
-        if written is not None:
-            return written
-    after = labels.ndim - len(indices) + 1 - len(chosen[0].shape)
+    settled = [at.labels(i) if isinstance(i, Deferred) else i for i in indices]
+    if not any(isinstance(i, Labels) for i in settled):
+        dims, places, first = _places_of_indices(labels.shape, settled)
+        placed = _write_at(at, labels, dims, places, first, source, not accumulate)
+        if placed is not None:
+            return placed
+    chosen = [i for i in settled if i is not None]
+    after = labels.ndim - len(settled) + 1 - len(chosen[0].shape)
     if len(chosen) == 1 and isinstance(chosen[0], Labels) and chosen[0].is_mask and source.ndim <= after:
         # Wherever it is true the same is written: pointwise.
         return at.join(at.join(labels, chosen[0].reshape((*chosen[0].shape, *(1,) * after))), source)
-    return _put_by_data(at, labels, indices, source)
+    return _put_by_data(at, labels, settled, source)
 
 
-def _places_of_indices(shape: Shape, indices: Sequence[Index | None]) -> tuple[list[int], Tensor, int]:
+def _places_of_indices(shape: Shape, indices: Sequence[Labels | Tensor | None]) -> tuple[list[int], Tensor, int]:
     """The dimensions that constant indices stand for, the places over them, and where these lie in what is read."""
     full: list[Any] = []
     for i in indices:
@@ -203,7 +315,7 @@ def _places_of_indices(shape: Shape, indices: Sequence[Index | None]) -> tuple[l
     return dims, places, dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
 
 
-def _put_by_data(at: Site, x: Labels, indices: Sequence[Index | None], source: Labels) -> Labels:
+def _put_by_data(at: Site, x: Labels, indices: Sequence[Labels | Tensor | None], source: Labels) -> Labels:
     """As a scatter: the leading dimensions, which are indexed, stay, and the others move on."""
     reason = f"{at.name}: indexed by data"
     chosen = [at.labels(i) for i in indices if i is not None]
@@ -220,7 +332,7 @@ def _put_by_data(at: Site, x: Labels, indices: Sequence[Index | None], source: L
 
 
 @rule("masked_scatter")
-def masked_scatter(at: Site, x: Labels | Tensor, mask: Index, source: Labels | Tensor) -> Labels:
+def masked_scatter(at: Site, x: Labels | Tensor, mask: Labels | Tensor, source: Labels | Tensor) -> Labels | Index:
     """The entries of the source, in their order, are put where the mask is true."""
     labels, source = at.labels(x).expand(at.shape), at.labels(source)
     if isinstance(mask, Tensor):

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, shrink, spread, support
-from fxmerge.symmetry.labels import MAX_INERT, Labels, move, prune, reduce
+from fxmerge.symmetry.labels import MAX_INERT, Labels, diagonals, move, prune, reduce
 from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import NOTHING, distinct
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze")
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze", lifts="views")
 def view(at: Site, x: Labels, *args: Any) -> Labels:
-    return x.reshape(at.shape)
+    return diagonals(at.units, x.reshape(at.shape), at.name)
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@rule("expand", "expand_as", "broadcast_to", lifts="aligns")
 def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return x.expand(at.shape)
 
@@ -33,6 +33,7 @@ def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     *("repeat", "repeat_interleave", "tile", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     *("native_channel_shuffle", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided", "fft_fftshift", "fft_ifftshift"),
+    lifts="moves",
 )
 def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return move(at.units, x, on_columns(at.target, *args, **kwargs), at.shape, at.name)
@@ -69,7 +70,7 @@ def diagonal(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return at.join(y, y)
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split")
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split", lifts="moves")
 def split(at: Site, x: Labels, *args: Any, **kwargs: Any) -> list[Labels]:
     def piece(i: int) -> Callable[[Tensor], Tensor]:
         return lambda column: at.target(column, *args, **kwargs)[i]
@@ -249,7 +250,8 @@ def write(
         return at.join(labels, added)
     mask = (count > 0).reshape([shape[d] if d in dims else 1 for d in range(len(shape))])
     _overwritten(at, labels, mask)
-    written = assemble(at, [x, added], lambda columns: torch.where(mask, columns[1], columns[0]), dims)
+    whole = labels if labels.columns else x  # Units of a diagonal are not to be made twice.
+    written = assemble(at, [whole, added], lambda columns: torch.where(mask, columns[1], columns[0]), dims)
     return at.join(written, written)
 
 

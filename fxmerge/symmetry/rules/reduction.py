@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fxmerge.symmetry.columns import core, support
+from fxmerge.symmetry.deferred import Counts, Deferred, Index, Order
+from fxmerge.symmetry.deferred import sort as sort_index
 from fxmerge.symmetry.labels import Labels, inert, join, pin, reduce, sum_over
+from fxmerge.symmetry.relate import relate
+from fxmerge.symmetry.rules import ties
 from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule
 
 Dims = int | Sequence[int] | None
@@ -44,29 +55,71 @@ def extremum(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Any:
     if at.target._schema.name == "aten::kthvalue":
         args = args[1:]
     dims = args[0] if args else kwargs.get("dim", -1)
-    if 1 in at.used:
+    if 1 not in at.used:
+        return [reduce_to(at, x, dims, shape) for shape in at.shape]
+    if at.target._schema.name == "aten::mode":
         x = pin(at.units, x, f"{at.name}: index along the dimension", normalize_dims(dims, x.ndim))
-    return [reduce_to(at, x, dims, shape) for shape in at.shape]
+        return [reduce_to(at, x, dims, shape) for shape in at.shape]
+    values = reduce(at.units, x, normalize_dims(dims, x.ndim), at.name, keepdim=True).reshape(at.shape[0])
+    return [values, argument(replace(at, shape=at.shape[1]), x, dims)]
 
 
 @rule("argmax", "argmin")
-def argument(at: Site, x: Labels, dim: int | None = None, *args: Any, **kwargs: Any) -> Labels:
-    x = pin(at.units, x, f"{at.name}: index along the dimension", normalize_dims(dim, x.ndim))
-    return reduce_to(at, x, dim, at.shape)
+def argument(at: Site, x: Labels, dim: int | None = None, *args: Any, **kwargs: Any) -> Labels | Index:
+    """A number that names the unit at which the extremum is."""
+    if x.ndim == 0:
+        return x
+    flat, dim = (x.reshape((math.prod(x.shape),)), 0) if dim is None else (x, dim % x.ndim)
+    return _named(at, flat, dim, lambda hot: hot.reshape((hot.shape[0], *at.shape)))
 
 
-@rule("topk", "sort", "msort", "argsort")
-def order(at: Site, x: Labels, *args: Any, dim: int = -1, **kwargs: Any) -> Any:
+def _named(at: Site, x: Labels, dim: int, arrange: Callable[[Labels], Labels]) -> Labels | Index:
+    """Numbers that name units along a dimension of x by their values; `arrange` gives one-hot vectors, of which it gets
+    the units as the first dimension, the shape of the numbers."""
+    along = [c for c in x.columns if dim in support(c)]
+    if not along or not all(_differ(c, dim) for c in along) or ties.possible(at.node):
+        x = pin(at.units, x, f"{at.name}: index along the dimension", [dim])
+        reduced = reduce(at.units, x, [dim], at.name)
+        return arrange(reduced.reshape((1, *reduced.shape))).reshape(at.shape)
+    for a, b in combinations(along, 2):
+        relate(at.units, a, b, at.name)
+    hot = at.join(x, reduce(at.units, x, [dim], at.name, keepdim=True), x.shape)
+    return Index.of(arrange(hot.map(lambda c: c.movedim(dim, 0), (x.shape[dim], *x.shape[:dim], *x.shape[dim + 1 :]))))
+
+
+def _differ(column: Tensor, dim: int) -> bool:
+    """Whether no unit is there twice along a dimension."""
+    ids = core(column, [*(d for d in support(column) if d != dim), dim]).sort(-1)[0]
+    return not bool((ids.diff(dim=-1) == 0).any())
+
+
+@rule("topk", "sort", "msort", "argsort", takes=True)
+def order(at: Site, x: Labels | Deferred, *args: Any, dim: int = -1, **kwargs: Any) -> Any:
     """Sorted values forget where they were, which the indices tell."""
     name, shapes = at.target._schema.name, at.shape if isinstance(at.shape, list) else [at.shape]
-    dim = 0 if name == "aten::msort" else dim
-    dim = next((a for a in args[name == "aten::topk" :] if isinstance(a, int) and not isinstance(a, bool)), dim) % max(
-        x.ndim, 1
-    )
-    if 1 in at.used or name == "aten::argsort":
-        x = pin(at.units, x, f"{at.name}: index along the dimension", [dim])
-    ordered = at.join(reduce(at.units, x, [dim], at.name, keepdim=True), inert(shapes[0], [dim]), shapes[0])
-    return [ordered] * len(shapes) if isinstance(at.shape, list) else ordered
+    whole = [a for a in args[name == "aten::topk" :] if isinstance(a, int) and not isinstance(a, bool)]
+    dim = (0 if name == "aten::msort" else whole[0] if whole else dim) % max(x.ndim, 1)
+    if name == "aten::argsort" and isinstance(x, Order):
+        return x.inverse()
+    if name in ("aten::sort", "aten::argsort") and isinstance(x, Index) and x.ndim == 1 and x.names_alike:
+        flags = [a for a in (*args, kwargs.get("descending", False)) if isinstance(a, bool)]
+        ordered, places = sort_index(at.units, x, ascending=not any(flags))
+        return [ordered, places] if isinstance(at.shape, list) else places
+    x = at.labels(x)
+    indexed = name == "aten::argsort" or 1 in at.used
+    if name == "aten::topk" and kwargs.get("sorted", args[3] if len(args) > 3 else True) is False:
+        x = pin(at.units, x, f"{at.name}: in an order that is not told", [dim])
+    reduced = reduce(at.units, x, [dim], at.name, keepdim=True)
+    values = at.join(reduced, inert(shapes[0], [dim]), shapes[0])
+    if not indexed or x.ndim == 0:
+        return [values] * len(shapes) if isinstance(at.shape, list) else values
+
+    def ranked(hot: Labels) -> Labels:
+        one = hot.reshape((*hot.shape[: dim + 1], 1, *hot.shape[dim + 1 :]))
+        return at.join(one, inert((hot.shape[0], *shapes[-1]), [dim + 1]), (hot.shape[0], *shapes[-1]))
+
+    indices = _named(replace(at, shape=shapes[-1]), x, dim, ranked)
+    return [values, indices] if isinstance(at.shape, list) else indices
 
 
 @rule("aminmax")
@@ -74,13 +127,27 @@ def extremes(at: Site, x: Labels, dim: Dims = None, keepdim: bool = False) -> li
     return [reduce_to(at, x, dim, shape) for shape in at.shape]
 
 
-@rule("histc", "bincount", "nonzero", "_unique2", "unique_consecutive")
+@rule("histc", "bincount", "nonzero", "_unique2", "unique_consecutive", takes=True)
 def unordered(at: Site, *args: Any, **kwargs: Any) -> Any:
-    """Values become places: nothing moves on."""
+    """Values become places: nothing moves on. Of numbers that name units, each unit has a place."""
+    if isinstance(args[0], Index) and _each_has_its_place(at, *args, **kwargs):
+        counts = reduce(at.units, args[0].hot, range(1, args[0].hot.ndim), at.name)
+        return Counts(counts, args[0].source) if args[0].is_complete else counts
     for x in (*args, *kwargs.values()):
-        if isinstance(x, Labels):
+        if isinstance(x, (Labels, Deferred)):
+            x = at.labels(x)
             pin(at.units, x, f"{at.name}: values become places")
     return [inert(s) for s in at.shape] if isinstance(at.shape, list) else inert(at.shape)
+
+
+def _each_has_its_place(at: Site, x: Index, *args: Any, **kwargs: Any) -> bool:
+    """Whether a histogram has one place for each unit that is named, in order."""
+    others = any(isinstance(a, (Labels, Deferred, Tensor)) for a in (*args, *kwargs.values()))
+    if others or at.target._schema.name not in ("aten::histc", "aten::bincount") or at.shape != (x.count,):
+        return False
+    kind = torch.float32 if at.target._schema.name == "aten::histc" else torch.int64
+    rows = [at.target(torch.tensor([number], dtype=kind), *args, **kwargs) for number in range(x.count)]
+    return all(r.shape == at.shape for r in rows) and torch.equal(torch.stack(rows).long(), torch.eye(x.count).long())
 
 
 def _in_order(at: Site, x: Labels, dims: Sequence[int], shape: tuple[int, ...]) -> Labels:
@@ -93,10 +160,13 @@ def _in_order(at: Site, x: Labels, dims: Sequence[int], shape: tuple[int, ...]) 
     return at.join(reduce(at.units, placed, dims, at.name, keepdim=True), inert(shape, dims), shape)
 
 
-@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff")
-def cumulative(at: Site, x: Labels, *args: Any, dim: int = -1, **kwargs: Any) -> Any:
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff", takes=True)
+def cumulative(at: Site, x: Labels | Deferred, *args: Any, dim: int = -1, **kwargs: Any) -> Any:
     position = int(at.target._schema.name == "aten::diff")
     dim = args[position] if len(args) > position else dim
+    if isinstance(x, Counts) and not x.ends and at.target._schema.name == "aten::cumsum":
+        return replace(x, ends=True)
+    x = at.labels(x)
     if isinstance(at.shape, list):
         return [_in_order(at, x, [dim], shape) for shape in at.shape]
     return _in_order(at, x, [dim], at.shape)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.symmetry.columns import Shape
+from fxmerge.symmetry.deferred import Deferred
 from fxmerge.symmetry.labels import Labels, constant, join, move, pin, reduce
 from fxmerge.symmetry.units import UnitGraph
 
@@ -21,7 +22,8 @@ Value = Any
 class Site:
     """Where a rule is applied: the unit graph it writes to, the node's name and op, and the shape of its output.
 
-    Where the op has several outputs, `shape` is a list of shapes, and `used` tells which of them are read.
+    Where the op has several outputs, `shape` is a list of shapes, and `used` tells which of them are read. `node` is
+    the node itself, if the op is one of a graph.
     """
 
     units: UnitGraph
@@ -29,12 +31,15 @@ class Site:
     target: Any
     shape: Any
     used: frozenset[int] = frozenset()
+    node: fx.Node | None = None
 
-    def labels(self, value: Labels | Tensor | float) -> Labels:
+    def labels(self, value: Labels | Deferred | Tensor | float) -> Labels:
         """The labels of an operand, which may be a constant."""
         if isinstance(value, Labels):
             return value
-        return constant(value) if isinstance(value, Tensor) else Labels(())
+        if isinstance(value, Deferred):
+            return value.settle(self.units, self.name)
+        return constant(value, self.units) if isinstance(value, Tensor) else Labels(())
 
     def join(self, x: Labels, y: Labels | Tensor | None, shape: Shape | None = None) -> Labels:
         """`fxmerge.symmetry.labels.join` after broadcasting both to `shape` (by default that of x)."""
@@ -65,16 +70,27 @@ _CONTRACTIONS: dict[str, str] = {}
 """The ops that sum products, and the name in its schema of the operand that each only adds."""
 
 
-def rule(*names: str, contracts: bool = False, adds: str = "") -> Callable[[R], R]:
+LIFTS = "lifts"
+"""The attribute of a rule that serves operands with one more dimension before all others. It says how: "copies" or
+"views" its operand, "moves" positions, "aligns" dimensions at the right, "joins" point by point, or "contracts"."""
+TAKES = "takes"
+"""The attribute of a rule that is given `Deferred` operands as they are."""
+
+
+def rule(
+    *names: str, contracts: bool = False, adds: str = "", lifts: str = "", takes: bool = False
+) -> Callable[[R], R]:
     """Registers a rule for all overloads of the named ops (`"linear"` means `aten::linear`).
 
     A rule takes a `Site` and the op's own arguments, in which every tensor is either `Labels` or,
     if it is a constant, a `torch.Tensor`; it returns the `Labels` of the output. `contracts` says that
     the ops sum products of their operands, so that they consume the units of these, but for the one that is only
-    added, which `adds` names as the ops' schemas do.
+    added, which `adds` names as the ops' schemas do. For `lifts` and `takes` see `LIFTS` and `TAKES`.
     """
 
     def register(function: R) -> R:
+        setattr(function, LIFTS, lifts)
+        setattr(function, TAKES, takes)
         for name in names:
             full = name if "::" in name else f"aten::{name}"
             _RULES[full] = function

@@ -1,0 +1,67 @@
+"""Language models with experts, as transformers defines them: experts move, and so do the units inside of each."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+import fxmerge
+
+EXPERTS, UNITS, STREAM, HEADS, LAYERS = 4, 8, 8, 2, 1
+HEAD = STREAM // HEADS
+
+SHARED: dict[str, Any] = {
+    "vocab_size": 11,
+    "hidden_size": STREAM,
+    "intermediate_size": UNITS,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32,
+    "use_cache": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+MODELS: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
+    "Mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": EXPERTS, "head_dim": HEAD}),
+    "OLMoE": (OlmoeForCausalLM, OlmoeConfig, {"num_experts": EXPERTS}),
+    "Qwen3-MoE": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {"num_experts": EXPERTS, "moe_intermediate_size": UNITS, "head_dim": HEAD},
+    ),
+}
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_and_the_units_inside_of_each_move(name: str, experts: str) -> None:
+    make, configure, own = MODELS[name]
+    torch.manual_seed(0)
+    model = make(configure(**SHARED, **own, experts_implementation=experts)).eval()
+    assert model.config._experts_implementation == experts
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1))
+    ids = torch.randint(0, 11, (2, 12))
+    symmetry = fxmerge.find_symmetry(model, (ids,))
+    # The stream; experts, and units of each; heads, and of these, which rotary positions leave, the values.
+    sizes = [STREAM, EXPERTS, *[UNITS] * EXPERTS, HEADS, *[HEAD] * HEADS]
+    assert symmetry.log_order() == pytest.approx(sum(math.lgamma(n + 1) for n in sizes), rel=1e-9), symmetry
+    assert not symmetry.unknown
+    verified = symmetry.verify(model, (ids,), trials=4)
+    assert verified.demoted == ()
+    assert verified.error is not None
+    assert verified.error < 1e-9
