@@ -694,6 +694,32 @@ def reshaped_and_pooled() -> tuple[nn.Module, tuple[Any, ...]]:
     return nn.Sequential(*layers, nn.Conv2d(3, 1, (1, 2)), nn.AvgPool2d((2, 1), 1)), (torch.randn(1, 2),)
 
 
+class Halves(nn.Module):
+    """A function of both halves of the channels: a simple gate, or a maxout."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.combine = combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.combine(*x.chunk(2, 1))
+
+
+@case("simple gate")
+def simple_gate() -> tuple[nn.Module, tuple[Any, ...]]:
+    return nn.Sequential(nn.Conv2d(2, 6, 1), Halves(torch.mul), nn.Conv2d(3, 2, (1, 2))), image(2, 1, 3)
+
+
+@case("maxout")
+def maxout() -> tuple[nn.Module, tuple[Any, ...]]:
+    return nn.Sequential(nn.Linear(2, 6), Halves(torch.maximum), nn.Linear(3, 2)), (torch.randn(1, 2),)
+
+
+@case("pooled units")
+def pooled_units() -> tuple[nn.Module, tuple[Any, ...]]:
+    return nn.Sequential(nn.Linear(2, 6), nn.MaxPool1d(2), nn.Linear(3, 2)), tokens(2, 2)
+
+
 @case("pixel unshuffle")
 def pixel_unshuffle() -> tuple[nn.Module, tuple[Any, ...]]:
     return nn.Sequential(

@@ -81,7 +81,7 @@ MAKE: dict[str, Callable[[Tensor], Any]] = {
 ROUTES = {
     "symbolic_trace": lambda x: x,
     "torch.export": lambda x: x + 0 if x.shape[1] > 2 else x,
-    "make_fx (path of the example)": lambda x: x + 0 if bool(x.sum() > -1e9) else x,
+    "whole": lambda x: x + 0 if bool(x.sum() > -1e9) else x,
 }
 
 
