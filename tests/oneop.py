@@ -337,10 +337,15 @@ class Analysis:
 
     @cached_property
     def _roles(self) -> Ids:
-        """For every raw unit on an axis, the number of the part of the axis that holds each unit once."""
+        """For every raw unit on an axis, the number of the part of the axis that holds each unit once.
+
+        Units that do not move may all be equal: each is a part.
+        """
+        moving = [r.raw for c in self.resolution.classes for r in c.roles]
+        still = [raw for reasons in self.resolution.pinned.values() for ids in reasons.values() for raw in ids]
         roles = np.zeros(self.state.units.size, np.int64)
-        for number, role in enumerate((r for c in self.resolution.classes for r in c.roles), start=1):
-            roles[role.raw] = number
+        for number, raw in enumerate([*moving, *still], start=1):
+            roles[raw] = number
         return roles
 
     def _names(self, labels: Labels, image: Ids) -> tuple[Ids, Ids]:
