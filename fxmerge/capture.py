@@ -329,13 +329,14 @@ def _check_same(views: _Views, module: nn.Module) -> None:
     try:
         _set(own, values)
         got = models.run(module, views.args, views.kwargs)
+        if pytree.tree_structure(expected) != pytree.tree_structure(got):
+            names = type(got).__name__, type(expected).__name__
+            raise TypeError(f"the outputs are a {names[0]}, and not a {names[1]} as the model's")
+        for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
+            if isinstance(a, Tensor):
+                torch.testing.assert_close(b, a, equal_nan=True)
     finally:
-        _set(own, kept)
-    if pytree.tree_structure(expected) != pytree.tree_structure(got):
-        raise TypeError(f"the outputs are a {type(got).__name__}, and not a {type(expected).__name__} as the model's")
-    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
-        if isinstance(a, Tensor):
-            torch.testing.assert_close(b, a, equal_nan=True)
+        _set(own, kept)  # Not before: an output may be a parameter itself.
 
 
 def _set(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

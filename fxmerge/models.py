@@ -159,7 +159,7 @@ def same_draws(*places: Any, seed: int = 0) -> Iterator[None]:
         seed: which numbers are drawn.
     """
     found = {t.device for t in places if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta")}
-    kinds = sorted({device.type for device in found})
+    kinds = sorted(k for k in {device.type for device in found} if hasattr(torch.get_device_module(k), "get_rng_state"))
     kind = kinds[0] if kinds else "cuda"
     with torch.random.fork_rng(devices=[d for d in found if d.type == kind], device_type=kind):
         torch.manual_seed(seed)

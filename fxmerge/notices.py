@@ -31,12 +31,14 @@ def warn_of_outputs(found: Propagation, symmetry: Symmetry, flow: Mapping[Axis, 
         held += tensor.numel() * (1 - float(np.prod([1 - share for share in shares])))
         total += tensor.numel()
     if held > MANY * total:
+        names = _outputs(found, symmetry)
         logger.warning(
             "%.0f%% of the parameter entries cannot move along an axis whose units are outputs of the model: %s. "
-            "If nothing depends on their order, as of features whose head is not part of the model, pass free=%r.",
+            "If nothing depends on the order along one of these, as of features whose head is not part of the model, "
+            "name it: free=[%r].",
             100 * held / total,
-            ", ".join(_outputs(found, symmetry)),
-            "output",
+            ", ".join(names),
+            names[-1],
         )
 
 

@@ -212,21 +212,20 @@ class Data:
             The first of those batches that have the fewest sizes below two beyond the batch size, which torch takes for
             constants. And the shapes of all; batches structured unlike the first are left to those who run them.
         """
-        first = chosen = self.first()
-        _, spec = pytree.tree_flatten(first)
-        least = math.inf
+        chosen, spec, least = None, None, math.inf
         seen: defaultdict[int, set[tuple[int, ...]]] = defaultdict(set)
         for batch in self.loader:
             args, kwargs = self.inputs(batch)
             leaves, own = pytree.tree_flatten((tuple(args), dict(kwargs)))
+            spec = own if spec is None else spec
             if own == spec:
                 shapes = {i: tuple(leaf.shape) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
                 constant = sum(size < 2 for shape in shapes.values() for size in shape[1:])
                 if constant < least:
-                    chosen, least = (first if least == math.inf else self._call(batch)), constant
+                    chosen, least = self._call(batch), constant
                 for i, shape in shapes.items():
                     seen[i].add(shape)
-        return chosen, seen
+        return self.first() if chosen is None else chosen, seen
 
     def _call(self, batch: Any) -> Call:
         call = self.inputs(batch)

@@ -117,8 +117,8 @@ def test_models_stay_as_they_are_and_the_loader_is_read_a_few_times() -> None:
     loader = Counting()
     fxmerge.merge(a, b, loader, alpha="auto")
     assert all(torch.equal(m.state_dict()[k], v) for m, s in zip((a, b), before, strict=True) for k, v in s.items())
-    # The first batch and the activations; statistics and judging of each candidate; statistics of the result.
-    assert loader.passes == 2 + 2 * len(CANDIDATES) + 1
+    # The first batch, the shapes, the activations; statistics and judging of each candidate; statistics of the result.
+    assert loader.passes == 3 + 2 * len(CANDIDATES) + 1
 
 
 @pytest.mark.parametrize("alpha", ["auto", {"a.weight[0]": 0.0}, 0.25])

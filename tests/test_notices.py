@@ -39,7 +39,7 @@ def test_outputs_that_hold_most_parameters_are_named(caplog: pytest.LogCaptureFi
     assert (
         text.startswith("97% of the parameter entries")
         and "model: output['features']. If" in text
-        and "free='output'" in text
+        and "free=[\"output['features']\"]" in text
     )
     caplog.clear()
     fxmerge.merge(Backbone(0), Backbone(1), [X], free="output", combine="average")

@@ -171,5 +171,5 @@ def test_batches_that_come_in_another_order_are_checked_each_time() -> None:
 def test_the_warning_names_what_is_fixed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="fxmerge"):
         captured = fxmerge.capture(Messages(lambda to: int(to.numpy().max()) + 1), (graph(6, 4),))
-    assert "whatever depends on values of \"graph['edges']\"" in caplog.text
+    assert "whatever depends on the values of \"graph['edges']\"" in caplog.text
     assert captured(graph=graph(6, 4)).shape == (5, 2)
