@@ -119,11 +119,18 @@ def emitted(model: nn.Module, graph: fx.Graph, source: nn.Module) -> fx.GraphMod
     return module
 
 
-def duplicate(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy with all parameters, buffers and modules in order; `copy.deepcopy` keeps only what the graph reads."""
+def duplicate(module: fx.GraphModule, memo: dict[int, Any] | None = None) -> fx.GraphModule:
+    """A copy with all parameters, buffers and modules in order, under all their names, and with the version.
+
+    The `copy.deepcopy` of a GraphModule loses second names and the version of the root.
+
+    Arguments:
+        module: what is to be copied.
+        memo: copies of objects by their id, as for `copy.deepcopy`.
+    """
+    memo = {} if memo is None else memo
     if isinstance(module, Whole):
-        return copy.deepcopy(module)
-    memo: dict[int, Any] = {}
+        return copy.deepcopy(module, memo)
     trees = copy.deepcopy({name: module.__dict__[name] for name in (*TREE, "training")}, memo)
     made = copy.deepcopy(module, memo)
     made.__dict__.update(trees)

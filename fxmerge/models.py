@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo import OptimizedModule
 from torch.export import ExportedProgram
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxmerge.emission import duplicate
 from fxmerge.errors import OptionError
 
 Model = nn.Module | ExportedProgram
@@ -129,7 +130,7 @@ def apart(model: nn.Module) -> nn.Module:
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A copy of a model, also of one that keeps what it has derived from its parameters, as hooks of pruning do."""
     with _Derived():
-        return copy.deepcopy(model, memo)
+        return duplicate(model, memo) if isinstance(model, fx.GraphModule) else copy.deepcopy(model, memo)
 
 
 class _Derived(TorchFunctionMode):

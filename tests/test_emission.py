@@ -252,6 +252,16 @@ def test_tied_parameters_stay_tied() -> None:
     assert emitted.get_submodule("again") is emitted.get_submodule("first")
 
 
+def test_what_is_emitted_can_be_merged_again() -> None:
+    x = torch.randn(16, 4)
+    for make in (Constants, Versioned):
+        first, second = emit(make().eval(), x), emit(make().eval(), x)
+        merged = fxmerge.merge(first, second, [x])
+        assert list(merged.state_dict()) == list(make().state_dict())
+        assert merged.state_dict()._metadata == make().state_dict()._metadata
+        make().load_state_dict(merged.state_dict())
+
+
 def test_an_exported_program_keeps_its_keys() -> None:
     model, x = Constants().eval(), torch.randn(3, 4)
     emitted = emit(torch.export.export(model, (x,)), x)  # type: ignore[arg-type]
