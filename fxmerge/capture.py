@@ -169,7 +169,9 @@ class _Views:
         if self.failure is not None:
             raise self.failure
         try:
-            program, self.narrower = _export(self.model, self.args, self.kwargs, self.varying)
+            # Of a copy: what a model keeps of this run is of tensors without values.
+            model = models.apart(self.model)
+            program, self.narrower = _export(model, self.args, self.kwargs, self.varying)
         except Exception as error:
             self.failure = error
             raise
