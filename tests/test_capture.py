@@ -201,22 +201,28 @@ def test_a_configuration_that_cannot_be_changed_is_left() -> None:
     assert model.config.use_cache is True
 
 
+class Positions:
+    """An object that is no module."""
+
+    last: Tensor | None = None
+
+
 class Keeps(nn.Module):
-    """Keeps what it has computed of the shape of its inputs, as some models keep their positions."""
+    """Keeps the positions that it has computed last, in an object that torch does not see."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(3, 4)
-        self.kept: Tensor | None = None
+        self.positions = Positions()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kept is None or len(self.kept) != x.shape[1]:
-            self.kept = torch.arange(x.shape[1]) + torch.zeros_like(x[0, :, 0])
-        return self.linear(x + self.kept[:, None])  # type: ignore[no-any-return]
+        if x.shape[0] > 0:
+            self.positions.last = torch.arange(x.shape[1], device=x.device) + 0.5
+        return self.linear(x + self.positions.last[:, None])  # type: ignore[no-any-return]
 
 
 def test_what_a_model_keeps_of_a_trace_is_not_kept() -> None:
     model, x = Keeps(), torch.randn(2, 5, 3)
     program = capture_program(model, (x,))
-    assert model.kept is None
+    assert model.positions.last is None
     torch.testing.assert_close(program.module(x), model(x))
