@@ -84,10 +84,12 @@ def _call_of(model: nn.Module) -> fx.Graph:
             given = graph.placeholder(
                 name, default_value=inspect.Signature.empty if default is parameter.empty else default
             )
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                kwargs[name] = given
-            else:
+            # By name where it may be left out: decorators that fill such arguments in look for them among the names.
+            required = parameter.kind is parameter.POSITIONAL_OR_KEYWORD and default is parameter.empty
+            if required or parameter.kind is parameter.POSITIONAL_ONLY:
                 args.append(given)
+            else:
+                kwargs[name] = given
     graph.output(graph.call_module("model", tuple(args), kwargs))
     return graph
 

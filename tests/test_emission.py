@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -440,3 +441,25 @@ def test_buffers_that_a_forward_assigns_are_assigned(route: str) -> None:
     for _ in range(3):
         torch.testing.assert_close(emitted(x), model(x))
     assert emitted.state_dict()["body.calls"] == 3
+
+
+def test_arguments_that_a_decorator_fills_in_are_passed_by_name() -> None:
+    def filled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(forward)
+        def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            return forward(self, *args, **{**kwargs, "scale": kwargs.get("scale") or 2.0})
+
+        return wrapper
+
+    class Decorated(nn.Linear):
+        @filled
+        def forward(
+            self, x: Tensor, shift: Tensor | None = None, scale: float | None = None, *, sign: int = 1
+        ) -> Tensor:
+            y = super().forward(steer("whole", x)) * scale * sign
+            return y if shift is None else y + shift
+
+    model, x = Decorated(4, 2), torch.randn(3, 4)
+    emitted = emit(model, x, route="whole")
+    torch.testing.assert_close(emitted(x), model(x))
+    torch.testing.assert_close(emitted(x, x[:, :2], sign=-1), model(x, x[:, :2], sign=-1))
