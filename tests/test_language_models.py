@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import fxmerge
-
-transformers = pytest.importorskip("transformers")
 
 WORDS = 64
 TOKENS = {"vocab_size": WORDS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

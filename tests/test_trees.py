@@ -6,6 +6,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import attrs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -236,7 +237,6 @@ def test_inputs_that_cannot_be_opened() -> None:
 
 
 def test_attrs_classes() -> None:
-    attrs = pytest.importorskip("attrs")
     made = attrs.make_class("Made", ["y"])(torch.ones(2))
     open_classes(made, "It is", fxmerge.FxmergeError, "")
     assert torch.equal(pytree.tree_leaves(made)[0], torch.ones(2))
