@@ -82,14 +82,12 @@ def excuses(recipe: Recipe) -> list[str]:
     kinds = {(op, option) for op, _, options in recipe.steps for option in options if isinstance(option, str)}
     groups = {(op, *options[-1:]) for op, _, options in recipe.steps if op in ("group_mean", "channels", "conv")}
     twice = {op for op, taken, _ in recipe.steps if len(taken) == 2 and len(set(taken)) == 1}
-    # A kernel of two or more places over units: places that a layer has, or that are put beside the channels.
-    lines = any(op in ("conv", "deconv") and options[2] > 1 for op, _, options in recipe.steps)
     found = {
         "one number at several places (copies, symmetric products): places are told apart": has_equal_entries(recipe),
         "products of a value with itself": bool(twice & {"outer", "matmul", "apply"})
         or "gram" in ops
         or ("einsum", "bi,bj,ijk->bk") in kinds,
-        "reversals and rotations": bool(ops & {"flip", "roll"}) or ("low_rank", "flip") in kinds or lines,
+        "reversals and rotations": bool(ops & {"flip", "roll"}) or ("low_rank", "flip") in kinds,
         "groups that do not nest": len(groups) > 1,
         "two axes as one": bool(ops & {"flatten", "unflatten", "shuffle", "pixel_shuffle", "pixel_unshuffle"}),
         "a sum right after a product": "einsum" in ops and bool(ops & {"reduce", "pool"}),
