@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains two networks from different initialisations on the digits 0-4 and 5-9, merges them, and "
         "compares the result with its parents, their ensemble and their plain average. Takes about a minute.",
     )
-    command.add_argument("--arch", choices=sorted(demo.RECIPES), default="cnn", help="the architecture (default: cnn)")
+    command.add_argument(
+        "--arch", choices=sorted(demo.TRAININGS), default="cnn", help="the architecture (default: cnn)"
+    )
     command.add_argument("--seed", type=_seed, default=0, help="seed of everything that is random (default: 0)")
     command.set_defaults(run=_demo)
     _verbose(command)

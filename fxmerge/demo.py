@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from fxmerge.api import merge
 from fxmerge.capture import capture_program
 from fxmerge.errors import OptionError
-from fxmerge.merge import merge
+from fxmerge.recipe import Recipe, Run
 from fxmerge.refitting.refit import Lesson, refit
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class ViT(nn.Module):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Training:
     """How the networks of an architecture are made and trained."""
 
     build: Callable[[], nn.Module]
@@ -122,9 +123,9 @@ class Recipe:
     weight_decay: float
 
 
-RECIPES: dict[Arch, Recipe] = {
-    "cnn": Recipe(CNN, epochs=15, learning_rate=3e-3, weight_decay=0.05),
-    "vit": Recipe(ViT, epochs=200, learning_rate=4e-3, weight_decay=0.2),
+TRAININGS: dict[Arch, Training] = {
+    "cnn": Training(CNN, epochs=15, learning_rate=3e-3, weight_decay=0.05),
+    "vit": Training(ViT, epochs=200, learning_rate=4e-3, weight_decay=0.2),
 }
 
 
@@ -186,17 +187,17 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(
-    recipe: Recipe, data: Split, classes: range, directions: Tensor, seed: int, epochs: int, bar: tqdm[None]
+    training: Training, data: Split, classes: range, directions: Tensor, seed: int, epochs: int, bar: tqdm[None]
 ) -> nn.Module:
     """A network trained from its own initialisation to tell some of the classes apart."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = recipe.build()
+        model = training.build()
     data = data.only(classes)
     steps = epochs * (len(data.labels) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, max(steps, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), training.learning_rate, weight_decay=training.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, max(steps, 2))
     own = directions[classes.start : classes.stop]
     model.train()
     for _ in range(epochs):
@@ -343,10 +344,10 @@ def run(arch: Arch = "cnn", seed: int = 0, *, epochs: int | None = None, progres
     Raises:
         OptionError: if there is no such architecture, `epochs` is below one, or scikit-learn is not installed.
     """
-    if arch not in RECIPES:
-        raise OptionError(f"There is no architecture {arch!r} in the demo; choose one of {', '.join(RECIPES)}.")
-    recipe = RECIPES[arch]
-    epochs = recipe.epochs if epochs is None else epochs
+    if arch not in TRAININGS:
+        raise OptionError(f"There is no architecture {arch!r} in the demo; choose one of {', '.join(TRAININGS)}.")
+    how_trained = TRAININGS[arch]
+    epochs = how_trained.epochs if epochs is None else epochs
     if epochs < 1:
         raise OptionError(f"epochs is {epochs}; a network needs at least one to learn anything.")
     training, test = load_split(seed)
@@ -355,12 +356,13 @@ def run(arch: Arch = "cnn", seed: int = 0, *, epochs: int | None = None, progres
     disable = None if progress is None else not progress
     with tqdm(total=2 * epochs, desc="training", unit="epoch", disable=disable, leave=False) as bar:
         for number, task in enumerate(TASKS):
-            parents.append(train(recipe, training, task, directions, 2 * seed + number, epochs, bar))
+            parents.append(train(how_trained, training, task, directions, 2 * seed + number, epochs, bar))
     calibration = list(training.images.split(256))
     plain = recalibrated(average(parents[0], parents[1]), calibration)
     logger.info("merging two networks of %d parameters", count_parameters(plain))
-    merged = merge(parents[0], parents[1], calibration, seed=seed, progress=progress)
-    zipped = merge(parents[0], parents[1], calibration, seed=seed, progress=progress, combine="average")
+    how = Run(seed=seed, progress=progress)
+    merged = merge(parents[0], parents[1], calibration, run=how)
+    zipped = merge(parents[0], parents[1], calibration, Recipe(fit=None), run=how)
     scores = {
         "parent A (0-4)": scores_of(parents[0], test, directions),
         "parent B (5-9)": scores_of(parents[1], test, directions),

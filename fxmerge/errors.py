@@ -31,3 +31,7 @@ class PermutationError(FxmergeError, ValueError):
 
 class SpecError(FxmergeError, ValueError):
     """A symmetry that was read or handed in is malformed, or is not one of the model it is used with."""
+
+
+class UnitMapError(FxmergeError, ValueError):
+    """A map of units is not of these models, or cannot do what is asked of it."""

@@ -13,7 +13,7 @@ from fxmerge.capture import Args, Kwargs, capture_program
 from fxmerge.symmetry.explain import Chain, chains
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.overrides import Pin
-from fxmerge.symmetry.permutation import AxisLayout
+from fxmerge.units.layout import AxisLayout
 
 
 @dataclass(frozen=True)

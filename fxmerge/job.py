@@ -16,13 +16,13 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from fxmerge import validate
-from fxmerge.capture import Args, Kwargs, capture_program, check_example, evaluating
-from fxmerge.choose import Alpha
+from fxmerge.capture import Args, capture_program, check_example, evaluating
 from fxmerge.errors import LoaderError, OptionError
 from fxmerge.models import accepted, apart, copied, tensors
 from fxmerge.path import SamePath
 from fxmerge.program import Program
 from fxmerge.progress import timed
+from fxmerge.recipe import Run
 from fxmerge.rewriting.calibrate import batch_norm_statistics
 from fxmerge.rewriting.derived import Derived, not_averaged
 from fxmerge.rewriting.masks import masks_of
@@ -102,11 +102,13 @@ class Job:
         return timed(logger, self.seconds, stage)
 
     def symmetry(
-        self, given: Symmetry | None, verify: bool, free: str | Iterable[str] = ()
+        self, given: Symmetry | None, free: str | Iterable[str], *, verify: bool
     ) -> tuple[Propagation, Symmetry]:
         """The labels of the program, and the symmetry given or else inferred."""
         if given is not None and free:
-            raise OptionError("Both symmetry and free are given: pass free to find_symmetry, whose result tells it.")
+            raise OptionError(
+                "Both symmetry and Recipe.free are given: pass free to find_symmetry, whose result tells it."
+            )
         with self.timed("symmetry"):
             if given is None:
                 found, symmetry = analyse(self.program, free=free)
@@ -118,54 +120,30 @@ class Job:
                 symmetry = symmetry.verify(self.model, *self.example)
         return found, symmetry
 
-    def report(self, symmetry: Symmetry) -> dict[str, Any]:
-        """What `.meta["fxmerge"]` tells: plain data, so that a result can be unpickled without fxmerge."""
-        return {
-            "classes": [
-                {
-                    "name": c.name,
-                    "size": c.size,
-                    "structure": c.structure,
-                    "axes": [(axis.parameter, axis.dim) for axis in c.axes],
-                    "parents": list(c.parents),
-                    "why": c.why,
-                }
-                for c in symmetry.classes
-            ],
-            "demoted": symmetry.demoted,
-            "unknown_ops": dict(symmetry.unknown),
-            "verification_error": symmetry.error,
-            "route": self.program.route,
-            "seconds": dict(self.seconds),
-        }
-
 
 def prepare(
     models: tuple[Model, ...],
     loader: Iterable[Any] | None,
-    alpha: Alpha,
-    device: str | torch.device | None,
-    progress: bool | None,
-    inputs: Inputs | None,
-    args: Args,
-    kwargs: Kwargs | None,
-    base: Model | None = None,
+    run: Run,
+    *,
     loaders: Sequence[Iterable[Any]] | None = None,
+    base: Model | None = None,
+    example: Any = None,
+    inputs: Inputs | None = None,
 ) -> Job:
     """Checks everything that can be checked before any work is done, and captures the base or else the first model."""
-    validate.check_alpha(alpha)
     names = validate.names_of(len(models), base)
     models = models if base is None else (base, *models)
     models = tuple(accepted(model, name) for model, name in zip(models, names, strict=True))
-    example = check_example(models[0], args, kwargs)
-    if device is not None:
-        models = tuple(_to(m, device) for m in models)
+    if run.device is not None:
+        models = tuple(_to(m, run.device) for m in models)
     # What a call does to buffers, it does to copies: the states are those before any call.
     modules = tuple(m.module() if isinstance(m, ExportedProgram) else apart(m) for m in models)
     originals = [module if isinstance(m, ExportedProgram) else m for m, module in zip(models, modules, strict=True)]
     states = tuple(tensors(m) for m in originals)
     validate.check_states(states, names)
-    given, data = any(example), None
+    batches, data = inputs or batch_inputs(modules[0]), None
+    call = None if example is None else check_example(models[0], *batches(example))
     if loaders is not None:
         loader = Apart([_again(own) for own in loaders])
         for i, own in enumerate(loader.loaders):
@@ -174,36 +152,37 @@ def prepare(
     if loader is not None:
         loader = _again(loader)
         where = next((t.device for t in states[0].values()), torch.device("cpu"))
-        data = Data(loader, inputs or batch_inputs(modules[0]), where, progress)
-        example = example if any(example) else data.first()
-    example = example if any(example) else _example_of(models[0])
+        data = Data(loader, batches, where, run.progress)
+    given = call is not None
+    if call is None:
+        call = data.first() if data is not None else _example_of(models[0])
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         for model, module in zip(models, modules, strict=True):
             if isinstance(model, nn.Module):
                 stack.enter_context(evaluating(module))
-        validate.check_batch(modules[0], *example)
-        unneeded = training_only(modules[0], example) if isinstance(models[0], nn.Module) else ()
+        validate.check_batch(modules[0], *call)
+        unneeded = training_only(modules[0], call) if isinstance(models[0], nn.Module) else ()
         if unneeded:
             logger.info("Inputs that only a loss is computed from are left out: %s", ", ".join(sorted(unneeded)))
-            example = left_out(modules[0], example, unneeded)
+            call = left_out(modules[0], call, unneeded)
             data = data and replace(data, inputs=_without(data.inputs, modules[0], unneeded))
-        surveyed, shapes = data.survey() if data is not None else (example, {})
+        surveyed, shapes = data.survey() if data is not None else (call, {})
         if not given:
-            example = surveyed
-        elif pytree.tree_structure(surveyed) != pytree.tree_structure(example):
+            call = surveyed
+        elif pytree.tree_structure(surveyed) != pytree.tree_structure(call):
             shapes = {}
         with timed(logger, seconds, "capture"):
-            program = capture_program(models[0], *example, varying=_varying(shapes))
+            program = capture_program(models[0], *call, varying=_varying(shapes))
         _check_shapes(program, shapes)
-        path = SamePath(program, modules, states, names, example) if program.follows_path else None
+        path = SamePath(program, modules, states, names, call) if program.follows_path else None
         if path is not None:
             path.check_example()
         for i in range(1, len(models)):
-            validate.check_same_function(program, modules[i], states[i], *example, names=(names[0], names[i]))
+            validate.check_same_function(program, modules[i], states[i], *call, names=(names[0], names[i]))
     data = replace(data, check=path) if data is not None else None
     buffers = frozenset(name for name, _ in modules[0].named_buffers())
-    return Job(models[0], states, names, data, example, program, progress, seconds, buffers)
+    return Job(models[0], states, names, data, call, program, run.progress, seconds, buffers)
 
 
 def _without(inputs: Inputs, model: nn.Module, names: Collection[str]) -> Inputs:
@@ -250,5 +229,5 @@ def _example_of(model: Model) -> tuple[Args, dict[str, Any]]:
         if values and all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
             return tuple(torch.randn([int(s) for s in v.shape], dtype=v.dtype) for v in values if v is not None), {}
     raise OptionError(
-        "Without a loader, example inputs are needed to capture the model: pass args=(...) or kwargs={...}."
+        "Without a loader, an example is needed to capture the model: pass example=batch, such as example=x."
     )

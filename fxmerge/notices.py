@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.ordering import error_of
+from fxmerge.refitting.output_error import OutputErrors
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.outputs import name_of, paths_of
@@ -82,4 +84,18 @@ def warn_without_data(states: Sequence[Mapping[str, Tensor]], statistics: Sequen
             "merged network may be near chance. Pass a loader with a few batches of inputs, which need no labels.",
             len(statistics),
             statistics[0][0],
+        )
+
+
+def warn_of_nearer_parent(errors: OutputErrors, names: Sequence[str]) -> None:
+    """Warns if one of the models alone is nearer to the mean of all models' outputs than the merged network is."""
+    models = {number: error for number, error in errors.items() if number is not None}
+    nearest = min(models, key=lambda number: error_of(models[number]), default=None)
+    if nearest is not None and models[nearest] < errors[None]:
+        logger.warning(
+            "%s alone is nearer to the mean of all models' outputs than the merged network is: it misses %.3g of the "
+            "variance, the merged network %.3g. fxmerge.compare measures both, on data of your choice.",
+            names[nearest][:1].upper() + names[nearest][1:],
+            models[nearest],
+            errors[None],
         )

@@ -16,8 +16,8 @@ from fxmerge.program import Program
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.freeze import freeze
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.permutation import AxisLayout
 from fxmerge.symmetry.propagate import Axis
+from fxmerge.units.layout import AxisLayout
 
 EQUAL = "equal in all models"
 """The reason given for units that do not move since what produces them is the same in all models."""

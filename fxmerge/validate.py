@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +13,11 @@ from torch.utils import _pytree as pytree
 
 from fxmerge import models
 from fxmerge.capture import Args, open_outputs
-from fxmerge.choose import AUTO, Alpha
 from fxmerge.errors import ArchitectureMismatchError, LoaderError, NonFiniteError, OptionError
 from fxmerge.models import Model as Model
 from fxmerge.program import Program
-from fxmerge.rewriting.task_vectors import TaskArithmetic, TaskVectors, Ties
+from fxmerge.recipe import Alpha, Recipe, Run
 from fxmerge.run import Runner, mismatch
-from fxmerge.score import Score
 from fxmerge.symmetry.group import Symmetry
 
 SAME = "only models of one architecture can be merged."
@@ -36,38 +33,6 @@ def names_of(count: int, base: Model | None) -> list[str]:
     return [*(["the base"] if base is not None else []), *map(name_of, range(count))]
 
 
-def check_task_vectors(task_vectors: TaskVectors | None, base: Model | None, method: str) -> TaskVectors | None:
-    """How task vectors are combined: task arithmetic if that is left open; None without a base."""
-    if task_vectors is not None and not isinstance(task_vectors, (TaskArithmetic, Ties)):
-        raise OptionError(
-            f"task_vectors is {task_vectors!r}; give an instance, fxmerge.TaskArithmetic(...) or fxmerge.Ties(...)."
-        )
-    if task_vectors is not None and base is None:
-        raise OptionError("task_vectors needs a base: pass base=, the model that the others were fine-tuned from.")
-    if base is not None and method != "align":
-        raise OptionError(f"method is {method!r}, which merges no task vectors; with a base it must be 'align'.")
-    return TaskArithmetic() if task_vectors is None and base is not None else task_vectors
-
-
-def check_alpha(alpha: Alpha) -> None:
-    if isinstance(alpha, str):
-        if alpha != AUTO:
-            raise OptionError(f"alpha is {alpha!r}; the only word for it is {AUTO!r}, other than {_NUMBER}.")
-    elif isinstance(alpha, Mapping):
-        for name, value in alpha.items():
-            if not _is_share(value):
-                raise OptionError(f"alpha of {name!r} is {value!r}; it must be {_NUMBER}.")
-    elif not _is_share(alpha):
-        raise OptionError(f"alpha is {alpha!r}; it must be {_NUMBER}.")
-
-
-_NUMBER = "a number from 0 (activations only) to 1 (weights only)"
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value <= 1
-
-
 def check_class_names(alpha: Alpha, symmetry: Symmetry) -> None:
     """Every name in a mapping must be one of a class, whether it is used or was demoted."""
     known = (*symmetry.names, *symmetry.demoted)
@@ -76,14 +41,6 @@ def check_class_names(alpha: Alpha, symmetry: Symmetry) -> None:
             near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.0)
             said = f"Near it are {', '.join(map(repr, near))}" if near else "It has none"
             raise OptionError(f"alpha names {name!r}, which is no class of the symmetry. {said}.")
-
-
-def check_method(method: str, budget: float, damping: float) -> None:
-    if method not in ("align", "zip", "auto"):
-        raise OptionError(f"method is {method!r}; it must be 'align', 'zip' or 'auto'.")
-    for name, value in (("budget", budget), ("damping", damping)):
-        if not 0 <= value <= 1:
-            raise OptionError(f"{name} is {value!r}; it must be a number from 0 to 1.")
 
 
 def check_models(sequence: Any) -> tuple[Any, ...]:
@@ -127,60 +84,13 @@ def check_loaders(loader: Any, loaders: Sequence[Any] | None, count: int) -> Non
         check_loader(one)
 
 
-def check_combine(combine: str, method: str, base: Model | None, given: bool, max_memory: float) -> None:
-    if combine not in ("average", "repair", "least_squares", "readout"):
-        raise OptionError(f"combine is {combine!r}; it must be 'average', 'repair', 'least_squares' or 'readout'.")
-    if method == "auto" and combine not in ("least_squares", "readout"):
-        raise OptionError(
-            f"method is 'auto', which compares refits, and combine is {combine!r}: pass method='zip' or 'align', or a "
-            "loader and combine='least_squares'."
-        )
-    if combine != "average" and base is not None:
-        raise OptionError(f"combine is {combine!r}, which knows no base; with a base it must be 'average'.")
-    if combine != "average" and not given:
-        raise OptionError(f"combine is {combine!r}, which needs data: pass a loader, or combine='average'.")
-    if not max_memory > 0:
-        raise OptionError(f"max_memory is {max_memory!r}; it must be a positive number of GiB.")
-
-
-def check_score(score: Score | None, alpha: Alpha, method: str, combine: str, or_parent: bool, given: bool) -> None:
-    if score is None:
-        return
-    if not callable(score):
-        raise OptionError(f"score is {score!r}; it must be a function that takes a network and gives a number.")
-    if not (given and alpha == AUTO) and method != "auto" and not (or_parent and combine == "least_squares"):
-        raise OptionError(
-            "score has nothing to choose between: pass a loader, and alpha='auto', method='auto', or "
-            "combine='least_squares' with or_parent=True."
-        )
-
-
-def check_outputs(outputs: str, base: Model | None, given: bool) -> None:
-    if outputs not in ("mean", "standardized"):
-        raise OptionError(f"outputs is {outputs!r}; it must be 'mean' or 'standardized'.")
-    if outputs == "standardized" and base is not None:
-        raise OptionError("outputs is 'standardized', which knows no base; with a base it must be 'mean'.")
-    if outputs == "standardized" and not given:
-        raise OptionError("outputs is 'standardized', which needs data: pass a loader, or outputs='mean'.")
-
-
-def check_search(similarity: str, activations: str, restarts: int) -> None:
-    if similarity not in ("pearson", "cosine", "covariance"):
-        raise OptionError(f"similarity is {similarity!r}; it must be 'pearson', 'cosine' or 'covariance'.")
-    if activations not in ("every", "last"):
-        raise OptionError(f"activations is {activations!r}; it must be 'every' or 'last'.")
-    if not isinstance(restarts, int) or restarts < 0:
-        raise OptionError(f"restarts is {restarts!r}; it must be a number of times, 0 or more.")
-
-
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """The combination weights, normalised to sum to one; equal ones if None."""
+    """The weights of all models, normalized to sum to one; equal ones if None."""
     if weights is None:
         return [1 / count] * count
-    values = [float(w) for w in weights]
-    if len(values) != count or any(not math.isfinite(w) or w < 0 for w in values) or sum(values) <= 0:
-        raise OptionError(f"weights is {tuple(weights)!r}; give {count} numbers, none negative, at least one positive.")
-    return [w / sum(values) for w in values]
+    if len(weights) != count:
+        raise OptionError(f"The recipe has {len(weights)} weights for {count} models; give one for each model.")
+    return [w / sum(weights) for w in weights]
 
 
 def check_reference(reference: int | None, count: int, based: bool) -> int | None:
@@ -189,12 +99,19 @@ def check_reference(reference: int | None, count: int, based: bool) -> int | Non
     if reference is None:
         return 0 if count == 2 and not based else None
     if based:
-        raise OptionError("With a base, all models are aligned to it; leave reference out.")
-    if not isinstance(reference, int) or not 0 <= reference < count:
-        raise OptionError(
-            f"reference is {reference!r}; it must be the number of a model, from 0 to {count - 1}, or None."
-        )
+        raise OptionError("With a base, all models are aligned to it; leave reference out of the recipe.")
+    if reference >= count:
+        raise OptionError(f"The recipe's reference is model {reference}; there are models 0 to {count - 1}.")
     return reference
+
+
+def check_recipe(recipe: Any, run: Any) -> tuple[Recipe, Run]:
+    """The recipe and the run, where they are given."""
+    for value, kind in ((recipe, Recipe), (run, Run)):
+        if value is not None and not isinstance(value, kind):
+            name = kind.__name__
+            raise OptionError(f"{name.lower()} is a {type(value).__name__}; give a fxmerge.{name}(...), or None.")
+    return recipe or Recipe(), run or Run()
 
 
 def check_states(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:

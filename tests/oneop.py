@@ -44,11 +44,11 @@ from fxmerge.symmetry.contracted import Contracted
 from fxmerge.symmetry.deferred import Deferred, Index
 from fxmerge.symmetry.double import _WRITTEN_OUT
 from fxmerge.symmetry.labels import Labels, constant
-from fxmerge.symmetry.permutation import build_image
 from fxmerge.symmetry.propagate import propagate
 from fxmerge.symmetry.rules.elementwise import filled
 from fxmerge.symmetry.rules.registry import Rule, Site, find_rule
 from fxmerge.symmetry.units import NOTHING, Ids
+from fxmerge.units.permutation import build_image
 
 SHOWN = 12
 """How many places of units out of order are listed."""

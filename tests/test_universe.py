@@ -18,7 +18,7 @@ from fxmerge.rewriting.combine import average
 from fxmerge.run import Data, batch_inputs
 from fxmerge.similarity.activations import similarities
 from fxmerge.symmetry.group import analyse
-from fxmerge.symmetry.permutation import Permutation
+from fxmerge.units.permutation import Permutation
 
 State = Mapping[str, Tensor]
 

@@ -16,8 +16,9 @@ from fxmerge.matching.mix import Mix
 from fxmerge.similarity import weights
 from fxmerge.similarity.weights import Similarities, Slices
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.permutation import Permutation, move_axis
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.layout import move_axis
+from fxmerge.units.permutation import Permutation
 
 logger = logging.getLogger(__name__)
 

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.compare import score_of
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import MAX_SWEEPS, TOLERANCE, Match, Problem, floats, match, quality, search
+from fxmerge.ordering import score_of
 from fxmerge.similarity import weights
 from fxmerge.similarity.weights import Slices
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.permutation import Permutation
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.permutation import Permutation
 
 logger = logging.getLogger(__name__)
 
@@ -74,17 +74,6 @@ class Alignment:
     home: int
     traces: tuple[tuple[float, ...], ...]
     quality: tuple[Mapping[str, Mapping[str, float]], ...]
-
-    def renumbered(self, numbers: Sequence[int]) -> Alignment:
-        """The same, where all were matched with each other, for models that are called otherwise: model i here is model
-        `numbers[i]` there."""
-        at = sorted(range(len(numbers)), key=numbers.__getitem__)
-        return Alignment(
-            tuple(self.permutations[i] for i in at),
-            numbers[self.home],
-            self.traces,
-            tuple(self.quality[i] for i in at),
-        )
 
 
 def to_reference(symmetry: Symmetry, matches: Mapping[int, Match], home: int) -> Alignment:

@@ -23,11 +23,10 @@ from fxmerge.similarity import weights
 from fxmerge.similarity.weights import Slices
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.permutation import AxisLayout, add_axis, along_axis
 from fxmerge.symmetry.propagate import Axis
 from fxmerge.symmetry.units import Ids
-
-Labels = tuple[tuple[Ids, ...], ...]
+from fxmerge.units.layout import AxisLayout, add_axis, along_axis
+from fxmerge.units.unit_map import UnitMap
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,12 @@ class ZipMatch:
     """What is merged with what, and how it was found.
 
     Attributes:
-        labels: for every model and class, the merged unit that each unit goes into.
+        units: from the units of aligned models to merged ones.
         trace: the objective after the first sweep and after every step that was taken then; it never falls.
         within: per zipped class, how many merged units have several members of one model.
     """
 
-    labels: Labels
+    units: UnitMap
     trace: tuple[float, ...]
     within: Mapping[str, int]
 
@@ -234,7 +233,10 @@ def match_zip(
                 if now - trace[-1] > TOLERANCE * abs(trace[-1]):
                     stale |= _neighbours(symmetry, n, classes)
                 trace.append(now)
-    return ZipMatch(tuple(map(tuple, problem.labels)), tuple(trace), _within(symmetry, problem, classes))
+    consumed = frozenset(axis for axis, kind in flow.items() if kind is Flow.CONSUMES)
+    widths = tuple(c.size for c in symmetry.units)
+    units = UnitMap(symmetry.names, symmetry.layout, consumed, tuple(map(tuple, problem.labels)), widths)
+    return ZipMatch(units, tuple(trace), _within(symmetry, problem, classes))
 
 
 def _cells(symmetry: Symmetry, number: int) -> Ids:

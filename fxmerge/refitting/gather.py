@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -60,6 +61,7 @@ class LayerFit:
         shown: the uses that learn from the teachers' outputs; others do from their coefficients, for chosen rows only.
         alike: how many batches there will be, by the shares of the parents in their targets.
         seed: seed of the choice of rows.
+        own: the coefficients of parents as they are, by number, whose errors are to be known.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class LayerFit:
         shown: Collection[Use],
         alike: Mapping[Shares, int],
         seed: int,
+        own: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.began = time.perf_counter()
         self.layer, self.teachers, self.summands, self.shown = layer, teachers, summands, shown
@@ -84,6 +87,8 @@ class LayerFit:
         self.seen: Counter[Shares] = Counter()
         self.parts: dict[tuple[int, Shares], Tensor] = {}
         self.generator = torch.Generator().manual_seed(seed)
+        self.own, self.missed = own or {}, dict.fromkeys(own or {}, 0.0)
+        self.held_out = math.nan
 
     def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
         """Takes in a batch.
@@ -104,6 +109,9 @@ class LayerFit:
             if use in self.summands:
                 summand = self.summands[use]
                 y = y + use.outputs(summand.placed(self._off(summand.node, values, taught, shares)), mine, chosen)
+            for j, coefficients in self.own.items():
+                given = use.features(arguments(use, taught[j]), chosen) @ coefficients.to(y)
+                self.missed[j] += weight * float((y - given).square().sum(dtype=torch.float64))
             # The rows of one batch may be of the same inputs, and then tell little of each other's folds; inputs of one
             # task tell little of those of another.
             count = len(self.folds)
@@ -145,6 +153,7 @@ class LayerFit:
             raise not_finite(self.layer)
         found = fit(self.folds)
         self.layer.write(state, self.centre + found.step)
+        self.held_out = found.held_out * sum(fold.targets for fold in self.folds)
         return {
             "before": found.before,
             "after": found.after,
@@ -155,6 +164,12 @@ class LayerFit:
             "rows": sum(fold.rows for fold in self.folds),
             "seconds": time.perf_counter() - self.began,
         }
+
+    def output_error(self, number: int | None) -> float:
+        """What the outputs of a parent, or those of the fit on rows held out, miss of the variance of the targets."""
+        variance = sum(self.folds[1:], start=self.folds[0]).variance
+        missed = self.held_out if number is None else self.missed[number]
+        return missed / variance if variance > 0 else math.nan
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxmerge.compare import error_of
+from fxmerge.ordering import error_of
 
 RIDGES = tuple(10.0**power for power in range(1, -6, -1))
 """The strengths to choose from, relative to the mean square of a feature, strongest first. Below them, rounding in
@@ -33,13 +33,17 @@ class Moments:
         cross: features with residuals, shape (groups, features, outputs).
         residuals: sum of squares of what the centre leaves over.
         targets: sum of squares of the targets.
+        sums: sums of the targets, shape (groups, outputs).
+        mass: how much all rows count together, in each group.
         rows: the number of rows.
     """
 
     features: Tensor
     cross: Tensor
+    sums: Tensor
     residuals: float = 0.0
     targets: float = 0.0
+    mass: float = 0.0
     rows: int = 0
 
     @classmethod
@@ -54,7 +58,7 @@ class Moments:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        return cls(zeros(groups, features, features), zeros(groups, features, outputs))
+        return cls(zeros(groups, features, features), zeros(groups, features, outputs), zeros(groups, outputs))
 
     def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float) -> None:
         """Adds rows: features of shape (groups, rows, features), targets of shape (groups, rows, outputs)."""
@@ -63,14 +67,23 @@ class Moments:
         self.cross += (x.transpose(1, 2) @ rest).double() * weight
         self.residuals += float(rest.square().sum(dtype=torch.float64)) * weight
         self.targets += float(y.square().sum(dtype=torch.float64)) * weight
+        self.sums += y.sum(1, dtype=torch.float64) * weight
+        self.mass += x.shape[1] * weight
         self.rows += x.shape[1]
+
+    @property
+    def variance(self) -> float:
+        """The sum of squares of the targets around their means; rounding may not leave less than nothing."""
+        return max(self.targets - float(self.sums.square().sum()) / max(self.mass, 1e-300), 0.0)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
             self.features + other.features,
             self.cross + other.cross,
+            self.sums + other.sums,
             self.residuals + other.residuals,
             self.targets + other.targets,
+            self.mass + other.mass,
             self.rows + other.rows,
         )
 

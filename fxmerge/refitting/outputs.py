@@ -11,8 +11,8 @@ from fxmerge.errors import OptionError
 from fxmerge.program import Program
 from fxmerge.refitting.gather import arguments, not_finite
 from fxmerge.refitting.layers import Layer, find_layers
+from fxmerge.refitting.output_error import used_elsewhere
 from fxmerge.refitting.refit import last_layers, written_out
-from fxmerge.refitting.rivals import used_elsewhere
 from fxmerge.run import Data, Runner
 
 
@@ -46,7 +46,7 @@ def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data:
             if fixed
             else "there is no last layer after which no parameter is used"
         )
-        raise OptionError(f"outputs is 'standardized', but {why}; pass outputs='mean'.")
+        raise OptionError(f"outputs is 'standardized', but {why}; pass Recipe(outputs='mean').")
     moved = tuple(dict(state) for state in states)
     found = [_moments(program, last, state, data) for state in states]
     for i, layer in enumerate(last):

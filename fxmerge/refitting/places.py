@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxmerge.symmetry.units import Ids
+from fxmerge.units.layout import Ids
+from fxmerge.units.unit_map import UnitMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,19 +20,19 @@ class Places:
     Attributes:
         classes: tells the classes whose units lie along some dimensions of a node's value, by the node's name.
         units: tells the class and the unit at every position along a dimension, or None where that cannot be told.
-        merged: the classes whose units are merged.
-        labels: for every class, the merged unit that each unit goes into.
+        map: where the units of all models go.
+        model: the number of the parent.
     """
 
     classes: Callable[[str, Collection[int]], set[int]]
     units: Callable[[str, int], tuple[Ids, Ids] | None]
-    merged: frozenset[int]
-    labels: Sequence[Ids]
+    map: UnitMap
+    model: int
     _known: dict[fx.Node, dict[int, Ids | None]] = field(default_factory=dict)
 
     def moved(self, node: fx.Node, dims: Collection[int]) -> bool:
         """Whether merged units lie along some dimensions of a node's value."""
-        return not self.merged.isdisjoint(self.classes(node.name, dims))
+        return not self.map.moving.isdisjoint(self.classes(node.name, dims))
 
     def known(self, node: fx.Node) -> bool:
         """Whether it can be told what lies where in a node's value."""
@@ -72,9 +73,9 @@ class Places:
             return None
         number, unit = units
         goal = unit.copy()
-        for n in self.merged & set(np.unique(number).tolist()):
+        for n in self.map.moving & set(np.unique(number).tolist()):
             own = number == n
-            goal[own] = self.labels[n][unit[own]]
+            goal[own] = self.map.maps[self.model][n][unit[own]]
         size = int(max(unit.max(initial=0), goal.max(initial=0))) + 1
         at, wanted = number * size + unit, number * size + goal
         order = np.argsort(at, kind="stable")

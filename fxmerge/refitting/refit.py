@@ -16,14 +16,13 @@ from tqdm.auto import tqdm
 from fxmerge.models import same_draws
 from fxmerge.program import Program
 from fxmerge.progress import Ticker
-from fxmerge.refitting.answers import Answers
 from fxmerge.refitting.boundaries import Boundaries, without_the_rest
 from fxmerge.refitting.forms import bind, form_of
 from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher, Values
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers, operand
+from fxmerge.refitting.output_error import OutputDistance, OutputErrors, asked, comparable, of_last_layers
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.repair import Repair
-from fxmerge.refitting.rivals import Refitted, Report, Rivals, asked, comparable, mean_of
 from fxmerge.refitting.schedule import Step, stages_of, walk
 from fxmerge.refitting.sums import Summand, summand_of
 from fxmerge.rewriting.calibrate import alike, statistics_nodes
@@ -55,6 +54,33 @@ class Lesson:
     weight: float
 
 
+LayerReport = dict[str, dict[str, float]]
+"""Numbers on the fit of each layer, by its name."""
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What a refit gives.
+
+    Attributes:
+        state: the new state dict.
+        layers: for every refitted layer by name: `before` and `after`, the squared error relative to the square of the
+            targets; `held_out`, the same on rows apart from those of the fit; `ridge`, relative to the mean square of
+            a feature; `rank`, how many directions of the features it leaves free, of `features`; `rows`, the number
+            of equations; `seconds`.
+        left: for parameters that some op multiplies with data and that were left as they were, the reason.
+        errors: how much the outputs of the merged network, at None, and those of each parent by number miss of the
+            variance of what is learnt; empty where that was not measured.
+        held_out: whether the error of the merged network is on rows that its last layers were not fitted to.
+    """
+
+    state: dict[str, Tensor]
+    layers: LayerReport
+    left: Mapping[str, str]
+    errors: OutputErrors
+    held_out: bool
+
+
 def refit(
     program: Program,
     parents: Sequence[Mapping[str, Tensor]],
@@ -63,7 +89,6 @@ def refit(
     *,
     teachers: Sequence[Teacher] | None = None,
     only_last: bool = False,
-    or_parent: bool = False,
     repair: bool = False,
     shared: Collection[str] = (),
     max_memory: float = math.inf,
@@ -83,7 +108,6 @@ def refit(
         lessons: the data.
         teachers: what the parents' layers give to learn from, where units are merged; by default the parents' own.
         only_last: whether to refit only layers that no other layer comes after.
-        or_parent: whether a parent may be given in place of the merged network; see `Rivals.choose`.
         repair: whether to shift and scale the outputs of the layers, in place of fitting them.
         shared: names of tensors that are equal in all parents and on which no unit moves: layers stay that are mostly
             made of these, and BatchNorm statistics of activations that depend on these alone.
@@ -119,17 +143,18 @@ def refit(
         else:
             chosen.append(layer)
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
-    by_outputs = or_parent and not comparable(program, last, chosen, parents, teachers)
-    answers = Answers(program) if by_outputs else None
+    by_layers = not repair and comparable(program, last, chosen, parents, teachers)
+    distance = None if repair or by_layers else OutputDistance(program)
     state, normal = dict(start), statistics_nodes(program)
     normal = {names: nodes for names, nodes in normal.items() if not alike(program, names, nodes, shared)}
-    stages = _plan(program, chosen, normal, towards_sums, places, to_the_end=by_outputs)
-    told: Report = {}
+    stages = _plan(program, chosen, normal, towards_sums, places, to_the_end=distance is not None)
+    told: LayerReport = {}
     merged, *lanes = (_Lane(program, own) for own in (state, *parents))
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
         course = _Course(kept, merged, lanes, lessons)
-        rivals = Rivals(last, parents, teachers, list(course.alike), answers) if or_parent else None
+        everywhere = [j for j in range(len(parents)) if all(j in asked(shares) for shares in course.alike)]
+        last_fits: list[LayerFit] = []
         bar = tqdm(total=len(stages) * len(course.data), desc="refitting", leave=False, disable=disable)
         ticker, due = Ticker(logger, "refitting: layer %d of %d"), sum(len(stage.layers) for stage in stages)
         for stage in stages:
@@ -138,34 +163,43 @@ def refit(
                 fits: Sequence[LayerFit | Repair] = [
                     Repair(layer, state, teachers)
                     if repair
-                    else LayerFit(layer, state, teachers, stage.summands, stage.shown, course.alike, seed)
+                    else LayerFit(
+                        layer,
+                        state,
+                        teachers,
+                        stage.summands,
+                        stage.shown,
+                        course.alike,
+                        seed,
+                        {j: layer.read(parents[j]) for j in everywhere} if by_layers and layer in last else None,
+                    )
                     for layer in stage.layers
                 ]
-                theirs = rivals.enter(stage.layers, course.alike, seed) if rivals and not again else {}
                 for values, taught, shares, weight in course.batches(stage, onward=not again):
                     for fit in fits:
                         fit.add(values, taught, shares, weight)
-                    for j, own in theirs.items():
-                        for rival in own:
-                            rival.add(taught[j], taught, shares, weight)
                     for one in () if again else statistics:
                         one.add(values, weight)
-                    if answers and stage is stages[-1]:
-                        answers.add(values, taught, shares, weight)
+                    if distance and stage is stages[-1]:
+                        distance.add(values, taught, shares, weight)
                     del values, taught
                     bar.update(not again)
                     ticker.tick(min(len(told) + 1, due), due)
                 told |= {fit.layer.name: fit.settle(state) for fit in fits}
-                if rivals:
-                    rivals.settle(theirs)
+                if not again:
+                    last_fits += [fit for fit in fits if isinstance(fit, LayerFit) and fit.layer in last]
                 if again:
                     merged.use(state)
             for one in statistics:
                 one.settle(state)
             merged.use(state)
         bar.close()
-    found = Refitted(state, told, left, error=mean_of(told, last, "held_out"))
-    return replace(found, options=(found,)) if rivals is None else rivals.choose(found)
+    errors: OutputErrors = {}
+    if distance is not None:
+        errors = {number: distance.error(number) for number in (None, *everywhere)}
+    elif by_layers:
+        errors = of_last_layers(last_fits)
+    return Refitted(state, told, left, errors, held_out=by_layers)
 
 
 def written_out(program: Program) -> Program:

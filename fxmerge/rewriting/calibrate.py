@@ -48,23 +48,6 @@ def _normalizes(node: fx.Node) -> bool:
     return name in _BATCH_NORM and all(isinstance(node.args[i], fx.Node) for i in (_MEAN, _VARIANCE))
 
 
-def pool(means: Sequence[Tensor], variances: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The moments of a mixture of distributions.
-
-    Arguments:
-        means: one tensor per distribution, all of one shape.
-        variances: likewise.
-        weights: the share of each distribution; they sum to one.
-
-    Returns:
-        The mean of the means, and, by the law of total variance, the mean of the variances plus the
-        variance of the means.
-    """
-    mean = torch.stack([w * m for w, m in zip(weights, means, strict=True)]).sum(0)
-    spread = [w * (v + (m - mean) ** 2) for w, m, v in zip(weights, means, variances, strict=True)]
-    return mean, torch.stack(spread).sum(0)
-
-
 class _Estimator(Runner):
     """Runs a model with the statistics of each batch, and keeps their cumulative average."""
 

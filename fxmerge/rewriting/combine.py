@@ -1,4 +1,4 @@
-"""One state dict from several, aligned: the weighted average."""
+"""One state dict from several: the weighted average of merged units."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fxmerge.rewriting.calibrate import pool
 from fxmerge.shared import equal_names
+from fxmerge.units.unit_map import UnitMap
 
 
 def average(
-    states: Sequence[Mapping[str, Tensor]], weights: Sequence[float], statistics: Sequence[tuple[str, str]]
+    units: UnitMap,
+    states: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+    statistics: Sequence[tuple[str, str]],
 ) -> dict[str, Tensor]:
-    """The weighted average of aligned models.
+    """The weighted average of several models, in merged units.
 
     Arguments:
+        units: where the units of the models go.
         states: state dicts with equal names and shapes.
         weights: one per state; they sum to one.
-        statistics: names of running means and variances, which are pooled as moments instead.
+        statistics: names of running means and variances. A merged variance is that of all members together: the mean of
+            their variances plus the variance of their means (law of total variance).
 
     Returns:
         New tensors in the dtype of the first state; tensors that are not floating-point, or that are equal in all
-        states, are the first state's.
+        states and in which no units merge, are the first state's.
     """
-    merged, equal = {}, equal_names(states)
-    for name, tensor in states[0].items():
-        if name in equal or not (tensor.is_floating_point() or tensor.is_complex()):
-            merged[name] = tensor.clone()
-            continue
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        total = torch.stack([w * s[name].to(wide) for w, s in zip(weights, states, strict=True)]).sum(0)
-        merged[name] = total.to(tensor.dtype)
+    merged, equal = units.merge(states, weights), equal_names(states)
     for mean, variance in statistics:
         if mean in equal and variance in equal:
             continue
-        pooled = pool([s[mean] for s in states], [s[variance] for s in states], weights)
-        merged[mean], merged[variance] = (p.to(states[0][mean].dtype) for p in pooled)
+        total = merged[mean].to(torch.promote_types(merged[mean].dtype, torch.float32))
+        spread = []
+        for m, state in enumerate(states):
+            off = state[mean].to(total) - units.unmerge_tensor(mean, total, m)
+            spread.append({variance: state[variance].to(total) + off**2})
+        merged[variance] = units.merge_tensor(variance, spread, weights).to(states[0][variance].dtype)
     return merged

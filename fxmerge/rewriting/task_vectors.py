@@ -5,84 +5,26 @@ A task vector is what fine-tuning added to the parameters: those of the model mi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fxmerge.errors import OptionError
+from fxmerge.recipe import TaskArithmetic, Ties
 from fxmerge.rewriting.combine import average
+from fxmerge.units.unit_map import UnitMap
 
 State = Mapping[str, Tensor]
 Statistics = Sequence[tuple[str, str]]
 
 
-@dataclass(frozen=True)
-class TaskArithmetic:
-    """Adds the task vectors to the base (Ilharco et al., arXiv 2212.04089).
-
-    Attributes:
-        scale: what the sum of the task vectors is multiplied with. 0.4 is what the TIES paper takes for this
-            method where no data is left to choose it on (arXiv 2306.01708, appendix C.4). A negative one makes
-            the base forget.
-
-    Raises:
-        OptionError: if `scale` is not a finite number.
-
-    Example:
-        >>> TaskArithmetic()
-        TaskArithmetic(scale=0.4)
-    """
-
-    scale: float = 0.4
-
-    def __post_init__(self) -> None:
-        _check_scale(self.scale)
-
-    def combine(
-        self, base: State, states: Sequence[State], weights: Sequence[float], at: Statistics
-    ) -> dict[str, Tensor]:
-        return task_arithmetic(base, states, weights, at, scale=self.scale)
-
-
-@dataclass(frozen=True)
-class Ties:
-    """Adds what is large in the task vectors and agrees in sign to the base (TIES-Merging, arXiv 2306.01708).
-
-    Attributes:
-        density: the share of its entries that a task vector keeps, in (0, 1]: those of largest magnitude.
-        scale: what the combined task vector is multiplied with.
-
-    Raises:
-        OptionError: if an option is out of range.
-
-    Example:
-        >>> Ties(density=0.5)
-        Ties(density=0.5, scale=1.0)
-    """
-
-    density: float = 0.2
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
-            raise OptionError(f"density is {self.density!r}; it must be a number above 0, up to 1 (keep every entry).")
-        _check_scale(self.scale)
-
-    def combine(
-        self, base: State, states: Sequence[State], weights: Sequence[float], at: Statistics
-    ) -> dict[str, Tensor]:
-        return ties(base, states, weights, at, density=self.density, scale=self.scale)
-
-
-TaskVectors = TaskArithmetic | Ties
-
-
-def _check_scale(scale: float) -> None:
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise OptionError(f"scale is {scale!r}; it must be a finite number.")
+def combine_task_vectors(
+    part: TaskArithmetic | Ties, base: State, states: Sequence[State], weights: Sequence[float], at: Statistics
+) -> dict[str, Tensor]:
+    """The base plus the task vectors, combined as a part of a recipe says; arguments as for `task_arithmetic`."""
+    if isinstance(part, TaskArithmetic):
+        return task_arithmetic(base, states, weights, at, scale=part.scale)
+    return ties(base, states, weights, at, density=part.density, scale=part.scale)
 
 
 def task_arithmetic(
@@ -161,7 +103,8 @@ def _moved(
 ) -> dict[str, Tensor]:
     """The base plus, for every parameter, what `combine` makes of its task vectors, shape (models, *parameter)."""
     apart = [name for pair in statistics for name in pair]
-    pooled = average([{name: state[name] for name in apart} for state in states], weights, statistics)
+    still = UnitMap.still(len(states))
+    pooled = average(still, [{name: state[name] for name in apart} for state in states], weights, statistics)
     moved = {}
     for name, tensor in base.items():
         if name in pooled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,26 +14,19 @@ from torch import Tensor, fx
 
 from fxmerge.errors import LoaderError, NonFiniteError
 from fxmerge.program import Program
+from fxmerge.recipe import Similarity
 from fxmerge.run import Data, Runner
 from fxmerge.similarity.weights import real
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.permutation import AxisLayout
 from fxmerge.symmetry.propagate import AxisUnits, Propagation
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.layout import AxisLayout
 
 MAX_ROWS, MAX_ENTRIES = 4096, 2**20
 """Rows (samples times places) and entries (rows times units) taken of one activation in one batch; rows above
 that are subsampled evenly, so that the statistics of a class of n units cost at most n * 2**20 multiplications."""
-
-
-Similarity = Literal["pearson", "cosine", "covariance"]
-"""How similar two units' activations are: their Pearson correlation; their cosine, without subtracting the means; or
-their covariance, relative to the mean variance of the class, so that units that vary more count more."""
-
-Activations = Literal["every", "last"]
-"""Of which activations that show a class: of every one that a contraction consumes, or of the last."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +194,7 @@ class _Moments:
             shift.append(torch.zeros_like(mean) if kind == "cosine" else mean)
             size = (torch.as_tensor(squares) / self.rows - shift[-1] ** 2).clamp(min=0).sqrt()
             # A unit that never varies is similar to nothing.
-            varies, usual = size > 1e-6, size.square().mean().sqrt()
-            scale.append(torch.where(varies, 1 / (usual if kind == "covariance" else size), torch.zeros_like(size)))
+            scale.append(torch.where(size > 1e-6, 1 / size, torch.zeros_like(size)))
         found = {}
         for (i, j), products in self.products.items():
             centred = torch.as_tensor(products).div_(self.rows).addr_(shift[i], shift[j], alpha=-1)
@@ -218,7 +210,7 @@ def _first(x: Tensor, kind: Similarity) -> tuple[Tensor, Tensor]:
     varies = size > 1e-6
     # Units that do not vary yet may do so later, on data of another kind.
     usual = size[varies].mean() if varies.any() else size.new_ones(())
-    return shift, 1 / torch.where(varies & (kind != "covariance"), size, usual)
+    return shift, 1 / torch.where(varies, size, usual)
 
 
 def similarities(
@@ -229,7 +221,6 @@ def similarities(
     names: Sequence[str],
     pairs: Sequence[Pair],
     kind: Similarity = "pearson",
-    activations: Activations = "every",
 ) -> dict[int, dict[Pair, Tensor]]:
     """Similarity of all pairs of units of some pairs of models, for every class that an activation shows.
 
@@ -243,20 +234,16 @@ def similarities(
         data: calibration batches.
         names: what to call the models in errors.
         pairs: the numbers of the models to compare; a model may be compared with itself.
-        kind: how similarity is measured.
-        activations: whether every activation counts, or the last one of each class.
+        kind: "pearson" correlation, or "cosine", without subtracting the means.
 
     Returns:
-        For each class number and pair a tensor of shape (units, units), rows for the first model; in [-1, 1], but for
-        covariances.
+        For each class number and pair a tensor of shape (units, units), rows for the first model; in [-1, 1].
 
     Raises:
         LoaderError: if the loader is empty.
         NonFiniteError: if an activation is NaN or infinite.
     """
     taps = find_taps(found, symmetry)
-    if activations == "last":
-        taps = list({tap.number: tap for tap in taps}.values())
     runner = _Tapped(found.program, taps)
     first: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     moments = {tap.number: _Moments(len(models), pairs) for tap in taps}

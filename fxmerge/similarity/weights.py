@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.permutation import AxisLayout
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.layout import AxisLayout
 
 ROOM = 2**30
 """Bytes of similarities, and of the parameters that they are of, which a search keeps."""

@@ -22,10 +22,11 @@ from fxmerge.symmetry.classes import UnitClass, resolve
 from fxmerge.symmetry.contracted import Role
 from fxmerge.symmetry.outputs import FreeOutput, free_leaves, free_outputs, paths_of
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
-from fxmerge.symmetry.permutation import AxisLayout, Permutation, build_image
 from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate
 from fxmerge.symmetry.structure import PINNED, combinations, structure
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.layout import AxisLayout
+from fxmerge.units.permutation import Permutation, build_image
 
 Choice = Callable[[int, Ids, Ids], Ids]
 """(class number, units, places) -> the place of each unit; all of shape (combinations of parents, units)."""

@@ -17,11 +17,11 @@ from fxmerge.symmetry.freeze import freeze
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.outputs import FreeOutput
 from fxmerge.symmetry.overrides import REQUESTED, pinned_axes
-from fxmerge.symmetry.permutation import AxisLayout
 from fxmerge.symmetry.propagate import Axis
 from fxmerge.symmetry.ranges import read_ranges
 from fxmerge.symmetry.spec import KIND, VERSION, slots
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.layout import AxisLayout
 
 LEFT_OUT = "left out of the spec"
 """The reason given for indices that belong to no class of a spec and are not pinned in it."""

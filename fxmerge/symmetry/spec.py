@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fxmerge.errors import SpecError
-from fxmerge.symmetry.permutation import AxisLayout
 from fxmerge.symmetry.ranges import write_ranges
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.layout import AxisLayout
 
 if TYPE_CHECKING:
     from fxmerge.program import Program

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Ids = NDArray[np.int64]
+from fxmerge.units.layout import Ids as Ids
+
 Hashes = NDArray[np.uint64]
 
 NOTHING = 0

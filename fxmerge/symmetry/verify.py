@@ -19,7 +19,7 @@ from fxmerge.capture import Args, Kwargs, check_example, evaluating, open_output
 from fxmerge.errors import FxmergeError, OptionError
 from fxmerge.symmetry.double import InDouble, WithOwnStatistics, in_double
 from fxmerge.symmetry.freeze import demote
-from fxmerge.symmetry.permutation import Permutation
+from fxmerge.units.permutation import Permutation
 
 if TYPE_CHECKING:
     from fxmerge.symmetry.group import Symmetry

@@ -10,7 +10,7 @@ from torch import nn
 
 import fxmerge
 from fxmerge.choose import best, highest
-from fxmerge.compare import error_of, score_of
+from fxmerge.ordering import error_of, score_of
 from fxmerge.decide import decide
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import Problem, floats, search

@@ -4,90 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fxmerge.errors import PermutationError
-from fxmerge.symmetry.units import Ids
-
-
-@dataclass(frozen=True)
-class AxisLayout:
-    """Where the units of a symmetry lie on one parameter axis.
-
-    Attributes:
-        parameter: the parameter's name; `aliases` are its other names.
-        dim: the axis.
-        dims: the dimensions of `slot`: the axis, and those whose rows have units of their own along it.
-        slot: for every index, a number that stands for the unit there.
-        roles: for every class on the axis, its number and the slots of its units.
-    """
-
-    parameter: str
-    aliases: tuple[str, ...]
-    shape: tuple[int, ...]
-    dim: int
-    dims: tuple[int, ...]
-    slot: Ids
-    roles: tuple[tuple[int, Ids], ...]
-
-    @cached_property
-    def index(self) -> Ids:
-        """For every slot, its index along the axis."""
-        where = self.dims.index(self.dim)
-        along = np.arange(self.slot.shape[where]).reshape([-1 if d == where else 1 for d in range(self.slot.ndim)])
-        index = np.zeros(int(self.slot.max()) + 1, np.int64)
-        index[self.slot] = np.broadcast_to(along, self.slot.shape)
-        return index
-
-    def source(self, images: tuple[Ids, ...]) -> Ids | None:
-        """For every index after the permutation, the index along the axis before it; None if none moves."""
-        before = np.arange(len(self.index))
-        for number, slots in self.roles:
-            before[slots[images[number]]] = slots
-        if np.array_equal(before, np.arange(len(before))):
-            return None
-        source: Ids = self.index[before[self.slot]]
-        return source
-
-    def target(self, labels: Sequence[Ids]) -> Ids:
-        """For every index, the index along the axis to which the unit there goes; several may go to one.
-
-        Arguments:
-            labels: for every class, the unit that each of its units becomes.
-        """
-        after = np.arange(len(self.index))
-        for number, slots in self.roles:
-            after[slots] = slots[labels[number]]
-        target: Ids = self.index[after[self.slot]]
-        return target
-
-
-def add_axis(tensor: Tensor, layout: AxisLayout, target: Ids) -> Tensor:
-    """Adds up, along one axis, what goes to one index (by rows, where rows have units of their own)."""
-    index = torch.from_numpy(target).to(tensor.device)
-    if len(layout.dims) == 1:
-        return torch.zeros_like(tensor).index_add_(layout.dim, index, tensor)
-    return torch.zeros_like(tensor).scatter_add_(layout.dim, along_axis(index, layout).expand(tensor.shape), tensor)
-
-
-def along_axis(values: Tensor, layout: AxisLayout) -> Tensor:
-    """A number for every entry of `layout.slot`, in the shape in which it broadcasts over the parameter."""
-    return values.reshape([n if d in layout.dims else 1 for d, n in enumerate(layout.shape)])
-
-
-def move_axis(tensor: Tensor, layout: AxisLayout, source: Ids) -> Tensor:
-    """Takes, along one axis, every index from `source` (by rows, where rows have units of their own)."""
-    index = torch.from_numpy(source).to(tensor.device)
-    if len(layout.dims) == 1:
-        return tensor.index_select(layout.dim, index)
-    return torch.take_along_dim(tensor, along_axis(index, layout), layout.dim)
+from fxmerge.units.layout import AxisLayout, Ids, move_axis
 
 
 @dataclass(frozen=True)

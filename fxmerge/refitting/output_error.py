@@ -1,0 +1,145 @@
+"""How far the outputs of the merged network and of each parent are from what is learnt: the mean of all parents'.
+
+The error of the merged network is held out: each part of the data is predicted by last layers that were fitted on the
+other parts. A parent is as it is, so that its error is held out anyway. All are shares of the variance of the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.program import Program
+from fxmerge.refitting.gather import LayerFit, Shares, Teacher, Values
+from fxmerge.refitting.layers import Layer
+
+OutputErrors = dict[int | None, float]
+"""The error of every parent by its number, and at None that of the merged network."""
+
+
+def asked(shares: Shares) -> list[int]:
+    """The parents that count."""
+    return [j for j, share in enumerate(shares) if share > 0]
+
+
+def comparable(
+    program: Program,
+    last: Sequence[Layer],
+    chosen: Collection[Layer],
+    parents: Sequence[Mapping[str, Tensor]],
+    teachers: Sequence[Teacher],
+) -> bool:
+    """Whether the outputs of last layers tell how near networks are: there are some, all are fitted, and all other
+    parameters come before them. What other layers give would be in units of a network's own, or is not the output."""
+    own_outputs = all(
+        torch.equal(layer.read(parent), layer.read(teacher.state))
+        for layer in last
+        for parent, teacher in zip(parents, teachers, strict=True)
+    )
+    return own_outputs and bool(last) and all(layer in chosen for layer in last) and not used_elsewhere(program, last)
+
+
+def used_elsewhere(program: Program, last: Sequence[Layer]) -> bool:
+    """Whether a parameter is used other than in some layers or on the way to them."""
+    before = {use.node for layer in last for use in layer.uses}
+    for node in reversed(program.graph.graph.nodes):
+        if not before.isdisjoint(node.users):
+            before.add(node)
+    parameters = program.of_parameters & program.derived
+    return any(
+        not parameters.isdisjoint(node.all_input_nodes) for node in program.learnt - before if node.op != "output"
+    )
+
+
+def of_last_layers(fits: Sequence[LayerFit]) -> OutputErrors:
+    """The mean over last layers of the errors that their fits gathered, once they are settled."""
+    found: OutputErrors = {}
+    for number in (None, *(fits[0].missed if fits else ())):
+        own = [fit.output_error(number) for fit in fits]
+        found[number] = sum(own) / len(own) if own else math.nan
+    return found
+
+
+class OutputDistance:
+    """The squared distances of outputs to the parents' weighted mean, as shares of its variance.
+
+    It is for programs whose last layers cannot be compared, as where the output layer is tied to the embedding.
+
+    Arguments:
+        program: the program; all its outputs count alike.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.nodes = program.answers
+        self.missed: defaultdict[tuple[int | None, fx.Node], float] = defaultdict(float)
+        self.moments: dict[fx.Node, Spread] = {node: Spread() for node in self.nodes}
+
+    def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
+        """Takes in a batch; see `LayerFit.add`."""
+        for node in self.nodes:
+            mean = reduce(torch.add, (shares[j] * _wide(theirs[node]) for j, theirs in taught.items()))
+            # Scores of what is ruled out are infinite in all networks.
+            self.moments[node].add(mean.where(mean.isfinite(), 0.0), weight)
+            for number, own in ((None, values), *taught.items()):
+                off = torch.where(own[node] == mean, 0.0, _wide(own[node]) - mean)
+                self.missed[number, node] += weight * float(off.square().sum(dtype=torch.float64))
+
+    def error(self, number: int | None) -> float:
+        """The mean over outputs of the errors of a parent, or of the merged network; NaN where no output varies."""
+        spreads = {node: own.total for node, own in self.moments.items()}
+        told = [self.missed[number, node] / spread for node, spread in spreads.items() if spread > 0]
+        return sum(told) / len(told) if told else math.nan
+
+
+class Spread:
+    """The sum of squared distances of outputs to the mean of each feature, over all batches.
+
+    Features lie along the last dimension of outputs with up to three dimensions, such as tokens, and along the second
+    one of others, such as images.
+
+    Example:
+        >>> spread = Spread()
+        >>> spread.add(torch.tensor([[1.0, 5.0]]))
+        >>> spread.add(torch.tensor([[3.0, 5.0]]))
+        >>> spread.total
+        2.0
+    """
+
+    def __init__(self) -> None:
+        self.count, self.squares = 0.0, 0.0
+        self.sums: Tensor | float = 0.0
+
+    def add(self, value: Tensor, weight: float = 1.0) -> None:
+        """Takes in a batch."""
+        rows = feature_rows(value)
+        self.count += weight * len(rows)
+        self.squares += weight * float(rows.square().sum())
+        self.sums = self.sums + weight * rows.sum(0)
+
+    @property
+    def total(self) -> float:
+        """The sum; rounding may not leave less than nothing."""
+        return max(self.squares - float(torch.as_tensor(self.sums).square().sum()) / max(self.count, 1e-300), 0.0)
+
+
+def feature_rows(value: Tensor) -> Tensor:
+    """An output as rows of features, in float64: shape (rows, features).
+
+    Example:
+        >>> feature_rows(torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([32, 3])
+    """
+    if value.is_complex():
+        value = torch.view_as_real(value).flatten(-2)
+    value = value.reshape(-1, 1) if value.ndim < 2 else value.movedim(1 if value.ndim > 3 else -1, -1)
+    return value.reshape(-1, value.shape[-1]).double()
+
+
+def _wide(value: Tensor) -> Tensor:
+    """At least in float32."""
+    return value.float() if value.element_size() < 4 else value

@@ -1,0 +1,145 @@
+"""What is known of a merged network: how it was made, and how well its parts fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from torch import nn
+
+from fxmerge.errors import OptionError
+from fxmerge.refitting.output_error import OutputErrors
+from fxmerge.symmetry.group import Symmetry
+
+KEY = "fxmerge"
+"""The entry of a GraphModule's `meta` in which its report lies."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `merge`, `merge_many` and `align` tell of their result.
+
+    Attributes:
+        models: how many models there were, without a base.
+        recipe: the recipe without "auto", as `Recipe.to_dict` gives it; None for `align`.
+        weights: how much each model counted.
+        units_of: the number of the model in whose units the result is; None for those of the base.
+        images: for every model, by class, the merged unit that each of its units went into.
+        quality: for every model that was matched, by class, the mean similarity of matched units, by "weights" and by
+            "activations".
+        objective: the objectives of the alignment, at the start and after every step; none ever falls.
+        zip_objective: the same of the zip.
+        zipped_within: by class, how many merged units have several members of one model.
+        layers: by fitted layer, the numbers of its fit: see `Refitted.layers`.
+        left: by parameter, why it was left as it was.
+        errors: what the outputs of the "merged" network, and those of each of the "models", miss of the variance of the
+            mean of the models' outputs; empty where it was not measured.
+        held_out: whether the error of the merged network is on data that its last layers were not fitted to.
+        shared: the names of tensors that are equal in all models and stayed as they are.
+        classes: the classes of the symmetry, with their axes, and why anything is pinned.
+        demoted: classes that failed verification.
+        unknown_ops: how often each op occurs that has no rule.
+        verification_error: the largest relative change of an output under random elements of the group.
+        route: how the model was captured.
+        seconds: time spent, by stage.
+    """
+
+    models: int
+    recipe: Mapping[str, Any] | None = None
+    weights: tuple[float, ...] = ()
+    units_of: int | None = None
+    images: tuple[Mapping[str, list[int]], ...] = ()
+    quality: tuple[Mapping[str, Mapping[str, float]], ...] = ()
+    objective: tuple[tuple[float, ...], ...] = ()
+    zip_objective: tuple[float, ...] = ()
+    zipped_within: Mapping[str, int] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, Any] = field(default_factory=dict)
+    held_out: bool = False
+    shared: tuple[str, ...] = ()
+    classes: tuple[Mapping[str, Any], ...] = ()
+    demoted: tuple[str, ...] = ()
+    unknown_ops: Mapping[str, int] = field(default_factory=dict)
+    verification_error: float | None = None
+    route: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, so that a result can be unpickled without fxmerge."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        kind = "aligned" if self.recipe is None else "merged"
+        lines = [f"{self.models} models, {kind}; captured by {self.route}"]
+        matched = [q for own in self.quality for q in own.values()]
+        for space in ("weights", "activations"):
+            values = [q[space] for q in matched if space in q]
+            if values:
+                lines.append(f"matched units are alike by {sum(values) / len(values):.2f} in {space}, on average")
+        if self.layers:
+            lines.append(f"{len(self.layers)} layers fitted, {len(self.left)} parameters left as they were")
+        if self.errors:
+            models = ", ".join(f"{error:.3g}" for error in self.errors["models"].values())
+            where = "held-out data" if self.held_out else "the data of the fit"
+            lines.append(
+                f"distance to the ensemble, as a share of its variance, on {where}: "
+                f"merged {self.errors['merged']:.3g}, models {models}"
+            )
+        if self.demoted:
+            lines.append(f"failed verification: {', '.join(self.demoted)}")
+        lines.append("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
+        return "\n".join(lines)
+
+
+def report(module: nn.Module) -> Report:
+    """The report of a network that fxmerge made.
+
+    Arguments:
+        module: what `merge`, `merge_many` or `align` gave.
+
+    Raises:
+        OptionError: if fxmerge did not make it, or it was made by another version.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> def mlp():
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> merged = fxmerge.merge(mlp(), mlp(), [torch.randn(16, 4)])
+        >>> sorted(fxmerge.report(merged).layers)
+        ['0.weight', '2.weight']
+    """
+    found = getattr(module, "meta", {}).get(KEY)
+    if not isinstance(found, Mapping) or {f.name for f in fields(Report)} != set(found):
+        raise OptionError(
+            f"The {type(module).__name__} has no report of this version of fxmerge; pass what merge, merge_many or "
+            "align returned."
+        )
+    return Report(**found)
+
+
+def named_errors(errors: OutputErrors) -> dict[str, Any]:
+    """Errors of outputs as a report has them.
+
+    Example:
+        >>> named_errors({None: 0.1, 0: 0.3, 1: 0.2})
+        {'merged': 0.1, 'models': {0: 0.3, 1: 0.2}}
+    """
+    models = {number: error for number, error in errors.items() if number is not None}
+    return {"merged": errors[None], "models": dict(sorted(models.items()))} if errors else {}
+
+
+def classes_of(symmetry: Symmetry) -> tuple[dict[str, Any], ...]:
+    """The classes of a symmetry as plain data."""
+    return tuple(
+        {
+            "name": c.name,
+            "size": c.size,
+            "structure": c.structure,
+            "axes": [(axis.parameter, axis.dim) for axis in c.axes],
+            "parents": list(c.parents),
+            "why": c.why,
+        }
+        for c in symmetry.classes
+    )

@@ -1,0 +1,166 @@
+"""Where the units of a symmetry lie on the axes of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fxmerge.errors import UnitMapError
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class AxisLayout:
+    """Where the units of a symmetry lie on one parameter axis.
+
+    Attributes:
+        parameter: the parameter's name; `aliases` are its other names.
+        dim: the axis.
+        dims: the dimensions of `slot`: the axis, and those whose rows have units of their own along it.
+        slot: for every index, a number that stands for the unit there.
+        roles: for every class on the axis, its number and the slots of its units.
+    """
+
+    parameter: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    dim: int
+    dims: tuple[int, ...]
+    slot: Ids
+    roles: tuple[tuple[int, Ids], ...]
+
+    @cached_property
+    def index(self) -> Ids:
+        """For every slot, its index along the axis."""
+        where = self.dims.index(self.dim)
+        along = np.arange(self.slot.shape[where]).reshape([-1 if d == where else 1 for d in range(self.slot.ndim)])
+        index = np.zeros(int(self.slot.max()) + 1, np.int64)
+        index[self.slot] = np.broadcast_to(along, self.slot.shape)
+        return index
+
+    def source(self, images: tuple[Ids, ...]) -> Ids | None:
+        """For every index after the permutation, the index along the axis before it; None if none moves."""
+        before = np.arange(len(self.index))
+        for number, slots in self.roles:
+            before[slots[images[number]]] = slots
+        if np.array_equal(before, np.arange(len(before))):
+            return None
+        source: Ids = self.index[before[self.slot]]
+        return source
+
+    def target(self, maps: Sequence[Ids], into: AxisLayout | None = None) -> Ids:
+        """For every index, the index along the merged axis to which the unit there goes; several may go to one.
+
+        Arguments:
+            maps: for every class, the merged unit that each of its units goes into.
+            into: the layout of the merged axis, as `resized` gives it; None if no class changes its width.
+        """
+        into = self if into is None else into
+        after = np.arange(len(self.index)) if into is self else into.slot[_pinned_places(self, into)]
+        for (number, slots), (_, merged) in zip(self.roles, into.roles, strict=True):
+            after[slots] = merged[maps[number]]
+        target: Ids = into.index[after[self.slot]]
+        return target
+
+    def resized(self, widths: Sequence[int]) -> AxisLayout:
+        """The layout of the axis where each class has another number of units.
+
+        The axis keeps the units below the width of their class where they are. Units beyond those that it has come
+        after the last one of their stretch: the axis of a flattened image (channels, pixels) gets whole channels.
+
+        Raises:
+            UnitMapError: if rows of the parameter have units of their own along the axis, and a width changes.
+        """
+        if all(widths[number] == len(slots) for number, slots in self.roles):
+            return self
+        if len(self.dims) > 1:
+            raise UnitMapError(
+                f"Axis {self.dim} of {self.parameter!r} has units of its own in every row: its width cannot change. "
+                f"Give the classes there {[len(slots) for _, slots in self.roles]} merged units."
+            )
+        entries = [(int(self.index[slot]), 0, 0, 0, -1) for slot in _pinned(self)]
+        ends = _stretches([(number, self.index[slots]) for number, slots in self.roles])
+        for role, ((number, slots), (end, rank)) in enumerate(zip(self.roles, ends, strict=True)):
+            kept = min(len(slots), widths[number])
+            entries += [(int(self.index[slots[unit]]), 0, unit, 0, role) for unit in range(kept)]
+            entries += [(end, 1, unit, rank, role) for unit in range(kept, widths[number])]
+        entries.sort()
+        roles = [np.zeros(widths[number], np.int64) for number, _ in self.roles]
+        for index, (_, _, unit, _, role) in enumerate(entries):
+            if role >= 0:
+                roles[role][unit] = index
+        shape = (*self.shape[: self.dim], len(entries), *self.shape[self.dim + 1 :])
+        numbered = tuple((number, slots) for (number, _), slots in zip(self.roles, roles, strict=True))
+        return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, np.arange(len(entries)), numbered)
+
+
+def _pinned(axis: AxisLayout) -> list[int]:
+    """The slots of an axis that no class has."""
+    own = np.zeros(len(axis.index), bool)
+    for _, slots in axis.roles:
+        own[slots] = True
+    pinned: list[int] = np.flatnonzero(~own).tolist()
+    return pinned
+
+
+def _pinned_places(axis: AxisLayout, into: AxisLayout) -> Ids:
+    """For every slot of an axis, the index in a resized one; of what no class has, in the order of the axis."""
+    places = np.zeros(len(axis.index), np.int64)
+    before, after = _pinned(axis), _pinned(into)
+    order = sorted(before, key=lambda slot: axis.index[slot])
+    places[order] = sorted(into.index[slot] for slot in after)
+    return places
+
+
+def _stretches(roles: Sequence[tuple[int, Ids]]) -> list[tuple[int, int]]:
+    """For every role, where the stretch of an axis ends that it lies in, and its rank among the roles there.
+
+    Roles of one class whose indices overlap share a stretch, as the pixels of a channel do.
+    """
+    found = []
+    for number, places in roles:
+        shared = [(int(own[0]), int(own.max())) for n, own in roles if n == number and _overlap(own, places)]
+        found.append((max(end for _, end in shared), sorted(start for start, _ in shared).index(int(places[0]))))
+    return found
+
+
+def _overlap(a: Ids, b: Ids) -> bool:
+    return bool(a.min() <= b.max() and b.min() <= a.max())
+
+
+def add_axis(tensor: Tensor, layout: AxisLayout, target: Ids, size: int | None = None) -> Tensor:
+    """Adds up, along one axis, what goes to one index (by rows, where rows have units of their own).
+
+    Arguments:
+        tensor: the parameter.
+        layout: of the axis.
+        target: for every index, the index to which it goes.
+        size: the length of the axis afterwards; None leaves it as it is.
+    """
+    index = torch.from_numpy(target).to(tensor.device)
+    if len(layout.dims) > 1:
+        total = torch.zeros_like(tensor)
+        return total.scatter_add_(layout.dim, along_axis(index, layout).expand(tensor.shape), tensor)
+    shape = list(tensor.shape)
+    shape[layout.dim] = shape[layout.dim] if size is None else size
+    return tensor.new_zeros(shape).index_add_(layout.dim, index, tensor)
+
+
+def along_axis(values: Tensor, layout: AxisLayout) -> Tensor:
+    """A number for every entry of `layout.slot`, in the shape in which it broadcasts over the parameter."""
+    return values.reshape([n if d in layout.dims else 1 for d, n in enumerate(layout.shape)])
+
+
+def move_axis(tensor: Tensor, layout: AxisLayout, source: Ids) -> Tensor:
+    """Takes, along one axis, every index from `source` (by rows, where rows have units of their own)."""
+    index = torch.from_numpy(source).to(tensor.device)
+    if len(layout.dims) == 1:
+        return tensor.index_select(layout.dim, index)
+    return torch.take_along_dim(tensor, along_axis(index, layout), layout.dim)
