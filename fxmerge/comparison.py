@@ -122,7 +122,7 @@ def compare(
 
     Arguments:
         networks: merged networks by name.
-        models: the models that they are made of.
+        models: the models that they are made of, or whose mean is of interest otherwise; one or more.
         loader: data that no network was fitted to, as for `merge`; labels are not used.
         score: how good a network is, larger for better, such as its accuracy on validation data. It is called with
             networks in eval mode, without gradients.
@@ -154,7 +154,7 @@ def compare(
         True
     """
     _, run = validate.check_recipe(None, run)
-    models = validate.check_models(models)
+    models = validate.check_models(models, "compare", 1)
     validate.check_loaders(loader, None, len(models))
     if calibration is not None:
         validate.check_loader(calibration)
