@@ -159,13 +159,29 @@ def loads(row: Row) -> bool:
     return bool(row.get("loads") and row.get("ordered"))
 
 
+HEAD = """What `python benchmarks/zoo.py` found, with random weights and batches of two. How to read a row:
+
+| column | meaning |
+|---|---|
+| route | how the model was captured |
+| classes, log order | how many classes of units may move, and the natural logarithm of the number of permutations |
+| free | the share of parameter entries that lie on an axis that moves |
+| pinned by | the ops that pinned the most indices |
+| no rule, probed | ops without a rule that were pinned, or whose behaviour was found by numeric trials |
+| error, demoted | the largest relative change of an output under a random element of the group, in float64, and how many classes failed |
+| loads | the state dict of what is emitted loads strictly into a fresh instance of the class, with the keys in their order |
+| computes | the emitted GraphModule computes what that instance computes |
+
+What is emitted holds other parameters than those that the model was captured with."""
+
+
 def report(rows: Sequence[Row], note: str = "") -> str:
     """The page: a note, a summary of all families, a table for each, and the models that failed."""
     families = {family: [r for r in rows if r["family"] == family] for family in FAMILIES}
     families = {family: found for family, found in families.items() if found}
     machines = dict.fromkeys(r["machine"] for r in rows if "machine" in r)
     packages = dict.fromkeys(r["package"] for r in rows if "package" in r)
-    parts = ["# Coverage", "What `python benchmarks/zoo.py` found. Random weights, batches of two.", note, *machines]
+    parts = ["# Coverage", HEAD, note, *machines]
     parts += [", ".join(packages), table([_summary(family, found) for family, found in families.items()])]
     unknown: dict[str, list[str]] = {}
     for row in rows:

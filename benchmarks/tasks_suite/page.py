@@ -192,15 +192,17 @@ PICTURES = (
 
 PREFACE = """# Real tasks
 
-What `python benchmarks/tasks.py` measured: networks trained apart, merged without training. One parent learns the
-first and the other the last five classes of Fashion-MNIST, or one learns code about concurrency and the other code
-about formats, from the sources of Python's own library, or one learns to take noise out of images and the other to see
-their edges; or both learn everything, from two initialisations. Images
-are predicted into a space in which every class has a fixed direction, so that one head serves all classes. Published
-methods average; fxmerge refits after averaging. All see the same 2,000 unlabelled training images, over which
-BatchNorm statistics are re-estimated for all alike.
-Numbers are means over pairs of parents and, where there are several, their standard deviation: one without is of one
-pair. No two pairs of a setting share a parent."""
+What `python benchmarks/tasks.py` measured: networks trained apart, merged without training. There are four settings:
+
+- One parent learns the first and the other the last five classes of Fashion-MNIST.
+- One parent learns code about concurrency and the other code about formats, from the sources of Python's own library.
+- One parent learns to take noise out of images and the other to see their edges.
+- Both parents learn everything, from two initialisations.
+
+Images are predicted into a space in which every class has a fixed direction, so that one head serves all classes.
+Published methods average; fxmerge fits layers after averaging. All see the same 2,000 unlabelled training images, over
+which BatchNorm statistics are re-estimated for all alike. Numbers are means over pairs of parents and, where there are
+several, their standard deviation. A number without one is of one pair. No two pairs of a setting share a parent."""
 
 
 def page(rows: Sequence[Row], plots: Path | None) -> str:
