@@ -168,8 +168,9 @@ HEAD = """What `python benchmarks/zoo.py` found, with random weights and batches
 | free | the share of parameter entries that lie on an axis that moves |
 | pinned by | the ops that pinned the most indices |
 | no rule, probed | ops without a rule that were pinned, or whose behaviour was found by numeric trials |
-| error, demoted | the largest relative change of an output under a random element of the group, in float64, and how many classes failed |
-| loads | the state dict of what is emitted loads strictly into a fresh instance of the class, with the keys in their order |
+| error | the largest relative change of an output under a random element of the group, in float64 |
+| demoted | how many classes failed this check |
+| loads | the emitted state dict loads strictly into a fresh instance of the class, with the keys in their order |
 | computes | the emitted GraphModule computes what that instance computes |
 
 What is emitted holds other parameters than those that the model was captured with."""

@@ -200,7 +200,11 @@ def _printed(source: str, names: dict[str, Any]) -> str:
     """What a statement prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(source, "<walk>", "single"), names)
-    return re.sub(r"^$", "<BLANKLINE>", printed.getvalue().rstrip("\n"), flags=re.MULTILINE) + "\n" if printed.getvalue() else ""
+    return (
+        re.sub(r"^$", "<BLANKLINE>", printed.getvalue().rstrip("\n"), flags=re.MULTILINE) + "\n"
+        if printed.getvalue()
+        else ""
+    )
 
 
 def _fenced(text: str) -> str:
