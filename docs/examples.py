@@ -1,4 +1,4 @@
-"""Shows the examples of docstrings as code: griffe knows sections called "Examples", and fxmerge calls them "Example"."""
+"""Shows examples of docstrings as code: griffe calls their sections "Examples", and fxmerge calls them "Example"."""
 
 from __future__ import annotations
 

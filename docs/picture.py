@@ -1,7 +1,7 @@
 """Draws the picture of the README, once for light and once for dark pages: `python docs/picture.py`.
 
-Two networks have learnt the same features in different orders. The features are colours. Their hidden units are matched, and
-those of the merged network are the matched pairs.
+Two networks have learnt the same features in different orders. The features are colours. Their hidden units are
+matched, and those of the merged network are the matched pairs.
 
 >>> all(path(theme).read_text(encoding="utf-8") == picture(theme) for theme in THEMES)
 True
@@ -37,32 +37,31 @@ def picture(theme: str) -> str:
         f'font-family="system-ui, sans-serif" font-size="15" fill="{text}">',
         "<title>The units of two networks are matched, and merged into one network</title>",
         *_matches(a + LAYER, b + LAYER),
-        *_network(a, [(color, color) for color in FEATURES], "network A", text, line),
-        *_network(b, [(FEATURES[i], FEATURES[i]) for i in ORDER_B], "network B", text, line),
+        *_network(a, FEATURES, "network A", line),
+        *_network(b, [FEATURES[i] for i in ORDER_B], "network B", line),
         f'<path d="M545 150h74m-12 -9l12 9l-12 9" fill="none" stroke="{text}" stroke-width="2.5"/>',
-        f'<text x="582" y="132" text-anchor="middle">merge</text>',
-        *_network(merged, [(color, color) for color in FEATURES], "merged, the same size", text, line),
+        '<text x="582" y="132" text-anchor="middle">merge</text>',
+        *_network(merged, FEATURES, "merged, the same size", line),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _network(x: int, colors: Sequence[tuple[str, str]], name: str, text: str, line: str) -> Iterator[str]:
+def _network(x: int, colors: Sequence[str], name: str, line: str) -> Iterator[str]:
     """Three inputs, the hidden units, and two outputs."""
     hidden = [TOP + STEP * i for i in range(len(colors))]
     middle = hidden[len(hidden) // 2]
     inputs = [middle + STEP * i for i in (-1, 0, 1)]
     outputs = [middle + STEP * i // 2 for i in (-1, 1)]
-    for y, (color, _) in zip(hidden, colors, strict=True):
-        for column, ends in ((x, inputs), (x + 2 * LAYER, outputs)):
-            for end in ends:
-                yield f'<path d="M{column} {end}L{x + LAYER} {y}" stroke="{color}" stroke-opacity="0.55" stroke-width="1.5"/>'
-    for column, ends in ((x, inputs), (x + 2 * LAYER, outputs)):
-        for end in ends:
-            yield f'<circle cx="{column}" cy="{end}" r="{RADIUS - 3}" fill="{line}"/>'
-    for y, (color, _) in zip(hidden, colors, strict=True):
+    ends = [(x, y) for y in inputs] + [(x + 2 * LAYER, y) for y in outputs]
+    for y, color in zip(hidden, colors, strict=True):
+        for u, v in ends:
+            way = f"M{u} {v}L{x + LAYER} {y}"
+            yield f'<path d="{way}" stroke="{color}" stroke-opacity="0.55" stroke-width="1.5"/>'
+    yield from (f'<circle cx="{u}" cy="{v}" r="{RADIUS - 3}" fill="{line}"/>' for u, v in ends)
+    for y, color in zip(hidden, colors, strict=True):
         yield f'<circle cx="{x + LAYER}" cy="{y}" r="{RADIUS}" fill="{color}"/>'
-    yield f'<text x="{x + LAYER}" y="28" text-anchor="middle" fill="{text}">{name}</text>'
+    yield f'<text x="{x + LAYER}" y="28" text-anchor="middle">{name}</text>'
 
 
 def _matches(a: int, b: int) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
     python docs/walk.py            writes docs/pages/walk.md anew
 
-The page is a doctest, so that a test fails if its outputs are no longer what the code gives. This one fails if the page was
-edited by hand:
+The page is a doctest, so that a test fails if its outputs are no longer what the code gives. This one fails if the
+page was edited by hand:
 
 >>> page() == PAGE.read_text(encoding="utf-8")
 True
@@ -23,9 +23,9 @@ PAGE = Path(__file__).parent / "pages" / "walk.md"
 TEXT = r"""
 # A walk through the stages
 
-This page follows two small networks, a batch and one hidden unit from `merge`'s arguments to its result. Each step calls what
-`fxmerge.merge` calls, and shows the value that comes out. At the end both results are compared. `docs/walk.py` writes this page from
-a real run.
+This page follows two small networks, a batch and one hidden unit from `merge`'s arguments to its result. Each step
+calls what `fxmerge.merge` calls, and shows the value that comes out. At the end both results are compared.
+`docs/walk.py` writes this page from a real run.
 
 ## The networks
 
@@ -50,8 +50,8 @@ Two networks with six hidden units each have learnt one of two outputs, and zero
 ...     return model.eval()
 >>> a, b = trained(8, 0), trained(9, 1)
 
-The unit that we follow is **hidden unit 0 of B**. Its incoming weights are row 0 of `0.weight`, its outgoing weights are column 0 of
-`2.weight`:
+The unit that we follow is **hidden unit 0 of B**. Its incoming weights are row 0 of `0.weight`, its outgoing weights
+are column 0 of `2.weight`:
 
 >>> b[0].weight[0].detach(), b[2].weight[:, 0].detach()
 
@@ -73,8 +73,9 @@ The unit that we follow is **hidden unit 0 of B**. Its incoming weights are row 
 >>> propagation, symmetry = analyse(program)
 >>> print(symmetry)
 
-There is one class that may move, with six units: the hidden units. Our unit is number 0 of this class. It lies on three axes, which are
-`0.weight[0]`, `0.bias[0]` and `2.weight[1]`. What the walk left on the activations after the `relu` are these very units, along dimension 1:
+There is one class that may move, with six units: the hidden units. Our unit is number 0 of this class. It lies on
+three axes, which are `0.weight[0]`, `0.bias[0]` and `2.weight[1]`. What the walk left on the activations after the
+`relu` are these very units, along dimension 1:
 
 >>> from fxmerge.symmetry.columns import core, support
 >>> [(support(column), core(column, support(column)).tolist()) for column in propagation.labels["relu"].columns]
@@ -88,8 +89,8 @@ A random element of the group is applied to the model in float64. The outputs mu
 
 ## 4. Evidence
 
-Activations are measured where a contraction consumes them: here, where the second layer reads the `relu`. `Data` gives the batches as
-the model takes them. For the class there is one matrix: rows are A's units, columns are B's.
+Activations are measured where a contraction consumes them: here, where the second layer reads the `relu`. `Data`
+gives the batches as the model takes them. For the class there is one matrix: rows are A's units, columns are B's.
 
 >>> from fxmerge.run import Data, batch_inputs
 >>> from fxmerge.similarity.activations import similarities
@@ -99,12 +100,12 @@ the model takes them. For the class there is one matrix: rows are A's units, col
 >>> found = similarities(propagation, symmetry, states, data, names, [(0, 0), (0, 1), (1, 1)])
 >>> found[0][0, 1]
 
-Our unit is column 0. It is most like A's unit {{int(found[0][0, 1][:, 0].argmax())}}, by {{f"{float(found[0][0, 1][:, 0].max()):.2f}"}}.
+Our unit is column 0. It is most like A's unit {{nearest}}, by {{by}}.
 
 ## 5. Match
 
-`match_models` aligns the units of both networks, by weights and by these correlations, and then zips them. It gives two unit maps. The
-first is one to one:
+`match_models` aligns the units of both networks, by weights and by these correlations, and then zips them. It gives
+two unit maps. The first is one to one:
 
 >>> from fxmerge.matching.models import match_models
 >>> from fxmerge.recipe import Zip
@@ -113,25 +114,28 @@ first is one to one:
 >>> print(matching.alignment)
 >>> [units[0].tolist() for units in matching.alignment.maps]
 
-A's units stay where they are: the result is in A's units. Our unit 0 of B goes to place {{int(matching.alignment.maps[1][0][0])}}. The second map
+A's units stay where they are: the result is in A's units. Our unit 0 of B goes to place {{place}}. The second map
 merges the aligned units, and may merge two units of one network:
 
 >>> print(matching.merged)
 >>> [units[0].tolist() for units in matching.merged.maps]
 
-So our unit, which is at place {{int(matching.alignment.maps[1][0][0])}} now, goes into merged unit {{int(matching.units.maps[1][0][0])}}. Both maps, one after the other, are `matching.units`.
+So our unit, which is at place {{place}} now, goes into merged unit {{into}}. Both maps, one after the other, are
+`matching.units`.
 
-Two units of B, columns 1 and 2, are both like A's unit 1, and go into one merged unit with it. A's units 2 and 5 are never active, as their
-rows of zeros show, and share a merged unit.
+Two units of B, columns 1 and 2, are both like A's unit 1, and go into one merged unit with it. A's units 2 and 5 are
+never active, as their rows of zeros show, and share a merged unit.
 
 ## 6. Combine
 
-The parameters of B are brought into A's units, and those of both are averaged in merged units. Here are the incoming weights of all
-merged units. One is the mean of our unit's weights and those of A's unit that is most like it.
+The parameters of B are brought into A's units, and those of both are averaged in merged units. Here are the incoming
+weights of all merged units. One is the mean of our unit's weights and those of A's unit that is most like it.
 
 >>> aligned = [matching.alignment.apply(state, m) for m, state in enumerate(states)]
 >>> averaged = matching.merged.merge(aligned)
 >>> averaged["0.weight"]
+
+Our merged unit has one member of each network, and its row is the mean of their rows:
 
 >>> u = int(matching.units.maps[1][0][0])
 >>> members = [state["0.weight"][matching.units.maps[m][0] == u] for m, state in enumerate(states)]
@@ -140,16 +144,16 @@ merged units. One is the mean of our unit's weights and those of A's unit that i
 
 ## 7. Fit
 
-The average is a start. `merge` then fits every layer, in graph order, to what both networks compute there, and its report says how well.
-`before` and `after` are squared errors of a layer's outputs, as shares of its targets' squares.
+The average is a start. `merge` then fits every layer, in graph order, to what both networks compute there, and its
+report says how well. `before` and `after` are squared errors of a layer's outputs, as shares of its targets' squares.
 
 >>> merged = fxmerge.merge(a, b, [x])
 >>> report = fxmerge.report(merged)
 >>> for name, layer in report.layers.items():
 ...     print(name, {key: round(layer[key], 3) for key in ("before", "after", "held_out")}, "rows", layer["rows"])
 
-The first layer reads the inputs, which are the same for both networks, so its average is its fit. The second layer reads merged units. The
-column that reads our merged unit, averaged and fitted:
+The first layer reads the inputs, which are the same for both networks, so its average is its fit. The second layer
+reads merged units. The column that reads our merged unit, averaged and fitted:
 
 >>> averaged["2.weight"][:, u], merged.state_dict()["2.weight"][:, u]
 
@@ -168,15 +172,21 @@ Without the fit, the stages of this page give what `merge` gives:
 
 ## 9. Report
 
-The report holds what all stages told. `errors` are distances to the ensemble, as shares of its variance, and `images` is where the units of
-each network went. The merge is far nearer to the ensemble than either network is.
+The report holds what all stages told. `errors` are distances to the ensemble, as shares of its variance, and `images`
+is where the units of each network went. The merge is far nearer to the ensemble than either network is.
 
 >>> {key: round(value, 3) for key, value in report.errors["models"].items()}, round(report.errors["merged"], 3)
 >>> report.images[1]["0.weight[0]"]
 >>> _ = torch.set_printoptions(profile="default")
-
-
 """
+
+FACTS = {
+    "nearest": "int(found[0][0, 1][:, 0].argmax())",
+    "by": "round(float(found[0][0, 1][:, 0].max()), 2)",
+    "place": "int(matching.alignment.maps[1][0][0])",
+    "into": "int(matching.units.maps[1][0][0])",
+}
+"""What the text tells of the run, by name."""
 
 
 def page() -> str:
@@ -185,7 +195,7 @@ def page() -> str:
     found: list[str] = []
     for piece in doctest.DocTestParser().parse(TEXT.lstrip()):
         if isinstance(piece, str):
-            found.append(re.sub(r"\{\{(.+?)\}\}", lambda m: str(eval(m[1], names)), piece))
+            found.append(re.sub(r"\{\{(.+?)\}\}", lambda m: str(eval(FACTS[m[1]], names)), piece))
         else:
             found.append(_prompted(piece.source) + _printed(piece.source, names))
     return _fenced("".join(found))
