@@ -17,7 +17,7 @@ from fxmerge.matching.search import Problem, floats, search
 from fxmerge.merger import Merger
 from fxmerge.refitting.moments import Moments, fit
 from fxmerge.refitting.rivals import Refitted, Rivals
-from fxmerge.similarity import weights
+from fxmerge.evidence import weights
 
 NAN = math.nan
 

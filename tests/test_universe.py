@@ -16,7 +16,7 @@ from fxmerge.matching.search import match
 from fxmerge.matching.universe import find_universe
 from fxmerge.rewriting.combine import average
 from fxmerge.run import Data, batch_inputs
-from fxmerge.similarity.activations import similarities
+from fxmerge.evidence.activations import similarities
 from fxmerge.symmetry.group import analyse
 from fxmerge.units.permutation import Permutation
 

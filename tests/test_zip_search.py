@@ -9,7 +9,7 @@ from fxmerge.demo import ViT
 from fxmerge.matching.zip_search import match_zip, zipped_classes
 from fxmerge.rewriting.zipped import zip_average
 from fxmerge.run import Data, batch_inputs
-from fxmerge.similarity.activations import similarities, whole
+from fxmerge.evidence.activations import similarities, whole
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import analyse
 from tests.published_zip import published_zip
