@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from fxmerge.evidence.moments import Moments
 from fxmerge.evidence.weights import real
 from fxmerge.program import Program
 from fxmerge.recipe import Similarity
-from fxmerge.run import Data, Runner
+from fxmerge.run import Data, Recorder
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.group import Symmetry
@@ -35,14 +34,14 @@ class Tap:
     """An activation that a contraction consumes, and where it shows the units of one class.
 
     Attributes:
-        node: name of the graph node that computes it.
+        node: the graph node that computes it.
         number: the class.
         dims: the dimensions along which the units lie.
         sizes: how many positions of each of these show the units once; along a dimension that is longer, they repeat.
         order: for every unit, its positions among these, flattened; shape (units, places per unit).
     """
 
-    node: str
+    node: fx.Node
     number: int
     dims: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -71,7 +70,7 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
                     for shown, units in views:
                         if shown == n:
                             where = torch.from_numpy(order[units].reshape(len(units), -1))
-                            taps.append(Tap(node.name, owner, dims, tuple(once.shape), where))
+                            taps.append(Tap(node, owner, dims, tuple(once.shape), where))
     return taps
 
 
@@ -153,21 +152,6 @@ def _consumed(program: Program) -> list[fx.Node]:
     return [n for n in nodes if n in operands and n not in program.sized]
 
 
-class _Tapped(Runner):
-    """Runs a model and keeps what its taps show."""
-
-    def __init__(self, program: Program, taps: Sequence[Tap]) -> None:
-        super().__init__(program)
-        self.wanted = {t.node: t.dims for t in taps}
-        self.seen: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.wanted:
-            self.seen[n.name] = value
-        return value
-
-
 Pair = tuple[int, int]
 
 
@@ -240,7 +224,7 @@ def similarities(
         NonFiniteError: if an activation is NaN or infinite.
     """
     taps = find_taps(found, symmetry)
-    runner = _Tapped(found.program, taps)
+    runner = Recorder(found.program, {tap.node for tap in taps})
     first: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     sums = {tap.number: _Correlations(len(models), pairs) for tap in taps}
     batches = 0
@@ -255,7 +239,9 @@ def similarities(
             rows = [_rows(shown[tap.node], tap) for shown in seen]
             for m, x in enumerate(rows):
                 if not torch.isfinite(x).all():
-                    raise NonFiniteError(f"An activation of {names[m]} is NaN or infinite at graph node {tap.node!r}.")
+                    raise NonFiniteError(
+                        f"An activation of {names[m]} is NaN or infinite at graph node {tap.node.name!r}."
+                    )
                 if (i, m) not in first:
                     first[i, m] = _first(x, kind)
                 rows[m] = (x - first[i, m][0]) * first[i, m][1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxmerge.errors import OptionError
 from fxmerge.evidence.moments import Moments
@@ -14,7 +14,7 @@ from fxmerge.refitting.gather import arguments, not_finite
 from fxmerge.refitting.layers import Layer, find_layers
 from fxmerge.refitting.output_error import used_elsewhere
 from fxmerge.refitting.refit import last_layers, written_out
-from fxmerge.run import Data, Runner
+from fxmerge.run import Data, Recorder
 
 
 def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data: Data) -> tuple[dict[str, Tensor], ...]:
@@ -66,28 +66,14 @@ def _moments(
     """For every layer, the mean of each of its outputs, shape (groups, outputs), and the deviation of all."""
     coefficients = [layer.read(state) for layer in last]
     moments = [Moments(sums=torch.zeros_like(own[:, 0]), squares=torch.zeros_like(own[:, 0])) for own in coefficients]
-    runner = _Shown(program, {use.node for layer in last for use in layer.uses})
+    runner = Recorder(program, {n for layer in last for use in layer.uses for n in use.node.all_input_nodes})
     for args, kwargs in data.batches("standardizing outputs"):
         runner.call(state, args, kwargs)
         for i, (layer, own) in enumerate(zip(last, coefficients, strict=True)):
             for use in layer.uses:
-                y = use.features(arguments(use, runner.seen[use.node]), None).double() @ own
+                y = use.features(arguments(use, runner.seen), None).double() @ own
                 moments[i] += Moments.of(y)
     for layer, found in zip(last, moments, strict=True):
         if not torch.isfinite(found.variance).all():
             raise not_finite(layer)
     return [(found.mean, found.variance.mean().sqrt()) for found in moments]
-
-
-class _Shown(Runner):
-    """Runs a program, and keeps what some nodes are given."""
-
-    def __init__(self, program: Program, nodes: set[fx.Node]) -> None:
-        super().__init__(program)
-        self.nodes = nodes
-        self.seen: dict[fx.Node, dict[fx.Node, object]] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        if n in self.nodes:
-            self.seen[n] = {given: self.env[given] for given in n.all_input_nodes}
-        return super().run_node(n)
