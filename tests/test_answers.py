@@ -29,15 +29,15 @@ def test_outputs_in_units_of_a_networks_own_are_not_compared() -> None:
     """The outputs of the networks are, as they are; and of models that answer different things, no one is returned."""
     a, b = Gained(0), muted(Gained(1))
     merged = fxmerge.merge(a, b, vectors())
-    told = merged.meta["fxmerge"]
-    assert told["parent"] is None
-    assert told["compared"] == "outputs"
+    told = fxmerge.report(merged)
+    assert told.parent is None
+    assert told.compared == "outputs"
     x = torch.cat(vectors())
     with torch.no_grad():
         mean = (a(x) + b(x)) / 2
         outputs = {None: merged(x), 0: a(x), 1: b(x)}
     wanted = {j: float((own - mean).square().sum() / mean.square().sum()) for j, own in outputs.items()}
-    assert told["errors"] == pytest.approx(wanted)
+    assert told.errors == pytest.approx(wanted)
 
 
 class Tied(nn.Module):
@@ -76,18 +76,18 @@ def test_of_tied_models_that_answer_alike_one_is_returned(
     torch.testing.assert_close(first(x), second(x), atol=1e-4, rtol=1e-4)
     with caplog.at_level(logging.WARNING):
         merged = fxmerge.merge(first, second, tokens(), **options)  # type: ignore[arg-type]
-    told = merged.meta["fxmerge"]
-    assert told["compared"] == "outputs"
-    assert told["parent"] == 0  # Both are as near to the mean of both.
-    assert told["errors"][0] < 1e-6 < 0.01 < told["errors"][None]
+    told = fxmerge.report(merged)
+    assert told.compared == "outputs"
+    assert told.parent == 0  # Both are as near to the mean of both.
+    assert told.errors[0] < 1e-6 < 0.01 < told.errors[None]
     assert "is returned as it is, since the models answer alike. Its outputs miss" in caplog.text
     torch.testing.assert_close(merged(x), first(x), atol=1e-4, rtol=1e-4)
 
 
 def test_of_tied_models_the_merged_network_is_kept_if_it_answers_as_they_do() -> None:
-    told = fxmerge.merge(Tied(0), Tied(0), tokens()).meta["fxmerge"]
-    assert told["parent"] is None
-    assert max(told["errors"].values()) < 1e-6
+    told = fxmerge.report(fxmerge.merge(Tied(0), Tied(0), tokens()))
+    assert told.parent is None
+    assert max(told.errors.values()) < 1e-6
 
 
 class Recurrent(nn.Module):
@@ -108,9 +108,9 @@ class Recurrent(nn.Module):
 def test_outputs_of_networks_without_a_last_layer_are_compared() -> None:
     a, b = Recurrent(0), Recurrent(1)
     merged = fxmerge.merge(a, b, tokens())
-    told = merged.meta["fxmerge"]
-    assert told["parent"] is None
-    assert told["compared"] == "outputs"
+    told = fxmerge.report(merged)
+    assert told.parent is None
+    assert told.compared == "outputs"
     x = torch.cat(tokens())
     with torch.no_grad():
         outputs = {j: (found["sum"], found["rest"][3][0]) for j, found in {None: merged(x), 0: a(x), 1: b(x)}.items()}
@@ -119,7 +119,7 @@ def test_outputs_of_networks_without_a_last_layer_are_compared() -> None:
         j: sum(float((y - m).square().sum() / m.square().sum()) for y, m in zip(own, means, strict=True)) / 2
         for j, own in outputs.items()
     }
-    assert told["errors"] == pytest.approx(wanted, rel=1e-3)
+    assert told.errors == pytest.approx(wanted, rel=1e-3)
 
 
 class Masked(Tied):
@@ -131,7 +131,8 @@ class Masked(Tied):
 
 def test_what_is_ruled_out_in_all_networks_does_not_count() -> None:
     plain, masked = (
-        fxmerge.merge(kind(0), kind(1), tokens(), method="align", alpha=1.0).meta["fxmerge"] for kind in (Tied, Masked)
+        fxmerge.report(fxmerge.merge(kind(0), kind(1), tokens(), recipe=fxmerge.Recipe(match=fxmerge.Align(alpha=1.0))))
+        for kind in (Tied, Masked)
     )
     assert masked["compared"] == "outputs"
     assert all(0 < error < 10 for error in masked["errors"].values())
@@ -145,9 +146,9 @@ def test_outputs_of_half_precision_are_compared_in_single() -> None:
         def forward(self, tokens: Tensor) -> Tensor:
             return (100 * super().forward(tokens)).half()
 
-    half = fxmerge.merge(Large(0), Large(1), tokens()).meta["fxmerge"]
-    single = fxmerge.merge(Tied(0), Tied(1), tokens()).meta["fxmerge"]
-    assert half["errors"] == pytest.approx(single["errors"], rel=1e-2)
+    half = fxmerge.report(fxmerge.merge(Large(0), Large(1), tokens()))
+    single = fxmerge.report(fxmerge.merge(Tied(0), Tied(1), tokens()))
+    assert half.errors == pytest.approx(single.errors, rel=1e-2)
 
 
 class TwoHeads(Tied):
@@ -162,9 +163,9 @@ class TwoHeads(Tied):
 
 
 def test_a_head_that_can_be_refitted_does_not_answer_for_one_that_cannot() -> None:
-    told = fxmerge.merge(TwoHeads(0), TwoHeads(1), tokens()).meta["fxmerge"]
-    assert told["compared"] == "outputs"
-    assert "embedding.weight" in told["left"]
+    told = fxmerge.report(fxmerge.merge(TwoHeads(0), TwoHeads(1), tokens()))
+    assert told.compared == "outputs"
+    assert "embedding.weight" in told.left
 
 
 def test_a_score_can_take_a_tied_model_as_it_is() -> None:
@@ -172,10 +173,10 @@ def test_a_score_can_take_a_tied_model_as_it_is() -> None:
     x = torch.cat(tokens())
     wanted = models[1](x).detach()
     merged = fxmerge.merge_many(models, tokens(), score=lambda network: -(network(x) - wanted).square().mean())
-    told = merged.meta["fxmerge"]
-    assert told["parent"] == 1
-    assert list(told["errors"]) == [None, 0, 1, 2]
-    assert [(one["parent"], one["refitted"]) for one in told["scores"]] == [
+    told = fxmerge.report(merged)
+    assert told.parent == 1
+    assert list(told.errors) == [None, 0, 1, 2]
+    assert [(one["parent"], one["refitted"]) for one in told.scores] == [
         (None, True),
         *((j, False) for j in range(3)),
     ]
@@ -185,6 +186,6 @@ def test_a_score_can_take_a_tied_model_as_it_is() -> None:
 def test_models_that_answer_nothing_are_not_compared() -> None:
     silent = Tied(0)
     nn.init.zeros_(silent.embedding.weight)
-    told = fxmerge.merge(silent, silent, tokens()).meta["fxmerge"]
-    assert told["compared"] is None
-    assert told["errors"] == {}
+    told = fxmerge.report(fxmerge.merge(silent, silent, tokens()))
+    assert told.compared is None
+    assert told.errors == {}

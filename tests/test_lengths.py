@@ -99,7 +99,7 @@ def test_tokens_and_masks_come_in_any_length_and_images_in_one() -> None:
 
 def test_what_is_merged_takes_lengths_that_were_not_in_the_loader() -> None:
     merged = fxmerge.merge(Words(0), Words(1), [words(6, 4), words(5, 7), words(6, 1)])
-    assert merged.meta["fxmerge"]["route"] == "torch.export"
+    assert fxmerge.report(merged).route == "torch.export"
     fresh = Words(2).eval()
     fresh.load_state_dict(merged.state_dict())
     for samples, length in ((6, 4), (2, 7), (1, 12), (3, 1), (1, 1)):
@@ -131,7 +131,7 @@ def test_tokens_count_alike_in_whatever_lengths_they_come(combine: Any) -> None:
     by_length, apart = (
         fxmerge.merge(Tokenwise(0), Tokenwise(1), own, combine=combine, alpha="auto") for own in loaders
     )
-    assert by_length.meta["fxmerge"]["alpha_errors"] == pytest.approx(apart.meta["fxmerge"]["alpha_errors"])
+    assert fxmerge.report(by_length).alpha_errors == pytest.approx(fxmerge.report(apart).alpha_errors)
     for name, value in by_length.state_dict().items():
         torch.testing.assert_close(value, apart.state_dict()[name])
 
@@ -141,8 +141,8 @@ def test_batches_sorted_by_length_and_activations_on_disk_give_the_same_merge() 
     by_length = sorted(mixed, key=lambda x: x.shape[1])
     first = fxmerge.merge(Attention(0), Attention(1), mixed)
     for loader, memory in ((by_length, 4.0), (mixed, 1e-9)):
-        again = fxmerge.merge(Attention(0), Attention(1), loader, max_memory=memory)
-        assert again.meta["fxmerge"]["layers"].keys() == first.meta["fxmerge"]["layers"].keys() != set()
+        again = fxmerge.merge(Attention(0), Attention(1), loader, run=fxmerge.Run(memory=memory))
+        assert fxmerge.report(again).layers.keys() == fxmerge.report(first).layers.keys() != set()
         for name, value in first.state_dict().items():
             torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 

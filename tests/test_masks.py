@@ -39,7 +39,7 @@ KINDS = ["unstructured", "structured", "global"]
 def test_masks_stay_masks(kind: str, method: Any) -> None:
     models = [net(seed, kind) for seed in (0, 1, 2)]
     for count, loader in ((2, [X]), (3, None)):
-        merged = fxmerge.merge_many(models[:count], loader, method=method, or_parent=False, args=(X,))
+        merged = fxmerge.merge_many(models[:count], loader, recipe=fxmerge.Recipe(match=MATCH[method]), example=X)
         state = merged.state_dict()
         for name in mask_names(models[0]):
             assert set(state[name].unique().tolist()) <= {0.0, 1.0}, name
@@ -54,7 +54,7 @@ def test_a_permuted_pruned_network_is_found_again(kind: str, method: Any) -> Non
     model, twin = net(0, kind), net(0, kind)
     symmetry = fxmerge.find_symmetry(model, (X,))
     twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(1)).apply(model.state_dict()))
-    merged = fxmerge.merge(model, twin, [X], method=method, combine="average")
+    merged = fxmerge.merge(model, twin, [X], recipe=fxmerge.Recipe(match=MATCH[method], fit=None))
     for name in mask_names(model):
         assert torch.equal(merged.state_dict()[name], model.state_dict()[name]), name
     torch.testing.assert_close(merged(X), model(X))
@@ -65,7 +65,7 @@ def test_what_one_model_has_pruned_does_not_leak_into_the_average() -> None:
     for i, m in enumerate(models):
         nn.init.constant_(m[0].weight, 4.0)
         prune.custom_from_mask(m[0], "weight", torch.eye(2)[i : i + 1])
-    merged = fxmerge.merge(*models, args=(torch.randn(4, 2),)).state_dict()
+    merged = fxmerge.merge(*models, example=torch.randn(4, 2)).state_dict()
     assert merged["0.weight_mask"].tolist() == [[1.0, 1.0]]
     assert merged["0.weight_orig"].tolist() == [[2.0, 2.0]]
 
@@ -86,9 +86,9 @@ def test_a_mask_that_all_models_have_holds_its_units() -> None:
 
     a, b, x = Autoregressive(0), Autoregressive(1), torch.randn(64, 3)
     for method in ("align", "zip"):
-        merged = fxmerge.merge(a, b, [x], method=method, or_parent=False)  # type: ignore[arg-type]
+        merged = fxmerge.merge(a, b, [x], recipe=fxmerge.Recipe(match=MATCH[method]))  # type: ignore[arg-type]
         assert torch.equal(merged.state_dict()["mask"], a.mask)  # type: ignore[arg-type]
-        assert merged.meta["fxmerge"]["images"][1]["a.weight[0]"] == list(range(8))
+        assert fxmerge.report(merged).images[1]["a.weight[0]"] == list(range(8))
 
 
 def test_masked_parameters_are_found_in_the_graph() -> None:

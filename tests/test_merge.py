@@ -51,7 +51,9 @@ def permuted(net: Net, seed: int) -> Net:
 @pytest.mark.parametrize("loader", [data(), None], ids=["data", "no data"])
 def test_merging_a_permuted_copy_gives_the_model_back(loader: list[Tensor] | None, method: Any) -> None:
     net = settled(0)
-    merged = fxmerge.merge(net, permuted(net, 1), loader, method=method, combine="average", args=(data()[0],))
+    merged = fxmerge.merge(
+        net, permuted(net, 1), loader, recipe=fxmerge.Recipe(match=MATCH[method], fit=None), example=data()[0]
+    )
     weights = {k: v for k, v in net.state_dict().items() if "running" not in k and "num" not in k}
     for name, value in weights.items():
         torch.testing.assert_close(merged.state_dict()[name], value)
@@ -144,23 +146,27 @@ def test_inputs_are_never_modified() -> None:
 
 
 def test_the_same_inputs_and_seed_give_the_same_bytes() -> None:
-    first, second = (fxmerge.merge(settled(0), settled(1), data(), seed=5).state_dict() for _ in range(2))
+    first, second = (
+        fxmerge.merge(settled(0), settled(1), data(), run=fxmerge.Run(seed=5)).state_dict() for _ in range(2)
+    )
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_meta_tells_what_was_done() -> None:
-    meta = fxmerge.merge(settled(0), settled(1), data(), alpha=0.25, or_parent=False).meta["fxmerge"]
-    assert (meta["alpha"], meta["parent"], meta["outputs"]) == (0.25, None, "mean")
-    assert meta["verification_error"] < 1e-12
+    meta = fxmerge.report(
+        fxmerge.merge(settled(0), settled(1), data(), recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=0.25)))
+    )
+    assert (meta.alpha, meta.parent, meta.outputs) == (0.25, None, "mean")
+    assert meta.verification_error < 1e-12
     stages = {"capture", "symmetry", "verification", "activations", "matching", "rewriting", "refitting"}
-    assert set(meta["seconds"]) == stages
-    assert {"stem.weight", "head.weight"} <= meta["layers"].keys()
-    assert all(layer["after"] <= layer["before"] for layer in meta["layers"].values())
-    averaged = fxmerge.merge(settled(0), settled(1), data(), combine="average").meta["fxmerge"]
-    assert set(averaged["seconds"]) == stages - {"refitting"} | {"calibration"}
-    (free,) = (c for c in meta["classes"] if c["structure"] == "free")
+    assert set(meta.seconds) == stages
+    assert {"stem.weight", "head.weight"} <= meta.layers.keys()
+    assert all(layer["after"] <= layer["before"] for layer in meta.layers.values())
+    averaged = fxmerge.report(fxmerge.merge(settled(0), settled(1), data(), recipe=fxmerge.Recipe(fit=None)))
+    assert set(averaged.seconds) == stages - {"refitting"} | {"calibration"}
+    (free,) = (c for c in meta.classes if c["structure"] == "free")
     assert free["size"] == 8
-    assert set(meta["quality"][0][free["name"]]) == {"weights", "activations"}
+    assert set(meta.quality[0][free["name"]]) == {"weights", "activations"}
 
 
 def test_graph_modules_and_exported_programs_merge_too() -> None:
@@ -176,7 +182,7 @@ def test_without_a_loader_moments_are_pooled() -> None:
     net = settled(0)
     twin = Net()
     twin.load_state_dict(net.state_dict() | {"norm.running_mean": net.norm.running_mean + 2})
-    merged = fxmerge.merge(net, twin.eval(), args=(data()[0],))
+    merged = fxmerge.merge(net, twin.eval(), example=data()[0])
     torch.testing.assert_close(merged.state_dict()["norm.running_mean"], net.norm.running_mean + 1)
     torch.testing.assert_close(merged.state_dict()["norm.running_var"], net.norm.running_var + 1)
 
@@ -184,9 +190,11 @@ def test_without_a_loader_moments_are_pooled() -> None:
 def test_weights_and_many_models() -> None:
     net = settled(0)
     copies = [net, permuted(net, 1), permuted(net, 2)]
-    merged = fxmerge.merge_many(copies, data(), reference=0, combine="average")
+    merged = fxmerge.merge_many(copies, data(), recipe=fxmerge.Recipe(match=fxmerge.Zip(reference=0), fit=None))
     torch.testing.assert_close(merged.state_dict()["head.weight"], net.head.weight)
-    one = fxmerge.merge(net, settled(1), data(), weights=(1, 0), method="align", combine="average")
+    one = fxmerge.merge(
+        net, settled(1), data(), recipe=fxmerge.Recipe(match=fxmerge.Align(), combine=fxmerge.Average((1, 0)), fit=None)
+    )
     torch.testing.assert_close(one.state_dict()["head.weight"], net.head.weight)
 
 
@@ -217,10 +225,10 @@ def test_a_graph_written_out_for_one_length_is_not_run_at_another() -> None:
 @pytest.mark.parametrize("method", ["align", "zip"])
 def test_restarts_never_lower_the_objective(method: Any) -> None:
     def objective(restarts: int) -> float:
-        told = fxmerge.merge(settled(0), settled(1), data(), method=method, combine="average", restarts=restarts).meta[
-            "fxmerge"
-        ]
-        return float(told["zip_objective"][-1] if method == "zip" else told["objective"][0][-1])
+        told = fxmerge.report(
+            fxmerge.merge(settled(0), settled(1), data(), method=method, combine="average", restarts=restarts)
+        )
+        return float(told.zip_objective[-1] if method == "zip" else told.objective[0][-1])
 
     assert objective(3) >= objective(0)
 
@@ -231,7 +239,7 @@ def test_what_is_compared_can_be_chosen() -> None:
         for kind in ("pearson", "cosine", "covariance")
         for taken in ("every", "last")
     }
-    images = {str(m.meta["fxmerge"]["quality"]) for m in found.values()}
+    images = {str(fxmerge.report(m).quality) for m in found.values()}
     assert len(images) > 1
 
 

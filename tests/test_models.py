@@ -43,7 +43,7 @@ def test_wrappers_are_seen_through(kind: str) -> None:
     assert symmetry.names == ("0.weight[0]",) and not symmetry.demoted
     assert fxmerge.explain(wrapped, (X,)) == fxmerge.explain(net(1), (X,))
     assert list(fxmerge.capture(wrapped, (X,)).state_dict()) == list(plain.state_dict())
-    torch.testing.assert_close(fxmerge.align(wrapped, to=plain, args=(X,))(X), net(1)(X))
+    torch.testing.assert_close(fxmerge.align(wrapped, to=plain, example=X)(X), net(1)(X))
 
 
 def test_distributed_models_are_seen_through(tmp_path: Path) -> None:

@@ -42,10 +42,10 @@ def test_outputs_that_hold_most_parameters_are_named(caplog: pytest.LogCaptureFi
         and "free=[\"output['features']\"]" in text
     )
     caplog.clear()
-    fxmerge.merge(Backbone(0), Backbone(1), [X], free="output", combine="average")
-    fxmerge.merge(Backbone(0, head=True), Backbone(1, head=True), [X], combine="average")
+    fxmerge.merge(Backbone(0), Backbone(1), [X], recipe=fxmerge.Recipe(fit=None, free="output"))
+    fxmerge.merge(Backbone(0, head=True), Backbone(1, head=True), [X], recipe=fxmerge.Recipe(fit=None))
     wide = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 500)) for _ in range(2)]
-    fxmerge.merge(*wide, [X], combine="average")
+    fxmerge.merge(*wide, [X], recipe=fxmerge.Recipe(fit=None))
     assert warnings_of(caplog) == []
 
 
@@ -77,12 +77,12 @@ def test_statistics_without_data_are_told(method: Any, caplog: pytest.LogCapture
         m(X)
         return m.eval()
 
-    fxmerge.merge(net(0), net(1), method=method, args=(X,))
+    fxmerge.merge(net(0), net(1), recipe=fxmerge.Recipe(match=MATCH[method]), example=X)
     (text,) = warnings_of(caplog)
     assert text.startswith("1 layers normalize by running statistics, such as '1.running_mean'") and "loader" in text
     caplog.clear()
-    fxmerge.merge(net(0), net(1), [X], method=method, combine="average")
-    fxmerge.merge(net(0), net(0), method=method, args=(X,))
+    fxmerge.merge(net(0), net(1), [X], recipe=fxmerge.Recipe(match=MATCH[method], fit=None))
+    fxmerge.merge(net(0), net(0), recipe=fxmerge.Recipe(match=MATCH[method]), example=X)
     assert warnings_of(caplog) == []
 
 
@@ -90,8 +90,8 @@ def test_every_stage_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: py
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     models = [nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)) for _ in range(2)]
     with caplog.at_level(logging.INFO, logger="fxmerge"):
-        fxmerge.merge(*models, [X, X], or_parent=False)
-        fxmerge.merge(*models, [X, X], combine="average")
+        fxmerge.merge(*models, [X, X])
+        fxmerge.merge(*models, [X, X], recipe=fxmerge.Recipe(fit=None))
     told = [r.getMessage() for r in caplog.records if r.name.startswith("fxmerge") and r.levelno == logging.INFO]
     stages = ("capture", "symmetry", "verification", "activations", "matching", "rewriting", "refitting", "calibration")
     for stage in stages:

@@ -27,14 +27,16 @@ def data() -> list[Tensor]:
 
 @pytest.mark.parametrize("combine", ["average", "readout", "least_squares"])
 def test_scales_and_shifts_of_the_models_do_not_count(combine: Any) -> None:
-    plain = fxmerge.merge(mlp(0), mlp(0), data(), combine=combine, outputs="standardized")
-    moved = fxmerge.merge(scaled(mlp(0), 3.0, 7.0), mlp(0), data(), combine=combine, outputs="standardized")
+    plain = fxmerge.merge(mlp(0), mlp(0), data(), recipe=fxmerge.Recipe(fit=FIT[combine], outputs="standardized"))
+    moved = fxmerge.merge(
+        scaled(mlp(0), 3.0, 7.0), mlp(0), data(), recipe=fxmerge.Recipe(fit=FIT[combine], outputs="standardized")
+    )
     x = torch.cat(data())
     with torch.no_grad():
         y, other = mlp(0)(x), moved(x)
     torch.testing.assert_close(plain(x), y - y.mean(0), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(other, 2 * (y - y.mean(0)), rtol=1e-3, atol=1e-4)  # (3 + 1) / 2: the mean deviation
-    assert moved.meta["fxmerge"]["outputs"] == "standardized"
+    assert fxmerge.report(moved).outputs == "standardized"
 
 
 class Dense(nn.Module):
@@ -51,7 +53,7 @@ class Dense(nn.Module):
 
 
 def test_all_last_layers_and_all_places_count() -> None:
-    merged = fxmerge.merge(Dense(0), Dense(0), data(), outputs="standardized", combine="average")
+    merged = fxmerge.merge(Dense(0), Dense(0), data(), recipe=fxmerge.Recipe(fit=None, outputs="standardized"))
     x = torch.cat(data())
     with torch.no_grad():
         pixels, whole = merged(x)
@@ -63,7 +65,7 @@ def test_all_last_layers_and_all_places_count() -> None:
 def test_the_models_stay_as_they_are() -> None:
     a, b = mlp(0), mlp(1)
     before = {k: v.clone() for k, v in a.state_dict().items()}
-    fxmerge.merge(a, b, vectors(), outputs="standardized")
+    fxmerge.merge(a, b, vectors(), recipe=fxmerge.Recipe(outputs="standardized"))
     assert all(torch.equal(v, before[k]) for k, v in a.state_dict().items())
 
 

@@ -113,7 +113,7 @@ def test_a_refitted_merge_is_nearer_to_its_parents_than_their_average(name: str,
 def test_all_layers_are_found_and_reported(name: str) -> None:
     build, batches = NETS[name]
     net = build(0)
-    layers = merge(net, build(1), batches()).meta["fxmerge"]["layers"]
+    layers = fxmerge.report(merge(net, build(1), batches())).layers
     modules = {n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))}
     assert {f"{n}.weight" for n in modules} <= layers.keys()
     for told in layers.values():
@@ -125,7 +125,7 @@ def test_all_layers_are_found_and_reported(name: str) -> None:
 def test_only_the_last_layer_is_refitted_as_a_readout() -> None:
     merged = merge(Convolutional(0), Convolutional(1), pictures(), combine="readout")
     averaged = merge(Convolutional(0), Convolutional(1), pictures(), combine="average")
-    assert set(merged.meta["fxmerge"]["layers"]) == {"head.weight"}
+    assert set(fxmerge.report(merged).layers) == {"head.weight"}
     same = {k for k, v in merged.state_dict().items() if torch.equal(v, averaged.state_dict()[k])}
     assert same == merged.state_dict().keys() - {"head.weight", "head.bias"}
 
@@ -187,7 +187,7 @@ def test_a_tied_weight_is_fitted_from_all_of_its_uses() -> None:
     g = torch.Generator().manual_seed(0)
     a, b, data = Tied(0), Tied(1), [torch.randn(256, 3, generator=g) for _ in range(4)]
     refitted, averaged = (merge(a, b, data, combine=c) for c in ("least_squares", "average"))
-    assert refitted.meta["fxmerge"]["layers"]["cell.weight"]["rows"] == 3 * 1024
+    assert fxmerge.report(refitted).layers["cell.weight"]["rows"] == 3 * 1024
     assert error(refitted, [a, b], data) < error(averaged, [a, b], data)
 
 
@@ -206,7 +206,7 @@ def test_recurrent_layers_are_refitted(cell: Callable[..., nn.Module]) -> None:
     g = torch.Generator().manual_seed(0)
     a, b, data = Recurrent(0), Recurrent(1), [torch.randn(64, 6, 3, generator=g) for _ in range(4)]
     merged = {c: merge(a, b, data, combine=c) for c in ("average", "readout", "least_squares")}
-    assert {"cell.weight_ih_l0", "cell.weight_hh_l0"} <= merged["least_squares"].meta["fxmerge"]["layers"].keys()
+    assert {"cell.weight_ih_l0", "cell.weight_hh_l0"} <= fxmerge.report(merged["least_squares"]).layers.keys()
     errors = {c: error(m, [a, b], data) for c, m in merged.items()}
     assert max(errors["least_squares"], errors["readout"]) < errors["average"]
     again = merge(a, copy_of(a, data[0], 1, Recurrent), data)
@@ -268,9 +268,9 @@ def test_an_activation_that_is_no_number_is_refused_with_the_name_of_the_layer()
 
 
 def test_what_is_not_refitted_is_told_with_the_reason() -> None:
-    told = merge(Attentive(0), Attentive(1), pictures()).meta["fxmerge"]
-    assert set(told["left"]) == {"norm.weight", "norm.bias"}
-    assert "layer_norm" in told["left"]["norm.weight"]
+    told = fxmerge.report(merge(Attentive(0), Attentive(1), pictures()))
+    assert set(told.left) == {"norm.weight", "norm.bias"}
+    assert "layer_norm" in told.left["norm.weight"]
 
 
 class Mixing(nn.Module):
@@ -289,9 +289,9 @@ class Mixing(nn.Module):
 
 
 def test_layers_over_whose_rows_merged_units_lie_are_refitted() -> None:
-    told = merge(Mixing(0), Mixing(1), pictures(), method="zip").meta["fxmerge"]
-    assert told["left"] == {}
-    assert told["layers"]["places.weight"]["held_out"] < told["layers"]["places.weight"]["before"]
+    told = fxmerge.report(merge(Mixing(0), Mixing(1), pictures(), method="zip"))
+    assert told.left == {}
+    assert told.layers["places.weight"]["held_out"] < told.layers["places.weight"]["before"]
 
 
 def test_a_layer_that_is_added_to_something_makes_up_for_what_that_is_off() -> None:
@@ -323,11 +323,11 @@ def test_a_layer_that_is_added_to_something_makes_up_for_what_that_is_off() -> N
 def test_of_two_methods_that_with_the_smaller_error_is_taken(seeds: tuple[int, int]) -> None:
     a, b = map(Convolutional, seeds)
     found = {method: merge(a, b, pictures(), method=method) for method in ("zip", "align", "auto")}
-    told = found["auto"].meta["fxmerge"]
-    errors = {m: found[m].meta["fxmerge"]["layers"]["head.weight"]["held_out"] for m in ("zip", "align")}
-    assert told["method_errors"] == pytest.approx(errors)
-    assert told["method"] == min(errors, key=lambda m: errors[m])
-    torch.testing.assert_close(found["auto"].state_dict(), found[told["method"]].state_dict())
+    told = fxmerge.report(found["auto"])
+    errors = {m: fxmerge.report(found[m]).layers["head.weight"]["held_out"] for m in ("zip", "align")}
+    assert told.method_errors == pytest.approx(errors)
+    assert told.method == min(errors, key=lambda m: errors[m])
+    torch.testing.assert_close(found["auto"].state_dict(), found[told.method].state_dict())
 
 
 def test_what_no_stage_needs_any_more_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +388,7 @@ def test_a_method_that_leaves_a_last_layer_is_not_taken() -> None:
             out: Tensor = self.tokens(x.transpose(1, 2)).mean(1)
             return out
 
-    zipped, either = (merge(Last(0), Last(1), pictures(), method=m).meta["fxmerge"] for m in ("zip", "auto"))
+    zipped, either = (fxmerge.report(merge(Last(0), Last(1), pictures(), method=m)) for m in ("zip", "auto"))
     assert "no layer after it" in zipped["left"]["tokens.weight"]
     assert either["method"] == "align"
     assert math.isnan(either["method_errors"]["zip"])
@@ -396,6 +396,6 @@ def test_a_method_that_leaves_a_last_layer_is_not_taken() -> None:
 
 def test_one_batch_of_each_models_own_data_is_enough_to_choose_a_ridge() -> None:
     apart = [[torch.randn(400, 1, 8, 8, generator=torch.Generator().manual_seed(k))] for k in range(2)]
-    _, *later = merge(mlp(0), mlp(1), loaders=apart).meta["fxmerge"]["layers"].values()
+    _, *later = fxmerge.report(merge(mlp(0), mlp(1), loaders=apart)).layers.values()
     assert len(later) == 2
     assert all(told["ridge"] < 1 and told["after"] < 0.9 * told["before"] for told in later)

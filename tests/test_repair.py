@@ -38,7 +38,7 @@ def test_every_layer_has_the_interpolated_means_and_deviations(weights: tuple[fl
         for found, first, second in zip(moments(merged, layers), own, theirs, strict=True):
             torch.testing.assert_close(found, weights[0] * first + weights[1] * second, rtol=1e-3, atol=1e-4)
         assert (moments(averaged, layers)[1] < weights[0] * own[1] + weights[1] * theirs[1]).all()
-    told = merged.meta["fxmerge"]["layers"]
+    told = fxmerge.report(merged).layers
     assert set(told) == {"1.weight", "3.weight", "5.weight"}
     assert all(layer["gain"] > 1 for layer in told.values())
 
@@ -49,7 +49,7 @@ def test_every_layer_has_the_interpolated_means_and_deviations(weights: tuple[fl
 def test_a_network_with_itself_stays_as_it_is(name: str, method: Any) -> None:
     build, batches = NETS[name]
     net, x = build(0).eval(), batches()[0]
-    merged = fxmerge.merge(net, build(0), batches(), method=method, combine="repair")
+    merged = fxmerge.merge(net, build(0), batches(), recipe=fxmerge.Recipe(match=MATCH[method], fit=fxmerge.Repair()))
     torch.testing.assert_close(merged(x), net(x), rtol=1e-4, atol=1e-5)
 
 
@@ -59,5 +59,5 @@ def test_units_that_never_vary_are_not_scaled() -> None:
     for net in (a, b):
         for weight in list(net.parameters())[:1]:
             weight[3] = 0
-    merged = fxmerge.merge(a, b, data(), combine="repair", method="align")
+    merged = fxmerge.merge(a, b, data(), recipe=fxmerge.Recipe(match=fxmerge.Align(), fit=fxmerge.Repair()))
     assert all(torch.isfinite(v).all() for v in merged.state_dict().values())

@@ -180,7 +180,7 @@ def test_tied_parameters_count_once_in_the_density() -> None:
 def test_models_in_the_units_of_the_base_stay_as_they_are(rule: Any, loader: list[Tensor] | None) -> None:
     base = Net().eval()
     models = [tuned(base, 1), tuned(base, 2)]
-    merged = fxmerge.merge(*models, loader, base=base, task_vectors=rule, args=(DATA[0],))
+    merged = fxmerge.merge(*models, loader, base=base, recipe=fxmerge.Recipe(combine=rule), example=DATA[0])
     statistics = [("norm.running_mean", "norm.running_var")]
     expected = rule.combine(base.state_dict(), [m.state_dict() for m in models], [0.5, 0.5], statistics)
     for name, value in merged.state_dict().items():
@@ -200,7 +200,7 @@ def test_units_that_are_alike_in_the_base_stay_too() -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.1 * torch.randn_like(p)
-        aligned = fxmerge.align(model, to=base, args=(torch.zeros(1, 3),))
+        aligned = fxmerge.align(model, to=base, example=torch.zeros(1, 3))
         assert torch.equal(aligned.state_dict()["0.weight"], model[0].weight)
 
 
@@ -222,7 +222,7 @@ def test_alignment_is_skipped_with_a_symmetry_that_pins_everything() -> None:
     base = Net().eval()
     models = [permuted(tuned(base, 1), 5), tuned(base, 2)]
     still = fxmerge.find_symmetry(base, (DATA[0],), pin=["*"])
-    merged = fxmerge.merge(*models, args=(DATA[0],), base=base, symmetry=still).state_dict()
+    merged = fxmerge.merge(*models, base=base, symmetry=still, example=DATA[0]).state_dict()
     weights = [m.head.weight - base.head.weight for m in models]
     torch.testing.assert_close(merged["head.weight"], base.head.weight + 0.4 * (weights[0] + weights[1]))
 
@@ -230,11 +230,13 @@ def test_alignment_is_skipped_with_a_symmetry_that_pins_everything() -> None:
 def test_meta_tells_how_task_vectors_were_combined() -> None:
     base = Net().eval()
     models = [tuned(base, 1), tuned(base, 2)]
-    default = fxmerge.merge(*models, DATA, base=base).meta["fxmerge"]
-    assert default["task_vectors"] == {"name": "TaskArithmetic", "scale": 0.4}
-    assert (default["models"], len(default["quality"])) == (2, 2)
-    meta = fxmerge.merge(*models, DATA, base=base, task_vectors=fxmerge.Ties(density=0.5)).meta["fxmerge"]
-    assert meta["task_vectors"] == {"name": "Ties", "density": 0.5, "scale": 1.0}
+    default = fxmerge.report(fxmerge.merge(*models, DATA, base=base))
+    assert default.task_vectors == {"name": "TaskArithmetic", "scale": 0.4}
+    assert (default.models, len(default.quality)) == (2, 2)
+    meta = fxmerge.report(
+        fxmerge.merge(*models, DATA, base=base, recipe=fxmerge.Recipe(combine=fxmerge.Ties(density=0.5)))
+    )
+    assert meta.task_vectors == {"name": "Ties", "density": 0.5, "scale": 1.0}
 
 
 def test_the_base_is_not_modified() -> None:
@@ -265,13 +267,13 @@ def test_bases_of_another_architecture(base: nn.Module, message: str) -> None:
 def test_task_vectors_need_a_base_and_an_instance() -> None:
     x = torch.randn(5, 3)
     with pytest.raises(fxmerge.OptionError, match="task_vectors needs a base"):
-        fxmerge.merge(mlp(), mlp(), [x], task_vectors=fxmerge.Ties())
+        fxmerge.merge(mlp(), mlp(), [x], recipe=fxmerge.Recipe(combine=fxmerge.Ties()))
     with pytest.raises(fxmerge.OptionError, match="with a base it must be 'align'"):
-        fxmerge.merge(mlp(), mlp(), [x], base=mlp(), method="zip")
+        fxmerge.merge(mlp(), mlp(), [x], base=mlp(), recipe=fxmerge.Recipe(match=fxmerge.Zip()))
     wrong: Any
     for wrong in ("ties", fxmerge.Ties):
         with pytest.raises(fxmerge.OptionError, match="give an instance"):
-            fxmerge.merge(mlp(), mlp(), [x], base=mlp(), task_vectors=wrong)
+            fxmerge.merge(mlp(), mlp(), [x], base=mlp(), recipe=fxmerge.Recipe(combine=wrong))
 
 
 @pytest.mark.parametrize("density", [0, -0.5, 1.1, float("nan"), "half"])

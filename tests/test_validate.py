@@ -63,13 +63,13 @@ def test_activations_that_are_not_finite() -> None:
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), "half"])
 def test_alpha_out_of_range(alpha: Any) -> None:
     with pytest.raises(fxmerge.OptionError, match=r"from 0 .* to 1"):
-        fxmerge.merge(mlp(), mlp(), [X], alpha=alpha)
+        fxmerge.merge(mlp(), mlp(), [X], recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=alpha)))
 
 
 @pytest.mark.parametrize("weights", [(1,), (1, -1), (0, 0), (float("nan"), 1)])
 def test_combination_weights(weights: tuple[float, ...]) -> None:
     with pytest.raises(fxmerge.OptionError, match="give 2 numbers"):
-        fxmerge.merge(mlp(), mlp(), [X], weights=weights)
+        fxmerge.merge(mlp(), mlp(), [X], recipe=fxmerge.Recipe(combine=fxmerge.Average(weights)))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_loaders(loader: list[Any], message: str) -> None:
 
 def test_an_empty_loader_is_refused_where_an_example_is_given() -> None:
     with pytest.raises(fxmerge.LoaderError, match="The loader is empty"):
-        fxmerge.merge(mlp(), mlp(), [], alpha=1.0, args=(X,))
+        fxmerge.merge(mlp(), mlp(), [], recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=1.0)), example=X)
 
 
 def test_without_data_an_example_is_needed() -> None:
@@ -123,7 +123,7 @@ def test_models_in_several_dtypes() -> None:
     ):
         partly = mlp()
         partly[2].bias.data = partly[2].bias.data.double()
-        fxmerge.align(mlp(), to=partly, args=(X,))
+        fxmerge.align(mlp(), to=partly, example=X)
 
 
 @pytest.mark.parametrize("models", [mlp(), mlp().state_dict(), 3, "models"])

@@ -51,9 +51,9 @@ def test_a_model_zipped_with_a_permuted_copy_is_the_model(make, shape, alpha) ->
     a, b, x = make(0).eval(), make(1).eval(), torch.randn(shape)
     symmetry = fxmerge.find_symmetry(a, (x,))
     b.load_state_dict(symmetry.sample(torch.Generator().manual_seed(2)).apply(a.state_dict()))
-    merged = fxmerge.merge(a, b, [x], method="zip", alpha=alpha)
+    merged = fxmerge.merge(a, b, [x], recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=alpha)))
     torch.testing.assert_close(merged(x), a(x), rtol=1e-4, atol=1e-5)
-    assert set(merged.meta["fxmerge"]["zipped_within"].values()) == {0}
+    assert set(fxmerge.report(merged).zipped_within.values()) == {0}
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -64,7 +64,7 @@ def test_units_that_a_model_has_several_times_are_merged_without_loss(count: int
             for layer in (model[0], model[2]):
                 layer.weight.copy_(layer.weight[: 12 // count].repeat(count, 1))
                 layer.bias.copy_(layer.bias[: 12 // count].repeat(count))
-    merged = fxmerge.merge_many(models, [x], method="zip", alpha=0.0, damping=1.0)
+    merged = fxmerge.merge_many(models, [x], recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=0.0, damping=1.0)))
     expected = torch.stack([m(x) for m in models]).mean(0)
     torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-4)
 
@@ -107,7 +107,9 @@ def test_zipped_parameters_are_those_of_the_merge_and_unmerge_matrices() -> None
 
 def test_after_the_first_sweep_the_objective_never_falls() -> None:
     x = torch.randn(64, 6)
-    trace = fxmerge.merge(mlp(0), mlp(1), [x], method="zip", alpha=0.7).meta["fxmerge"]["zip_objective"]
+    trace = fxmerge.report(
+        fxmerge.merge(mlp(0), mlp(1), [x], recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=0.7)))
+    ).zip_objective
     assert len(trace) > 1
     assert list(trace) == sorted(trace)
 
@@ -131,7 +133,7 @@ def test_options_outside_of_their_range_are_refused(options: dict[str, object]) 
 def test_alpha_is_chosen_for_the_zip_itself() -> None:
     x = [torch.randn(32, 6) for _ in range(2)]
     chosen = fxmerge.merge(mlp(0), mlp(1), x, method="zip", alpha="auto")
-    told = chosen.meta["fxmerge"]
-    fixed = fxmerge.merge(mlp(0), mlp(1), x, method="zip", alpha=told["alpha"])
-    assert len(set(told["alpha_errors"].values())) > 1
+    told = fxmerge.report(chosen)
+    fixed = fxmerge.merge(mlp(0), mlp(1), x, recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=told.alpha)))
+    assert len(set(told.alpha_errors.values())) > 1
     assert all(torch.equal(a, b) for a, b in zip(chosen.parameters(), fixed.parameters(), strict=True))
