@@ -120,7 +120,7 @@ WAYS: dict[str, Merge] = {
     "zip, refitted": lambda models, data: fxmerge.merge(*models[:2], data),
     "zip, without data": lambda models, data: fxmerge.merge(*models[:2], example=data[0]),
     "align, averaged": lambda models, data: fxmerge.merge(
-        *models[:2], data, method="align", combine="average", alpha="auto"
+        *models[:2], data, fxmerge.Recipe(match=fxmerge.Align(), fit=None)
     ),
     "align, repaired": lambda models, data: fxmerge.merge_many(
         models, data, recipe=fxmerge.Recipe(match=fxmerge.Align(), fit=fxmerge.Repair())

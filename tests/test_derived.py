@@ -86,10 +86,14 @@ def test_there_is_nothing_to_find_in_ordinary_networks() -> None:
 
 
 @pytest.mark.parametrize("spectral", [spectral_norm, with_hook], ids=["parametrization", "hook"])
-@pytest.mark.parametrize("options", [{}, {"combine": "average", "method": "align"}], ids=str)
-def test_equal_networks_merge_to_themselves_if_vectors_differ_in_sign(spectral: Spectral, options: Any) -> None:
+@pytest.mark.parametrize(
+    "recipe", [fxmerge.Recipe(), fxmerge.Recipe(match=fxmerge.Align(), fit=None)], ids=["fitted", "averaged"]
+)
+def test_equal_networks_merge_to_themselves_if_vectors_differ_in_sign(
+    spectral: Spectral, recipe: fxmerge.Recipe
+) -> None:
     a, b = net(0, spectral), flipped(net(0, spectral))
-    merged = fxmerge.merge(a, b, [X], **options)
+    merged = fxmerge.merge(a, b, [X], recipe)
     torch.testing.assert_close(merged(X), a(X), atol=1e-6, rtol=1e-4)
 
 

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 import fxmerge
 
+MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
+
 
 class Normalized(nn.Module):
     """A convolution and a linear layer, each with BatchNorm."""
@@ -48,11 +50,11 @@ def real_variances(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("method", ["align", "zip"])
-def test_the_variance_of_a_mean_of_weights_is_estimated(method: str) -> None:
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+def test_the_variance_of_a_mean_of_weights_is_estimated(match: fxmerge.Align | fxmerge.Zip) -> None:
     x = torch.randn(256, 12, 6, 6, generator=torch.Generator().manual_seed(0))
     a, b = trained(0, x), trained(1, x)
-    merged = fxmerge.merge(a, b, recipe=fxmerge.Recipe(match=MATCH[method]), example=x[:2])  # type: ignore[arg-type]
+    merged = fxmerge.merge(a, b, recipe=fxmerge.Recipe(match=match), example=x[:2])
     estimated, real = merged.state_dict(), real_variances(merged, x)
     # The first layer sees inputs that vary alike and independently; the second does not.
     torch.testing.assert_close(estimated["norm1.running_var"], real["norm1"], rtol=0.1, atol=0)

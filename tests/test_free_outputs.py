@@ -126,8 +126,13 @@ def test_a_planted_twin_is_found_exactly(build: Callable[[], nn.Module], x: Tens
     aligned = fxmerge.align(twin.eval(), to=net, loader=[x], recipe=fxmerge.Recipe(free=["output"]))
     for key, value in net.state_dict().items():
         assert torch.equal(aligned.state_dict()[key], value), key
-    for options in ({}, {"method": "align", "combine": "average"}, {"alpha": "auto", "method": "auto"}):
-        merged = fxmerge.merge(net, twin, [x], free="output", or_parent=False, **options)  # type: ignore[arg-type]
+    recipes = (
+        fxmerge.Recipe(free="output"),
+        fxmerge.Recipe(match=fxmerge.Align(), fit=None, free="output"),
+        fxmerge.Recipe(match=fxmerge.Align(), free="output"),
+    )
+    for recipe in recipes:
+        merged = fxmerge.merge(net, twin, [x], recipe)
         for a, b in zip(leaves(merged, x), leaves(net, x), strict=True):
             torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)  # Variances are estimated again.
 

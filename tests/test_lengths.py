@@ -125,13 +125,15 @@ def test_lengths_equal_to_other_sizes_give_the_same_classes(length: int) -> None
 BY_LENGTH = [filled(4, 6, 3, seed=1), filled(4, 9, 3, seed=2), filled(3, 5, 3, seed=3)]
 
 
-@pytest.mark.parametrize("combine", ["average", "repair", "least_squares"])
-def test_tokens_count_alike_in_whatever_lengths_they_come(combine: Any) -> None:
+@pytest.mark.parametrize("fit", [None, fxmerge.Repair(), fxmerge.LeastSquares()], ids=str)
+def test_tokens_count_alike_in_whatever_lengths_they_come(fit: Any) -> None:
     loaders = BY_LENGTH, [x.flatten(0, 1) for x in BY_LENGTH]
-    by_length, apart = (
-        fxmerge.merge(Tokenwise(0), Tokenwise(1), own, combine=combine, alpha="auto") for own in loaders
-    )
-    assert fxmerge.report(by_length).alpha_errors == pytest.approx(fxmerge.report(apart).alpha_errors)
+    by_length, apart = (fxmerge.merge(Tokenwise(0), Tokenwise(1), own, fxmerge.Recipe(fit=fit)) for own in loaders)
+    errors, expected = (fxmerge.report(merged).errors for merged in (by_length, apart))
+    assert errors.keys() == expected.keys() and bool(errors) == isinstance(fit, fxmerge.LeastSquares)
+    if errors:
+        assert errors["merged"] == pytest.approx(expected["merged"], rel=1e-4)
+        assert errors["models"] == pytest.approx(expected["models"], rel=1e-4)
     for name, value in by_length.state_dict().items():
         torch.testing.assert_close(value, apart.state_dict()[name])
 
@@ -156,8 +158,8 @@ def test_heads_beside_samples_or_tokens_are_found_again(
     loader = [filled(*size, 3, seed=i) for i, size in enumerate(sizes)]
     symmetry = fxmerge.find_symmetry(net, (loader[0],))
     twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(0)).apply(net.state_dict()))
-    for method in ("align", "zip"):
-        merged = fxmerge.merge(net, twin, loader, alpha=alpha, method=method, or_parent=False)
+    for match in (fxmerge.Align(alpha=alpha), fxmerge.Zip(alpha=alpha)):
+        merged = fxmerge.merge(net, twin, loader, fxmerge.Recipe(match=match))
         for x in loader:
             torch.testing.assert_close(merged(x), net(x), rtol=1e-3, atol=1e-4)
 
