@@ -198,8 +198,9 @@ def run(name: str, factory: Factory) -> dict[str, Any]:
     twin = noisy_copy(model, planted.apply(dict(model.state_dict())), 0.01, generator)
     for label, loader, alpha in (("with data", calibration(inputs), 0.5), ("weights only", None, 1.0)):
         began = time.perf_counter()
-        aligned = fxmerge.align(twin, model, loader, alpha=alpha, args=args, kwargs=kwargs, verify=False)
-        wrong = wrong_units(symmetry.element(aligned.meta["fxmerge"]["images"]), planted, symmetry.names)
+        recipe = fxmerge.Recipe(match=fxmerge.Align(alpha))
+        aligned = fxmerge.align(twin, model, loader, recipe, example=inputs, run=fxmerge.Run(verify=False))
+        wrong = wrong_units(symmetry.element(fxmerge.report(aligned).images[0]), planted, symmetry.names)
         row[label] = "exact" if not wrong else "; ".join(f"{n}: {c} units" for n, c in wrong.items())
         row[f"{label} s"] = f"{time.perf_counter() - began:.1f}"
     return row

@@ -1,8 +1,7 @@
 """Merging several networks that learnt the same from different seeds into one of their size.
 
 Every parent, their ensemble, their plain average, the second, third and so on aligned to the running average one after
-the other, or merged with the merge of those before it (chained), and what `fxmerge.merge_many` makes of all at once,
-without labels and, "by score", with validation data to choose by.
+the other, or merged with the merge of those before it (chained), and what `fxmerge.merge_many` makes of all at once.
 Parents are those of `benchmarks/tasks.py` in its setting `same`, trained once and kept in the same folder; the data,
 and BatchNorm for all alike, are as there. With `--own`, each parent has learnt from 2,000 images that no other one has
 seen, and that are not in the calibration data: who merges may have no access to what the networks learnt from.
@@ -38,6 +37,7 @@ from tasks_suite.training import Parent
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge import Align, Average, Recipe, Run
 from fxmerge.demo import recalibrated
 
 LONG = ("mlp", "resnet20-1-bn", "resnet20-1-gn", "vit-fused", "gpt")
@@ -68,51 +68,48 @@ def chained(networks: Networks, batches: list[Tensor]) -> nn.Module:
     """Each network aligned to the average of those before it, and averaged with them."""
     merged = networks[0]
     for count, other in enumerate(networks[1:], start=1):
-        aligned = with_state_of(other, fxmerge.align(other, merged, batches, progress=False))
+        aligned = with_state_of(other, fxmerge.align(other, merged, batches, run=Run(progress=False)))
         merged = recalibrated(mean([merged, aligned], [count / (count + 1), 1 / (count + 1)]), batches)
     return merged
 
 
-def chained_merges(**options: object) -> Callable[[Networks, list[Tensor]], nn.Module]:
+def chained_merges(networks: Networks, batches: list[Tensor]) -> nn.Module:
     """Each network merged by `fxmerge.merge` with the merge of those before it."""
-
-    def merge(networks: Networks, batches: list[Tensor]) -> nn.Module:
-        merged = networks[0]
-        for count, other in enumerate(networks[1:], start=1):
-            weights = (count / (count + 1), 1 / (count + 1))
-            found = fxmerge.merge(merged, other, batches, weights=weights, progress=False, **options)  # type: ignore[arg-type]
-            merged = with_state_of(other, found)
-        return merged
-
-    return merge
+    merged = networks[0]
+    for count, other in enumerate(networks[1:], start=1):
+        recipe = Recipe(combine=Average((count / (count + 1), 1 / (count + 1))))
+        merged = with_state_of(other, fxmerge.merge(merged, other, batches, recipe, run=Run(progress=False)))
+    return merged
 
 
-def many(**options: object) -> Callable[[Networks, list[Tensor]], nn.Module]:
-    """What `fxmerge.merge_many` gives with some options."""
+def many(recipe: Recipe) -> Callable[[Networks, list[Tensor]], nn.Module]:
+    """What `fxmerge.merge_many` gives by a recipe."""
     return lambda networks, batches: with_state_of(
-        networks[0],
-        fxmerge.merge_many(networks, batches, progress=False, **options),  # type: ignore[arg-type]
+        networks[0], fxmerge.merge_many(networks, batches, recipe, run=Run(progress=False))
     )
+
+
+def nearest_readout(networks: Networks, batches: list[Tensor]) -> nn.Module:
+    """The network that is nearest to the mean of all with its last layers fitted to that, on the same data."""
+    table = fxmerge.compare({}, networks, batches, calibration=batches, run=Run(progress=False))
+    name = min((row for row in table.rows if row.name.endswith("new readout")), key=lambda row: row.distance).name
+    return with_state_of(networks[0], table.networks[name])
 
 
 METHODS: dict[str, Callable[[Networks, list[Tensor]], nn.Module]] = {
     "plain average": lambda networks, batches: mean(networks),
     "chained, averaged": chained,
-    "merge_many, align, averaged": many(method="align", combine="average"),
-    "merge_many, zip, averaged": many(combine="average"),
-    "chained, merged network": chained_merges(or_parent=False),
-    "merge_many, merged network": many(or_parent=False),
-    "merge_many": many(),
+    "parent, new readout": nearest_readout,
+    "merge_many, align, averaged": many(Recipe(match=Align(), fit=None)),
+    "merge_many, zip, averaged": many(Recipe(fit=None)),
+    "chained": chained_merges,
+    "merge_many": many(Recipe()),
 }
 
 
 def judged(problem: Problem, networks: Networks) -> str:
     scores = problem.evaluate(networks)
     return f"{100 * scores['joint']:.1f} ({scores['loss']:.3f})"
-
-
-BY_SCORE = "merge_many, by score"
-"""The method that chooses by the accuracy on validation data."""
 
 
 def compare(network: str, parents: Networks, chosen: Sequence[str]) -> Row:
@@ -126,8 +123,7 @@ def compare(network: str, parents: Networks, chosen: Sequence[str]) -> Row:
         "ensemble": judged(problem, parents),
     }
     batches = problem.calibration()
-    methods = METHODS | {BY_SCORE: many(score=problem.validate)}
-    for name, method in ((name, methods[name]) for name in chosen):
+    for name, method in ((name, METHODS[name]) for name in chosen):
         began = time.perf_counter()
         merged = recalibrated(method(parents, batches), batches)
         row[name] = judged(problem, [merged])
@@ -178,8 +174,7 @@ def show(options: argparse.Namespace, caption: str, rows: list[Row]) -> None:
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--count", type=int, default=5, help="how many parents")
-    every = [*METHODS, BY_SCORE]
-    parser.add_argument("--methods", nargs="+", choices=every, default=every, help="only these")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="only these")
     parser.add_argument("--own", action="store_true", help="parents that have learnt from images of their own")
     options = parser.parse_args()
     others = [name for name in options.networks or () if NETWORKS[name].data not in WITH_SHARES]

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from invariance import machine, table
@@ -23,6 +22,7 @@ from tasks_suite.networks import ResNet20
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge import Align, Recipe, Run
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -49,7 +49,7 @@ class Case:
         inputs: how many there are for calibration; none are given if it is zero.
         package: what has to be installed.
         batch: how many of them are in a batch.
-        options: of `fxmerge.merge`.
+        recipe: how they are merged.
     """
 
     build: Callable[[], nn.Module]
@@ -57,7 +57,7 @@ class Case:
     inputs: int
     package: str = "torch"
     batch: int = 32
-    options: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 CASES: dict[str, Case] = {
@@ -66,7 +66,7 @@ CASES: dict[str, Case] = {
     ),
     "ResNet-50, 256 images of 224 pixels": Case(partial(_torchvision, "resnet50"), (3, 224, 224), 256, "torchvision"),
     "ResNet-50 aligned by weights": Case(
-        partial(_torchvision, "resnet50"), (3, 224, 224), 0, "torchvision", options={"method": "align"}
+        partial(_torchvision, "resnet50"), (3, 224, 224), 0, "torchvision", recipe=Recipe(match=Align())
     ),
     "ViT-S/16 zipped by weights": Case(partial(_timm, "vit_small_patch16_224"), (3, 224, 224), 0, "timm"),
 }
@@ -84,10 +84,11 @@ def work(task: Row, note: Note) -> None:
     batches: list[Tensor] = list(torch.randn(case.inputs or 1, *case.shape).split(case.batch))
     note("merge", machine=machine(), parameters=sum(p.numel() for p in networks[0].parameters()))
     began = time.perf_counter()
+    loader = batches if case.inputs else None
     merged = fxmerge.merge(
-        *networks, batches if case.inputs else None, args=(batches[0][:2],), progress=False, **case.options
+        networks[0], networks[1], loader, case.recipe, example=batches[0][:2], run=Run(progress=False)
     )
-    note("done", seconds=time.perf_counter() - began, stages=merged.meta["fxmerge"]["seconds"])
+    note("done", seconds=time.perf_counter() - began, stages=dict(fxmerge.report(merged).seconds))
 
 
 def main() -> int:

@@ -60,9 +60,9 @@ def merged(network: str, cache: Path) -> tuple[str, int]:
     problem = PROBLEMS[NETWORKS[network].data]()
     a, b = (training.load(parent, cache) for parent in training.parents_of(network, "disjoint", 0))
     batches = problem.calibration()
-    found = fxmerge.merge(a, b, batches, or_parent=False, progress=False)
+    found = fxmerge.merge(a, b, batches, run=fxmerge.Run(progress=False))
     judged = recalibrated(with_state_of(a, found), batches)
-    return f"{100 * problem.evaluate([judged])['per_task']:.1f}", len(found.meta["fxmerge"]["layers"])
+    return f"{100 * problem.evaluate([judged])['per_task']:.1f}", len(fxmerge.report(found).layers)
 
 
 def compare(networks: Sequence[str], cache: Path) -> list[Row]:

@@ -4,6 +4,8 @@ from fxmerge.api import align as align
 from fxmerge.api import merge as merge
 from fxmerge.api import merge_many as merge_many
 from fxmerge.capture import capture as capture
+from fxmerge.comparison import Comparison as Comparison
+from fxmerge.comparison import compare as compare
 from fxmerge.errors import ArchitectureMismatchError as ArchitectureMismatchError
 from fxmerge.errors import CaptureError as CaptureError
 from fxmerge.errors import FxmergeError as FxmergeError

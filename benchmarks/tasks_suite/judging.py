@@ -6,12 +6,14 @@ import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from models.processes import Note, Row
 from torch import Tensor, nn
 
+from fxmerge import Average
 from fxmerge.demo import count_parameters, recalibrated
 from tasks_suite.methods import METHODS, OWN_DATA, WEIGHTED, Method, Pair, merged, result
 from tasks_suite.problem import CHUNK, Problem
@@ -114,8 +116,8 @@ def tradeoff(problem: Problem, pair: Pair, method: str) -> list[tuple[float, flo
     """The accuracies on both tasks for every weight of the first parent."""
     found = []
     for weight in WEIGHTS:
-        options = {**WEIGHTED[method], "weights": (weight, 1 - weight)}
-        network = recalibrated(merged(pair, options, apart=method == OWN_DATA), pair.batches)
+        recipe = replace(WEIGHTED[method], combine=Average((weight, 1 - weight)))
+        network = recalibrated(merged(pair, recipe, apart=method == OWN_DATA), pair.batches)
         scores = problem.evaluate([network])
         found.append((scores["task_a"], scores["task_b"]))
     return found

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge import Align, Readout, Recipe, Repair, Run, Zip
 from fxmerge.capture import capture_program
 from fxmerge.demo import average, recalibrated
-from fxmerge.merger import OWN
+from fxmerge.recipe import OWN
 from fxmerge.refitting.outputs import standardized
 from fxmerge.refitting.refit import Lesson, refit
 from fxmerge.rewriting.calibrate import batch_norm_statistics
 from fxmerge.rewriting.combine import average as pooled
 from fxmerge.run import Data, batch_inputs
+from fxmerge.units.unit_map import UnitMap
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,23 @@ def permuting(aligned: Callable[[Pair], nn.Module], *, published: bool = True) -
     return Method(aligned=aligned, published=published)
 
 
-def merging(*, published: bool = True, **options: object) -> Method:
-    """What `fxmerge.merge` gives with some options."""
-    return Method(lambda pair: (merged(pair, options),), published=published)
+def merging(recipe: Recipe, *, published: bool = True) -> Method:
+    """What `fxmerge.merge` gives by a recipe."""
+    return Method(lambda pair: (merged(pair, recipe),), published=published)
 
 
-def aligning(*, published: bool = True, **options: object) -> Method:
-    """What `fxmerge.align` gives with some options, averaged."""
-    return permuting(lambda pair: _align(pair, options), published=published)
+def aligning(part: Align, *, published: bool = True) -> Method:
+    """What `fxmerge.align` gives by a recipe, averaged."""
+    return permuting(lambda pair: _align(pair, part), published=published)
 
 
-def merged(pair: Pair, options: dict[str, object], *, apart: bool = False) -> nn.Module:
-    """What `fxmerge.merge` gives with some options, on one loader or on one for each parent."""
-    data = {"loaders": pair.apart} if apart else {"loader": pair.batches}
-    found = fxmerge.merge(pair.a, pair.b, seed=pair.seed, progress=False, **data, **options)  # type: ignore[arg-type]
+def merged(pair: Pair, recipe: Recipe, *, apart: bool = False) -> nn.Module:
+    """What `fxmerge.merge` gives by a recipe, on one loader or on one for each parent."""
+    how = Run(seed=pair.seed, progress=False)
+    if apart:
+        found = fxmerge.merge(pair.a, pair.b, recipe=recipe, loaders=pair.apart, run=how)
+    else:
+        found = fxmerge.merge(pair.a, pair.b, pair.batches, recipe, run=how)
     return with_state_of(pair.a, found)
 
 
@@ -113,8 +118,8 @@ def _random(pair: Pair) -> nn.Module:
     return recalibrated(network, pair.batches)
 
 
-def _align(pair: Pair, options: dict[str, object]) -> nn.Module:
-    aligned = fxmerge.align(pair.b, pair.a, pair.batches, seed=pair.seed, progress=False, **options)  # type: ignore[arg-type]
+def _align(pair: Pair, part: Align) -> nn.Module:
+    aligned = fxmerge.align(pair.b, pair.a, pair.batches, Recipe(match=part), run=Run(seed=pair.seed, progress=False))
     return with_state_of(pair.a, aligned)
 
 
@@ -125,11 +130,12 @@ def with_state_of(model: nn.Module, other: nn.Module) -> nn.Module:
     return twin
 
 
-def without_data(**options: object) -> Method:
+def without_data(part: Align | Zip) -> Method:
     """What `fxmerge.merge` gives without data; nothing is estimated anew."""
 
     def networks(pair: Pair) -> tuple[nn.Module, ...]:
-        merged = fxmerge.merge(pair.a, pair.b, args=(pair.batches[0],), seed=pair.seed, progress=False, **options)  # type: ignore[arg-type]
+        how = Run(seed=pair.seed, progress=False)
+        merged = fxmerge.merge(pair.a, pair.b, recipe=Recipe(match=part), example=pair.batches[0], run=how)
         return (with_state_of(pair.a, merged),)
 
     return Method(networks, merges=False)
@@ -137,11 +143,11 @@ def without_data(**options: object) -> Method:
 
 def _pooled(pair: Pair) -> nn.Module:
     """The average after an alignment by weights, with BatchNorm statistics that are pooled."""
-    aligned = fxmerge.align(pair.b, pair.a, args=(pair.batches[0],), seed=pair.seed, progress=False)
+    aligned = fxmerge.align(pair.b, pair.a, example=pair.batches[0], run=Run(seed=pair.seed, progress=False))
     program = capture_program(pair.a, (pair.batches[0],), {})
     states = (pair.a.state_dict(), aligned.state_dict())
     network = copy.deepcopy(pair.a)
-    network.load_state_dict(pooled(states, (0.5, 0.5), batch_norm_statistics(program)))
+    network.load_state_dict(pooled(UnitMap.still(2), states, (0.5, 0.5), batch_norm_statistics(program)))
     return network
 
 
@@ -177,59 +183,47 @@ BY_ALPHA = {
 }
 """The methods that differ only in the weight of the weight-space similarity."""
 
-CHOICES: dict[str, dict[str, object]] = {
-    "cosine": {"similarity": "cosine"},
-    "covariance": {"similarity": "covariance"},
-    "last activation": {"activations": "last"},
-    "4 restarts": {"restarts": 4},
-}
-"""Options of the search, each apart from its default."""
-
 METHODS: dict[str, Method] = {
     "parent A": Method(lambda pair: (pair.a,), merges=False),
     "parent B": Method(lambda pair: (pair.b,), merges=False),
     "ensemble": Method(lambda pair: (pair.a, pair.b), merges=False),
     PLAIN: permuting(lambda pair: pair.b, published=False),
-    **{name: aligning(alpha=alpha, published=alpha in (0, 0.5, 1)) for alpha, name in BY_ALPHA.items()},
-    "ZipIt": merging(method="zip", combine="average", alpha=0.0, budget=0.125, damping=0.3),
-    "weight zip": merging(method="zip", combine="average", alpha=1.0),
-    "MuDSC zip": merging(method="zip", combine="average", alpha=0.5, budget=1.0, damping=0.5),
-    "align auto": aligning(alpha="auto", published=False),
-    "zip auto": merging(combine="average", alpha="auto", published=False),
+    **{name: aligning(Align(alpha), published=alpha in (0, 0.5, 1)) for alpha, name in BY_ALPHA.items()},
+    "ZipIt": merging(Recipe(match=Zip(alpha=0.0, budget=0.125, damping=0.3), fit=None)),
+    "weight zip": merging(Recipe(match=Zip(alpha=1.0), fit=None)),
+    "MuDSC zip": merging(Recipe(match=Zip(alpha=0.5, budget=1.0, damping=0.5), fit=None)),
     "rebasin": permuting(_rebasin),
-    **{f"align, {name}": aligning(published=False, **options) for name, options in CHOICES.items()},
-    **{f"zip, {name}": merging(combine="average", published=False, **options) for name, options in CHOICES.items()},
-    "align, repaired": merging(method="align", combine="repair"),
-    "zip, repaired": merging(combine="repair", published=False),
-    "align, no data": without_data(method="align"),
+    "align, cosine": aligning(Align(similarity="cosine"), published=False),
+    "zip, cosine": merging(Recipe(match=Zip(similarity="cosine"), fit=None), published=False),
+    "align, repaired": merging(Recipe(match=Align(), fit=Repair())),
+    "zip, repaired": merging(Recipe(fit=Repair()), published=False),
+    "align, no data": without_data(Align()),
     "align, no data, pooled": Method(lambda pair: (_pooled(pair),), merges=False),
-    "zip, no data": without_data(method="zip"),
+    "zip, no data": without_data(Zip()),
     "parent, readout": refitting(lambda pair: pair.a),
     "random, readout": refitting(_random),
-    "average, readout": merging(combine="readout", published=False),
+    "average, readout": merging(Recipe(fit=Readout()), published=False),
     "refit, not aligned": refitting(lambda pair: average(pair.a, pair.b), only_last=False),
-    "refit, aligned": merging(method="align", or_parent=False, published=False),
-    "refit, zipped": merging(or_parent=False, published=False),
-    "refit, better of both": merging(method="auto", or_parent=False, published=False),
-    DEFAULTS: merging(published=False),
+    "refit, aligned": merging(Recipe(match=Align()), published=False),
+    DEFAULTS: merging(Recipe(), published=False),
     "parent, readout, own data": refitting(lambda pair: pair.a, apart=True),
     "random, readout, own data": refitting(_random, apart=True),
-    "average, readout, own data": Method(lambda pair: (merged(pair, {"combine": "readout"}, apart=True),)),
+    "average, readout, own data": Method(lambda pair: (merged(pair, Recipe(fit=Readout()), apart=True),)),
     "refit, not aligned, own data": refitting(lambda pair: average(pair.a, pair.b), apart=True, only_last=False),
-    OWN_DATA: Method(lambda pair: (merged(pair, {}, apart=True),)),
+    OWN_DATA: Method(lambda pair: (merged(pair, Recipe(), apart=True),)),
     "parent, readout, standardized": refitting(lambda pair: pair.a, standard=True),
-    "average, readout, standardized": merging(combine="readout", outputs="standardized", published=False),
+    "average, readout, standardized": merging(Recipe(fit=Readout(), outputs="standardized"), published=False),
     "refit, not aligned, standardized": refitting(lambda pair: average(pair.a, pair.b), standard=True, only_last=False),
-    STANDARDIZED: merging(outputs="standardized", published=False),
+    STANDARDIZED: merging(Recipe(outputs="standardized"), published=False),
 }
 
 
 SEARCHES = tuple(
     f"{method}, {name}" if name else base
     for method, base in (("align", BY_ALPHA[0.5]), ("zip", "MuDSC zip"))
-    for name in ("", *CHOICES)
+    for name in ("", "cosine")
 )
-"""What is averaged after searches with other options than their defaults, and with these."""
+"""What is averaged after searches with activations compared by cosine, and by correlation."""
 
 REPAIRS = (BY_ALPHA[0.5], "align, repaired", "MuDSC zip", "zip, repaired")
 """What is averaged, and the same with the means and deviations of the parents' units."""
@@ -239,7 +233,7 @@ NO_DATA = ("align, no data, pooled", "align, no data", BY_ALPHA[1.0], "zip, no d
 
 REFITS = (
     *("parent, readout", "random, readout", "average, readout"),
-    *("refit, not aligned", "refit, aligned", "refit, zipped", "refit, better of both", DEFAULTS),
+    *("refit, not aligned", "refit, aligned", DEFAULTS),
 )
 """What is refitted on one set of data for both parents: controls, and fxmerge."""
 APART = tuple(name for name in METHODS if name.endswith("own data"))
@@ -248,8 +242,8 @@ STANDARD = tuple(name for name in METHODS if name.endswith("standardized"))
 """What is refitted to outputs of mean zero and equal deviation."""
 
 
-WEIGHTED: dict[str, dict[str, object]] = {"MuDSC zip": {"combine": "average"}, DEFAULTS: {}, OWN_DATA: {}}
-"""The methods that are also tried with parents that count unequally, and their options."""
+WEIGHTED: dict[str, Recipe] = {"MuDSC zip": Recipe(fit=None), DEFAULTS: Recipe(), OWN_DATA: Recipe()}
+"""The methods that are also tried with parents that count unequally, and their recipes."""
 
 
 def available() -> list[str]:

@@ -63,9 +63,7 @@ SECTIONS: tuple[Section, ...] = (
         "Refitting and its controls: accuracy per task",
         "All fitted on the same 2,000 images of both tasks (256 windows of text) to the mean of both parents. "
         "Controls: one parent, a random network, and the zipped average, of which only the last layer is fitted; and a "
-        "refit of the plain average, nothing matched. `better of both` is that of the refits, aligned and zipped, "
-        'which has the smaller error on held-out data (`method="auto"`). fxmerge is the refit of the zipped average, '
-        "or a parent where that knows more: with a new readout, or as it is if this brings it little nearer.",
+        "refit of the plain average, nothing matched. fxmerge is the refit of the zipped average.",
         lambda r: accuracies(r, "disjoint", "per_task", REFITS),
     ),
     (
@@ -133,8 +131,7 @@ SECTIONS: tuple[Section, ...] = (
     ),
     (
         "Options of the search",
-        "Accuracy per task, averaged, alpha 0.5: the defaults (Pearson correlation over every activation of a class, "
-        "one search) beside each other choice.",
+        "Accuracy per task, averaged, alpha 0.5: activations compared by correlation (the default) and by cosine.",
         lambda r: accuracies(r, "disjoint", "per_task", SEARCHES),
     ),
     (
