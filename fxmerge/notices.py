@@ -91,7 +91,7 @@ def warn_of_nearer_parent(errors: OutputErrors, names: Sequence[str]) -> None:
     """Warns if one of the models alone is nearer to the mean of all models' outputs than the merged network is."""
     models = {number: error for number, error in errors.items() if number is not None}
     nearest = min(models, key=lambda number: error_of(models[number]), default=None)
-    if nearest is not None and models[nearest] < errors[None]:
+    if nearest is not None and error_of(models[nearest]) < error_of(errors[None]):
         logger.warning(
             "%s alone is nearer to the mean of all models' outputs than the merged network is: it misses %.3g of the "
             "variance, the merged network %.3g. fxmerge.compare measures both, on data of your choice.",

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import fxmerge
 
+MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
+
 
 class Net(nn.Module):
     def __init__(self, width: int = 8, seed: int = 0) -> None:
@@ -47,12 +49,12 @@ def permuted(net: Net, seed: int) -> Net:
     return twin.eval()
 
 
-@pytest.mark.parametrize("method", ["align", "zip"])
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
 @pytest.mark.parametrize("loader", [data(), None], ids=["data", "no data"])
-def test_merging_a_permuted_copy_gives_the_model_back(loader: list[Tensor] | None, method: Any) -> None:
+def test_merging_a_permuted_copy_gives_the_model_back(loader: list[Tensor] | None, match: fxmerge.Align | fxmerge.Zip) -> None:
     net = settled(0)
     merged = fxmerge.merge(
-        net, permuted(net, 1), loader, recipe=fxmerge.Recipe(match=MATCH[method], fit=None), example=data()[0]
+        net, permuted(net, 1), loader, recipe=fxmerge.Recipe(match=match, fit=None), example=data()[0]
     )
     weights = {k: v for k, v in net.state_dict().items() if "running" not in k and "num" not in k}
     for name, value in weights.items():
@@ -222,7 +224,7 @@ def test_a_graph_written_out_for_one_length_is_not_run_at_another() -> None:
         fxmerge.merge(Recurrent(0), Recurrent(1), [torch.randn(4, 5, 3), torch.randn(4, 7, 3)])
 
 
-@pytest.mark.parametrize("method", ["align", "zip"])
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
 def test_restarts_never_lower_the_objective(method: Any) -> None:
     def objective(restarts: int) -> float:
         told = fxmerge.report(

@@ -125,6 +125,15 @@ def test_example_inputs_are_a_tuple(args: Any) -> None:
             call(net(), args)  # type: ignore[operator]
 
 
+def test_an_example_is_a_batch() -> None:
+    expected = fxmerge.merge(net(0), net(1), example=X).state_dict()
+    for batch in ((X, torch.zeros(len(X))), [X], {"input": X}):
+        merged = fxmerge.merge(net(0), net(1), example=batch).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in merged.items())
+    with pytest.raises(fxmerge.LoaderError, match="A batch is a str"):
+        fxmerge.merge(net(0), net(1), example="x")
+
+
 class Quiet(nn.Sequential):
     """Its methods return nothing, as many do."""
 

@@ -154,13 +154,14 @@ def test_a_reference_may_be_asked_for() -> None:
         models, x, recipe=fxmerge.Recipe(match=fxmerge.Zip(reference=2)), run=fxmerge.Run(verify=False)
     )
     meta = fxmerge.report(merged)
-    assert (meta.reference, meta.units_of, len(meta.quality), len(meta.objective)) == (2, 2, 2, 2)
+    assert (meta.units_of, len(meta.quality), len(meta.objective)) == (2, 2, 2)
     for i in (0, 1):
         aligned = fxmerge.align(models[i], to=models[2], loader=x, run=fxmerge.Run(verify=False))
-        assert meta.images[i] == fxmerge.report(aligned).images
-    assert fxmerge.report(fxmerge.merge_many(models, x, run=fxmerge.Run(verify=False))).reference is None
+        assert (meta.images[i],) == fxmerge.report(aligned).images
+    without = fxmerge.report(fxmerge.merge_many(models, x, run=fxmerge.Run(verify=False)))
+    assert (len(without.quality), len(without.objective)) == (3, 1)
     assert fxmerge.report(fxmerge.merge(*models[:2], x, run=fxmerge.Run(verify=False))).units_of == 0
-    with pytest.raises(fxmerge.OptionError, match="reference is 3; it must be the number of a model, from 0 to 2"):
+    with pytest.raises(fxmerge.OptionError, match="reference is model 3; there are models 0 to 2"):
         fxmerge.merge_many(models, x, recipe=fxmerge.Recipe(match=fxmerge.Zip(reference=3)))
     with pytest.raises(fxmerge.OptionError, match="leave reference out"):
         fxmerge.merge_many(models, x, base=models[0], recipe=fxmerge.Recipe(match=fxmerge.Align(reference=0)))

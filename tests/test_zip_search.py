@@ -7,11 +7,12 @@ import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.demo import ViT
 from fxmerge.matching.zip_search import match_zip, zipped_classes
-from fxmerge.rewriting.zipped import zip_average
+from fxmerge.rewriting.combine import average
 from fxmerge.run import Data, batch_inputs
 from fxmerge.similarity.activations import similarities, whole
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import analyse
+from fxmerge.units.unit_map import UnitMap
 from tests.published_zip import published_zip
 
 
@@ -81,7 +82,7 @@ def test_with_alpha_0_every_class_is_zipped_as_published() -> None:
         features = [torch.cat([m[:depth](x) for m in (a, b)], dim=1).numpy() for depth in (2, 4)]
     for n, seen in enumerate(features):
         expected, _ = published_zip(np.corrcoef(seen.T), 2, budget=1.0, damping=0.5)
-        np.testing.assert_array_equal(np.stack([own[n] for own in got.labels]), expected)
+        np.testing.assert_array_equal(np.stack([own[n] for own in got.units.maps]), expected)
 
 
 def test_zipped_parameters_are_those_of_the_merge_and_unmerge_matrices() -> None:
@@ -93,7 +94,10 @@ def test_zipped_parameters_are_those_of_the_merge_and_unmerge_matrices() -> None
     ]
     for own in zip(*labels, strict=True):  # Every merged unit has a member.
         own[1][:] = np.r_[np.setdiff1d(np.arange(12), own[0]), own[1]][:12]
-    got = zip_average([m.state_dict() for m in models], labels, symmetry.layout, flows(found), [0.5, 0.5], [])
+    consumed = frozenset(axis for axis, kind in flows(found).items() if kind is Flow.CONSUMES)
+    widths = tuple(c.size for c in symmetry.units)
+    units = UnitMap(symmetry.names, symmetry.layout, consumed, tuple(map(tuple, labels)), widths)
+    got = average(units, [m.state_dict() for m in models], [0.5, 0.5], [])
     one_hot = [[torch.eye(12)[torch.from_numpy(own)] for own in row] for row in labels]
     sizes = [sum(o.sum(0) for o in own) for own in zip(*one_hot, strict=True)]
     merge = [[(o / s).T for o, s in zip(row, sizes, strict=True)] for row in one_hot]
@@ -122,18 +126,3 @@ def test_an_axis_that_both_produces_and_consumes_is_aligned_only() -> None:
     assert (flow["hidden.weight", 0], flow["hidden.weight", 1]) == (Flow.PRODUCES, Flow.CONSUMES)
     tied = [n for n in zipped_classes(symmetry, flow) for r in symmetry.units[n].roles if "embedding" in r.axis[0]]
     assert tied == []
-
-
-@pytest.mark.parametrize("options", [{"method": "zipper"}, {"budget": 1.5}, {"damping": -0.1}])
-def test_options_outside_of_their_range_are_refused(options: dict[str, object]) -> None:
-    with pytest.raises(fxmerge.OptionError, match=next(iter(options))):
-        fxmerge.merge(mlp(0), mlp(1), [torch.randn(4, 6)], **options)  # type: ignore[arg-type]
-
-
-def test_alpha_is_chosen_for_the_zip_itself() -> None:
-    x = [torch.randn(32, 6) for _ in range(2)]
-    chosen = fxmerge.merge(mlp(0), mlp(1), x, method="zip", alpha="auto")
-    told = fxmerge.report(chosen)
-    fixed = fxmerge.merge(mlp(0), mlp(1), x, recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=told.alpha)))
-    assert len(set(told.alpha_errors.values())) > 1
-    assert all(torch.equal(a, b) for a, b in zip(chosen.parameters(), fixed.parameters(), strict=True))
