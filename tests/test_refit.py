@@ -1,6 +1,5 @@
 """Refitting: exact where the answer is known, never worse where there is nothing to learn, and within its memory."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -103,7 +102,9 @@ def test_permuted_copies_give_the_network_back(name: str, match: fxmerge.Align |
 
 @EACH
 @pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
-def test_a_refitted_merge_is_nearer_to_its_parents_than_their_average(name: str, match: fxmerge.Align | fxmerge.Zip) -> None:
+def test_a_refitted_merge_is_nearer_to_its_parents_than_their_average(
+    name: str, match: fxmerge.Align | fxmerge.Zip
+) -> None:
     build, batches = NETS[name]
     parents, data = [build(0), build(1)], batches()
     errors = {
@@ -137,7 +138,9 @@ def test_only_the_last_layer_is_refitted_as_a_readout() -> None:
 
 def test_the_first_layer_is_the_mean_as_its_inputs_are_the_same() -> None:
     a, b = mlp(0), mlp(1)
-    averaged, refitted = (fxmerge.merge(a, b, vectors(), fxmerge.Recipe(fit=FITS[f])) for f in ("average", "least_squares"))
+    averaged, refitted = (
+        fxmerge.merge(a, b, vectors(), fxmerge.Recipe(fit=FITS[f])) for f in ("average", "least_squares")
+    )
     for name in list(a.state_dict())[:2]:
         torch.testing.assert_close(refitted.state_dict()[name], averaged.state_dict()[name], rtol=1e-4, atol=1e-5)
 
@@ -243,7 +246,10 @@ def test_the_dtype_is_kept() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": fxmerge.Recipe(fit=fxmerge.LeastSquares()), "loader": None}, "fit is LeastSquares, which needs data"),
+        (
+            {"recipe": fxmerge.Recipe(fit=fxmerge.LeastSquares()), "loader": None},
+            "fit is LeastSquares, which needs data",
+        ),
         ({"loaders": [[], []]}, "Both loader and loaders"),
         ({"loader": None, "loaders": [[]]}, "loaders has 1 entries for 2 models"),
         ({"base": mlp(2), "recipe": fxmerge.Recipe(fit=fxmerge.Readout())}, "knows no base"),
@@ -357,7 +363,7 @@ def test_data_are_read_once_for_the_activations_and_once_for_the_fit(match: Any,
 
         def __iter__(self) -> Iterator[Tensor]:
             self.times += 1
-            return iter(pictures())
+            yield from pictures()
 
     loader = Counted()
     fxmerge.merge(Convolutional(0), Convolutional(1), loader, fxmerge.Recipe(match=match, fit=fit))
@@ -379,7 +385,8 @@ def test_a_zip_leaves_a_last_layer_over_tokens_and_an_alignment_fits_it() -> Non
             return out
 
     aligned, zipped = (
-        fxmerge.report(fxmerge.merge(Last(0), Last(1), pictures(), fxmerge.Recipe(match=match))) for match in MATCH.values()
+        fxmerge.report(fxmerge.merge(Last(0), Last(1), pictures(), fxmerge.Recipe(match=match)))
+        for match in MATCH.values()
     )
     assert "no layer after it" in zipped.left["tokens.weight"]
     assert (aligned.held_out, zipped.held_out) == (True, False)
