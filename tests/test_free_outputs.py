@@ -186,7 +186,7 @@ def test_a_free_symmetry_is_written_and_read() -> None:
     symmetry = fxmerge.find_symmetry(net, (X,), free="output").verify(net, (X,))
     read = fxmerge.Symmetry.from_json(symmetry.to_json())
     assert read.to_json() == symmetry.to_json() and read.verify(net, (X,)).demoted == ()
-    with pytest.raises(fxmerge.OptionError, match="Both symmetry and free are given"):
+    with pytest.raises(fxmerge.OptionError, match=r"Both symmetry and Recipe\.free are given"):
         fxmerge.align(net, to=net, loader=[X], symmetry=symmetry, recipe=fxmerge.Recipe(free="output"))
     pinned = symmetry.to_json().replace('"pin": []', '"pin": ["stem.weight[0]"]')
     assert fxmerge.Symmetry.from_json(pinned).verify(net, (X,)).demoted == ()

@@ -32,6 +32,7 @@ def test_what_is_no_number_is_the_worst() -> None:
         ({None: 0.5, 0: NAN, 1: NAN}, None),
         ({None: NAN, 0: NAN, 1: NAN}, None),
         ({None: 0.4, 0: 0.4, 1: 0.5}, None),
+        ({None: 1e-9, 0: 0.0, 1: 0.0}, None),
         ({}, None),
     ],
 )

@@ -19,6 +19,7 @@ from fxmerge.run import Data, batch_inputs
 from fxmerge.similarity.activations import similarities
 from fxmerge.symmetry.group import analyse
 from fxmerge.units.permutation import Permutation
+from fxmerge.units.unit_map import UnitMap
 
 State = Mapping[str, Tensor]
 
@@ -124,7 +125,7 @@ def test_the_order_of_the_models_does_not_matter(name: str, data: bool) -> None:
                 run=fxmerge.Run(verify=False),
             )
         )
-        images = [fxmerge.report(merged[-1]).images[order.index(i)] for i in range(3)]
+        images = tuple(fxmerge.report(merged[-1]).images[order.index(i)] for i in range(3))
         assert images == fxmerge.report(merged[0]).images
         assert fxmerge.report(merged[-1]).objective == fxmerge.report(merged[0]).objective
         assert order[fxmerge.report(merged[-1]).units_of] == fxmerge.report(merged[0]).units_of
@@ -151,13 +152,19 @@ def test_images_are_what_was_done_and_every_circle_closes() -> None:
 def test_a_reference_may_be_asked_for() -> None:
     models, x = [mlp(seed) for seed in range(3)], vectors()
     merged = fxmerge.merge_many(
-        models, x, recipe=fxmerge.Recipe(match=fxmerge.Zip(reference=2)), run=fxmerge.Run(verify=False)
+        models, x, recipe=fxmerge.Recipe(match=fxmerge.Align(reference=2)), run=fxmerge.Run(verify=False)
     )
     meta = fxmerge.report(merged)
     assert (meta.units_of, len(meta.quality), len(meta.objective)) == (2, 2, 2)
     for i in (0, 1):
         aligned = fxmerge.align(models[i], to=models[2], loader=x, run=fxmerge.Run(verify=False))
         assert (meta.images[i],) == fxmerge.report(aligned).images
+    zipped = fxmerge.report(
+        fxmerge.merge_many(
+            models, x, recipe=fxmerge.Recipe(match=fxmerge.Zip(reference=2)), run=fxmerge.Run(verify=False)
+        )
+    )
+    assert (zipped.units_of, zipped.objective) == (2, meta.objective)
     without = fxmerge.report(fxmerge.merge_many(models, x, run=fxmerge.Run(verify=False)))
     assert (len(without.quality), len(without.objective)) == (3, 1)
     assert fxmerge.report(fxmerge.merge(*models[:2], x, run=fxmerge.Run(verify=False))).units_of == 0
@@ -217,7 +224,7 @@ class Trained:
     def loss(self, ways: Sequence[Permutation]) -> float:
         moved = [p.apply(s) for p, s in zip(ways, self.states, strict=True)]
         merged = mlp(0, 48)
-        merged.load_state_dict(average(moved, [1 / MODELS] * MODELS, []))
+        merged.load_state_dict(average(UnitMap.still(MODELS), moved, [1 / MODELS] * MODELS, []))
         return float(F.cross_entropy(merged(self.test.images), self.test.labels))
 
 
