@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from fxmerge import validate
+from fxmerge.evidence.activations import classes_along, similarities, units_along
 from fxmerge.job import Job, prepare
 from fxmerge.matching.models import Matching, match_models, pairs_to_correlate
 from fxmerge.matching.universe import canonical_order
@@ -29,7 +30,6 @@ from fxmerge.rewriting.masks import masked, pruned, voted
 from fxmerge.rewriting.task_vectors import combine_task_vectors
 from fxmerge.run import Inputs
 from fxmerge.shared import staying, without_shared
-from fxmerge.similarity.activations import classes_along, similarities, units_along
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis, Propagation, propagate

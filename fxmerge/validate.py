@@ -43,16 +43,16 @@ def check_class_names(alpha: Alpha, symmetry: Symmetry) -> None:
             raise OptionError(f"alpha names {name!r}, which is no class of the symmetry. {said}.")
 
 
-def check_models(sequence: Any) -> tuple[Any, ...]:
-    """The models of merge_many, which may themselves be containers."""
+def check_models(sequence: Any, verb: str = "merge_many", least: int = 2) -> tuple[Any, ...]:
+    """The models that a verb takes, which may themselves be containers."""
     one = isinstance(sequence, (Mapping, str, nn.Module)) and not isinstance(sequence, nn.ModuleList)
     if one or not isinstance(sequence, Iterable):
         raise OptionError(
-            f"merge_many takes a list of models, such as [model_a, model_b], not a {type(sequence).__name__}."
+            f"{verb} takes a list of models, such as [model_a, model_b], not a {type(sequence).__name__}."
         )
     given = tuple(sequence)
-    if len(given) < 2:
-        raise OptionError(f"merge_many takes two or more models, not {len(given)}.")
+    if len(given) < least:
+        raise OptionError(f"{verb} takes {'two' if least == 2 else 'one'} or more models, not {len(given)}.")
     return given
 
 

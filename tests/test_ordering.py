@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import fxmerge
+from fxmerge.evidence import weights
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import Problem, floats, search
 from fxmerge.notices import warn_of_nearer_parent
 from fxmerge.ordering import error_of, score_of
-from fxmerge.refitting.moments import Moments, fit
-from fxmerge.similarity import weights
+from fxmerge.refitting.ridge import NormalEquations, fit
 
 NAN = math.nan
 
@@ -48,14 +48,14 @@ def test_a_ridge_whose_error_is_nan_is_not_chosen() -> None:
     torch.manual_seed(0)
     folds = []
     for _ in range(3):
-        own = Moments.none(1, 4, 2, torch.device("cpu"))
+        own = NormalEquations.none(1, 4, 2, torch.device("cpu"))
         x = torch.randn(1, 20, 4)
         own.add(x, x @ torch.randn(4, 2), torch.zeros(1, 4, 2), 1.0)
         folds.append(own)
     expected = fit(folds)
     assert math.isfinite(expected.ridge)
 
-    class Broken(Moments):
+    class Broken(NormalEquations):
         """Its error is NaN for the strong ridges."""
 
         def error(self, step: torch.Tensor) -> float:

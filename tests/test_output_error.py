@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.matching.universe import canonical_order
-from fxmerge.refitting.output_error import Spread, feature_rows
+from fxmerge.refitting.output_error import feature_rows
 from tests.test_universe import mlp, vectors
 
 RECIPES = {"zip": fxmerge.Recipe(), "align": fxmerge.Recipe(match=fxmerge.Align())}
@@ -371,35 +371,21 @@ def test_outputs_that_do_not_vary_are_not_measured(kind: Any) -> None:
     assert not told.held_out
 
 
-# -------------------------------------------------------------------------- spread
+# -------------------------------------------------------------------------- features
 
 
 @pytest.mark.parametrize(
     ("shape", "features"), [((7,), 1), ((7, 3), 3), ((7, 5, 3), 3), ((7, 3, 2, 4), 3), ((7, 3, 2, 4, 2), 3)]
 )
-def test_spread_is_the_variance_of_each_feature_over_all_batches(shape: tuple[int, ...], features: int) -> None:
-    values = [torch.randn(shape) + 3, 2 * torch.randn(shape)]
-    rows = [feature_rows(value) for value in values]
-    assert {row.shape for row in rows} == {(values[0].numel() // features, features)}
-    spread = Spread()
-    for value in values:
-        spread.add(value)
-    together = torch.cat(rows)
-    assert spread.total == pytest.approx(float(together.var(0, correction=0).sum() * len(together)))
+def test_features_of_tokens_are_last_and_of_images_second(shape: tuple[int, ...], features: int) -> None:
+    value = torch.randn(shape)
+    rows = feature_rows(value)
+    assert rows.shape == (value.numel() // features, features) and rows.dtype is torch.float64
+    if features > 1:
+        columns = value.unbind(1 if value.ndim > 3 else -1)
+        torch.testing.assert_close(rows, torch.stack([column.flatten() for column in columns], 1).double())
 
 
-def test_a_batch_of_weight_two_counts_as_two() -> None:
-    first, second = torch.randn(6, 3), torch.randn(6, 3) + 1
-    weighted, repeated = Spread(), Spread()
-    for value, weight in ((first, 2.0), (second, 1.0)):
-        weighted.add(value, weight)
-    for value in (first, first, second):
-        repeated.add(value)
-    assert weighted.total == pytest.approx(repeated.total)
-
-
-def test_a_constant_has_no_spread() -> None:
-    spread = Spread()
-    for _ in range(10):
-        spread.add(torch.full((3, 2), 0.1))
-    assert spread.total == pytest.approx(0, abs=1e-12)
+def test_real_and_imaginary_parts_are_features() -> None:
+    value = torch.tensor([[1 + 2j, 3 + 4j]])
+    assert feature_rows(value).tolist() == [[1, 2, 3, 4]]

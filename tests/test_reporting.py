@@ -27,7 +27,7 @@ def merged() -> nn.Module:
 
 def test_all_of_a_merge_is_told(merged: nn.Module) -> None:
     report = fxmerge.report(merged)
-    assert (report.models, report.weights, report.units_of, report.route) == (2, (0.75, 0.25), 0, "torch.fx")
+    assert (report.models, report.weights, report.units_of, report.route) == (2, (0.75, 0.25), 0, "symbolic_trace")
     assert report.recipe is not None
     recipe = fxmerge.Recipe(fxmerge.Zip(), fxmerge.Average((3, 1)), fxmerge.LeastSquares())
     assert fxmerge.Recipe.from_dict(report.recipe) == recipe
@@ -61,7 +61,8 @@ def test_without_a_fit_nothing_is_told_of_one() -> None:
 def test_what_is_not_verified_has_no_error_and_what_is_shared_is_named() -> None:
     a, b = net(0), net(1)
     b[2].load_state_dict(a[2].state_dict())
-    report = fxmerge.report(fxmerge.merge(a, b, [X], run=fxmerge.Run(verify=False)))
+    recipe, run = fxmerge.Recipe(fit=None), fxmerge.Run(verify=False)
+    report = fxmerge.report(fxmerge.merge(a, b, [X], recipe, run=run))
     assert report.verification_error is None
     assert report.shared == ("2.bias",)  # Units move along the other axis of its weight.
 
@@ -71,14 +72,14 @@ def test_a_report_is_plain_data(merged: nn.Module) -> None:
     assert Report(**told) == fxmerge.report(merged)  # type: ignore[arg-type]
     assert fxmerge.report(merged).to_dict() == told
     assert {f.name for f in fields(Report)} == set(told)  # type: ignore[arg-type]
-    assert b"fxmerge" not in pickle.dumps({name: value for name, value in told.items()})  # type: ignore[operator, union-attr]
+    assert b"fxmerge" not in pickle.dumps(told)
     json.dumps(told)
 
 
 def test_it_is_printed_in_sentences(merged: nn.Module) -> None:
     report = fxmerge.report(merged)
     lines = str(report).splitlines()
-    assert lines[0] == "2 models, merged; captured by torch.fx"
+    assert lines[0] == "2 models, merged; captured by symbolic_trace"
     weights = report.quality[0]["0.weight[0]"]["weights"]
     assert lines[1] == f"matched units are alike by {weights:.2f} in weights, on average"
     assert lines[2].startswith("matched units are alike by") and "in activations" in lines[2]
@@ -91,7 +92,7 @@ def test_it_is_printed_in_sentences(merged: nn.Module) -> None:
     assert lines[5].startswith("seconds: capture ") and len(lines) == 6
     fitted = str(replace(report, held_out=False, demoted=("a", "b"), recipe=None)).splitlines()
     assert "on the data of the fit: merged" in fitted[4]
-    assert fitted[0] == "2 models, aligned; captured by torch.fx"
+    assert fitted[0] == "2 models, aligned; captured by symbolic_trace"
     assert fitted[5] == "failed verification: a, b"
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fxmerge.evidence import weights
+from fxmerge.evidence.weights import Similarities, Slices
 from fxmerge.matching.assignment import Scores, descendants, propose
 from fxmerge.matching.mix import Mix
-from fxmerge.similarity import weights
-from fxmerge.similarity.weights import Similarities, Slices
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import move_axis

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.evidence import weights
+from fxmerge.evidence.weights import Slices
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import MAX_SWEEPS, TOLERANCE, Match, Problem, floats, match, quality, search
 from fxmerge.ordering import score_of
-from fxmerge.similarity import weights
-from fxmerge.similarity.weights import Slices
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.permutation import Permutation

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fxmerge.evidence import weights
+from fxmerge.evidence.weights import Slices
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import MAX_SWEEPS, TOLERANCE, floats
 from fxmerge.matching.zipping import Zipped, zip_blocks
-from fxmerge.similarity import weights
-from fxmerge.similarity.weights import Slices
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis

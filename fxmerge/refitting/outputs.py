@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.errors import OptionError
+from fxmerge.evidence.moments import Moments
 from fxmerge.program import Program
 from fxmerge.refitting.gather import arguments, not_finite
 from fxmerge.refitting.layers import Layer, find_layers
@@ -64,23 +65,18 @@ def _moments(
 ) -> list[tuple[Tensor, Tensor]]:
     """For every layer, the mean of each of its outputs, shape (groups, outputs), and the deviation of all."""
     coefficients = [layer.read(state) for layer in last]
-    sums = [(c.new_zeros(()), c.new_zeros(c[:, 0].shape), c.new_zeros(c[:, 0].shape)) for c in coefficients]
+    moments = [Moments(sums=torch.zeros_like(own[:, 0]), squares=torch.zeros_like(own[:, 0])) for own in coefficients]
     runner = _Shown(program, {use.node for layer in last for use in layer.uses})
     for args, kwargs in data.batches("standardizing outputs"):
         runner.call(state, args, kwargs)
         for i, (layer, own) in enumerate(zip(last, coefficients, strict=True)):
             for use in layer.uses:
                 y = use.features(arguments(use, runner.seen[use.node]), None).double() @ own
-                count, total, squares = sums[i]
-                sums[i] = count + y.shape[1], total + y.sum(1), squares + y.square().sum(1)
-    found = []
-    for layer, (count, total, squares) in zip(last, sums, strict=True):
-        mean = total / count.clamp(min=1)  # A layer that no data reach stays as it is.
-        deviation = (squares / count.clamp(min=1) - mean**2).clamp(min=0).mean().sqrt()
-        if not torch.isfinite(deviation):
+                moments[i] += Moments.of(y)
+    for layer, found in zip(last, moments, strict=True):
+        if not torch.isfinite(found.variance).all():
             raise not_finite(layer)
-        found.append((mean, deviation))
-    return found
+    return [(found.mean, found.variance.mean().sqrt()) for found in moments]
 
 
 class _Shown(Runner):
