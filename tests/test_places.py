@@ -16,7 +16,7 @@ from fxmerge.refitting.layers import Use, find_layers
 from fxmerge.refitting.places import Places
 from fxmerge.rewriting.combine import average
 from fxmerge.run import Runner
-from fxmerge.similarity.activations import classes_along, similarities, units_along
+from fxmerge.evidence.activations import classes_along, similarities, units_along
 from fxmerge.symmetry.flow import flows
 from tests.test_refit import Attentive, Convolutional, Mixing, pictures
 
