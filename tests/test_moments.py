@@ -28,7 +28,7 @@ def test_without_noise_the_weights_are_found_with_the_weakest_ridge() -> None:
     x, y, w = problem(400)
     found = fitted(x, y, torch.zeros_like(w))
     torch.testing.assert_close(found.step, w, rtol=1e-4, atol=1e-4)
-    assert (found.before, found.ridge) == (1.0, 1e-5)
+    assert (found.before, found.ridge) == (pytest.approx(1.0, rel=1e-12), 1e-5)
     assert found.after < 1e-9
     assert 5.9 < found.rank <= 6
 
@@ -114,4 +114,6 @@ def test_a_batch_of_weight_two_counts_as_two() -> None:
 def test_a_constant_has_no_spread() -> None:
     found = sum((Moments.of(torch.full((3, 2), 0.1)) for _ in range(10)), start=Moments())
     assert 0 <= found.spread < 1e-12 and (found.variance >= 0).all()
+    values = 1000 + 1e-2 * torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(Moments.of(values).variance, values.double().var(0, correction=0), rtol=1e-3, atol=0)
     assert (Moments().spread, float(Moments().mean), float(Moments().variance)) == (0.0, 0.0, 0.0)

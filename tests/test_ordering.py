@@ -61,7 +61,7 @@ def test_a_ridge_whose_error_is_nan_is_not_chosen() -> None:
         def error(self, step: torch.Tensor) -> float:
             return NAN if float(step.norm()) < 0.5 * float(expected.step.norm()) else super().error(step)
 
-    broken = [Broken(f.features, f.cross, f.residuals, f.targets, f.rows) for f in folds]
+    broken = [Broken(f.features, f.cross, f.residuals, f.targets) for f in folds]
     found = fit(broken)
     assert math.isfinite(found.held_out) and torch.isfinite(found.step).all()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.evidence.activations import classes_along, similarities, units_along
 from fxmerge.job import prepare
 from fxmerge.matching.models import match_models, pairs_to_correlate
 from fxmerge.program import Program
@@ -16,7 +17,6 @@ from fxmerge.refitting.layers import Use, find_layers
 from fxmerge.refitting.places import Places
 from fxmerge.rewriting.combine import average
 from fxmerge.run import Runner
-from fxmerge.evidence.activations import classes_along, similarities, units_along
 from fxmerge.symmetry.flow import flows
 from tests.test_refit import Attentive, Convolutional, Mixing, pictures
 
