@@ -41,9 +41,8 @@ class Moments:
             x: shape (..., rows, features), real; the dimensions before rows are kept apart.
             weight: how much each row counts.
         """
-        rows = x.shape[-2]
-        sums, squares = x.sum(-2, dtype=torch.float64), x.square().sum(-2, dtype=torch.float64)
-        return Moments(rows, weight * rows, weight * sums, weight * squares)
+        rows, x = x.shape[-2], x.double()  # Squares are exact then, and a constant has no variance.
+        return Moments(rows, weight * rows, weight * x.sum(-2), weight * x.square().sum(-2))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -56,12 +55,12 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """The mean of every feature; 0 where there are no rows."""
-        return torch.as_tensor(self.sums) / max(self.count, TINY)
+        return torch.as_tensor(self.sums, dtype=torch.float64) / max(self.count, TINY)
 
     @property
     def variance(self) -> Tensor:
         """The mean square of every feature around its mean; rounding leaves it no less than zero."""
-        return (torch.as_tensor(self.squares) / max(self.count, TINY) - self.mean**2).clamp(min=0)
+        return (torch.as_tensor(self.squares, dtype=torch.float64) / max(self.count, TINY) - self.mean**2).clamp(min=0)
 
     @property
     def deviation(self) -> Tensor:
@@ -76,5 +75,5 @@ class Moments:
     @property
     def spread(self) -> float:
         """The sum of squares of all features around their means; rounding leaves it no less than zero."""
-        around = torch.as_tensor(self.sums).square() / max(self.count, TINY)
+        around = torch.as_tensor(self.sums, dtype=torch.float64).square() / max(self.count, TINY)
         return max(self.square - float(around.sum()), 0.0)

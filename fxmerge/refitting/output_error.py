@@ -88,7 +88,7 @@ class OutputDistance:
             self.moments[node] += Moments.of(feature_rows(mean.where(mean.isfinite(), 0.0)), weight)
             for number, own in ((None, values), *taught.items()):
                 off = torch.where(own[node] == mean, 0.0, _wide(own[node]) - mean)
-                self.missed[number, node] += weight * float(off.square().sum(dtype=torch.float64))
+                self.missed[number, node] += weight * float(feature_rows(off).square().sum())
 
     def error(self, number: int | None) -> float:
         """The mean over outputs of the errors of a parent, or of the merged network; NaN where no output varies."""
