@@ -40,7 +40,7 @@ def warn_of_outputs(found: Propagation, symmetry: Symmetry, flow: Mapping[Axis, 
         logger.warning(
             "%.0f%% of the parameter entries cannot move along an axis whose units are outputs of the model: %s. "
             "If nothing depends on the order along one of these, as of features whose head is not part of the model, "
-            "name it: free=[%r].",
+            "name it: Recipe(free=%r).",
             100 * held / total,
             ", ".join(names),
             names[-1],
