@@ -935,6 +935,22 @@ def rotary() -> tuple[nn.Module, tuple[Any, ...]]:
     return RotaryAttention(norms=False, rotary=True), tokens(3, 2)
 
 
+class PartlyRotaryAttention(RotaryAttention):
+    """The first token is left as it is. The others lie on a plane: each pair of dims turns along one coordinate."""
+
+    def rotate(self, x: Tensor) -> Tensor:
+        places = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+        cos, sin = places.cos().repeat(1, 2), places.sin().repeat(1, 2)
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        a, b = rest.chunk(2, dim=-1)
+        return torch.cat([first, rest * cos + torch.cat([-b, a], dim=-1) * sin], dim=2)
+
+
+@case("rotary attention over a plane, but for one token")
+def partly_rotary() -> tuple[nn.Module, tuple[Any, ...]]:
+    return PartlyRotaryAttention(norms=False, rotary=True), tokens(4, 2)
+
+
 @case("attention, norms of queries and keys")
 def query_norms() -> tuple[nn.Module, tuple[Any, ...]]:
     return RotaryAttention(norms=True, rotary=False), tokens(2, 2)
@@ -1246,6 +1262,21 @@ between(
     lambda h: h.scatter_reduce(1, torch.tensor([0, 0, 2]).reshape(1, 3, 1).expand(1, 3, 4), h.sin(), "amax"),
     dims=3,
 )
+
+
+class PlacesOfChannels(nn.Module):
+    """Of every image and channel, a place that is given: one of the image, or one of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Conv1d(2, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        images, channels = torch.arange(2)[:, None], torch.arange(4)
+        return self.head(self.inner(x).tanh()[images, channels, places])  # type: ignore[no-any-return]
+
+
+CASES["places of channels"] = lambda: (PlacesOfChannels(), (torch.randn(2, 2, 3), torch.tensor([[2], [0]])))
 between("tokens filled", lambda h: h.index_fill(1, torch.tensor([1]), 0.5), dims=3)
 between(
     "tokens written over at places of each unit",

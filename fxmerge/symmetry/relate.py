@@ -204,28 +204,42 @@ def relate_inert(
         known: inert columns to which the units are related already. Two units may meet the same positions in each
             inert column, and still not the same pairs of positions in two.
     """
-    dims = support(column)
-    new, old = ([f for f in fs if any(d in dims for d in support(f))] for fs in (factors, known))
-    joint = joint_column(new + old) if new else None
-    if joint is None:
+    told = _told_apart(column, factors, known)
+    if told is None:
         return False
-    shared = [d for d in dims if d in support(joint)]
-    size = math.prod(column.shape[d] for d in shared)
-    rows = core(joint, shared + [d for d in support(joint) if d not in shared]).reshape(size, -1).numpy()
-    place = number_rows(np.ascontiguousarray(rows))[:, None]
-    ids, unit = np.unique(core(column, shared + [d for d in dims if d not in shared]).numpy(), return_inverse=True)
-    seen = _seen(unit.reshape(size, -1), place)
-    _, part, count = np.unique(seen, return_inverse=True, return_counts=True)
+    ids, part, along = told
+    count = np.bincount(part)
     if len(count) == 1:
         return False
     alone = count[part] == 1
     # A position elsewhere than along the column may tell rows of a parameter apart, rather than these units.
-    units.pin(ids[alone], reason, final=set(support(joint)) <= set(dims))
+    units.pin(ids[alone], reason, final=along)
     if not alone.all():
         block = units.fresh(len(count), ("fixed", reason))
         units.pin(block, reason)
         units.include(ids[~alone], block[part[~alone]])
     return bool(alone.all())
+
+
+def _told_apart(
+    column: Tensor, factors: Sequence[Tensor], known: Sequence[Tensor] = ()
+) -> tuple[Ids, Ids, bool] | None:
+    """The units of a column, which of them meet the same inert positions, and whether these are along the column only.
+
+    None where no inert position is along the column.
+    """
+    dims = support(column)
+    new, old = ([f for f in fs if any(d in dims for d in support(f))] for fs in (factors, known))
+    joint = joint_column(new + old) if new else None
+    if joint is None:
+        return None
+    shared = [d for d in dims if d in support(joint)]
+    size = math.prod(column.shape[d] for d in shared)
+    rows = core(joint, shared + [d for d in support(joint) if d not in shared]).reshape(size, -1).numpy()
+    place = number_rows(np.ascontiguousarray(rows))[:, None]
+    ids, unit = np.unique(core(column, shared + [d for d in dims if d not in shared]).numpy(), return_inverse=True)
+    part = np.unique(_seen(unit.reshape(size, -1), place), return_inverse=True)[1]
+    return ids, part, set(support(joint)) <= set(dims)
 
 
 def _seen(unit: Ids, beside: Ids) -> Hashes:
@@ -271,8 +285,8 @@ def relate_sets(
     part = np.zeros(len(ids), np.int64)
     if factors:
         relate_inert(units, column, factors, reason)
-        inert = core(cast(Tensor, joint_column(factors)), dims).reshape(shape).numpy()[real]
-        part = np.unique(_seen(unit, np.unique(inert, return_inverse=True)[1]), return_inverse=True)[1]
+        told = _told_apart(column, factors)
+        part = part if told is None else told[1][np.searchsorted(told[0], ids)]
     for other in others:
         relate(units, column, other, reason)
         met = cast(Pairs, meet(column, other))
