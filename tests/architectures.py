@@ -1283,5 +1283,20 @@ between(
     lambda h: h.scatter(1, torch.tensor([[[0, 1, 2, 1]]]), h[:, :1].sin()),
     dims=3,
 )
+
+
+class CellFromZeros(nn.Module):
+    """A recurrent cell without a state: its recurrent weights meet zeros. Of another layer only the shape is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.shape, self.head = nn.GRUCell(2, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cell(x)
+        return self.head(h + torch.ones_like(self.shape(h)) + self.shape(h) * torch.zeros(3))  # type: ignore[no-any-return]
+
+
+CASES["cell from zeros"] = lambda: (CellFromZeros(), (torch.randn(2, 2),))
 CASES["PReLU with one slope"] = lambda: (Between(nn.PReLU()), (torch.randn(2, 2),))
 CASES["PReLU with a slope for each channel"] = lambda: (over_channels(nn.PReLU(4)), image(2, 1, 2))

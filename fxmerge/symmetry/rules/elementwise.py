@@ -21,11 +21,16 @@ from fxmerge.symmetry.rules.registry import Site, rule
 )
 def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     """Joins all operands. Serves every op that torch tags as pointwise."""
+    if at.target._schema.name in _PRODUCTS and at.is_zero(args):
+        return Labels(at.shape, is_zero=True)
     operands = [at.labels(a) for a in (*args, *kwargs.values()) if isinstance(a, (Labels, Tensor))]
     result = operands[0].expand(at.shape)
     for operand in operands[1:]:
         result = at.join(result, operand)
     return result
+
+
+_PRODUCTS = ("aten::mul", "aten::multiply")
 
 
 @rule("prelu")
