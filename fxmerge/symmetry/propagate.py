@@ -26,6 +26,7 @@ from fxmerge.symmetry.parts import COMMUTATIVE, Part, combine, parts
 from fxmerge.symmetry.probe import Prober
 from fxmerge.symmetry.relate import relate
 from fxmerge.symmetry.rules import elementwise, movement
+from fxmerge.symmetry.rules.random import draws
 from fxmerge.symmetry.units import Ids, UnitGraph, distinct, mix
 
 logger = logging.getLogger(__name__)
@@ -269,6 +270,9 @@ class _Walk(fx.Interpreter):
 
     def _call(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         if not _labels_in((args, kwargs)):
+            if draws(n.target, args, kwargs):  # Other numbers at each call, which may be equal by chance.
+                shape = shape_of(n)
+                return [inert(s) for s in shape] if isinstance(shape, list) else inert(shape)
             with same_draws(*args):
                 return self._compute(n, args, kwargs)
         if n.meta.get("val") is None and not n.users:
