@@ -1298,5 +1298,36 @@ class CellFromZeros(nn.Module):
 
 
 CASES["cell from zeros"] = lambda: (CellFromZeros(), (torch.randn(2, 2),))
+
+
+class SlicedOverCopies(nn.Module):
+    """Some rows of a weight, over inputs each of which is there twice: in every row they move by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.repeat_interleave(2, 1), self.weight[1:3])
+
+
+class GatedTokens(nn.Module):
+    """Two tokens with a weight each, of which one gates the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.weights = nn.Linear(2, 3), nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.bmm(self.inner(x).transpose(0, 1), self.weights).unbind(0)
+        return a * b.sigmoid()
+
+
+CASES["sliced weight over copies"] = lambda: (SlicedOverCopies(), (torch.randn(2, 2),))
+CASES["tokens with a weight each, gated"] = lambda: (GatedTokens(), (torch.randn(1, 2, 2),))
+CASES["transposed convolution of one place"] = lambda: (
+    nn.Sequential(nn.Conv1d(2, 3, 1), nn.ConvTranspose1d(3, 2, 3), nn.Linear(3, 2)),
+    (torch.randn(1, 2, 1),),
+)
 CASES["PReLU with one slope"] = lambda: (Between(nn.PReLU()), (torch.randn(2, 2),))
 CASES["PReLU with a slope for each channel"] = lambda: (over_channels(nn.PReLU(4)), image(2, 1, 2))

@@ -141,8 +141,9 @@ def _rows_summed_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Ax
             continue
         alike = np.unique(blocks[axis.ids[(summed & ~bound)[axis.ids]]], return_counts=True)[1]
         if (alike > 1).any():
-            rows = [d for n, d in found.axes if n == name and d != dim and (n, d) not in known]
-            splits |= {(name, d): np.arange(_length(found.axes[name, d], d)) for d in rows}
+            rows = {d: _length(found.axes[n, d], d) for n, d in found.axes if n == name and d != dim}
+            apart = {d: n for d, n in rows.items() if (name, d) not in known or known[name, d].max() + 1 < n}
+            splits |= {(name, d): np.arange(n) for d, n in apart.items()}
     return splits
 
 

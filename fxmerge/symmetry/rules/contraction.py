@@ -204,7 +204,7 @@ def conv_transpose(
     w, x = at.labels(weight).reshape((groups, rows // groups, columns, *kernel)), at.labels(x)
     spatial = len(kernel)
     zero = _all_are(padding, 0) and _all_are(output_padding, 0)
-    if zero and _all_are(dilation, 1) and _all_are(np.equal(stride, kernel), True):
+    if zero and _all_are(dilation, 1) and _all_are(np.equal(stride, kernel) | np.equal(x.shape[-spatial:], 1), True):
         return _touching(at, x, w, bias)
     # A convolution of the stretched input with the kernel turned round.
     steps, pads = (np.broadcast_to(v, spatial).tolist() for v in (stride, padding))
