@@ -116,3 +116,8 @@ def test_several_inputs_of_an_example_are_those_of_a_batch() -> None:
     given = fxmerge.merge(Two(0), Two(1), example=(X, scale), inputs=lambda batch: (batch, {}))
     assert equal(given, first)
     torch.testing.assert_close(first(X, scale), second(x=X, scale=scale))
+
+
+def test_align_refuses_to_merge_units() -> None:
+    with pytest.raises(fxmerge.OptionError, match=r"Recipe\.match is Zip, which merges units; align only moves them"):
+        fxmerge.align(net(0), to=net(1), recipe=fxmerge.Recipe(match=fxmerge.Zip()), example=X)
