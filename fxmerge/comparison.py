@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxmerge import validate
 from fxmerge.capture import evaluating, open_outputs
 from fxmerge.errors import ArchitectureMismatchError, OptionError
+from fxmerge.evidence.moments import Moments
 from fxmerge.job import Job, prepare
 from fxmerge.models import copied
 from fxmerge.models import run as run_model
@@ -265,15 +267,14 @@ class _Distances:
     def __init__(self, networks: int) -> None:
         self.networks = networks
         self.missed: list[list[list[float]]] = []  # By batch, output and network.
-        self.sums: list[list[tuple[int, float, Tensor]]] = []  # By batch and output: rows, squares, sums.
+        self.sums: list[list[Moments]] = []  # By batch and output.
 
     def add(self, given: Sequence[Sequence[Tensor]], means: Sequence[Tensor]) -> None:
         """Takes in the outputs of all networks on a batch, and the mean of the models'."""
         missed, sums = [], []
         for i, mean in enumerate(means):
             finite = mean.isfinite()  # Scores of what is ruled out are infinite in all networks.
-            rows = feature_rows(mean.where(finite, 0.0))
-            sums.append((len(rows), float(rows.square().sum()), rows.sum(0)))
+            sums.append(Moments.of(feature_rows(mean.where(finite, 0.0))))
             missed.append([float(feature_rows((own[i] - mean).where(finite, 0.0)).square().sum()) for own in given])
         self.missed.append(missed)
         self.sums.append(sums)
@@ -289,8 +290,8 @@ class _Distances:
 
     def _ratio(self, output: int, network: int) -> tuple[float, float]:
         own = [batch[output] for batch in self.sums]
-        centre = reduce(torch.add, (sums for _, _, sums in own)) / sum(rows for rows, _, _ in own)
-        variances = [sq - float((2 * sums - rows * centre) @ centre) for rows, sq, sums in own]
+        centre = reduce(operator.add, own).mean
+        variances = [m.square - float((2 * m.sums - m.count * centre) @ centre) for m in own]
         missed = [batch[output][network] for batch in self.missed]
         total = sum(variances)
         if not total > 0:

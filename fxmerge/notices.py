@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 MANY = 0.5
 """More than this share of the parameter entries, or of the layers, is worth a warning."""
 
+ROUNDING = 1e-6
+"""Two errors that differ by less, as shares of the variance, are the same but for rounding."""
+
 
 def warn_of_outputs(found: Propagation, symmetry: Symmetry, flow: Mapping[Axis, Flow]) -> None:
     """Warns if most parameter entries cannot move because of units that layers read, but that are outputs, too."""
@@ -37,7 +40,7 @@ def warn_of_outputs(found: Propagation, symmetry: Symmetry, flow: Mapping[Axis, 
         logger.warning(
             "%.0f%% of the parameter entries cannot move along an axis whose units are outputs of the model: %s. "
             "If nothing depends on the order along one of these, as of features whose head is not part of the model, "
-            "name it: free=[%r].",
+            "name it: Recipe(free=%r).",
             100 * held / total,
             ", ".join(names),
             names[-1],
@@ -91,7 +94,7 @@ def warn_of_nearer_parent(errors: OutputErrors, names: Sequence[str]) -> None:
     """Warns if one of the models alone is nearer to the mean of all models' outputs than the merged network is."""
     models = {number: error for number, error in errors.items() if number is not None}
     nearest = min(models, key=lambda number: error_of(models[number]), default=None)
-    if nearest is not None and models[nearest] < errors[None]:
+    if nearest is not None and error_of(models[nearest]) + ROUNDING < error_of(errors[None]):
         logger.warning(
             "%s alone is nearer to the mean of all models' outputs than the merged network is: it misses %.3g of the "
             "variance, the merged network %.3g. fxmerge.compare measures both, on data of your choice.",

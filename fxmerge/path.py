@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from fxmerge.capture import Args, evaluating
 from fxmerge.errors import LoaderError
 from fxmerge.program import Program
 from fxmerge.reads import Read, find_reads, fixed_inputs
-from fxmerge.run import Runner
+from fxmerge.run import Recorder
 
 LOOSE = 1e-2
 """Largest relative difference of outputs where all that is read is as in the example."""
@@ -55,7 +55,7 @@ class SamePath:
     @cached_property
     def expected(self) -> dict[fx.Node, Any]:
         """What the first model reads on the example."""
-        reader = _Reader(self.program, self.reads)
+        reader = Recorder(self.program, self.reads, _kept(self.reads))
         reader.call(self.states[0], *self.example)
         return reader.seen
 
@@ -91,7 +91,7 @@ class SamePath:
         *,
         by_reads: bool = False,
     ) -> None:
-        reader, failure, outputs = _Reader(self.program, self.reads), None, list[Any]()
+        reader, failure, outputs = Recorder(self.program, self.reads, _kept(self.reads)), None, list[Any]()
         reader.inputs(args, kwargs)  # Its own errors say enough.
         try:
             outputs = reader.outputs(state, args, kwargs)
@@ -126,20 +126,14 @@ def _advice(reads: Sequence[Read]) -> str:
     )
 
 
-class _Reader(Runner):
-    """Runs a program and keeps the values that forward reads."""
+def _kept(reads: Mapping[fx.Node, Read]) -> Callable[[fx.Node, Any], Any]:
+    """What is kept of a value that forward reads: its shape, if only that is read, else a copy."""
 
-    def __init__(self, program: Program, reads: Mapping[fx.Node, Read]) -> None:
-        super().__init__(program)
-        self.reads = reads
-        self.seen: dict[fx.Node, Any] = {}
+    def kept(node: fx.Node, value: Any) -> Any:
+        size = reads[node].size
+        return pytree.tree_map_only(Tensor, lambda t: t.shape if size else t.detach().clone(), value)
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.reads:
-            size = self.reads[n].size
-            self.seen[n] = pytree.tree_map_only(Tensor, lambda t: t.shape if size else t.detach().clone(), value)
-        return value
+    return kept
 
 
 def _equal(a: Any, b: Any) -> bool:

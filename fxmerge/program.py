@@ -195,7 +195,7 @@ class Program:
 
     @cached_property
     def answers(self) -> tuple[fx.Node, ...]:
-        """The floating-point activations that depend on parameters and that the user sees as outputs, each once."""
+        """The activations that depend on parameters and that the user sees as outputs, each once."""
         (output,) = (node for node in self.graph.graph.nodes if node.op == "output")
         seen = dict.fromkeys(self.outputs(output))
         return tuple(node for node in seen if node in self.learnt and _is_number(node.meta.get("val")))
@@ -238,4 +238,4 @@ def quiet() -> Iterator[None]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

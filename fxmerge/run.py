@@ -104,6 +104,29 @@ class Runner(fx.Interpreter):
         return dict(zip(nodes, leaves, strict=False))
 
 
+class Recorder(Runner):
+    """Runs a program, and keeps what some of its nodes compute.
+
+    Arguments:
+        program: the program.
+        nodes: the nodes whose values are kept.
+        kept: what is kept of a value; None keeps it as it is.
+    """
+
+    def __init__(
+        self, program: Program, nodes: Iterable[fx.Node], kept: Callable[[fx.Node, Any], Any] | None = None
+    ) -> None:
+        super().__init__(program)
+        self.nodes, self.kept = frozenset(nodes), kept
+        self.seen: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.nodes:
+            self.seen[n] = value if self.kept is None else self.kept(n, value)
+        return value
+
+
 def _check_number(name: str, value: Any, example: Any) -> None:
     """A graph has numbers and words baked in, and would compute something else, in silence, for others."""
     if isinstance(example, (bool, int, float, str)) and value != example:

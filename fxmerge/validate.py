@@ -121,7 +121,7 @@ def check_states(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -
         if len(devices) > 1:
             raise OptionError(
                 f"The parameters of {names[i]} are on several devices ({', '.join(sorted(map(str, devices)))}); "
-                "move the model to one, or pass device=."
+                "move the model to one, or pass run=Run(device=...)."
             )
         if devices == {torch.device("meta")}:
             raise OptionError(f"{names[i]} is on the meta device, and has no values to merge; load its parameters.")

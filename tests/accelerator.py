@@ -117,17 +117,22 @@ def set_up() -> None:
 Merge = Callable[[Sequence[nn.Module], list[Tensor]], nn.Module]
 
 WAYS: dict[str, Merge] = {
-    "zip, refitted": lambda models, data: fxmerge.merge(*models[:2], data, or_parent=False),
-    "zip, without data": lambda models, data: fxmerge.merge(*models[:2], args=(data[0],)),
+    "zip, refitted": lambda models, data: fxmerge.merge(*models[:2], data),
+    "zip, without data": lambda models, data: fxmerge.merge(*models[:2], example=data[0]),
     "align, averaged": lambda models, data: fxmerge.merge(
-        *models[:2], data, method="align", combine="average", alpha="auto"
+        *models[:2], data, fxmerge.Recipe(match=fxmerge.Align(), fit=None)
     ),
-    "align, repaired": lambda models, data: fxmerge.merge_many(models, data, method="align", combine="repair"),
+    "align, repaired": lambda models, data: fxmerge.merge_many(
+        models, data, recipe=fxmerge.Recipe(match=fxmerge.Align(), fit=fxmerge.Repair())
+    ),
     "three, each on its own data": lambda models, data: fxmerge.merge_many(
-        models, loaders=[data, data[1:], data[2:]], outputs="standardized"
+        models, loaders=[data, data[1:], data[2:]], recipe=fxmerge.Recipe(outputs="standardized")
     ),
     "task vectors": lambda models, data: fxmerge.merge(
-        *models[:2], data, base=models[2], method="align", combine="average", task_vectors=fxmerge.Ties()
+        *models[:2],
+        data,
+        base=models[2],
+        recipe=fxmerge.Recipe(match=fxmerge.Align(), combine=fxmerge.Ties(), fit=None),
     ),
 }
 

@@ -935,6 +935,22 @@ def rotary() -> tuple[nn.Module, tuple[Any, ...]]:
     return RotaryAttention(norms=False, rotary=True), tokens(3, 2)
 
 
+class PartlyRotaryAttention(RotaryAttention):
+    """The first token is left as it is. The others lie on a plane: each pair of dims turns along one coordinate."""
+
+    def rotate(self, x: Tensor) -> Tensor:
+        places = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+        cos, sin = places.cos().repeat(1, 2), places.sin().repeat(1, 2)
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        a, b = rest.chunk(2, dim=-1)
+        return torch.cat([first, rest * cos + torch.cat([-b, a], dim=-1) * sin], dim=2)
+
+
+@case("rotary attention over a plane, but for one token")
+def partly_rotary() -> tuple[nn.Module, tuple[Any, ...]]:
+    return PartlyRotaryAttention(norms=False, rotary=True), tokens(4, 2)
+
+
 @case("attention, norms of queries and keys")
 def query_norms() -> tuple[nn.Module, tuple[Any, ...]]:
     return RotaryAttention(norms=True, rotary=False), tokens(2, 2)
@@ -1246,11 +1262,72 @@ between(
     lambda h: h.scatter_reduce(1, torch.tensor([0, 0, 2]).reshape(1, 3, 1).expand(1, 3, 4), h.sin(), "amax"),
     dims=3,
 )
+
+
+class PlacesOfChannels(nn.Module):
+    """Of every image and channel, a place that is given: one of the image, or one of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Conv1d(2, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        images, channels = torch.arange(2)[:, None], torch.arange(4)
+        return self.head(self.inner(x).tanh()[images, channels, places])  # type: ignore[no-any-return]
+
+
+CASES["places of channels"] = lambda: (PlacesOfChannels(), (torch.randn(2, 2, 3), torch.tensor([[2], [0]])))
 between("tokens filled", lambda h: h.index_fill(1, torch.tensor([1]), 0.5), dims=3)
 between(
     "tokens written over at places of each unit",
     lambda h: h.scatter(1, torch.tensor([[[0, 1, 2, 1]]]), h[:, :1].sin()),
     dims=3,
+)
+
+
+class CellFromZeros(nn.Module):
+    """A recurrent cell without a state: its recurrent weights meet zeros. Of another layer only the shape is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.shape, self.head = nn.GRUCell(2, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cell(x)
+        return self.head(h + torch.ones_like(self.shape(h)) + self.shape(h) * torch.zeros(3))  # type: ignore[no-any-return]
+
+
+CASES["cell from zeros"] = lambda: (CellFromZeros(), (torch.randn(2, 2),))
+
+
+class SlicedOverCopies(nn.Module):
+    """Some rows of a weight, over inputs each of which is there twice: in every row they move by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.repeat_interleave(2, 1), self.weight[1:3])
+
+
+class GatedTokens(nn.Module):
+    """Two tokens with a weight each, of which one gates the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.weights = nn.Linear(2, 3), nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.bmm(self.inner(x).transpose(0, 1), self.weights).unbind(0)
+        return a * b.sigmoid()
+
+
+CASES["sliced weight over copies"] = lambda: (SlicedOverCopies(), (torch.randn(2, 2),))
+CASES["tokens with a weight each, gated"] = lambda: (GatedTokens(), (torch.randn(1, 2, 2),))
+CASES["transposed convolution of one place"] = lambda: (
+    nn.Sequential(nn.Conv1d(2, 3, 1), nn.ConvTranspose1d(3, 2, 3), nn.Linear(3, 2)),
+    (torch.randn(1, 2, 1),),
 )
 CASES["PReLU with one slope"] = lambda: (Between(nn.PReLU()), (torch.randn(2, 2),))
 CASES["PReLU with a slope for each channel"] = lambda: (over_channels(nn.PReLU(4)), image(2, 1, 2))

@@ -752,10 +752,13 @@ _COMMON = ("linear", "combine", "affine", "unflatten", "flatten", "attention", "
 
 
 def random_recipe(rng: Random) -> Recipe:
-    """A recipe of a few steps that costs no more than `LIMIT`."""
+    """A recipe of a few steps that costs no more than `LIMIT`, and whose outputs depend on every parameter entry.
+
+    The exact count leaves out entries on which no output depends, so it could not be compared with what is found.
+    """
     while True:
         recipe = _draw(rng)
-        if recipe.steps and cost(recipe) <= LIMIT and not _vanishes(recipe):
+        if recipe.steps and cost(recipe) <= LIMIT and not _vanishes(recipe) and not has_unused_entries(recipe):
             return recipe
 
 
@@ -764,6 +767,20 @@ def _vanishes(recipe: Recipe) -> bool:
     model, args = build(recipe)
     with torch.no_grad():
         return any(float(o.abs().max()) < 1e-5 for o in model(*args))
+
+
+def has_unused_entries(recipe: Recipe) -> bool:
+    """Whether there are parameter entries on which no output depends."""
+    model, _ = build(recipe)
+    moves = [torch.zeros_like(p) for p in model.parameters()]
+    for seed in range(4):
+        model, args = build(recipe, seed)
+        outputs = [o for o in model(*args) if o.requires_grad]
+        total = torch.stack([(o * torch.randn(o.shape)).sum() for o in outputs]).sum() if outputs else None
+        if total is not None:
+            gradients = torch.autograd.grad(total, [*model.parameters()], materialize_grads=True)
+            moves = [m + g.abs() for m, g in zip(moves, gradients, strict=True)]
+    return any(bool((m < 1e-10).any()) for m in moves)
 
 
 def _draw(rng: Random) -> Recipe:

@@ -18,7 +18,7 @@ import torch
 
 import fxmerge
 from tests.exact import exact_log_order
-from tests.generator import LIMIT, Recipe, Step, build, cost, random_recipe
+from tests.generator import LIMIT, Recipe, Step, build, cost, has_unused_entries, random_recipe
 
 EXACT, INCOMPLETE, UNSOUND, UNUSED, CRASH = "exact", "incomplete", "unsound", "unused", "crash"
 """What a recipe can come out as. `UNUSED`: more is found than the oracle counts, but there are parameter entries on
@@ -48,20 +48,6 @@ def examine(recipe: Recipe) -> Finding:
     if found > exact + 1e-6:
         return Finding(UNUSED if has_unused_entries(recipe) else UNSOUND, detail)
     return Finding(INCOMPLETE if found < exact - 1e-6 else EXACT, detail)
-
-
-def has_unused_entries(recipe: Recipe) -> bool:
-    """Whether there are parameter entries on which no output depends."""
-    model, _ = build(recipe)
-    moves = [torch.zeros_like(p) for p in model.parameters()]
-    for seed in range(4):
-        model, args = build(recipe, seed)
-        outputs = [o for o in model(*args) if o.requires_grad]
-        total = torch.stack([(o * torch.randn(o.shape)).sum() for o in outputs]).sum() if outputs else None
-        if total is not None:
-            gradients = torch.autograd.grad(total, [*model.parameters()], materialize_grads=True)
-            moves = [m + g.abs() for m, g in zip(moves, gradients, strict=True)]
-    return any(bool((m < 1e-10).any()) for m in moves)
 
 
 def has_equal_entries(recipe: Recipe) -> bool:

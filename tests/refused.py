@@ -183,4 +183,16 @@ case(
     w=lambda: (4, 4),
     o=lambda: nn.Linear(4, 1),
 )
+hidden("units with noise of few values", lambda h: h * torch.randint(0, 2, (4,)))
+hidden("units with noise like a constant", lambda h: h * (torch.rand_like(torch.zeros(4)) < 0.5))
+hidden("units with two draws compared", lambda h: torch.where(torch.rand(4) < torch.rand(4), h, h.tanh()))
+hidden("units in a random order", lambda h: h[:, torch.randperm(4)].sigmoid() * torch.arange(4))
+hidden("units with dropout that is always on", lambda h: F.dropout(h, 0.5, training=True))
+case(
+    "memory with dropout that is always on",
+    lambda s, x: F.scaled_dot_product_attention(x, s.k, s.v, dropout_p=0.5),
+    (torch.zeros(2, 3),),
+    k=lambda: (4, 3),
+    v=lambda: (4, 3),
+)
 REFUSED["whole numbers as a weight"] = Quantized, (torch.zeros(2, 3),)

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import fxmerge
 
+MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
+
 
 class Spectral(nn.Module):
     """A Fourier layer: a complex matrix for each of the lowest frequencies."""
@@ -76,26 +78,27 @@ def test_a_wrong_permutation_of_complex_parameters_is_found() -> None:
     assert replace(symmetry, layout=layout).verify(model, (x,)).demoted != ()
 
 
-@pytest.mark.parametrize("method", ["align", "zip"])
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
 @pytest.mark.parametrize("given", [True, False])
-def test_a_planted_permutation_is_found_again(method: str, given: bool) -> None:
+def test_a_planted_permutation_is_found_again(match: fxmerge.Align | fxmerge.Zip, given: bool) -> None:
     a, x = FourierOperator().eval(), data()
     symmetry = fxmerge.find_symmetry(a, (x[0],))
     b, _ = planted(a, symmetry)
-    merged = fxmerge.merge(a, b, x if given else None, args=(x[0],), method=method, combine="average")  # type: ignore[arg-type]
+    recipe = fxmerge.Recipe(match=match, fit=None)
+    merged = fxmerge.merge(a, b, x if given else None, recipe, example=x[0])
     assert torch.allclose(merged(x[0]), a(x[0]), atol=1e-5)
-    if method == "align":
-        aligned = fxmerge.align(b, to=a, loader=x if given else None, args=(x[0],))
+    if isinstance(match, fxmerge.Align):
+        aligned = fxmerge.align(b, to=a, loader=x if given else None, example=x[0])
         assert all(torch.allclose(v, a.state_dict()[n], atol=1e-6) for n, v in aligned.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["align", "zip", "auto"])
-def test_networks_with_complex_parameters_are_refitted_but_for_these(method: str) -> None:
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+def test_networks_with_complex_parameters_are_refitted_but_for_these(match: fxmerge.Align | fxmerge.Zip) -> None:
     a, b, x = FourierOperator(seed=0).eval(), FourierOperator(seed=1).eval(), data()
-    merged = fxmerge.merge(a, b, x, method=method, or_parent=False)  # type: ignore[arg-type]
+    merged = fxmerge.merge(a, b, x, fxmerge.Recipe(match=match))
     assert torch.isfinite(merged(x[0])).all()
-    assert "complex" in merged.meta["fxmerge"]["left"]["spectral.0.weight"]
-    assert "inward.weight" in merged.meta["fxmerge"]["layers"]
+    assert "complex" in fxmerge.report(merged).left["spectral.0.weight"]
+    assert "inward.weight" in fxmerge.report(merged).layers
     FourierOperator().load_state_dict(merged.state_dict())
 
 
@@ -103,7 +106,7 @@ def test_three_networks_with_complex_parameters_are_merged() -> None:
     x = data()
     models = [FourierOperator(seed=seed).eval() for seed in range(3)]
     assert torch.isfinite(fxmerge.merge_many(models, x)(x[0])).all()
-    assert torch.isfinite(fxmerge.merge_many(models, args=(x[0],))(x[0])).all()
+    assert torch.isfinite(fxmerge.merge_many(models, example=x[0])(x[0])).all()
 
 
 class Complex(nn.Module):
@@ -128,11 +131,10 @@ def test_complex_outputs_are_compared() -> None:
     assert verified.demoted == ()
     assert verified.error is not None
     assert verified.error < 1e-12
-    for method in ("align", "zip"):
-        assert torch.isfinite(fxmerge.merge(a, b, [x], method=method)(x)).all()
-    merged = fxmerge.merge(a, b, [x], method="align", combine="average", alpha="auto")
-    assert set(merged.meta["fxmerge"]["alpha_errors"]) == {0.0, 0.25, 0.5, 0.75, 1.0}
-    assert merged.meta["fxmerge"]["alpha_errors"][0.5] > 0
+    for match in MATCH.values():
+        assert torch.isfinite(fxmerge.merge(a, b, [x], fxmerge.Recipe(match=match))(x)).all()
+    errors = fxmerge.report(fxmerge.merge(a, b, [x])).errors
+    assert min(errors["merged"], *errors["models"].values()) > 0
 
 
 def test_complex_entries_that_are_not_finite_are_named() -> None:
@@ -146,4 +148,4 @@ def test_complex_entries_that_are_not_finite_are_named() -> None:
 def test_a_real_network_and_a_complex_one_are_told_apart() -> None:
     a, b = nn.Linear(3, 2), nn.Linear(3, 2, dtype=torch.cfloat)
     with pytest.raises(fxmerge.ArchitectureMismatchError, match="complex64"):
-        fxmerge.merge(a, b, args=(torch.randn(8, 3),))
+        fxmerge.merge(a, b, example=torch.randn(8, 3))

@@ -86,16 +86,20 @@ def test_there_is_nothing_to_find_in_ordinary_networks() -> None:
 
 
 @pytest.mark.parametrize("spectral", [spectral_norm, with_hook], ids=["parametrization", "hook"])
-@pytest.mark.parametrize("options", [{}, {"combine": "average", "method": "align"}], ids=str)
-def test_equal_networks_merge_to_themselves_if_vectors_differ_in_sign(spectral: Spectral, options: Any) -> None:
+@pytest.mark.parametrize(
+    "recipe", [fxmerge.Recipe(), fxmerge.Recipe(match=fxmerge.Align(), fit=None)], ids=["fitted", "averaged"]
+)
+def test_equal_networks_merge_to_themselves_if_vectors_differ_in_sign(
+    spectral: Spectral, recipe: fxmerge.Recipe
+) -> None:
     a, b = net(0, spectral), flipped(net(0, spectral))
-    merged = fxmerge.merge(a, b, [X], **options)
+    merged = fxmerge.merge(a, b, [X], recipe)
     torch.testing.assert_close(merged(X), a(X), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("spectral", [spectral_norm, with_hook], ids=["parametrization", "hook"])
 def test_merged_layers_have_the_norm_that_they_are_to_have(spectral: Spectral) -> None:
-    merged = fxmerge.merge(net(0, spectral), net(1, spectral), [X], or_parent=False)
+    merged = fxmerge.merge(net(0, spectral), net(1, spectral), [X])
     original = net(2, spectral)
     original.load_state_dict(merged.state_dict())
     torch.testing.assert_close(original.eval()(X), merged(X))
@@ -106,7 +110,7 @@ def test_merged_layers_have_the_norm_that_they_are_to_have(spectral: Spectral) -
 
 
 def test_three_networks_without_data() -> None:
-    merged = fxmerge.merge_many([net(0), flipped(net(1)), net(2)], args=(X,))
+    merged = fxmerge.merge_many([net(0), flipped(net(1)), net(2)], example=X)
     assert torch.isfinite(merged(X)).all()
 
 
@@ -123,10 +127,12 @@ def test_where_buffers_cannot_be_derived_those_of_one_model_are_taken(
             m.register_forward_pre_hook(_not_in_train_mode)
     symmetry = fxmerge.find_symmetry(net(0), (X,))
     with caplog.at_level(logging.WARNING):
-        merged = fxmerge.merge(*given, [X], weights=(0.3, 0.7), method="align", combine="average")
+        merged = fxmerge.merge(
+            *given, [X], recipe=fxmerge.Recipe(match=fxmerge.Align(), combine=fxmerge.Average((0.3, 0.7)), fit=None)
+        )
     (record,) = [r for r in caplog.records if "part of how weights are computed" in r.getMessage()]
     assert "3.parametrizations.weight.0._u" in record.getMessage()
-    aligned = symmetry.element(merged.meta["fxmerge"]["images"][1]).apply(b.state_dict())
+    aligned = symmetry.element(fxmerge.report(merged).images[1]).apply(b.state_dict())
     for name in vectors(b):
         assert torch.equal(merged.state_dict()[name], aligned[name]), name
 

@@ -7,7 +7,6 @@ import copy
 import itertools
 import os
 from random import Random
-from typing import Any
 
 import pytest
 import torch
@@ -18,12 +17,12 @@ from fxmerge.capture import capture_program
 from fxmerge.rewriting.calibrate import statistics_nodes
 from tests.generator import build, random_recipe
 
-METHODS: dict[str, dict[str, Any]] = {
-    "zip": {},
-    "align": {"method": "align"},
-    "zip, averaged": {"combine": "average"},
-    "align, averaged": {"method": "align", "combine": "average"},
-}
+RECIPES = [
+    fxmerge.Recipe(),
+    fxmerge.Recipe(match=fxmerge.Align()),
+    fxmerge.Recipe(fit=None),
+    fxmerge.Recipe(match=fxmerge.Align(), fit=None),
+]
 
 
 def seeds(count: int) -> list[int]:
@@ -44,10 +43,9 @@ def test_a_network_and_its_permuted_copy_give_the_network_back(seed: int) -> Non
     copied.load_state_dict(symmetry.sample(generator).apply(net.state_dict()))
     with torch.no_grad():
         expected = pytree.tree_leaves(net(*args))
-        for options in METHODS.values():
+        for recipe in RECIPES:
             for other in (net, copied):
-                found = pytree.tree_leaves(
-                    fxmerge.merge(net, other, data, symmetry=symmetry, verify=False, **options)(*args)
-                )
+                merged = fxmerge.merge(net, other, data, recipe, symmetry=symmetry, run=fxmerge.Run(verify=False))
+                found = pytree.tree_leaves(merged(*args))
                 for y, z in zip(expected, found, strict=True):
                     torch.testing.assert_close(z, y, rtol=1e-6, atol=1e-6 * float(y.abs().max()))

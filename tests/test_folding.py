@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 import fxmerge
 
+MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
+
 
 class Normalized(nn.Module):
     """A convolution and a linear layer, each with BatchNorm."""
@@ -48,11 +50,11 @@ def real_variances(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("method", ["align", "zip"])
-def test_the_variance_of_a_mean_of_weights_is_estimated(method: str) -> None:
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+def test_the_variance_of_a_mean_of_weights_is_estimated(match: fxmerge.Align | fxmerge.Zip) -> None:
     x = torch.randn(256, 12, 6, 6, generator=torch.Generator().manual_seed(0))
     a, b = trained(0, x), trained(1, x)
-    merged = fxmerge.merge(a, b, args=(x[:2],), method=method)  # type: ignore[arg-type]
+    merged = fxmerge.merge(a, b, recipe=fxmerge.Recipe(match=match), example=x[:2])
     estimated, real = merged.state_dict(), real_variances(merged, x)
     # The first layer sees inputs that vary alike and independently; the second does not.
     torch.testing.assert_close(estimated["norm1.running_var"], real["norm1"], rtol=0.1, atol=0)
@@ -65,13 +67,13 @@ def test_the_variance_of_a_mean_of_weights_is_estimated(method: str) -> None:
 def test_a_network_with_itself_keeps_its_statistics() -> None:
     x = torch.randn(64, 12, 6, 6)
     a = trained(0, x)
-    merged = fxmerge.merge(a, a, args=(x[:2],), method="align").state_dict()
+    merged = fxmerge.merge(a, a, recipe=fxmerge.Recipe(match=fxmerge.Align()), example=x[:2]).state_dict()
     for name, tensor in a.state_dict().items():
         torch.testing.assert_close(merged[name], tensor)
 
 
 def test_with_data_statistics_are_those_of_the_data() -> None:
     x = torch.randn(256, 12, 6, 6)
-    merged = fxmerge.merge(trained(0, x), trained(1, x), [x], method="align", combine="average")
+    merged = fxmerge.merge(trained(0, x), trained(1, x), [x], recipe=fxmerge.Recipe(match=fxmerge.Align(), fit=None))
     estimated, real = merged.state_dict(), real_variances(merged, x)
     torch.testing.assert_close(estimated["norm2.running_var"], real["norm2"], rtol=1e-3, atol=0)

@@ -123,11 +123,16 @@ def test_a_planted_twin_is_found_exactly(build: Callable[[], nn.Module], x: Tens
     symmetry = fxmerge.find_symmetry(net, (x,), free="output")
     planted = symmetry.sample(torch.Generator().manual_seed(7))
     twin.load_state_dict(planted.apply(net.state_dict()))
-    aligned = fxmerge.align(twin.eval(), to=net, loader=[x], free=["output"])
+    aligned = fxmerge.align(twin.eval(), to=net, loader=[x], recipe=fxmerge.Recipe(free=["output"]))
     for key, value in net.state_dict().items():
         assert torch.equal(aligned.state_dict()[key], value), key
-    for options in ({}, {"method": "align", "combine": "average"}, {"alpha": "auto", "method": "auto"}):
-        merged = fxmerge.merge(net, twin, [x], free="output", or_parent=False, **options)  # type: ignore[arg-type]
+    recipes = (
+        fxmerge.Recipe(free="output"),
+        fxmerge.Recipe(match=fxmerge.Align(), fit=None, free="output"),
+        fxmerge.Recipe(match=fxmerge.Align(), free="output"),
+    )
+    for recipe in recipes:
+        merged = fxmerge.merge(net, twin, [x], recipe)
         for a, b in zip(leaves(merged, x), leaves(net, x), strict=True):
             torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)  # Variances are estimated again.
 
@@ -135,11 +140,11 @@ def test_a_planted_twin_is_found_exactly(build: Callable[[], nn.Module], x: Tens
 @pytest.mark.parametrize("count", [2, 3])
 def test_units_of_a_free_output_are_aligned_and_not_zipped(count: int) -> None:
     models = [generic(Vision, seed) for seed in range(count)]
-    merged = fxmerge.merge_many(models, [X], free="output", or_parent=False)
-    told = merged.meta["fxmerge"]
-    images = told["images"]
+    merged = fxmerge.merge_many(models, [X], recipe=fxmerge.Recipe(free="output"))
+    told = fxmerge.report(merged)
+    images = told.images
     assert all(sorted(own["stem.weight[0]"]) == list(range(8)) for own in images)
-    assert "stem.weight[0]" not in told["zipped_within"] and "a.weight[0]" in told["zipped_within"]
+    assert "stem.weight[0]" not in told.zipped_within and "a.weight[0]" in told.zipped_within
     assert all(torch.isfinite(y).all() for y in leaves(merged, X))
 
 
@@ -181,8 +186,8 @@ def test_a_free_symmetry_is_written_and_read() -> None:
     symmetry = fxmerge.find_symmetry(net, (X,), free="output").verify(net, (X,))
     read = fxmerge.Symmetry.from_json(symmetry.to_json())
     assert read.to_json() == symmetry.to_json() and read.verify(net, (X,)).demoted == ()
-    with pytest.raises(fxmerge.OptionError, match="Both symmetry and free are given"):
-        fxmerge.align(net, to=net, loader=[X], symmetry=symmetry, free="output")
+    with pytest.raises(fxmerge.OptionError, match=r"Both symmetry and Recipe\.free are given"):
+        fxmerge.align(net, to=net, loader=[X], symmetry=symmetry, recipe=fxmerge.Recipe(free="output"))
     pinned = symmetry.to_json().replace('"pin": []', '"pin": ["stem.weight[0]"]')
     assert fxmerge.Symmetry.from_json(pinned).verify(net, (X,)).demoted == ()
     with pytest.raises(fxmerge.SpecError, match="equally often"):
@@ -204,7 +209,7 @@ def test_names_of_outputs() -> None:
         with pytest.raises(fxmerge.OptionError, match=r"free names no output.*output\['a'\]\[0\]"):
             free_leaves([wrong], paths)  # type: ignore[list-item]
     with pytest.raises(fxmerge.OptionError, match="free names no output"):
-        fxmerge.merge(nn.Linear(3, 2), nn.Linear(3, 2), [ROWS], free="logits")
+        fxmerge.merge(nn.Linear(3, 2), nn.Linear(3, 2), [ROWS], recipe=fxmerge.Recipe(free="logits"))
 
 
 def test_it_is_explained_and_inspected() -> None:

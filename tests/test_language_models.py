@@ -120,13 +120,13 @@ def test_language_models_merge_as_they_come(name: str, dtype: torch.dtype, caplo
     before = [(copy.deepcopy(m.state_dict()), m.config.to_dict()) for m in (a, b)]
     given = copy.deepcopy(loader)
     with caplog.at_level(logging.INFO, logger="fxmerge"):
-        merged: Any = fxmerge.merge(a, b, loader, or_parent=False, free=FREE.get(name, ()))
+        merged: Any = fxmerge.merge(a, b, loader, recipe=fxmerge.Recipe(free=FREE.get(name, ())))
     records = [r for r in caplog.records if r.name.startswith("fxmerge")]
     assert [r.getMessage() for r in records if r.levelno > logging.INFO] == []
     kept = name in NEED_LABELS
     left_out = "Inputs that only a loss is computed from are left out: labels"
     assert (left_out in [r.getMessage() for r in records]) is not kept
-    assert merged.meta["fxmerge"]["layers"]
+    assert fxmerge.report(merged).layers
     for m, (state, config) in zip((a, b), before, strict=True):
         assert m.config.to_dict() == config
         assert all(torch.equal(value, state[key]) for key, value in m.state_dict().items())

@@ -99,7 +99,7 @@ def test_tokens_and_masks_come_in_any_length_and_images_in_one() -> None:
 
 def test_what_is_merged_takes_lengths_that_were_not_in_the_loader() -> None:
     merged = fxmerge.merge(Words(0), Words(1), [words(6, 4), words(5, 7), words(6, 1)])
-    assert merged.meta["fxmerge"]["route"] == "torch.export"
+    assert fxmerge.report(merged).route == "torch.export"
     fresh = Words(2).eval()
     fresh.load_state_dict(merged.state_dict())
     for samples, length in ((6, 4), (2, 7), (1, 12), (3, 1), (1, 1)):
@@ -125,13 +125,15 @@ def test_lengths_equal_to_other_sizes_give_the_same_classes(length: int) -> None
 BY_LENGTH = [filled(4, 6, 3, seed=1), filled(4, 9, 3, seed=2), filled(3, 5, 3, seed=3)]
 
 
-@pytest.mark.parametrize("combine", ["average", "repair", "least_squares"])
-def test_tokens_count_alike_in_whatever_lengths_they_come(combine: Any) -> None:
+@pytest.mark.parametrize("fit", [None, fxmerge.Repair(), fxmerge.LeastSquares()], ids=str)
+def test_tokens_count_alike_in_whatever_lengths_they_come(fit: Any) -> None:
     loaders = BY_LENGTH, [x.flatten(0, 1) for x in BY_LENGTH]
-    by_length, apart = (
-        fxmerge.merge(Tokenwise(0), Tokenwise(1), own, combine=combine, alpha="auto") for own in loaders
-    )
-    assert by_length.meta["fxmerge"]["alpha_errors"] == pytest.approx(apart.meta["fxmerge"]["alpha_errors"])
+    by_length, apart = (fxmerge.merge(Tokenwise(0), Tokenwise(1), own, fxmerge.Recipe(fit=fit)) for own in loaders)
+    errors, expected = (fxmerge.report(merged).errors for merged in (by_length, apart))
+    assert errors.keys() == expected.keys() and bool(errors) == isinstance(fit, fxmerge.LeastSquares)
+    if errors:
+        assert errors["merged"] == pytest.approx(expected["merged"], rel=1e-4)
+        assert errors["models"] == pytest.approx(expected["models"], rel=1e-4)
     for name, value in by_length.state_dict().items():
         torch.testing.assert_close(value, apart.state_dict()[name])
 
@@ -141,8 +143,8 @@ def test_batches_sorted_by_length_and_activations_on_disk_give_the_same_merge() 
     by_length = sorted(mixed, key=lambda x: x.shape[1])
     first = fxmerge.merge(Attention(0), Attention(1), mixed)
     for loader, memory in ((by_length, 4.0), (mixed, 1e-9)):
-        again = fxmerge.merge(Attention(0), Attention(1), loader, max_memory=memory)
-        assert again.meta["fxmerge"]["layers"].keys() == first.meta["fxmerge"]["layers"].keys() != set()
+        again = fxmerge.merge(Attention(0), Attention(1), loader, run=fxmerge.Run(memory=memory))
+        assert fxmerge.report(again).layers.keys() == fxmerge.report(first).layers.keys() != set()
         for name, value in first.state_dict().items():
             torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 
@@ -156,8 +158,8 @@ def test_heads_beside_samples_or_tokens_are_found_again(
     loader = [filled(*size, 3, seed=i) for i, size in enumerate(sizes)]
     symmetry = fxmerge.find_symmetry(net, (loader[0],))
     twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(0)).apply(net.state_dict()))
-    for method in ("align", "zip"):
-        merged = fxmerge.merge(net, twin, loader, alpha=alpha, method=method, or_parent=False)
+    for match in (fxmerge.Align(alpha=alpha), fxmerge.Zip(alpha=alpha)):
+        merged = fxmerge.merge(net, twin, loader, fxmerge.Recipe(match=match))
         for x in loader:
             torch.testing.assert_close(merged(x), net(x), rtol=1e-3, atol=1e-4)
 

@@ -1,7 +1,5 @@
 """The masks of pruned networks."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +8,8 @@ from torch.nn.utils import prune
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.rewriting.masks import masked, masks_of, pruned, voted
+
+MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
 
 X = torch.randn(96, 3, 6, generator=torch.Generator().manual_seed(4))
 
@@ -35,11 +35,11 @@ KINDS = ["unstructured", "structured", "global"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["align", "zip"])
-def test_masks_stay_masks(kind: str, method: Any) -> None:
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+def test_masks_stay_masks(kind: str, match: fxmerge.Align | fxmerge.Zip) -> None:
     models = [net(seed, kind) for seed in (0, 1, 2)]
     for count, loader in ((2, [X]), (3, None)):
-        merged = fxmerge.merge_many(models[:count], loader, method=method, or_parent=False, args=(X,))
+        merged = fxmerge.merge_many(models[:count], loader, fxmerge.Recipe(match=match), example=X)
         state = merged.state_dict()
         for name in mask_names(models[0]):
             assert set(state[name].unique().tolist()) <= {0.0, 1.0}, name
@@ -49,12 +49,12 @@ def test_masks_stay_masks(kind: str, method: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["align", "zip"])
-def test_a_permuted_pruned_network_is_found_again(kind: str, method: Any) -> None:
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+def test_a_permuted_pruned_network_is_found_again(kind: str, match: fxmerge.Align | fxmerge.Zip) -> None:
     model, twin = net(0, kind), net(0, kind)
     symmetry = fxmerge.find_symmetry(model, (X,))
     twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(1)).apply(model.state_dict()))
-    merged = fxmerge.merge(model, twin, [X], method=method, combine="average")
+    merged = fxmerge.merge(model, twin, [X], fxmerge.Recipe(match=match, fit=None))
     for name in mask_names(model):
         assert torch.equal(merged.state_dict()[name], model.state_dict()[name]), name
     torch.testing.assert_close(merged(X), model(X))
@@ -65,7 +65,7 @@ def test_what_one_model_has_pruned_does_not_leak_into_the_average() -> None:
     for i, m in enumerate(models):
         nn.init.constant_(m[0].weight, 4.0)
         prune.custom_from_mask(m[0], "weight", torch.eye(2)[i : i + 1])
-    merged = fxmerge.merge(*models, args=(torch.randn(4, 2),)).state_dict()
+    merged = fxmerge.merge(*models, example=torch.randn(4, 2)).state_dict()
     assert merged["0.weight_mask"].tolist() == [[1.0, 1.0]]
     assert merged["0.weight_orig"].tolist() == [[2.0, 2.0]]
 
@@ -85,10 +85,10 @@ def test_a_mask_that_all_models_have_holds_its_units() -> None:
             return out
 
     a, b, x = Autoregressive(0), Autoregressive(1), torch.randn(64, 3)
-    for method in ("align", "zip"):
-        merged = fxmerge.merge(a, b, [x], method=method, or_parent=False)  # type: ignore[arg-type]
+    for match in MATCH.values():
+        merged = fxmerge.merge(a, b, [x], fxmerge.Recipe(match=match))
         assert torch.equal(merged.state_dict()["mask"], a.mask)  # type: ignore[arg-type]
-        assert merged.meta["fxmerge"]["images"][1]["a.weight[0]"] == list(range(8))
+        assert fxmerge.report(merged).images[1]["a.weight[0]"] == list(range(8))
 
 
 def test_masked_parameters_are_found_in_the_graph() -> None:

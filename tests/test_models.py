@@ -43,7 +43,7 @@ def test_wrappers_are_seen_through(kind: str) -> None:
     assert symmetry.names == ("0.weight[0]",) and not symmetry.demoted
     assert fxmerge.explain(wrapped, (X,)) == fxmerge.explain(net(1), (X,))
     assert list(fxmerge.capture(wrapped, (X,)).state_dict()) == list(plain.state_dict())
-    torch.testing.assert_close(fxmerge.align(wrapped, to=plain, args=(X,))(X), net(1)(X))
+    torch.testing.assert_close(fxmerge.align(wrapped, to=plain, example=X)(X), net(1)(X))
 
 
 def test_distributed_models_are_seen_through(tmp_path: Path) -> None:
@@ -123,8 +123,15 @@ def test_example_inputs_are_a_tuple(args: Any) -> None:
     for call in (fxmerge.find_symmetry, fxmerge.explain, fxmerge.capture, fxmerge.find_symmetry(net(), (X,)).verify):
         with pytest.raises(fxmerge.OptionError, match=r"args is a \w+; give a tuple of the inputs, such as \(x,\)"):
             call(net(), args)  # type: ignore[operator]
-    with pytest.raises(fxmerge.OptionError, match="args is a"):
-        fxmerge.merge(net(), net(), args=args)
+
+
+def test_an_example_is_a_batch() -> None:
+    expected = fxmerge.merge(net(0), net(1), example=X).state_dict()
+    for batch in ((X, torch.zeros(len(X))), [X], {"input": X}):
+        merged = fxmerge.merge(net(0), net(1), example=batch).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in merged.items())
+    with pytest.raises(fxmerge.LoaderError, match="A batch is a str"):
+        fxmerge.merge(net(0), net(1), example="x")
 
 
 class Quiet(nn.Sequential):
@@ -183,10 +190,10 @@ def test_forwards_that_draw_random_numbers(branch: bool) -> None:
     torch.manual_seed(0)
     a, b = Noisy(branch), Noisy(branch)
     before = torch.get_rng_state()
-    first = fxmerge.merge(a, b, [X], alpha="auto").state_dict()
+    first = fxmerge.merge(a, b, [X]).state_dict()
     assert torch.equal(torch.get_rng_state(), before)  # None was drawn from the user's generator.
     torch.manual_seed(1)
-    second = fxmerge.merge(a, b, [X], alpha="auto").state_dict()
+    second = fxmerge.merge(a, b, [X]).state_dict()
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
@@ -217,7 +224,7 @@ class Counting(nn.Module):
 def test_no_call_modifies_a_model(branch: bool) -> None:
     a, b = Counting(branch), Counting(branch)
     untouched = a.trace()
-    fxmerge.merge(a, b, [X], alpha="auto")
+    fxmerge.merge(a, b, [X])
     symmetry = fxmerge.find_symmetry(a, (X,)).verify(a, (X,))
     fxmerge.explain(a, (X,))
     fxmerge.align(a, to=b, loader=[X])

@@ -1,4 +1,4 @@
-"""Ridge regression from moments."""
+"""Moments, and ridge regression from normal equations."""
 
 import math
 
@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxmerge.refitting.moments import Fit, Moments, fit
+from fxmerge.evidence.moments import Moments
+from fxmerge.refitting.ridge import Fit, NormalEquations, fit
 
 
 def fitted(x: Tensor, y: Tensor, centre: Tensor) -> Fit:
-    folds = [Moments.none(*centre.shape, torch.device("cpu")) for _ in range(2)]
+    folds = [NormalEquations.none(*centre.shape, torch.device("cpu")) for _ in range(2)]
     for fold, part in zip(folds, zip(x.chunk(2, 1), y.chunk(2, 1), strict=True), strict=True):
         fold.add(*part, centre, 1.0)
     return fit(folds)
@@ -27,14 +28,14 @@ def test_without_noise_the_weights_are_found_with_the_weakest_ridge() -> None:
     x, y, w = problem(400)
     found = fitted(x, y, torch.zeros_like(w))
     torch.testing.assert_close(found.step, w, rtol=1e-4, atol=1e-4)
-    assert (found.before, found.ridge) == (1.0, 1e-5)
+    assert (found.before, found.ridge) == (pytest.approx(1.0, rel=1e-12), 1e-5)
     assert found.after < 1e-9
     assert 5.9 < found.rank <= 6
 
 
 @pytest.mark.parametrize(("features", "folds"), [(6, 5), (3_000, 3), (20_000, 2)])
 def test_moments_that_take_much_memory_are_kept_in_fewer_parts(features: int, folds: int) -> None:
-    assert len(Moments.folds(1, features, 10, torch.device("meta"))) == folds
+    assert len(NormalEquations.folds(1, features, 10, torch.device("meta"))) == folds
 
 
 def test_pure_noise_leaves_the_centre() -> None:
@@ -60,7 +61,7 @@ def test_directions_without_data_are_not_moved() -> None:
 
 
 def test_no_rows_are_no_step() -> None:
-    found = fit([Moments.none(1, 4, 2, torch.device("cpu")) for _ in range(2)])
+    found = fit([NormalEquations.none(1, 4, 2, torch.device("cpu")) for _ in range(2)])
     assert torch.equal(found.step, torch.zeros(1, 4, 2, dtype=torch.float64))
     assert math.isfinite(found.after)
 
@@ -77,10 +78,42 @@ def test_what_is_linear_is_fitted_whatever_rounding_leaves_of_the_error(seed: in
     """The sum of squares is a difference of large numbers, which may fall below zero."""
     g = torch.Generator().manual_seed(seed)
     x, truth = torch.randn(1, 512, 7, generator=g), torch.randn(1, 7, 3, generator=g)
-    folds = [Moments.none(1, 7, 3, torch.device("cpu")) for _ in range(2)]
+    folds = [NormalEquations.none(1, 7, 3, torch.device("cpu")) for _ in range(2)]
     for fold, part in zip(folds, x.chunk(2, 1), strict=True):
         fold.add(part, part @ truth, -truth, 1.0)
     found = fit(folds)
     assert found.before > 1
     assert 0 <= found.after < 1e-5
     torch.testing.assert_close(found.step, 2 * truth.double(), atol=1e-3, rtol=1e-3)
+
+
+# -------------------------------------------------------------------------- moments
+
+
+def test_moments_are_those_of_all_rows_over_batches() -> None:
+    batches = [torch.randn(2, 7, 3) + 3, 2 * torch.randn(2, 5, 3)]
+    found = sum((Moments.of(x) for x in batches), start=Moments())
+    together = torch.cat(batches, 1).double()
+    assert (found.rows, found.count) == (12, 12.0)
+    torch.testing.assert_close(found.mean, together.mean(1))
+    torch.testing.assert_close(found.variance, together.var(1, correction=0))
+    torch.testing.assert_close(found.deviation, together.std(1, correction=0))
+    assert found.square == pytest.approx(float(together.square().sum()))
+    assert found.spread == pytest.approx(float(together.var(1, correction=0).sum() * 12))
+
+
+def test_a_batch_of_weight_two_counts_as_two() -> None:
+    first, second = torch.randn(6, 3), torch.randn(6, 3) + 1
+    weighted = Moments.of(first, 2.0) + Moments.of(second)
+    repeated = Moments.of(first) + Moments.of(first) + Moments.of(second)
+    assert (weighted.rows, weighted.count) == (12, 18.0)
+    torch.testing.assert_close(weighted.variance, repeated.variance)
+    assert weighted.spread == pytest.approx(repeated.spread)
+
+
+def test_a_constant_has_no_spread() -> None:
+    found = sum((Moments.of(torch.full((3, 2), 0.1)) for _ in range(10)), start=Moments())
+    assert 0 <= found.spread < 1e-12 and (found.variance >= 0).all()
+    values = 1000 + 1e-2 * torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(Moments.of(values).variance, values.double().var(0, correction=0), rtol=1e-3, atol=0)
+    assert (Moments().spread, float(Moments().mean), float(Moments().variance)) == (0.0, 0.0, 0.0)

@@ -1,23 +1,19 @@
 """NaN wins no comparison."""
 
+import logging
 import math
-from dataclasses import replace
-from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 import fxmerge
-from fxmerge.choose import best, highest
-from fxmerge.ordering import error_of, score_of
-from fxmerge.decide import decide
+from fxmerge.evidence import weights
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import Problem, floats, search
-from fxmerge.merger import Merger
-from fxmerge.refitting.moments import Moments, fit
-from fxmerge.refitting.rivals import Refitted, Rivals
-from fxmerge.similarity import weights
+from fxmerge.notices import warn_of_nearer_parent
+from fxmerge.ordering import error_of, score_of
+from fxmerge.refitting.ridge import NormalEquations, fit
 
 NAN = math.nan
 
@@ -28,50 +24,44 @@ def test_what_is_no_number_is_the_worst() -> None:
         assert max(values, key=score_of) == 2.0
 
 
-def test_no_candidate_for_alpha_wins_with_nan() -> None:
-    assert best({0.0: NAN, 0.25: 0.3, 0.5: 0.6}) == 0.25
-    assert best({0.0: NAN, 0.25: 0.9, 0.5: NAN}) == 0.25
-    assert best({0.0: NAN, 0.5: NAN}) == 0.5
-    assert highest({0.0: NAN, 0.25: 0.3, 0.5: 0.2}) == 0.25
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_no_refit_wins_with_nan(order: int) -> None:
-    refits = [Refitted({}, {}, {}, error=error) for error in (NAN, 0.5)][::order]
-    number, chosen, _ = decide([cast(Merger, None)] * 2, refits, None)
-    assert chosen.error == 0.5 and refits[number] is chosen
-
-
-def test_a_merged_network_whose_outputs_are_nan_loses_to_a_parent() -> None:
-    class Told:
-        def error(self, number: int | None) -> float:
-            return NAN if number is None else 0.4
-
-    state = {"w": torch.ones(1)}
-    rivals = Rivals([], [state, state], [], [(0.5, 0.5)], cast(Any, Told()))
-    chosen = rivals.choose(Refitted(state, {}, {}))
-    assert chosen.parent == 0
-    assert replace(chosen, options=()).errors[0] == 0.4
+@pytest.mark.parametrize(
+    ("errors", "nearer"),
+    [
+        ({None: 0.5, 0: NAN, 1: 0.4}, "Model B"),
+        ({None: NAN, 0: 0.4, 1: NAN}, "Model A"),
+        ({None: 0.5, 0: NAN, 1: NAN}, None),
+        ({None: NAN, 0: NAN, 1: NAN}, None),
+        ({None: 0.4, 0: 0.4, 1: 0.5}, None),
+        ({None: 1e-9, 0: 0.0, 1: 0.0}, None),
+        ({}, None),
+    ],
+)
+def test_a_network_whose_error_is_nan_is_not_nearer(
+    errors: dict[int | None, float], nearer: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        warn_of_nearer_parent(errors, ["model A", "model B"])
+    assert [text.partition(" alone")[0] for text in caplog.messages] == ([nearer] if nearer else [])
 
 
 def test_a_ridge_whose_error_is_nan_is_not_chosen() -> None:
     torch.manual_seed(0)
     folds = []
     for _ in range(3):
-        own = Moments.none(1, 4, 2, torch.device("cpu"))
+        own = NormalEquations.none(1, 4, 2, torch.device("cpu"))
         x = torch.randn(1, 20, 4)
         own.add(x, x @ torch.randn(4, 2), torch.zeros(1, 4, 2), 1.0)
         folds.append(own)
     expected = fit(folds)
     assert math.isfinite(expected.ridge)
 
-    class Broken(Moments):
+    class Broken(NormalEquations):
         """Its error is NaN for the strong ridges."""
 
         def error(self, step: torch.Tensor) -> float:
             return NAN if float(step.norm()) < 0.5 * float(expected.step.norm()) else super().error(step)
 
-    broken = [Broken(f.features, f.cross, f.residuals, f.targets, f.rows) for f in folds]
+    broken = [Broken(f.features, f.cross, f.residuals, f.targets) for f in folds]
     found = fit(broken)
     assert math.isfinite(found.held_out) and torch.isfinite(found.step).all()
 

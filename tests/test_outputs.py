@@ -25,16 +25,17 @@ def data() -> list[Tensor]:
     return [torch.randn(100, 1, 8, 8, generator=g) for _ in range(3)]
 
 
-@pytest.mark.parametrize("combine", ["average", "readout", "least_squares"])
-def test_scales_and_shifts_of_the_models_do_not_count(combine: Any) -> None:
-    plain = fxmerge.merge(mlp(0), mlp(0), data(), combine=combine, outputs="standardized")
-    moved = fxmerge.merge(scaled(mlp(0), 3.0, 7.0), mlp(0), data(), combine=combine, outputs="standardized")
+@pytest.mark.parametrize("fit", [None, fxmerge.Readout(), fxmerge.LeastSquares()], ids=str)
+def test_scales_and_shifts_of_the_models_do_not_count(fit: Any) -> None:
+    recipe = fxmerge.Recipe(fit=fit, outputs="standardized")
+    plain = fxmerge.merge(mlp(0), mlp(0), data(), recipe)
+    moved = fxmerge.merge(scaled(mlp(0), 3.0, 7.0), mlp(0), data(), recipe)
     x = torch.cat(data())
     with torch.no_grad():
         y, other = mlp(0)(x), moved(x)
     torch.testing.assert_close(plain(x), y - y.mean(0), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(other, 2 * (y - y.mean(0)), rtol=1e-3, atol=1e-4)  # (3 + 1) / 2: the mean deviation
-    assert moved.meta["fxmerge"]["outputs"] == "standardized"
+    assert (fxmerge.report(moved).recipe or {})["outputs"] == "standardized"
 
 
 class Dense(nn.Module):
@@ -51,7 +52,7 @@ class Dense(nn.Module):
 
 
 def test_all_last_layers_and_all_places_count() -> None:
-    merged = fxmerge.merge(Dense(0), Dense(0), data(), outputs="standardized", combine="average")
+    merged = fxmerge.merge(Dense(0), Dense(0), data(), recipe=fxmerge.Recipe(fit=None, outputs="standardized"))
     x = torch.cat(data())
     with torch.no_grad():
         pixels, whole = merged(x)
@@ -63,7 +64,7 @@ def test_all_last_layers_and_all_places_count() -> None:
 def test_the_models_stay_as_they_are() -> None:
     a, b = mlp(0), mlp(1)
     before = {k: v.clone() for k, v in a.state_dict().items()}
-    fxmerge.merge(a, b, vectors(), outputs="standardized")
+    fxmerge.merge(a, b, vectors(), recipe=fxmerge.Recipe(outputs="standardized"))
     assert all(torch.equal(v, before[k]) for k, v in a.state_dict().items())
 
 
@@ -74,11 +75,11 @@ class Logarithm(nn.Module):
         return x.log()
 
 
-@pytest.mark.parametrize("options", [{"outputs": "standardized"}, {"combine": "repair"}])
+@pytest.mark.parametrize("options", [{"outputs": "standardized"}, {"fit": fxmerge.Repair()}])
 def test_outputs_that_are_no_numbers_are_refused_with_the_name_of_the_layer(options: dict[str, Any]) -> None:
     a, b = (nn.Sequential(nn.Linear(4, 8), Logarithm(), nn.Linear(8, 3)) for _ in range(2))
     with pytest.raises(NonFiniteError, match=r"'2\.weight'"):
-        fxmerge.merge(a, b, [torch.randn(16, 4)], alpha=1, **options)
+        fxmerge.merge(a, b, [torch.randn(16, 4)], fxmerge.Recipe(match=fxmerge.Zip(alpha=1), **options))
 
 
 def unbiased() -> nn.Module:
@@ -94,14 +95,13 @@ def normalized() -> nn.Module:
     [
         ((unbiased(), unbiased()), {}, r"'3\.weight' has no bias"),
         ((normalized(), normalized()), {}, "no last layer after which no parameter"),
-        ((mlp(0), mlp(1)), {"outputs": "centred"}, "outputs is 'centred'"),
-        ((mlp(0), mlp(1)), {"loader": None}, "needs data"),
-        ((mlp(0), mlp(1)), {"base": mlp(2)}, "knows no base"),
+        ((mlp(0), mlp(1)), {"loader": None}, "'standardized', which needs data"),
+        ((mlp(0), mlp(1)), {"base": mlp(2)}, "'standardized', but TaskArithmetic has a base"),
     ],
 )
 def test_what_cannot_be_standardized_is_refused(
     models: tuple[nn.Module, nn.Module], options: dict[str, Any], message: str
 ) -> None:
-    given: dict[str, Any] = {"loader": vectors(), "outputs": "standardized", "args": (vectors()[0],)} | options
+    given: dict[str, Any] = {"loader": vectors(), "example": vectors()[0]} | options
     with pytest.raises(OptionError, match=message):
-        fxmerge.merge(*models, **given)
+        fxmerge.merge(*models, recipe=fxmerge.Recipe(outputs="standardized"), **given)

@@ -7,12 +7,17 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.evidence.activations import classes_along, similarities, units_along
 from fxmerge.job import prepare
-from fxmerge.merger import Merger, Plan
+from fxmerge.matching.models import match_models, pairs_to_correlate
 from fxmerge.program import Program
-from fxmerge.refitting.gather import LayerFit
+from fxmerge.recipe import Run, Zip
+from fxmerge.refitting.gather import LayerFit, Teacher
 from fxmerge.refitting.layers import Use, find_layers
+from fxmerge.refitting.places import Places
+from fxmerge.rewriting.combine import average
 from fxmerge.run import Runner
+from fxmerge.symmetry.flow import flows
 from tests.test_refit import Attentive, Convolutional, Mixing, pictures
 
 
@@ -34,6 +39,25 @@ def values(program: Program, state: Mapping[str, Tensor], x: Tensor) -> dict[fx.
     return runner.values
 
 
+Zipped = tuple[Program, list[dict[str, Tensor]], dict[str, Tensor], list[Teacher]]
+
+
+def zipped(models: tuple[nn.Module, ...], weights: tuple[float, ...]) -> Zipped:
+    """The program; the aligned models, their zip, and how they teach it."""
+    job = prepare(models, pictures(), Run(progress=False))
+    found, symmetry = job.symmetry(None, (), verify=False)
+    assert job.data is not None
+    pairs = pairs_to_correlate(Zip(), len(models), 0)
+    shown = similarities(found, symmetry, job.states, job.data, job.names, pairs, "pearson")
+    matching = match_models(symmetry, flows(found), job.states, shown, Zip(), 0)
+    states = [matching.alignment.apply(state, m) for m, state in enumerate(job.states)]
+    units = matching.merged
+    assert units.moving
+    along = classes_along(found, symmetry), units_along(found, symmetry)
+    teachers = [Teacher(*units.produce(state, m), Places(*along, units, m)) for m, state in enumerate(states)]
+    return found.program, states, average(units, states, weights, ()), teachers
+
+
 @pytest.mark.parametrize(
     ("network", "unknown", "apart"),
     [(Attentive, {"qkv.weight"}, set()), (Convolutional, set(), {"deep.weight"}), (Mixing, set(), {"places.weight"})],
@@ -44,14 +68,7 @@ def test_layers_learn_their_parents_outputs_in_merged_units(
     """By coefficients whose outputs are merged, or by merging the outputs: the same, but where rows or groups of the
     data are merged, of which coefficients know nothing. In a packed projection queries and keys are of one class, so
     that a unit does not tell its position."""
-    models = [network(seed) for seed in (0, 1)]
-    job = prepare(models, pictures(), 0.5, None, False, None, (), None)
-    merger = Merger(job, *job.symmetry(None, False), Plan((0.3, 0.7), "zip"))
-    attempt = merger.attempt(0.5)
-    assert attempt.zipped is not None
-    states = [p.apply(s) for p, s in zip(attempt.aligned.permutations, merger.states, strict=True)]
-    program = merger.found.program
-    teachers = merger.teachers(program, states, attempt.zipped)
+    program, states, start, teachers = zipped((network(0), network(1)), (0.3, 0.7))
     x = torch.cat(pictures())
     taught = dict(enumerate(values(program, state, x) for state in states))
     for layer in find_layers(program).all:
@@ -60,9 +77,7 @@ def test_layers_learn_their_parents_outputs_in_merged_units(
         assert known == (layer.name not in unknown)
         if known:
             by_outputs, by_coefficients = (
-                LayerFit(layer, attempt.state, teachers, {}, shown, {(0.3, 0.7): 1}, 0).targets(
-                    use, taught, (0.3, 0.7), None
-                )
+                LayerFit(layer, start, teachers, {}, shown, {(0.3, 0.7): 1}, 0).targets(use, taught, (0.3, 0.7), None)
                 for shown in ({use}, set[Use]())
             )
             alike = torch.allclose(by_outputs, by_coefficients, atol=1e-5)
@@ -70,12 +85,7 @@ def test_layers_learn_their_parents_outputs_in_merged_units(
 
 
 def test_units_that_do_not_tell_their_position_are_not_gathered() -> None:
-    job = prepare([Attentive(0), Attentive(1)], pictures(), 0.5, None, False, None, (), None)
-    merger = Merger(job, *job.symmetry(None, False), Plan((0.5, 0.5), "zip"))
-    attempt = merger.attempt(0.5)
-    assert attempt.zipped is not None
-    program = merger.found.program
-    (teacher, _) = merger.teachers(program, merger.states, attempt.zipped)
+    program, _, _, (teacher, _) = zipped((Attentive(0), Attentive(1)), (0.5, 0.5))
     (layer,) = (layer for layer in find_layers(program).all if layer.name == "qkv.weight")
     assert teacher.places is not None
     with pytest.raises(ValueError, match="along dimension 2 of graph node"):

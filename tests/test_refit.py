@@ -1,9 +1,8 @@
 """Refitting: exact where the answer is known, never worse where there is nothing to learn, and within its memory."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +17,12 @@ from fxmerge.refitting.refit import Lesson, refit
 from fxmerge.run import Runner
 from tests.test_universe import mlp, vectors
 
-merge = partial(fxmerge.merge, or_parent=False)
+MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
+FITS: dict[str, fxmerge.LeastSquares | fxmerge.Readout | None] = {
+    "average": None,
+    "readout": fxmerge.Readout(),
+    "least_squares": fxmerge.LeastSquares(),
+}
 
 
 class Convolutional(nn.Module):
@@ -87,23 +91,25 @@ def error(merged: nn.Module, parents: list[nn.Module], data: list[Tensor]) -> fl
 
 
 @EACH
-@pytest.mark.parametrize("method", ["align", "zip"])
-def test_permuted_copies_give_the_network_back(name: str, method: Any) -> None:
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+def test_permuted_copies_give_the_network_back(name: str, match: fxmerge.Align | fxmerge.Zip) -> None:
     build, batches = NETS[name]
     net, data = build(0), batches()
-    merged = merge(net, copy_of(net, data[0], 1, build), data, method=method)
+    merged = fxmerge.merge(net, copy_of(net, data[0], 1, build), data, fxmerge.Recipe(match=match))
     for key, value in net.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
 @EACH
-@pytest.mark.parametrize("method", ["align", "zip"])
-def test_a_refitted_merge_is_nearer_to_its_parents_than_their_average(name: str, method: Any) -> None:
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+def test_a_refitted_merge_is_nearer_to_its_parents_than_their_average(
+    name: str, match: fxmerge.Align | fxmerge.Zip
+) -> None:
     build, batches = NETS[name]
     parents, data = [build(0), build(1)], batches()
     errors = {
-        combine: error(merge(*parents, data, method=method, combine=combine), parents, data)
-        for combine in ("average", "readout", "least_squares")
+        name: error(fxmerge.merge(*parents, data, fxmerge.Recipe(match=match, fit=fit)), parents, data)
+        for name, fit in FITS.items()
     }
     assert errors["readout"] < errors["average"]
     assert errors["least_squares"] < errors["average"]
@@ -113,7 +119,7 @@ def test_a_refitted_merge_is_nearer_to_its_parents_than_their_average(name: str,
 def test_all_layers_are_found_and_reported(name: str) -> None:
     build, batches = NETS[name]
     net = build(0)
-    layers = merge(net, build(1), batches()).meta["fxmerge"]["layers"]
+    layers = fxmerge.report(fxmerge.merge(net, build(1), batches())).layers
     modules = {n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))}
     assert {f"{n}.weight" for n in modules} <= layers.keys()
     for told in layers.values():
@@ -123,16 +129,18 @@ def test_all_layers_are_found_and_reported(name: str) -> None:
 
 
 def test_only_the_last_layer_is_refitted_as_a_readout() -> None:
-    merged = merge(Convolutional(0), Convolutional(1), pictures(), combine="readout")
-    averaged = merge(Convolutional(0), Convolutional(1), pictures(), combine="average")
-    assert set(merged.meta["fxmerge"]["layers"]) == {"head.weight"}
+    merged = fxmerge.merge(Convolutional(0), Convolutional(1), pictures(), fxmerge.Recipe(fit=fxmerge.Readout()))
+    averaged = fxmerge.merge(Convolutional(0), Convolutional(1), pictures(), fxmerge.Recipe(fit=None))
+    assert set(fxmerge.report(merged).layers) == {"head.weight"}
     same = {k for k, v in merged.state_dict().items() if torch.equal(v, averaged.state_dict()[k])}
     assert same == merged.state_dict().keys() - {"head.weight", "head.bias"}
 
 
 def test_the_first_layer_is_the_mean_as_its_inputs_are_the_same() -> None:
     a, b = mlp(0), mlp(1)
-    averaged, refitted = (merge(a, b, vectors(), combine=c) for c in ("average", "least_squares"))
+    averaged, refitted = (
+        fxmerge.merge(a, b, vectors(), fxmerge.Recipe(fit=FITS[f])) for f in ("average", "least_squares")
+    )
     for name in list(a.state_dict())[:2]:
         torch.testing.assert_close(refitted.state_dict()[name], averaged.state_dict()[name], rtol=1e-4, atol=1e-5)
 
@@ -141,7 +149,7 @@ def test_a_layer_is_the_least_squares_fit_of_the_features_before_it() -> None:
     a, b = (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)).double() for _ in range(2))
     g = torch.Generator().manual_seed(0)
     data = [torch.randn(400, 5, generator=g, dtype=torch.float64) for _ in range(4)]
-    merged = merge(a, b, data, method="align")
+    merged = fxmerge.merge(a, b, data, fxmerge.Recipe(match=fxmerge.Align()))
     x = torch.cat(data)
     with torch.no_grad():
         features = torch.cat([torch.tanh(getattr(merged, "0")(x)), torch.ones(len(x), 1)], 1)
@@ -153,7 +161,7 @@ def test_a_layer_is_the_least_squares_fit_of_the_features_before_it() -> None:
 
 def test_memory_beyond_the_budget_goes_to_disk_and_changes_nothing() -> None:
     a, b, data = Convolutional(0), Convolutional(1), pictures()
-    whole, little = (merge(a, b, data, max_memory=gib) for gib in (4.0, 1e-6))
+    whole, little = (fxmerge.merge(a, b, data, run=fxmerge.Run(memory=gib)) for gib in (4.0, 1e-6))
     assert all(torch.equal(v, little.state_dict()[k]) for k, v in whole.state_dict().items())
 
 
@@ -165,8 +173,8 @@ def test_every_model_teaches_on_its_own_data() -> None:
     def missed(merged: nn.Module) -> float:
         return sum(error(merged, [net], own) for net, own in zip((a, b), loaders, strict=True))
 
-    own = merge(a, b, loaders=loaders)
-    joint = merge(a, b, [*loaders[0], *loaders[1]])
+    own = fxmerge.merge(a, b, loaders=loaders)
+    joint = fxmerge.merge(a, b, [*loaders[0], *loaders[1]])
     assert missed(own) < missed(joint)
 
 
@@ -186,8 +194,8 @@ def test_a_tied_weight_is_fitted_from_all_of_its_uses() -> None:
 
     g = torch.Generator().manual_seed(0)
     a, b, data = Tied(0), Tied(1), [torch.randn(256, 3, generator=g) for _ in range(4)]
-    refitted, averaged = (merge(a, b, data, combine=c) for c in ("least_squares", "average"))
-    assert refitted.meta["fxmerge"]["layers"]["cell.weight"]["rows"] == 3 * 1024
+    refitted, averaged = (fxmerge.merge(a, b, data, fxmerge.Recipe(fit=FITS[f])) for f in ("least_squares", "average"))
+    assert fxmerge.report(refitted).layers["cell.weight"]["rows"] == 3 * 1024
     assert error(refitted, [a, b], data) < error(averaged, [a, b], data)
 
 
@@ -205,11 +213,11 @@ def test_recurrent_layers_are_refitted(cell: Callable[..., nn.Module]) -> None:
 
     g = torch.Generator().manual_seed(0)
     a, b, data = Recurrent(0), Recurrent(1), [torch.randn(64, 6, 3, generator=g) for _ in range(4)]
-    merged = {c: merge(a, b, data, combine=c) for c in ("average", "readout", "least_squares")}
-    assert {"cell.weight_ih_l0", "cell.weight_hh_l0"} <= merged["least_squares"].meta["fxmerge"]["layers"].keys()
+    merged = {name: fxmerge.merge(a, b, data, fxmerge.Recipe(fit=fit)) for name, fit in FITS.items()}
+    assert {"cell.weight_ih_l0", "cell.weight_hh_l0"} <= fxmerge.report(merged["least_squares"]).layers.keys()
     errors = {c: error(m, [a, b], data) for c, m in merged.items()}
     assert max(errors["least_squares"], errors["readout"]) < errors["average"]
-    again = merge(a, copy_of(a, data[0], 1, Recurrent), data)
+    again = fxmerge.merge(a, copy_of(a, data[0], 1, Recurrent), data)
     for key, value in a.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
@@ -220,7 +228,8 @@ def test_dead_units_and_few_inputs_leave_the_average_where_nothing_is_known() ->
         for net in (a, b):
             net[0].bias[:8] = -100.0
     data = [torch.randn(5, 4, generator=torch.Generator().manual_seed(0))]
-    refitted, averaged = (merge(a, b, data, method="align", combine=c) for c in ("least_squares", "average"))
+    recipe = fxmerge.Recipe(match=fxmerge.Align())
+    refitted, averaged = (fxmerge.merge(a, b, data, replace(recipe, fit=FITS[f])) for f in ("least_squares", "average"))
     dead = getattr(averaged, "0").bias < -40
     assert int(dead.sum()) >= 8
     same = getattr(refitted, "2").weight[:, dead], getattr(averaged, "2").weight[:, dead]
@@ -230,31 +239,30 @@ def test_dead_units_and_few_inputs_leave_the_average_where_nothing_is_known() ->
 
 def test_the_dtype_is_kept() -> None:
     a, b = mlp(0).bfloat16(), mlp(1).bfloat16()
-    merged = merge(a, b, [x.bfloat16() for x in vectors()])
+    merged = fxmerge.merge(a, b, [x.bfloat16() for x in vectors()])
     assert {v.dtype for v in merged.state_dict().values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"combine": "sum"}, "combine is 'sum'"),
-        ({"method": "auto", "combine": "average"}, "method is 'auto', which compares refits"),
-        ({"method": "auto", "loader": None}, "method is 'auto', which compares refits"),
-        ({"combine": "least_squares", "loader": None}, "needs data"),
-        ({"max_memory": 0}, "max_memory is 0"),
+        (
+            {"recipe": fxmerge.Recipe(fit=fxmerge.LeastSquares()), "loader": None},
+            "fit is LeastSquares, which needs data",
+        ),
         ({"loaders": [[], []]}, "Both loader and loaders"),
         ({"loader": None, "loaders": [[]]}, "loaders has 1 entries for 2 models"),
-        ({"base": mlp(2), "combine": "readout"}, "knows no base"),
+        ({"base": mlp(2), "recipe": fxmerge.Recipe(fit=fxmerge.Readout())}, "knows no base"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        merge(mlp(0), mlp(1), **{"loader": vectors(), "args": (vectors()[0],)} | options)
+        fxmerge.merge(mlp(0), mlp(1), **{"loader": vectors(), "example": vectors()[0]} | options)
 
 
 def test_an_empty_loader_of_one_model_is_named() -> None:
     with pytest.raises(LoaderError, match="loader of model B is empty"):
-        merge(mlp(0), mlp(1), loaders=[vectors(), []])
+        fxmerge.merge(mlp(0), mlp(1), loaders=[vectors(), []])
 
 
 def test_an_activation_that_is_no_number_is_refused_with_the_name_of_the_layer() -> None:
@@ -264,13 +272,13 @@ def test_an_activation_that_is_no_number_is_refused_with_the_name_of_the_layer()
 
     a, b = (nn.Sequential(nn.Linear(4, 8), Logarithm(), nn.Linear(8, 3)) for _ in range(2))
     with pytest.raises(NonFiniteError, match=r"'2\.weight'"):
-        merge(a, b, [torch.randn(16, 4)], alpha=1)
+        fxmerge.merge(a, b, [torch.randn(16, 4)], fxmerge.Recipe(match=fxmerge.Zip(alpha=1)))
 
 
 def test_what_is_not_refitted_is_told_with_the_reason() -> None:
-    told = merge(Attentive(0), Attentive(1), pictures()).meta["fxmerge"]
-    assert set(told["left"]) == {"norm.weight", "norm.bias"}
-    assert "layer_norm" in told["left"]["norm.weight"]
+    told = fxmerge.report(fxmerge.merge(Attentive(0), Attentive(1), pictures()))
+    assert set(told.left) == {"norm.weight", "norm.bias"}
+    assert "layer_norm" in told.left["norm.weight"]
 
 
 class Mixing(nn.Module):
@@ -289,9 +297,9 @@ class Mixing(nn.Module):
 
 
 def test_layers_over_whose_rows_merged_units_lie_are_refitted() -> None:
-    told = merge(Mixing(0), Mixing(1), pictures(), method="zip").meta["fxmerge"]
-    assert told["left"] == {}
-    assert told["layers"]["places.weight"]["held_out"] < told["layers"]["places.weight"]["before"]
+    told = fxmerge.report(fxmerge.merge(Mixing(0), Mixing(1), pictures(), fxmerge.Recipe(match=fxmerge.Zip())))
+    assert told.left == {}
+    assert told.layers["places.weight"]["held_out"] < told.layers["places.weight"]["before"]
 
 
 def test_a_layer_that_is_added_to_something_makes_up_for_what_that_is_off() -> None:
@@ -311,23 +319,12 @@ def test_a_layer_that_is_added_to_something_makes_up_for_what_that_is_off() -> N
 
     x = [torch.randn(64, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     a, b = Stream(0), Stream(1)
-    merged = merge(a, b, x, method="align").state_dict()
+    merged = fxmerge.merge(a, b, x, fxmerge.Recipe(match=fxmerge.Align())).state_dict()
     wanted = sum(m.scale.diag() ** 2 + m.layer.weight for m in (a, b)).detach() / 2
     reached = merged["scale"].diag() ** 2 + merged["layer.weight"]
     torch.testing.assert_close(reached, wanted, atol=1e-3, rtol=1e-3)
     averaged = ((a.scale + b.scale) / 2).diag().detach() ** 2 + sum(m.layer.weight for m in (a, b)).detach() / 2
     assert (averaged - wanted).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("seeds", [(0, 1), (2, 3), (4, 5)])
-def test_of_two_methods_that_with_the_smaller_error_is_taken(seeds: tuple[int, int]) -> None:
-    a, b = map(Convolutional, seeds)
-    found = {method: merge(a, b, pictures(), method=method) for method in ("zip", "align", "auto")}
-    told = found["auto"].meta["fxmerge"]
-    errors = {m: found[m].meta["fxmerge"]["layers"]["head.weight"]["held_out"] for m in ("zip", "align")}
-    assert told["method_errors"] == pytest.approx(errors)
-    assert told["method"] == min(errors, key=lambda m: errors[m])
-    torch.testing.assert_close(found["auto"].state_dict(), found[told["method"]].state_dict())
 
 
 def test_what_no_stage_needs_any_more_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,8 +350,10 @@ def test_what_no_stage_needs_any_more_is_let_go_of(monkeypatch: pytest.MonkeyPat
     assert most == 3 * 3 + 2
 
 
-def test_both_methods_are_made_of_one_pass_over_the_activations() -> None:
-    """The data are read once more than for a zip alone, by the second refit."""
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+@pytest.mark.parametrize(("fit", "times"), [(None, 3), (fxmerge.LeastSquares(), 4), (fxmerge.Readout(), 4)], ids=str)
+def test_data_are_read_once_for_the_activations_and_once_for_the_fit(match: Any, fit: Any, times: int) -> None:
+    """And before, for the first batch and for the shapes of all."""
 
     class Counted:
         """Batches that tell how often they were read."""
@@ -364,17 +363,14 @@ def test_both_methods_are_made_of_one_pass_over_the_activations() -> None:
 
         def __iter__(self) -> Iterator[Tensor]:
             self.times += 1
-            return iter(pictures())
+            yield from pictures()
 
-    times = {}
-    for method in ("zip", "auto"):
-        loader = Counted()
-        merge(Convolutional(0), Convolutional(1), loader, method=method)
-        times[method] = loader.times
-    assert times["auto"] == times["zip"] + 1
+    loader = Counted()
+    fxmerge.merge(Convolutional(0), Convolutional(1), loader, fxmerge.Recipe(match=match, fit=fit))
+    assert loader.times == times
 
 
-def test_a_method_that_leaves_a_last_layer_is_not_taken() -> None:
+def test_a_zip_leaves_a_last_layer_over_tokens_and_an_alignment_fits_it() -> None:
     class Last(nn.Module):
         """The last layer is over tokens; its rows are channels."""
 
@@ -388,14 +384,17 @@ def test_a_method_that_leaves_a_last_layer_is_not_taken() -> None:
             out: Tensor = self.tokens(x.transpose(1, 2)).mean(1)
             return out
 
-    zipped, either = (merge(Last(0), Last(1), pictures(), method=m).meta["fxmerge"] for m in ("zip", "auto"))
-    assert "no layer after it" in zipped["left"]["tokens.weight"]
-    assert either["method"] == "align"
-    assert math.isnan(either["method_errors"]["zip"])
+    aligned, zipped = (
+        fxmerge.report(fxmerge.merge(Last(0), Last(1), pictures(), fxmerge.Recipe(match=match)))
+        for match in MATCH.values()
+    )
+    assert "no layer after it" in zipped.left["tokens.weight"]
+    assert (aligned.held_out, zipped.held_out) == (True, False)
+    assert "tokens.weight" in aligned.layers and aligned.left == {}
 
 
 def test_one_batch_of_each_models_own_data_is_enough_to_choose_a_ridge() -> None:
     apart = [[torch.randn(400, 1, 8, 8, generator=torch.Generator().manual_seed(k))] for k in range(2)]
-    _, *later = merge(mlp(0), mlp(1), loaders=apart).meta["fxmerge"]["layers"].values()
+    _, *later = fxmerge.report(fxmerge.merge(mlp(0), mlp(1), loaders=apart)).layers.values()
     assert len(later) == 2
     assert all(told["ridge"] < 1 and told["after"] < 0.9 * told["before"] for told in later)

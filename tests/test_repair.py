@@ -1,6 +1,6 @@
 """REPAIR: the units of a merged network have the means and deviations of the parents' units."""
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 import fxmerge
 from tests.test_refit import EACH, NETS
 from tests.test_universe import mlp
+
+MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
 
 
 def data() -> list[Tensor]:
@@ -29,27 +31,27 @@ def moments(net: nn.Module, layers: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def test_every_layer_has_the_interpolated_means_and_deviations(weights: tuple[float, float]) -> None:
     a, b = mlp(0), mlp(1)
-    options: dict[str, Any] = {"method": "align", "weights": weights}
-    merged = fxmerge.merge(a, b, data(), combine="repair", **options)
-    averaged = fxmerge.merge(a, b, data(), combine="average", **options)
+    recipe = fxmerge.Recipe(match=fxmerge.Align(), combine=fxmerge.Average(weights), fit=fxmerge.Repair())
+    merged = fxmerge.merge(a, b, data(), recipe)
+    averaged = fxmerge.merge(a, b, data(), replace(recipe, fit=None))
     aligned = fxmerge.align(b, a, data())
     for layers in (1, 2, 3):
         own, theirs = moments(a, layers), moments(aligned, layers)
         for found, first, second in zip(moments(merged, layers), own, theirs, strict=True):
             torch.testing.assert_close(found, weights[0] * first + weights[1] * second, rtol=1e-3, atol=1e-4)
         assert (moments(averaged, layers)[1] < weights[0] * own[1] + weights[1] * theirs[1]).all()
-    told = merged.meta["fxmerge"]["layers"]
+    told = fxmerge.report(merged).layers
     assert set(told) == {"1.weight", "3.weight", "5.weight"}
     assert all(layer["gain"] > 1 for layer in told.values())
 
 
 @EACH
-@pytest.mark.parametrize("method", ["align", "zip"])
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
 @torch.no_grad()
-def test_a_network_with_itself_stays_as_it_is(name: str, method: Any) -> None:
+def test_a_network_with_itself_stays_as_it_is(name: str, match: fxmerge.Align | fxmerge.Zip) -> None:
     build, batches = NETS[name]
     net, x = build(0).eval(), batches()[0]
-    merged = fxmerge.merge(net, build(0), batches(), method=method, combine="repair")
+    merged = fxmerge.merge(net, build(0), batches(), fxmerge.Recipe(match=match, fit=fxmerge.Repair()))
     torch.testing.assert_close(merged(x), net(x), rtol=1e-4, atol=1e-5)
 
 
@@ -59,5 +61,5 @@ def test_units_that_never_vary_are_not_scaled() -> None:
     for net in (a, b):
         for weight in list(net.parameters())[:1]:
             weight[3] = 0
-    merged = fxmerge.merge(a, b, data(), combine="repair", method="align")
+    merged = fxmerge.merge(a, b, data(), recipe=fxmerge.Recipe(match=fxmerge.Align(), fit=fxmerge.Repair()))
     assert all(torch.isfinite(v).all() for v in merged.state_dict().values())

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -5,9 +6,12 @@ from torch import nn
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.rewriting.bake import bake
-from fxmerge.rewriting.calibrate import batch_norm_statistics, pool, recalibrate
+from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
 from fxmerge.rewriting.combine import average
 from fxmerge.run import Data, batch_inputs
+from fxmerge.symmetry.flow import Flow, flows
+from fxmerge.symmetry.group import analyse
+from fxmerge.units.unit_map import UnitMap
 
 
 def bn_net() -> nn.Sequential:
@@ -55,10 +59,30 @@ def test_recalibration_of_a_model_that_was_exported() -> None:
 
 def test_pooled_moments_are_those_of_the_pooled_data() -> None:
     x, y = torch.randn(1000, 3) * 2 + 1, torch.randn(1000, 3) - 3
-    mean, variance = pool([x.mean(0), y.mean(0)], [x.var(0, correction=0), y.var(0, correction=0)], [0.5, 0.5])
+    states = [{"mean": data.mean(0), "var": data.var(0, correction=0)} for data in (x, y)]
+    pooled = average(UnitMap.still(2), states, [0.5, 0.5], [("mean", "var")])
     both = torch.cat([x, y])
-    torch.testing.assert_close(mean, both.mean(0))
-    torch.testing.assert_close(variance, both.var(0, correction=0))
+    torch.testing.assert_close(pooled["mean"], both.mean(0))
+    torch.testing.assert_close(pooled["var"], both.var(0, correction=0))
+
+
+def test_pooled_moments_of_merged_units_are_those_of_all_members() -> None:
+    """The units of a convolution are merged at random; the inputs of BatchNorm show what moments these have."""
+    models = [bn_net().eval() for _ in range(2)]
+    data = [torch.randn(500, 6) * torch.rand(6) + torch.randn(6) for _ in models]
+    for model, x in zip(models, data, strict=True):
+        model[1].running_mean, model[1].running_var = x.mean(0), x.var(0, correction=0)
+    found, symmetry = analyse(capture_program(models[0], (torch.randn(2, 3, 7, 7),)))
+    consumed = frozenset(axis for axis, kind in flows(found).items() if kind is Flow.CONSUMES)
+    into = [np.array([0, 0, 1, 2, 3, 5]), np.array([4, 0, 4, 4, 3, 5])]
+    (size,) = (c.size for c in symmetry.units)
+    units = UnitMap(symmetry.names, symmetry.layout, consumed, tuple((own,) for own in into), (size,))
+    states = [model.state_dict() for model in models]
+    pooled = average(units, states, [0.5, 0.5], [("1.running_mean", "1.running_var")])
+    for unit in range(size):
+        members = torch.cat([x[:, u] for x, own in zip(data, into, strict=True) for u in np.flatnonzero(own == unit)])
+        torch.testing.assert_close(pooled["1.running_mean"][unit], members.mean())
+        torch.testing.assert_close(pooled["1.running_var"][unit], members.var(correction=0))
 
 
 def test_the_average_pools_statistics_and_keeps_counters_and_dtypes() -> None:
@@ -69,7 +93,7 @@ def test_the_average_pools_statistics_and_keeps_counters_and_dtypes() -> None:
         "n": torch.tensor(7),
     }
     other = {"w": torch.tensor([3.0, 2.0], dtype=torch.bfloat16), "mean": torch.tensor([2.0, 0.0])}
-    merged = average([state, state | other], [0.5, 0.5], [("mean", "var")])
+    merged = average(UnitMap.still(2), [state, state | other], [0.5, 0.5], [("mean", "var")])
     assert merged["w"].tolist() == [2.0, 2.0]
     assert merged["w"].dtype is torch.bfloat16
     assert merged["mean"].tolist() == [1.0, 0.0]

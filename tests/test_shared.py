@@ -14,6 +14,8 @@ from fxmerge.shared import EQUAL, equal_names, without_shared
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import analyse
 
+MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
+
 
 class Adapted(nn.Module):
     """A frozen convolutional base with BatchNorm and attention; each model trained adapters and a head of its own."""
@@ -49,36 +51,46 @@ def batches() -> list[Tensor]:
     return [torch.randn(32, 3, 5) for _ in range(2)]
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "align"}, {"combine": "average"}, {"combine": "repair"}], ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        fxmerge.Recipe(),
+        fxmerge.Recipe(match=fxmerge.Align()),
+        fxmerge.Recipe(fit=None),
+        fxmerge.Recipe(fit=fxmerge.Repair()),
+    ],
+    ids=lambda recipe: str(recipe.to_dict()),
+)
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_frozen_base_under_adapters_stays_bit_for_bit(options: dict[str, Any], count: int) -> None:
+def test_a_frozen_base_under_adapters_stays_bit_for_bit(recipe: fxmerge.Recipe, count: int) -> None:
     models = [Adapted(seed) for seed in range(1, count + 1)]
-    merged = fxmerge.merge_many(models, batches(), or_parent=False, **options)
+    merged = fxmerge.merge_many(models, batches(), recipe)
     state, base = merged.state_dict(), models[0].state_dict()
     frozen = {name for name in base if name.split(".")[0] in BASE}
     for name in frozen:
         assert torch.equal(state[name], base[name]), name
-    told = merged.meta["fxmerge"]
-    assert set(told["shared"]) == frozen
+    told = fxmerge.report(merged)
+    assert set(told.shared) == frozen
     assert not torch.equal(state["down.weight"], base["down.weight"])
-    if options.get("combine") != "average":
-        assert set(told["layers"]) <= {"down.weight", "up.weight", "head.weight"} and told["layers"]
-        assert EQUAL in told["left"]["stem.weight"] and EQUAL in told["left"]["mix.in_proj_weight"]
-    assert {"stem.weight[0]", "down.weight[0]"} <= set(told["images"][1])
+    if recipe.fit is not None:
+        assert set(told.layers) <= {"down.weight", "up.weight", "head.weight"} and told.layers
+        assert EQUAL in told.left["stem.weight"] and EQUAL in told.left["mix.in_proj_weight"]
+    assert {"stem.weight[0]", "down.weight[0]"} <= set(told.images[1])
 
 
 def test_statistics_behind_layers_that_differ_are_estimated_again() -> None:
     models = [Adapted(seed, own=("stem", "head")) for seed in (1, 2)]
-    merged = fxmerge.merge(*models, batches(), combine="average").state_dict()
+    merged = fxmerge.merge(*models, batches(), recipe=fxmerge.Recipe(fit=None)).state_dict()
     assert not torch.equal(merged["norm.running_mean"], models[0].state_dict()["norm.running_mean"])
 
 
 @pytest.mark.parametrize("loader", [batches(), None], ids=["data", "no data"])
 def test_equal_models_are_merged_to_themselves_bit_for_bit(loader: list[Tensor] | None) -> None:
-    merged = fxmerge.merge(Adapted(1), Adapted(1), loader, weights=(0.3, 0.7), args=(batches()[0],))
+    merged = fxmerge.merge(
+        Adapted(1), Adapted(1), loader, recipe=fxmerge.Recipe(combine=fxmerge.Average((0.3, 0.7))), example=batches()[0]
+    )
     for name, value in Adapted(1).state_dict().items():
         assert torch.equal(merged.state_dict()[name], value), name
-    assert merged.meta["fxmerge"]["parent"] is None if loader else True
 
 
 def test_adapters_of_models_with_one_base_are_aligned() -> None:
@@ -89,7 +101,7 @@ def test_adapters_of_models_with_one_base_are_aligned() -> None:
     aligned = fxmerge.align(b, to=a, loader=batches())
     for name, value in a.state_dict().items():
         assert torch.equal(aligned.state_dict()[name], value), name
-    images = aligned.meta["fxmerge"]["images"]
+    (images,) = fxmerge.report(aligned).images
     assert images["down.weight[0]"] == order.tolist()
     symmetry = fxmerge.find_symmetry(a, (batches()[0],))
     assert symmetry.element(images).apply(b.state_dict())["up.weight"].equal(a.up.weight)
@@ -141,15 +153,15 @@ class Fourier(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("method", ["align", "zip"])
+@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
 @pytest.mark.parametrize("exported", [False, True])
-def test_constant_buffers_stay(method: Any, exported: bool) -> None:
+def test_constant_buffers_stay(match: fxmerge.Align | fxmerge.Zip, exported: bool) -> None:
     x = torch.randn(64, 2)
     models: list[Any] = [Fourier(1), Fourier(2)]
     given = [torch.export.export(m, (x,)) for m in models] if exported else models
-    merged = fxmerge.merge(*given, [x], method=method, or_parent=False)
+    merged = fxmerge.merge(*given, [x], fxmerge.Recipe(match=match))
     assert torch.equal(merged.state_dict()["frequencies"], models[0].frequencies)
-    assert merged.meta["fxmerge"]["shared"] == ["frequencies"]
+    assert fxmerge.report(merged).shared == ("frequencies",)
 
 
 def test_what_is_uniform_says_nothing() -> None:
@@ -180,7 +192,7 @@ def test_classes_that_are_nested_in_each_other_stay_together() -> None:
 @pytest.mark.parametrize("rule", [fxmerge.TaskArithmetic(), fxmerge.Ties()], ids=str)
 def test_task_vectors_leave_what_was_not_fine_tuned(rule: Any) -> None:
     models = [Adapted(seed) for seed in (1, 2)]
-    merged = fxmerge.merge(*models, batches(), base=Adapted(3), task_vectors=rule)
+    merged = fxmerge.merge(*models, batches(), base=Adapted(3), recipe=fxmerge.Recipe(combine=rule))
     for name, value in models[0].state_dict().items():
         if name.split(".")[0] in BASE:
             assert torch.equal(merged.state_dict()[name], value), name
@@ -188,5 +200,10 @@ def test_task_vectors_leave_what_was_not_fine_tuned(rule: Any) -> None:
 
 def test_an_alpha_may_name_a_class_that_stays(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        fxmerge.merge(Adapted(1), Adapted(2), batches(), alpha={"stem.weight[0]": 0.2}, combine="average")
+        fxmerge.merge(
+            Adapted(1),
+            Adapted(2),
+            batches(),
+            recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha={"stem.weight[0]": 0.2}), fit=None),
+        )
     assert not caplog.records

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.capture import capture_program
+from fxmerge.evidence import weights
+from fxmerge.evidence.activations import MAX_ROWS, _consumed, find_taps, similarities
 from fxmerge.matching.assignment import descendants, propose
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import Problem, floats
 from fxmerge.run import Data, batch_inputs
-from fxmerge.similarity import weights
-from fxmerge.similarity.activations import MAX_ROWS, _consumed, find_taps, similarities
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
 from tests.architectures import CASES
@@ -40,22 +40,17 @@ def test_activation_correlations_equal_numpy_on_all_data_at_once() -> None:
     np.testing.assert_allclose(got[0, 1], expected[:5, 5:], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "covariance"])
-def test_other_similarities_equal_numpy_on_all_data_at_once(kind: Any) -> None:
+def test_cosines_equal_numpy_on_all_data_at_once() -> None:
     a, b = cnn(0), cnn(1)
     batches = [torch.randn(4, 2, 6, 6) for _ in range(3)]
     found, symmetry = analysed(a, batches[0])
     states, names = (a.state_dict(), b.state_dict()), ("model A", "model B")
     # Each batch counts in units of the first, which for all data at once is the whole.
     data = Data([torch.cat(batches)], batch_inputs(a))
-    got = similarities(found, symmetry, states, data, names, [(0, 1)], kind)[0][0, 1]
+    got = similarities(found, symmetry, states, data, names, [(0, 1)], "cosine")[0][0, 1]
     with torch.no_grad():
         x, y = (m[:3](torch.cat(batches)).transpose(0, 1).reshape(5, -1).double().numpy() for m in (a, b))
-    if kind == "cosine":
-        expected = x @ y.T / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(y, axis=1)
-    else:
-        x, y = (v - v.mean(1, keepdims=True) for v in (x, y))
-        expected = x @ y.T / x.shape[1] / np.sqrt(x.var(1).mean() * y.var(1).mean())
+    expected = x @ y.T / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(y, axis=1)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -74,13 +69,11 @@ class Twice(nn.Module):
         return out
 
 
-def test_only_the_last_activation_of_a_class_may_count() -> None:
+def test_all_activations_of_a_class_count_alike() -> None:
     a, b, x = Twice(0), Twice(1), torch.randn(40, 3)
     found, symmetry = analysed(a, x)
     states, data, names = (a.state_dict(), b.state_dict()), Data([x], batch_inputs(a)), ("A", "B")
-    every, last = (
-        similarities(found, symmetry, states, data, names, [(0, 1)], "pearson", taken) for taken in ("every", "last")
-    )
+    every = similarities(found, symmetry, states, data, names, [(0, 1)])
     (stream,) = (n for n in every if symmetry.units[n].size == 6)
 
     def ends(m: Twice) -> tuple[Tensor, Tensor]:
@@ -89,7 +82,6 @@ def test_only_the_last_activation_of_a_class_may_count() -> None:
 
     with torch.no_grad():
         early, late = (np.corrcoef(u.T, v.T)[:6, 6:] for u, v in zip(ends(a), ends(b), strict=True))
-    np.testing.assert_allclose(last[stream][0, 1], late, atol=1e-5)
     np.testing.assert_allclose(every[stream][0, 1], (early + late) / 2, atol=1e-5)
 
 

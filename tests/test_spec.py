@@ -198,7 +198,7 @@ def test_a_given_symmetry_is_used_in_place_of_inference() -> None:
     assert torch.equal(fxmerge.merge(a, b, [x], symmetry=read)(x), fxmerge.merge(a, b, [x])(x))
     still = fxmerge.find_symmetry(a, (x,), pin=["0.weight[0]"])
     kept = fxmerge.align(b, a, [x], symmetry=still)
-    assert kept.meta["fxmerge"]["images"] == {}
+    assert fxmerge.report(kept).images == ({},)
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in kept.state_dict().items())
 
 
@@ -207,7 +207,7 @@ def test_a_given_symmetry_is_verified() -> None:
     entries = json.loads(fxmerge.find_symmetry(a, (x,)).to_json())
     entries["classes"][0]["axes"].pop()
     merged = fxmerge.merge(a, b, [x], symmetry=fxmerge.Symmetry.from_json(json.dumps(entries)))
-    assert merged.meta["fxmerge"]["demoted"] == ("0.weight[0]",)
+    assert fxmerge.report(merged).demoted == ("0.weight[0]",)
 
 
 def test_a_symmetry_of_another_model_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.rewriting.task_vectors import task_arithmetic, ties
+from fxmerge.rewriting.task_vectors import combine_task_vectors, task_arithmetic, ties
 
 Floats = NDArray[np.float64]
 
@@ -152,8 +153,9 @@ def test_dtypes_complex_numbers_counters_and_statistics() -> None:
         }
         for shift in (0.0, 2.0)
     ]
-    for rule in (fxmerge.TaskArithmetic(scale=0.5), fxmerge.Ties(density=1, scale=1.0)):
-        merged = rule.combine(base, states, [0.5, 0.5], [("mean", "var")])
+    rules = (fxmerge.TaskArithmetic(scale=0.5), fxmerge.Ties(density=1, scale=1.0))
+    for rule in rules:
+        merged = combine_task_vectors(rule, base, states, [0.5, 0.5], [("mean", "var")])
         assert list(merged) == list(base)
         # Added one by one in bfloat16, whose steps are 2 at 256, the halves of the two vectors would be lost.
         assert merged["w"].tolist() == [258.0, 1.0]
@@ -180,9 +182,10 @@ def test_tied_parameters_count_once_in_the_density() -> None:
 def test_models_in_the_units_of_the_base_stay_as_they_are(rule: Any, loader: list[Tensor] | None) -> None:
     base = Net().eval()
     models = [tuned(base, 1), tuned(base, 2)]
-    merged = fxmerge.merge(*models, loader, base=base, task_vectors=rule, args=(DATA[0],))
+    merged = fxmerge.merge(*models, loader, base=base, recipe=fxmerge.Recipe(combine=rule), example=DATA[0])
     statistics = [("norm.running_mean", "norm.running_var")]
-    expected = rule.combine(base.state_dict(), [m.state_dict() for m in models], [0.5, 0.5], statistics)
+    states = [m.state_dict() for m in models]
+    expected = combine_task_vectors(rule, base.state_dict(), states, [0.5, 0.5], statistics)
     for name, value in merged.state_dict().items():
         if loader is None or "running" not in name:
             assert torch.equal(value, expected[name]), name
@@ -200,7 +203,7 @@ def test_units_that_are_alike_in_the_base_stay_too() -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.1 * torch.randn_like(p)
-        aligned = fxmerge.align(model, to=base, args=(torch.zeros(1, 3),))
+        aligned = fxmerge.align(model, to=base, example=torch.zeros(1, 3))
         assert torch.equal(aligned.state_dict()["0.weight"], model[0].weight)
 
 
@@ -211,9 +214,9 @@ def test_permuted_models_come_back_to_the_units_of_the_base(rule: Any, loader: l
     models = [tuned(base, 1), tuned(base, 2), tuned(base, 3)]
     moved = [permuted(models[0], 5), models[1], permuted(models[2], 6)]
     assert not torch.equal(moved[0].stem.weight, models[0].stem.weight)
-    options: dict[str, Any] = {"base": base, "task_vectors": rule, "weights": (2, 1, 1), "args": (DATA[0],)}
-    expected = fxmerge.merge_many(models, loader, **options).state_dict()
-    found = fxmerge.merge_many(moved, loader, **options).state_dict()
+    recipe = fxmerge.Recipe(combine=replace(rule, weights=(2, 1, 1)))
+    expected = fxmerge.merge_many(models, loader, recipe, base=base, example=DATA[0]).state_dict()
+    found = fxmerge.merge_many(moved, loader, recipe, base=base, example=DATA[0]).state_dict()
     for name, value in found.items():
         assert torch.equal(value, expected[name]), name
 
@@ -222,19 +225,20 @@ def test_alignment_is_skipped_with_a_symmetry_that_pins_everything() -> None:
     base = Net().eval()
     models = [permuted(tuned(base, 1), 5), tuned(base, 2)]
     still = fxmerge.find_symmetry(base, (DATA[0],), pin=["*"])
-    merged = fxmerge.merge(*models, args=(DATA[0],), base=base, symmetry=still).state_dict()
+    merged = fxmerge.merge(*models, base=base, symmetry=still, example=DATA[0]).state_dict()
     weights = [m.head.weight - base.head.weight for m in models]
     torch.testing.assert_close(merged["head.weight"], base.head.weight + 0.4 * (weights[0] + weights[1]))
 
 
-def test_meta_tells_how_task_vectors_were_combined() -> None:
+def test_the_report_tells_how_task_vectors_were_combined() -> None:
     base = Net().eval()
     models = [tuned(base, 1), tuned(base, 2)]
-    default = fxmerge.merge(*models, DATA, base=base).meta["fxmerge"]
-    assert default["task_vectors"] == {"name": "TaskArithmetic", "scale": 0.4}
-    assert (default["models"], len(default["quality"])) == (2, 2)
-    meta = fxmerge.merge(*models, DATA, base=base, task_vectors=fxmerge.Ties(density=0.5)).meta["fxmerge"]
-    assert meta["task_vectors"] == {"name": "Ties", "density": 0.5, "scale": 1.0}
+    default = fxmerge.report(fxmerge.merge(*models, DATA, base=base))
+    assert default.recipe == fxmerge.Recipe(fxmerge.Align(), fxmerge.TaskArithmetic(), fit=None).to_dict()
+    assert (default.models, len(default.quality)) == (2, 2)
+    assert default.units_of is None
+    merged = fxmerge.merge(*models, DATA, fxmerge.Recipe(combine=fxmerge.Ties(density=0.5)), base=base)
+    assert (fxmerge.report(merged).recipe or {})["combine"] == {"kind": "Ties", "density": 0.5}
 
 
 def test_the_base_is_not_modified() -> None:
@@ -262,16 +266,18 @@ def test_bases_of_another_architecture(base: nn.Module, message: str) -> None:
         fxmerge.merge(mlp(), mlp(), [torch.randn(5, 3)], base=base)
 
 
-def test_task_vectors_need_a_base_and_an_instance() -> None:
+def test_task_vectors_need_a_base_and_alignment() -> None:
     x = torch.randn(5, 3)
-    with pytest.raises(fxmerge.OptionError, match="task_vectors needs a base"):
-        fxmerge.merge(mlp(), mlp(), [x], task_vectors=fxmerge.Ties())
-    with pytest.raises(fxmerge.OptionError, match="with a base it must be 'align'"):
-        fxmerge.merge(mlp(), mlp(), [x], base=mlp(), method="zip")
+    with pytest.raises(fxmerge.OptionError, match=r"Recipe\.combine is Ties, which needs a base"):
+        fxmerge.merge(mlp(), mlp(), [x], recipe=fxmerge.Recipe(combine=fxmerge.Ties()))
+    with pytest.raises(fxmerge.OptionError, match="TaskArithmetic needs models aligned with their base"):
+        fxmerge.merge(mlp(), mlp(), [x], fxmerge.Recipe(match=fxmerge.Zip()), base=mlp())
+    with pytest.raises(fxmerge.OptionError, match=r"A base is given, and Recipe\.combine is Average, which takes none"):
+        fxmerge.merge(mlp(), mlp(), [x], fxmerge.Recipe(combine=fxmerge.Average()), base=mlp())
     wrong: Any
     for wrong in ("ties", fxmerge.Ties):
-        with pytest.raises(fxmerge.OptionError, match="give an instance"):
-            fxmerge.merge(mlp(), mlp(), [x], base=mlp(), task_vectors=wrong)
+        with pytest.raises(fxmerge.OptionError, match=r"combine is .*; it must be .* Ties\(\.\.\.\)"):
+            fxmerge.Recipe(combine=wrong)
 
 
 @pytest.mark.parametrize("density", [0, -0.5, 1.1, float("nan"), "half"])

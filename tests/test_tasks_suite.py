@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import limits
-import parents
 import pytest
 import torch
 from tasks_suite import dense, images, judging, report, text, training
@@ -261,7 +260,6 @@ def test_the_network_nearest_to_the_mean_is_found() -> None:
     networks = [Constant(value) for value in (1.0, 3.0, 8.0)]
     batches = [torch.zeros(2, 1), torch.zeros(3, 1)]
     assert limits.nearest(networks, batches) == 1
-    assert parents.miss(networks, batches) == pytest.approx(1 / 16)
 
 
 def test_a_network_learns_what_the_mean_of_all_answers() -> None:

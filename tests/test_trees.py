@@ -152,7 +152,7 @@ def test_inputs_inside_of_objects(route: str) -> None:
     torch.manual_seed(0)
     a, b, c, batches = Takes(route), Takes(route), Takes(route), [batch() for _ in range(4)]
     merged = fxmerge.merge(a, b, batches)
-    assert merged.meta["fxmerge"]["route"] == route
+    assert fxmerge.report(merged).route == route
     c.load_state_dict(merged.state_dict())
     for one in (batches[1], batch()):
         torch.testing.assert_close(merged(one), c(one))
@@ -215,7 +215,7 @@ def test_outputs_that_cannot_be_opened(make: Any, name: str) -> None:
         lambda: fxmerge.capture(model, (x,)),
         lambda: fxmerge.merge(model, Net(3, 2), [x]),
         lambda: fxmerge.merge(fine, model, [x]),
-        lambda: fxmerge.align(model, to=Net(3, 2), args=(x,)),
+        lambda: fxmerge.align(model, to=Net(3, 2), example=x),
         lambda: fxmerge.find_symmetry(fine, (x,)).verify(model, (x,)),
     ):
         with pytest.raises(fxmerge.CaptureError, match=rf"Net returns a {name}, .*Return a tensor"):

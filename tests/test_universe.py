@@ -12,13 +12,14 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge import demo
 from fxmerge.capture import capture_program
+from fxmerge.evidence.activations import similarities
 from fxmerge.matching.search import match
 from fxmerge.matching.universe import find_universe
 from fxmerge.rewriting.combine import average
 from fxmerge.run import Data, batch_inputs
-from fxmerge.similarity.activations import similarities
 from fxmerge.symmetry.group import analyse
 from fxmerge.units.permutation import Permutation
+from fxmerge.units.unit_map import UnitMap
 
 State = Mapping[str, Tensor]
 
@@ -93,12 +94,16 @@ def test_planted_permutations_are_found_exactly(name: str, data: bool) -> None:
         models.append(build(0))
         models[-1].load_state_dict(state)
     merged = fxmerge.merge_many(
-        models, x if data else None, args=(x[0],), verify=False, method="align", combine="average"
+        models,
+        x if data else None,
+        recipe=fxmerge.Recipe(match=fxmerge.Align(), fit=None),
+        example=x[0],
+        run=fxmerge.Run(verify=False),
     )
-    meta = merged.meta["fxmerge"]
-    ways = [symmetry.element(image) @ plant for image, plant in zip(meta["images"], plants, strict=True)]
+    meta = fxmerge.report(merged)
+    ways = [symmetry.element(image) @ plant for image, plant in zip(meta.images, plants, strict=True)]
     assert all(way == ways[0] for way in ways)
-    assert symmetry.element(meta["images"][meta["units_of"]]).is_identity()
+    assert symmetry.element(meta.images[meta.units_of]).is_identity()
     for key, value in ways[0].apply(net.state_dict()).items():
         if value.ndim > 1:
             torch.testing.assert_close(merged.state_dict()[key], value, rtol=0, atol=0.03 * float(value.std()))
@@ -111,11 +116,19 @@ def test_the_order_of_the_models_does_not_matter(name: str, data: bool) -> None:
     merged = []
     for order in permutations(range(3)):
         ordered, weights = [models[i] for i in order], [shares[i] for i in order]
-        merged.append(fxmerge.merge_many(ordered, x if data else None, weights=weights, args=(x[0],), verify=False))
-        images = [merged[-1].meta["fxmerge"]["images"][order.index(i)] for i in range(3)]
-        assert images == merged[0].meta["fxmerge"]["images"]
-        assert merged[-1].meta["fxmerge"]["objective"] == merged[0].meta["fxmerge"]["objective"]
-        assert order[merged[-1].meta["fxmerge"]["units_of"]] == merged[0].meta["fxmerge"]["units_of"]
+        merged.append(
+            fxmerge.merge_many(
+                ordered,
+                x if data else None,
+                recipe=fxmerge.Recipe(combine=fxmerge.Average(weights)),
+                example=x[0],
+                run=fxmerge.Run(verify=False),
+            )
+        )
+        images = tuple(fxmerge.report(merged[-1]).images[order.index(i)] for i in range(3))
+        assert images == fxmerge.report(merged[0]).images
+        assert fxmerge.report(merged[-1]).objective == fxmerge.report(merged[0]).objective
+        assert order[fxmerge.report(merged[-1]).units_of] == fxmerge.report(merged[0]).units_of
     for other in merged[1:]:
         for key, value in merged[0].state_dict().items():
             torch.testing.assert_close(other.state_dict()[key], value, rtol=1e-6, atol=1e-6)
@@ -124,8 +137,10 @@ def test_the_order_of_the_models_does_not_matter(name: str, data: bool) -> None:
 def test_images_are_what_was_done_and_every_circle_closes() -> None:
     models, x = [attentive(seed) for seed in range(4)], images()
     symmetry = fxmerge.find_symmetry(models[0], (x[0],))
-    merged = fxmerge.merge_many(models, args=(x[0],), verify=False, method="align")
-    into = [symmetry.element(image) for image in merged.meta["fxmerge"]["images"]]
+    merged = fxmerge.merge_many(
+        models, recipe=fxmerge.Recipe(match=fxmerge.Align()), example=x[0], run=fxmerge.Run(verify=False)
+    )
+    into = [symmetry.element(image) for image in fxmerge.report(merged).images]
     states = [p.apply(m.state_dict()) for p, m in zip(into, models, strict=True)]
     for key in ("stem.weight", "qkv.weight", "proj.weight", "head.2.weight"):
         torch.testing.assert_close(merged.state_dict()[key], torch.stack([s[key] for s in states]).mean(0))
@@ -136,20 +151,29 @@ def test_images_are_what_was_done_and_every_circle_closes() -> None:
 
 def test_a_reference_may_be_asked_for() -> None:
     models, x = [mlp(seed) for seed in range(3)], vectors()
-    merged = fxmerge.merge_many(models, x, reference=2, verify=False)
-    meta = merged.meta["fxmerge"]
-    assert (meta["reference"], meta["units_of"], len(meta["quality"]), len(meta["objective"])) == (2, 2, 2, 2)
+    merged = fxmerge.merge_many(
+        models, x, recipe=fxmerge.Recipe(match=fxmerge.Align(reference=2)), run=fxmerge.Run(verify=False)
+    )
+    meta = fxmerge.report(merged)
+    assert (meta.units_of, len(meta.quality), len(meta.objective)) == (2, 2, 2)
     for i in (0, 1):
-        aligned = fxmerge.align(models[i], to=models[2], loader=x, verify=False)
-        assert meta["images"][i] == aligned.meta["fxmerge"]["images"]
-    assert fxmerge.merge_many(models, x, verify=False).meta["fxmerge"]["reference"] is None
-    assert fxmerge.merge(*models[:2], x, verify=False).meta["fxmerge"]["units_of"] == 0
-    with pytest.raises(fxmerge.OptionError, match="reference is 3; it must be the number of a model, from 0 to 2"):
-        fxmerge.merge_many(models, x, reference=3)
+        aligned = fxmerge.align(models[i], to=models[2], loader=x, run=fxmerge.Run(verify=False))
+        assert (meta.images[i],) == fxmerge.report(aligned).images
+    zipped = fxmerge.report(
+        fxmerge.merge_many(
+            models, x, recipe=fxmerge.Recipe(match=fxmerge.Zip(reference=2)), run=fxmerge.Run(verify=False)
+        )
+    )
+    assert (zipped.units_of, zipped.objective) == (2, meta.objective)
+    without = fxmerge.report(fxmerge.merge_many(models, x, run=fxmerge.Run(verify=False)))
+    assert (len(without.quality), len(without.objective)) == (3, 1)
+    assert fxmerge.report(fxmerge.merge(*models[:2], x, run=fxmerge.Run(verify=False))).units_of == 0
+    with pytest.raises(fxmerge.OptionError, match="reference is model 3; there are models 0 to 2"):
+        fxmerge.merge_many(models, x, recipe=fxmerge.Recipe(match=fxmerge.Zip(reference=3)))
     with pytest.raises(fxmerge.OptionError, match="leave reference out"):
-        fxmerge.merge_many(models, x, reference=0, base=models[0])
-    based = fxmerge.merge_many(models, x, base=mlp(3), verify=False).meta["fxmerge"]
-    assert (based["units_of"], len(based["images"]), len(based["objective"])) == (None, 3, 3)
+        fxmerge.merge_many(models, x, base=models[0], recipe=fxmerge.Recipe(match=fxmerge.Align(reference=0)))
+    based = fxmerge.report(fxmerge.merge_many(models, x, base=mlp(3), run=fxmerge.Run(verify=False)))
+    assert (based.units_of, len(based.images), len(based.objective)) == (None, 3, 3)
 
 
 # -------------------------------------------------------------------------- trained networks
@@ -200,7 +224,7 @@ class Trained:
     def loss(self, ways: Sequence[Permutation]) -> float:
         moved = [p.apply(s) for p, s in zip(ways, self.states, strict=True)]
         merged = mlp(0, 48)
-        merged.load_state_dict(average(moved, [1 / MODELS] * MODELS, []))
+        merged.load_state_dict(average(UnitMap.still(MODELS), moved, [1 / MODELS] * MODELS, []))
         return float(F.cross_entropy(merged(self.test.images), self.test.labels))
 
 

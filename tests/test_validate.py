@@ -60,16 +60,25 @@ def test_activations_that_are_not_finite() -> None:
         fxmerge.merge(mlp(), mlp(), [X, torch.full((5, 3), float("nan"))])
 
 
-@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), "half"])
-def test_alpha_out_of_range(alpha: Any) -> None:
-    with pytest.raises(fxmerge.OptionError, match=r"from 0 .* to 1"):
-        fxmerge.merge(mlp(), mlp(), [X], alpha=alpha)
+@pytest.mark.parametrize("weights", [(1,), (1, 1, 1)])
+def test_every_model_has_a_weight(weights: tuple[float, ...]) -> None:
+    message = f"The recipe has {len(weights)} weights for 2 models; give one for each model"
+    with pytest.raises(fxmerge.OptionError, match=message):
+        fxmerge.merge(mlp(), mlp(), [X], fxmerge.Recipe(combine=fxmerge.Average(weights)))
+    with pytest.raises(fxmerge.OptionError, match=message):
+        fxmerge.merge(mlp(), mlp(), [X], fxmerge.Recipe(combine=fxmerge.Ties(weights=weights)), base=mlp())
 
 
-@pytest.mark.parametrize("weights", [(1,), (1, -1), (0, 0), (float("nan"), 1)])
-def test_combination_weights(weights: tuple[float, ...]) -> None:
-    with pytest.raises(fxmerge.OptionError, match="give 2 numbers"):
-        fxmerge.merge(mlp(), mlp(), [X], weights=weights)
+def test_a_recipe_and_a_run_are_what_they_are_called() -> None:
+    wrong: Any
+    for wrong in ({"match": "zip"}, fxmerge.Zip(), "recipe.yaml"):
+        for call in (fxmerge.merge, fxmerge.align):
+            with pytest.raises(
+                fxmerge.OptionError, match=r"recipe is a \w+; give a fxmerge\.Recipe\(\.\.\.\), or None"
+            ):
+                call(mlp(), mlp(), [X], wrong)
+    with pytest.raises(fxmerge.OptionError, match=r"run is a str; give a fxmerge\.Run\(\.\.\.\), or None"):
+        fxmerge.merge(mlp(), mlp(), [X], run="cpu")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -88,11 +97,11 @@ def test_loaders(loader: list[Any], message: str) -> None:
 
 def test_an_empty_loader_is_refused_where_an_example_is_given() -> None:
     with pytest.raises(fxmerge.LoaderError, match="The loader is empty"):
-        fxmerge.merge(mlp(), mlp(), [], alpha=1.0, args=(X,))
+        fxmerge.merge(mlp(), mlp(), [], recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=1.0)), example=X)
 
 
 def test_without_data_an_example_is_needed() -> None:
-    with pytest.raises(fxmerge.OptionError, match="pass args="):
+    with pytest.raises(fxmerge.OptionError, match="pass example="):
         fxmerge.merge(mlp(), mlp())
 
 
@@ -123,7 +132,7 @@ def test_models_in_several_dtypes() -> None:
     ):
         partly = mlp()
         partly[2].bias.data = partly[2].bias.data.double()
-        fxmerge.align(mlp(), to=partly, args=(X,))
+        fxmerge.align(mlp(), to=partly, example=X)
 
 
 @pytest.mark.parametrize("models", [mlp(), mlp().state_dict(), 3, "models"])

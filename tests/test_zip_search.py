@@ -6,12 +6,13 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.demo import ViT
+from fxmerge.evidence.activations import similarities, whole
 from fxmerge.matching.zip_search import match_zip, zipped_classes
-from fxmerge.rewriting.zipped import zip_average
+from fxmerge.rewriting.combine import average
 from fxmerge.run import Data, batch_inputs
-from fxmerge.similarity.activations import similarities, whole
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import analyse
+from fxmerge.units.unit_map import UnitMap
 from tests.published_zip import published_zip
 
 
@@ -51,9 +52,9 @@ def test_a_model_zipped_with_a_permuted_copy_is_the_model(make, shape, alpha) ->
     a, b, x = make(0).eval(), make(1).eval(), torch.randn(shape)
     symmetry = fxmerge.find_symmetry(a, (x,))
     b.load_state_dict(symmetry.sample(torch.Generator().manual_seed(2)).apply(a.state_dict()))
-    merged = fxmerge.merge(a, b, [x], method="zip", alpha=alpha)
+    merged = fxmerge.merge(a, b, [x], recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=alpha)))
     torch.testing.assert_close(merged(x), a(x), rtol=1e-4, atol=1e-5)
-    assert set(merged.meta["fxmerge"]["zipped_within"].values()) == {0}
+    assert set(fxmerge.report(merged).zipped_within.values()) == {0}
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -64,7 +65,7 @@ def test_units_that_a_model_has_several_times_are_merged_without_loss(count: int
             for layer in (model[0], model[2]):
                 layer.weight.copy_(layer.weight[: 12 // count].repeat(count, 1))
                 layer.bias.copy_(layer.bias[: 12 // count].repeat(count))
-    merged = fxmerge.merge_many(models, [x], method="zip", alpha=0.0, damping=1.0)
+    merged = fxmerge.merge_many(models, [x], recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=0.0, damping=1.0)))
     expected = torch.stack([m(x) for m in models]).mean(0)
     torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-4)
 
@@ -81,7 +82,7 @@ def test_with_alpha_0_every_class_is_zipped_as_published() -> None:
         features = [torch.cat([m[:depth](x) for m in (a, b)], dim=1).numpy() for depth in (2, 4)]
     for n, seen in enumerate(features):
         expected, _ = published_zip(np.corrcoef(seen.T), 2, budget=1.0, damping=0.5)
-        np.testing.assert_array_equal(np.stack([own[n] for own in got.labels]), expected)
+        np.testing.assert_array_equal(np.stack([own[n] for own in got.units.maps]), expected)
 
 
 def test_zipped_parameters_are_those_of_the_merge_and_unmerge_matrices() -> None:
@@ -93,7 +94,10 @@ def test_zipped_parameters_are_those_of_the_merge_and_unmerge_matrices() -> None
     ]
     for own in zip(*labels, strict=True):  # Every merged unit has a member.
         own[1][:] = np.r_[np.setdiff1d(np.arange(12), own[0]), own[1]][:12]
-    got = zip_average([m.state_dict() for m in models], labels, symmetry.layout, flows(found), [0.5, 0.5], [])
+    consumed = frozenset(axis for axis, kind in flows(found).items() if kind is Flow.CONSUMES)
+    widths = tuple(c.size for c in symmetry.units)
+    units = UnitMap(symmetry.names, symmetry.layout, consumed, tuple(map(tuple, labels)), widths)
+    got = average(units, [m.state_dict() for m in models], [0.5, 0.5], [])
     one_hot = [[torch.eye(12)[torch.from_numpy(own)] for own in row] for row in labels]
     sizes = [sum(o.sum(0) for o in own) for own in zip(*one_hot, strict=True)]
     merge = [[(o / s).T for o, s in zip(row, sizes, strict=True)] for row in one_hot]
@@ -107,7 +111,9 @@ def test_zipped_parameters_are_those_of_the_merge_and_unmerge_matrices() -> None
 
 def test_after_the_first_sweep_the_objective_never_falls() -> None:
     x = torch.randn(64, 6)
-    trace = fxmerge.merge(mlp(0), mlp(1), [x], method="zip", alpha=0.7).meta["fxmerge"]["zip_objective"]
+    trace = fxmerge.report(
+        fxmerge.merge(mlp(0), mlp(1), [x], recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=0.7)))
+    ).zip_objective
     assert len(trace) > 1
     assert list(trace) == sorted(trace)
 
@@ -120,18 +126,3 @@ def test_an_axis_that_both_produces_and_consumes_is_aligned_only() -> None:
     assert (flow["hidden.weight", 0], flow["hidden.weight", 1]) == (Flow.PRODUCES, Flow.CONSUMES)
     tied = [n for n in zipped_classes(symmetry, flow) for r in symmetry.units[n].roles if "embedding" in r.axis[0]]
     assert tied == []
-
-
-@pytest.mark.parametrize("options", [{"method": "zipper"}, {"budget": 1.5}, {"damping": -0.1}])
-def test_options_outside_of_their_range_are_refused(options: dict[str, object]) -> None:
-    with pytest.raises(fxmerge.OptionError, match=next(iter(options))):
-        fxmerge.merge(mlp(0), mlp(1), [torch.randn(4, 6)], **options)  # type: ignore[arg-type]
-
-
-def test_alpha_is_chosen_for_the_zip_itself() -> None:
-    x = [torch.randn(32, 6) for _ in range(2)]
-    chosen = fxmerge.merge(mlp(0), mlp(1), x, method="zip", alpha="auto")
-    told = chosen.meta["fxmerge"]
-    fixed = fxmerge.merge(mlp(0), mlp(1), x, method="zip", alpha=told["alpha"])
-    assert len(set(told["alpha_errors"].values())) > 1
-    assert all(torch.equal(a, b) for a, b in zip(chosen.parameters(), fixed.parameters(), strict=True))

@@ -9,11 +9,11 @@ from itertools import combinations, combinations_with_replacement
 import torch
 from torch import Tensor
 
+from fxmerge.evidence.activations import Pair, whole
 from fxmerge.matching.search import match
 from fxmerge.matching.universe import Alignment, find_universe, to_reference
 from fxmerge.matching.zip_search import match_zip
 from fxmerge.recipe import DEFAULT_ALPHA, Align, Zip
-from fxmerge.similarity.activations import Pair, whole
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,22 +10,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fxmerge.evidence import weights
+from fxmerge.evidence.weights import Similarities, Slices
 from fxmerge.matching.assignment import Scores, descendants, propose
+from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
-from fxmerge.similarity import weights
-from fxmerge.similarity.weights import Similarities, Slices
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import move_axis
 from fxmerge.units.permutation import Permutation
-
-logger = logging.getLogger(__name__)
-
-MAX_SWEEPS = 100
-
-TOLERANCE = 2e-4
-"""A step that raises the objective by a smaller share than this is taken, but is no reason to try its
-neighbours again."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +119,15 @@ class Problem:
         self.b = self.b | b
         self.images = tuple(s[i] for s, i in zip(step, self.images, strict=True))
 
-    def improve(self, step: Sequence[Ids]) -> bool:
-        """Moves the units of b if the objective rises by it."""
+    def improve(self, step: Sequence[Ids]) -> float:
+        """Moves the units of b if the objective rises by it, and returns the objective."""
         before, at = self.objective(), self.position
         self.take(step)
-        if self.objective() > before + 1e-9 * abs(before):
-            return True
+        after = self.objective()
+        if rises(before, after):
+            return after
         self.position = at
-        return False
+        return before
 
     @property
     def position(self) -> tuple[dict[str, Tensor], tuple[Ids, ...], dict[str, float]]:
@@ -194,25 +187,16 @@ def search(problem: Problem, *, seed: int = 0, progress: bool | None = None) -> 
     with tqdm(total=None, desc="matching", disable=None if progress is None else not progress, leave=False) as bar:
         _first_sweep(problem, roots, bar)
         # Units that are alike in a, such as dead ones, may trade places at no gain; they stay where they are.
-        if not problem.objective() > at_start + 1e-9 * abs(at_start):  # NaN is no gain.
+        if not rises(at_start, problem.objective()):
             problem.position = start
-        trace = [problem.objective()]
-        rng = np.random.default_rng(seed)
-        neighbours = _neighbours(problem, roots)
-        stale = set(roots)
-        for _ in range(MAX_SWEEPS):
-            if not stale:
-                break
-            for root in rng.permutation(sorted(stale)).tolist():
-                stale.discard(root)
-                bar.update()
-                if problem.improve(_best(problem, root, problem.slices)):
-                    trace.append(problem.objective())
-                    if trace[-1] - trace[-2] > TOLERANCE * abs(trace[-2]):
-                        stale |= neighbours[root]
-        else:
-            logger.warning("matching stopped after %d sweeps with steps still to be made", MAX_SWEEPS)
-    return tuple(trace)
+        return descend(
+            roots,
+            problem.objective(),
+            lambda root: problem.improve(_best(problem, root, problem.slices)),
+            _neighbours(problem, roots).__getitem__,
+            np.random.default_rng(seed),
+            bar,
+        )
 
 
 def floats(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

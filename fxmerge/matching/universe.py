@@ -12,7 +12,6 @@ activations, so that such a step can only raise the sum of what the pairs agree 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -22,16 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.evidence import weights
+from fxmerge.evidence.weights import Slices
+from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.search import MAX_SWEEPS, TOLERANCE, Match, Problem, floats, match, quality, search
+from fxmerge.matching.search import Match, Problem, floats, match, quality, search
 from fxmerge.ordering import score_of
-from fxmerge.similarity import weights
-from fxmerge.similarity.weights import Slices
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.permutation import Permutation
-
-logger = logging.getLogger(__name__)
 
 Pair = tuple[int, int]
 
@@ -159,7 +157,7 @@ class Together:
         search(problem, seed=seed, progress=progress)
         self.permutations = (*at[:m], Permutation(self.symmetry.layout, problem.images), *at[m + 1 :])
         after = self.objective()
-        if after > before + 1e-9 * abs(before):
+        if rises(before, after):
             return after
         self.permutations = at
         return before
@@ -179,7 +177,7 @@ def find_universe(
     All pairs are matched; the search starts where all models are in the units of that one of them
     for which the sum over all pairs is largest, so that it ends no lower than any alignment to one of the models.
     From there the models, in random order, are matched with the mean of the others, until no step helps by
-    more than `TOLERANCE`.
+    more than a small share of it.
 
     Arguments:
         symmetry: the group to search.
@@ -214,26 +212,18 @@ def find_universe(
         together.permutations = tuple(way(m, reference) for m in models)
         starts.append((together.objective(), -reference, together.permutations))
     best, _, together.permutations = max(starts, key=lambda start: (score_of(start[0]), start[1]))
-    trace = [best]
-    rng = np.random.default_rng(seed)
-    stale = set(models)
-    for _ in range(MAX_SWEEPS):
-        if not stale:
-            break
-        for m in rng.permutation(sorted(stale)).tolist():
-            stale.discard(m)
-            after = together.improve(m, seed, progress)
-            if after > trace[-1]:
-                trace.append(after)
-                if trace[-1] - trace[-2] > TOLERANCE * abs(trace[-2]):
-                    stale |= set(models) - {m}
-    else:
-        logger.warning("the search for common units stopped after %d sweeps with steps still to be made", MAX_SWEEPS)
+    trace = descend(
+        models,
+        best,
+        lambda m: together.improve(m, seed, progress),
+        lambda m: set(models) - {m},
+        np.random.default_rng(seed),
+    )
     # The universe has no units of its own: any element of the group, applied to all models, is as good.
     home = together.permutations[0].inverse()
     together.permutations = tuple(home @ p for p in together.permutations)
     found = tuple(quality(together.problem(m)) for m in models)
-    return Alignment(together.permutations, 0, (tuple(trace),), found)
+    return Alignment(together.permutations, 0, (trace,), found)
 
 
 def _unit_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fxmerge.evidence import weights
+from fxmerge.evidence.weights import Slices
 from fxmerge.matching.assignment import Scores, descendants
+from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.search import MAX_SWEEPS, TOLERANCE, floats
+from fxmerge.matching.search import floats
 from fxmerge.matching.zipping import Zipped, zip_blocks
-from fxmerge.similarity import weights
-from fxmerge.similarity.weights import Slices
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis
@@ -175,6 +176,16 @@ class _Problem:
         names = {a.parameter for a in self.symmetry.layout if any(n in moved for n, _ in a.roles)}
         self.value = self.value | {name: self._kept(name) for name in names}
 
+    def improve(self, number: int, zipped: Ids) -> float:
+        """Merges units of a class if the objective rises by it, and returns the objective."""
+        before, at = self.objective(), ([list(own) for own in self.labels], self.value)
+        self.take(number, zipped)
+        after = self.objective()
+        if rises(before, after):
+            return after
+        self.labels, self.value = at
+        return before
+
 
 def match_zip(
     symmetry: Symmetry,
@@ -216,27 +227,18 @@ def match_zip(
         for n in rng.permutation(classes).tolist():
             problem.take(n, zipped(n).labels)
             bar.update()
-        trace = [problem.objective()]
-        stale = set(classes) if problem.mix.weights > 0 else set()
-        for _ in range(MAX_SWEEPS):
-            if not stale:
-                break
-            for n in rng.permutation(sorted(stale)).tolist():
-                stale.discard(n)
-                bar.update()
-                at = [list(own) for own in problem.labels], problem.value
-                problem.take(n, zipped(n).labels)
-                now = problem.objective()
-                if not now > trace[-1] + 1e-9 * abs(trace[-1]):  # NaN is no gain.
-                    problem.labels, problem.value = at
-                    continue
-                if now - trace[-1] > TOLERANCE * abs(trace[-1]):
-                    stale |= _neighbours(symmetry, n, classes)
-                trace.append(now)
+        trace = descend(
+            classes if problem.mix.weights > 0 else (),
+            problem.objective(),
+            lambda n: problem.improve(n, zipped(n).labels),
+            lambda n: _neighbours(symmetry, n, classes),
+            rng,
+            bar,
+        )
     consumed = frozenset(axis for axis, kind in flow.items() if kind is Flow.CONSUMES)
     widths = tuple(c.size for c in symmetry.units)
     units = UnitMap(symmetry.names, symmetry.layout, consumed, tuple(map(tuple, problem.labels)), widths)
-    return ZipMatch(units, tuple(trace), _within(symmetry, problem, classes))
+    return ZipMatch(units, trace, _within(symmetry, problem, classes))
 
 
 def _cells(symmetry: Symmetry, number: int) -> Ids:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.errors import NonFiniteError
+from fxmerge.evidence.moments import Moments
 from fxmerge.refitting.forms import bind
 from fxmerge.refitting.layers import Layer, Use
-from fxmerge.refitting.moments import Moments, fit
 from fxmerge.refitting.places import Places
+from fxmerge.refitting.ridge import NormalEquations, fit
 from fxmerge.refitting.sums import Summand
 
 ROWS_PER_FEATURE, MIN_ROWS = 16, 8192
@@ -81,7 +82,7 @@ class LayerFit:
         self.coefficients = [layer.read(teacher.state) for teacher in teachers]
         self.members = [layer.read(teacher.members, missing=1.0).to(self.centre) for teacher in teachers]
         groups, features, outputs = self.centre.shape
-        self.folds = Moments.folds(groups, features, outputs, self.centre.device)
+        self.folds = NormalEquations.folds(groups, features, outputs, self.centre.device)
         self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // (sum(alike.values()) * len(layer.uses)) + 1
         self.alike = alike
         self.seen: Counter[Shares] = Counter()
@@ -153,7 +154,7 @@ class LayerFit:
             raise not_finite(self.layer)
         found = fit(self.folds)
         self.layer.write(state, self.centre + found.step)
-        self.held_out = found.held_out * sum(fold.targets for fold in self.folds)
+        self.held_out = found.held_out * sum(fold.targets.square for fold in self.folds)
         return {
             "before": found.before,
             "after": found.after,
@@ -161,13 +162,13 @@ class LayerFit:
             "ridge": found.ridge,
             "rank": found.rank,
             "features": self.centre.shape[1],
-            "rows": sum(fold.rows for fold in self.folds),
+            "rows": sum(fold.targets.rows for fold in self.folds),
             "seconds": time.perf_counter() - self.began,
         }
 
     def output_error(self, number: int | None) -> float:
         """What the outputs of a parent, or those of the fit on rows held out, miss of the variance of the targets."""
-        variance = sum(self.folds[1:], start=self.folds[0]).variance
+        variance = sum(self.folds[1:], start=self.folds[0]).targets.spread
         missed = self.held_out if number is None else self.missed[number]
         return missed / variance if variance > 0 else math.nan
 
@@ -205,21 +206,15 @@ class Statistics:
 
     def __init__(self, names: tuple[str, str], nodes: Sequence[fx.Node]) -> None:
         self.names, self.nodes = names, nodes
-        self.count: float = 0.0
-        self.sums: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
+        self.moments = Moments()
 
     def add(self, values: Values, weight: float) -> None:
         """Takes in what the nodes of the merged network compute on a batch."""
         for node in self.nodes:
-            x = values[node.args[0]].transpose(0, 1).flatten(1).double()  # type: ignore[index]
-            self.count += weight * x.shape[1]
-            self.sums = self.sums + weight * x.sum(1)
-            self.squares = self.squares + weight * x.square().sum(1)
+            x = values[node.args[0]].transpose(0, 1).flatten(1).T.double()  # type: ignore[index]
+            self.moments += Moments.of(x, weight)
 
     def settle(self, state: dict[str, Tensor]) -> None:
         """Puts the mean and the variance into a state dict."""
-        mean = torch.as_tensor(self.sums) / self.count
-        variance = (torch.as_tensor(self.squares) / self.count - mean**2).clamp(min=0)
-        for name, value in zip(self.names, (mean, variance), strict=True):
+        for name, value in zip(self.names, (self.moments.mean, self.moments.variance), strict=True):
             state[name] = value.to(state[name])

@@ -14,6 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor, fx
 
+from fxmerge.evidence.moments import Moments
 from fxmerge.program import Program
 from fxmerge.refitting.gather import LayerFit, Shares, Teacher, Values
 from fxmerge.refitting.layers import Layer
@@ -77,58 +78,30 @@ class OutputDistance:
     def __init__(self, program: Program) -> None:
         self.nodes = program.answers
         self.missed: defaultdict[tuple[int | None, fx.Node], float] = defaultdict(float)
-        self.moments: dict[fx.Node, Spread] = {node: Spread() for node in self.nodes}
+        self.moments = dict.fromkeys(self.nodes, Moments())
 
     def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
         """Takes in a batch; see `LayerFit.add`."""
         for node in self.nodes:
             mean = reduce(torch.add, (shares[j] * _wide(theirs[node]) for j, theirs in taught.items()))
             # Scores of what is ruled out are infinite in all networks.
-            self.moments[node].add(mean.where(mean.isfinite(), 0.0), weight)
+            self.moments[node] += Moments.of(feature_rows(mean.where(mean.isfinite(), 0.0)), weight)
             for number, own in ((None, values), *taught.items()):
                 off = torch.where(own[node] == mean, 0.0, _wide(own[node]) - mean)
-                self.missed[number, node] += weight * float(off.square().sum(dtype=torch.float64))
+                self.missed[number, node] += weight * float(feature_rows(off).square().sum())
 
     def error(self, number: int | None) -> float:
         """The mean over outputs of the errors of a parent, or of the merged network; NaN where no output varies."""
-        spreads = {node: own.total for node, own in self.moments.items()}
+        spreads = {node: own.spread for node, own in self.moments.items()}
         told = [self.missed[number, node] / spread for node, spread in spreads.items() if spread > 0]
         return sum(told) / len(told) if told else math.nan
 
 
-class Spread:
-    """The sum of squared distances of outputs to the mean of each feature, over all batches.
+def feature_rows(value: Tensor) -> Tensor:
+    """An output as rows of features, in float64: shape (rows, features).
 
     Features lie along the last dimension of outputs with up to three dimensions, such as tokens, and along the second
     one of others, such as images.
-
-    Example:
-        >>> spread = Spread()
-        >>> spread.add(torch.tensor([[1.0, 5.0]]))
-        >>> spread.add(torch.tensor([[3.0, 5.0]]))
-        >>> spread.total
-        2.0
-    """
-
-    def __init__(self) -> None:
-        self.count, self.squares = 0.0, 0.0
-        self.sums: Tensor | float = 0.0
-
-    def add(self, value: Tensor, weight: float = 1.0) -> None:
-        """Takes in a batch."""
-        rows = feature_rows(value)
-        self.count += weight * len(rows)
-        self.squares += weight * float(rows.square().sum())
-        self.sums = self.sums + weight * rows.sum(0)
-
-    @property
-    def total(self) -> float:
-        """The sum; rounding may not leave less than nothing."""
-        return max(self.squares - float(torch.as_tensor(self.sums).square().sum()) / max(self.count, 1e-300), 0.0)
-
-
-def feature_rows(value: Tensor) -> Tensor:
-    """An output as rows of features, in float64: shape (rows, features).
 
     Example:
         >>> feature_rows(torch.zeros(2, 3, 4, 4)).shape

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxmerge.errors import OptionError
+from fxmerge.evidence.moments import Moments
 from fxmerge.program import Program
 from fxmerge.refitting.gather import arguments, not_finite
 from fxmerge.refitting.layers import Layer, find_layers
 from fxmerge.refitting.output_error import used_elsewhere
 from fxmerge.refitting.refit import last_layers, written_out
-from fxmerge.run import Data, Runner
+from fxmerge.run import Data, Recorder
 
 
 def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data: Data) -> tuple[dict[str, Tensor], ...]:
@@ -64,34 +65,15 @@ def _moments(
 ) -> list[tuple[Tensor, Tensor]]:
     """For every layer, the mean of each of its outputs, shape (groups, outputs), and the deviation of all."""
     coefficients = [layer.read(state) for layer in last]
-    sums = [(c.new_zeros(()), c.new_zeros(c[:, 0].shape), c.new_zeros(c[:, 0].shape)) for c in coefficients]
-    runner = _Shown(program, {use.node for layer in last for use in layer.uses})
+    moments = [Moments(sums=torch.zeros_like(own[:, 0]), squares=torch.zeros_like(own[:, 0])) for own in coefficients]
+    runner = Recorder(program, {n for layer in last for use in layer.uses for n in use.node.all_input_nodes})
     for args, kwargs in data.batches("standardizing outputs"):
         runner.call(state, args, kwargs)
         for i, (layer, own) in enumerate(zip(last, coefficients, strict=True)):
             for use in layer.uses:
-                y = use.features(arguments(use, runner.seen[use.node]), None).double() @ own
-                count, total, squares = sums[i]
-                sums[i] = count + y.shape[1], total + y.sum(1), squares + y.square().sum(1)
-    found = []
-    for layer, (count, total, squares) in zip(last, sums, strict=True):
-        mean = total / count.clamp(min=1)  # A layer that no data reach stays as it is.
-        deviation = (squares / count.clamp(min=1) - mean**2).clamp(min=0).mean().sqrt()
-        if not torch.isfinite(deviation):
+                y = use.features(arguments(use, runner.seen), None).double() @ own
+                moments[i] += Moments.of(y)
+    for layer, found in zip(last, moments, strict=True):
+        if not torch.isfinite(found.variance).all():
             raise not_finite(layer)
-        found.append((mean, deviation))
-    return found
-
-
-class _Shown(Runner):
-    """Runs a program, and keeps what some nodes are given."""
-
-    def __init__(self, program: Program, nodes: set[fx.Node]) -> None:
-        super().__init__(program)
-        self.nodes = nodes
-        self.seen: dict[fx.Node, dict[fx.Node, object]] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        if n in self.nodes:
-            self.seen[n] = {given: self.env[given] for given in n.all_input_nodes}
-        return super().run_node(n)
+    return [(found.mean, found.variance.mean().sqrt()) for found in moments]

@@ -199,6 +199,8 @@ def refit(
         errors = {number: distance.error(number) for number in (None, *everywhere)}
     elif by_layers:
         errors = of_last_layers(last_fits)
+    if all(map(math.isnan, errors.values())):  # No output varies.
+        errors = {}
     return Refitted(state, told, left, errors, held_out=by_layers)
 
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fxmerge.evidence.moments import Moments
 from fxmerge.refitting.gather import Shares, Teacher, Values, arguments, not_finite
-from fxmerge.refitting.layers import Layer
+from fxmerge.refitting.layers import Layer, Use
 
 NEVER = 1e-6
 """The deviation of an output that does not vary."""
@@ -34,16 +35,15 @@ class Repair:
         own = [layer.read(teacher.state) for teacher in teachers]
         self.coefficients = [torch.where(m > 0, c / m, 0.0) for c, m in zip(own, members, strict=True)]
         self.known = [(m > 0).any(dim=1).double() for m in members]
-        self.mine = _Sums(self.centre[:, 0])
-        self.theirs = [_Sums(self.centre[:, 0]) for _ in teachers]
+        self.mine = Moments()
+        self.theirs = [Moments() for _ in teachers]
 
     def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
         """Takes in a batch; see `LayerFit.add`."""
         for use in self.layer.uses:
-            self.mine.add(use.features(arguments(use, values), None), self.centre, weight)
+            self.mine += _outputs(use, values, self.centre, weight)
             for j, theirs in taught.items():
-                x = use.features(arguments(use, theirs), None)
-                self.theirs[j].add(x, self.coefficients[j], weight * shares[j])
+                self.theirs[j] += _outputs(use, theirs, self.coefficients[j], weight * shares[j])
 
     def settle(self, state: dict[str, Tensor]) -> dict[str, float]:
         """Puts the new coefficients into a state dict, and tells by how much the outputs were scaled."""
@@ -52,9 +52,9 @@ class Repair:
         share = [torch.where(total > 0, count / total, 0.0) for count in counts]
         mean, deviation = (
             torch.stack([s * value for s, value in zip(share, values, strict=True)]).sum(0)
-            for values in zip(*(own.moments() for own in self.theirs), strict=True)
+            for values in zip(*((own.mean, own.deviation) for own in self.theirs), strict=True)
         )
-        now, spread = self.mine.moments()
+        now, spread = self.mine.mean, self.mine.deviation
         if not bool(torch.isfinite(torch.stack([mean, deviation, now, spread])).all()):
             raise not_finite(self.layer)
         gain = torch.where((spread > NEVER) & (total > 0), deviation / spread, 1.0)
@@ -65,22 +65,7 @@ class Repair:
         return {"gain": float(gain.mean()), "rows": self.mine.rows, "seconds": time.perf_counter() - self.began}
 
 
-class _Sums:
-    """Sums of outputs and of their squares over rows."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.rows, self.count = 0, 0.0
-        self.sums, self.squares = torch.zeros_like(like), torch.zeros_like(like)
-
-    def add(self, x: Tensor, coefficients: Tensor, weight: float) -> None:
-        y = (x @ coefficients.to(x)).double()
-        self.rows += x.shape[1]
-        self.count += weight * x.shape[1]
-        self.sums += weight * y.sum(1)
-        self.squares += weight * y.square().sum(1)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """The mean and the deviation of every output."""
-        mean = self.sums / max(self.count, torch.finfo(torch.float64).tiny)
-        square = self.squares / max(self.count, torch.finfo(torch.float64).tiny)
-        return mean, (square - mean**2).clamp(min=0).sqrt()
+def _outputs(use: Use, values: Values, coefficients: Tensor, weight: float) -> Moments:
+    """The moments of what some coefficients give at a use, shape (groups, outputs)."""
+    x = use.features(arguments(use, values), None)
+    return Moments.of((x @ coefficients.to(x)).double(), weight)

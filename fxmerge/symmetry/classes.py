@@ -178,14 +178,19 @@ class _Closing(Contracted):
         own = (self.colour[self.unit[child]] == c) & (self.colour[self.unit[parent]] == p)
         child, parent = child[own], parent[own]
         raw = np.unique(child)
-        kinds = np.stack([self.unit[raw].astype(np.uint64), self.kinds[raw]])
+        clear = (
+            kinds
+            for kinds in (self.kinds, self.kinds_by_place)
+            if np.unique(np.stack([self.unit[raw].astype(np.uint64), kinds[raw]]), axis=1).shape[1] == len(raw)
+        )
+        kinds = next(clear, None)
         told = len(np.unique(np.stack([self.unit[child], self.unit[parent]]), axis=1).T)
-        if np.unique(kinds, axis=1).shape[1] < len(raw) or told < len(self.maps[c].get(p, ())):
+        if kinds is None or told < len(self.maps[c].get(p, ())):
             return None
         # By the blocks as they were: one that became one with others may hold other units in each of its parts.
         pairs = np.unique(np.stack([child, parent]), axis=1)
         seen = np.zeros(self.count, np.uint64)
-        np.add.at(seen, self.unit[pairs[0]], mix(self.kinds[pairs[0]] + mix(pairs[1])))
+        np.add.at(seen, self.unit[pairs[0]], mix(kinds[pairs[0]] + mix(pairs[1])))
         return np.unique(seen[self.members(c)], return_inverse=True)[1].astype(np.int64)
 
     def _tell_apart(self, c: int, part: Ids) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -170,9 +171,22 @@ class Contracted:
     @cached_property
     def kinds(self) -> Hashes:
         """Tells raw units of one axis apart by what each was found equal to, and a member of, by itself."""
-        kind = np.zeros(self.units.size, np.uint64)
+        return self._kinds(np.zeros(self.units.size, np.uint64), self.units.origin)
+
+    @cached_property
+    def kinds_by_place(self) -> Hashes:
+        """Tells raw units apart by their axes, too, and by which of the blocks that do not move each is a member of."""
+
+        def block(parent: Ids) -> Ids:
+            unit = self.unit[parent]
+            return np.where(self.pinned[unit], self.units.size + unit, self.units.origin(parent))
+
+        return self._kinds(mix(self.units.origin(np.arange(self.units.size))), block)
+
+    def _kinds(self, kind: Hashes, block: Callable[[Ids], Ids]) -> Hashes:
+        """`kind` and what else is known of every raw unit; `block` gives a number for what it is a member of."""
         child, parent = concatenate(self.told_member)
-        np.add.at(kind, child, mix(self.units.origin(parent)))
+        np.add.at(kind, child, mix(block(parent)))
         a, b = concatenate(self.told_equal)
         # Which equality it was tells two neighbours of one origin apart.
         sizes = [len(x) for x, _ in self.told_equal]
@@ -206,11 +220,22 @@ class Contracted:
         members = self.members(c)
         roles = []
         for axis, raw in self.on_axes.get(c, []):
-            kinds = np.zeros(len(raw), np.uint64) if len(raw) == len(members) else self.kinds[raw]
-            for kind in dict.fromkeys(kinds.tolist()):
-                some = raw[kinds == kind]
-                some = some[np.argsort(self.unit[some])]
-                if not np.array_equal(self.unit[some], np.sort(members)):
-                    return None
-                roles.append(Role(axis, some[np.argsort(np.argsort(members))]))
+            several = len(raw) > len(members)
+            parts = self._parts(raw, self.kinds[raw] if several else np.zeros(len(raw), np.uint64), members)
+            if parts is None and several:
+                parts = self._parts(raw, self.kinds_by_place[raw], members)
+            if parts is None:
+                return None
+            roles += [Role(axis, part) for part in parts]
         return roles
+
+    def _parts(self, raw: Ids, kinds: Hashes, members: Ids) -> list[Ids] | None:
+        """The raw units of each kind in the order of the members that they are; None if any kind lacks a member."""
+        parts = []
+        for kind in dict.fromkeys(kinds.tolist()):
+            some = raw[kinds == kind]
+            some = some[np.argsort(self.unit[some])]
+            if not np.array_equal(self.unit[some], np.sort(members)):
+                return None
+            parts.append(some[np.argsort(np.argsort(members))])
+        return parts

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from fxmerge.symmetry.base import ClassAxis, Group
 from fxmerge.symmetry.structure import combinations
-
-if TYPE_CHECKING:
-    from fxmerge.symmetry.group import ClassAxis, Symmetry
 
 SHOWN = 4
 """How many axes of a class are listed."""
 
 
-def describe(symmetry: Symmetry) -> str:
+def describe(symmetry: Group) -> str:
     """The report that `str(symmetry)` gives."""
     movable, pinned = symmetry.classes[: len(symmetry.units)], symmetry.classes[len(symmetry.units) :]
     shapes = {a.parameter: a.shape for a in symmetry.layout}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.base import Group
+
+G = TypeVar("G", bound=Group)
 
 
-def freeze(symmetry: Symmetry, numbers: Iterable[int], why: Callable[[str], str]) -> tuple[Symmetry, tuple[str, ...]]:
+def freeze(symmetry: G, numbers: Iterable[int], why: Callable[[str], str]) -> tuple[G, tuple[str, ...]]:
     """The symmetry in which some classes no longer move.
 
     What is nested in a class that does not move, does not move either, and a class is nested in others only
@@ -55,7 +56,7 @@ def freeze(symmetry: Symmetry, numbers: Iterable[int], why: Callable[[str], str]
     return smaller, tuple(symmetry.names[n] for n in sorted(gone))
 
 
-def demote(symmetry: Symmetry, numbers: Iterable[int]) -> Symmetry:
+def demote(symmetry: G, numbers: Iterable[int]) -> G:
     """The symmetry without classes that failed verification, and without what moves along with them."""
     smaller, names = freeze(symmetry, numbers, lambda name: f"{name} failed verification")
     return replace(smaller, demoted=(*symmetry.demoted, *names))

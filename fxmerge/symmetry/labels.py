@@ -27,7 +27,7 @@ class Labels:
     """What is known of one tensor: its unit columns and its inert columns.
 
     `parameter` is set while the tensor is no more than a rearrangement of that parameter's entries; `is_mask` where the
-    graph has it as a tensor of truth values.
+    graph has it as a tensor of truth values; `is_zero` where it is a product with zeros.
     """
 
     shape: Shape
@@ -35,6 +35,7 @@ class Labels:
     inert: tuple[Tensor, ...] = ()
     parameter: str | None = None
     is_mask: bool = False
+    is_zero: bool = False
 
     @property
     def ndim(self) -> int:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.models import same_draws
 from fxmerge.program import Program
+from fxmerge.run import Recorder
 from fxmerge.symmetry.columns import support
 from fxmerge.symmetry.double import in_double
 from fxmerge.symmetry.labels import Labels, inert, pin, reduce
@@ -90,20 +91,6 @@ def _pattern(leaf: Any) -> Any:
     return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
 
 
-class _Observer(fx.Interpreter):
-    """Runs a graph and keeps what some ops are called with."""
-
-    def __init__(self, graph: fx.GraphModule, ops: set[Any]) -> None:
-        super().__init__(graph, garbage_collect_values=True)
-        self.ops = ops
-        self.seen: dict[fx.Node, tuple[Any, Any]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function" and n.target in self.ops:
-            self.seen[n] = pytree.tree_map_only(Tensor, Tensor.clone, self.fetch_args_kwargs_from_env(n))
-        return super().run_node(n)
-
-
 def _observe(program: Program, ops: set[Any]) -> dict[fx.Node, tuple[Any, Any]]:
     example = program.aten.example
     if example is None or any(t.device.type == "meta" for t in program.aten.state.values()):
@@ -113,10 +100,11 @@ def _observe(program: Program, ops: set[Any]) -> dict[fx.Node, tuple[Any, Any]]:
         next(inputs) if kind == "input" else {**program.parameters, **program.constants}[name]
         for kind, name in program.sources.values()
     ]
-    observer = _Observer(program.graph, ops)
+    probed = [n for n in program.graph.graph.nodes if n.op == "call_function" and n.target in ops]
+    recorder = Recorder(program, {operand for n in probed for operand in n.all_input_nodes})
     with torch.no_grad(), same_draws(*values):
-        observer.run(*values)
-    return observer.seen
+        recorder.run(*values)
+    return {n: fx.map_arg((n.args, n.kwargs), recorder.seen.__getitem__) for n in probed}
 
 
 @dataclass

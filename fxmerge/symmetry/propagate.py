@@ -26,6 +26,7 @@ from fxmerge.symmetry.parts import COMMUTATIVE, Part, combine, parts
 from fxmerge.symmetry.probe import Prober
 from fxmerge.symmetry.relate import relate
 from fxmerge.symmetry.rules import elementwise, movement
+from fxmerge.symmetry.rules.random import draws
 from fxmerge.symmetry.units import Ids, UnitGraph, distinct, mix
 
 logger = logging.getLogger(__name__)
@@ -140,8 +141,9 @@ def _rows_summed_apart(found: Propagation, known: Mapping[Axis, Ids]) -> dict[Ax
             continue
         alike = np.unique(blocks[axis.ids[(summed & ~bound)[axis.ids]]], return_counts=True)[1]
         if (alike > 1).any():
-            rows = [d for n, d in found.axes if n == name and d != dim and (n, d) not in known]
-            splits |= {(name, d): np.arange(_length(found.axes[name, d], d)) for d in rows}
+            rows = {d: _length(found.axes[n, d], d) for n, d in found.axes if n == name and d != dim}
+            apart = {d: n for d, n in rows.items() if (name, d) not in known or known[name, d].max() + 1 < n}
+            splits |= {(name, d): np.arange(n) for d, n in apart.items()}
     return splits
 
 
@@ -166,13 +168,27 @@ class _Walk(fx.Interpreter):
         self.free = free
         self.found = Propagation(program, UnitGraph(), {})
         self.failed: dict[fx.Node, Exception] = {}
+        self.fixed: set[fx.Node] = set()
+        self.written: list[fx.Node] = []
         self.wide: dict[int, tuple[Tensor, Tensor]] = {}
         self.parts = parts(program.graph.graph, self._combines, self._moves)
 
     def run_all(self) -> Propagation:
         with torch.no_grad():
             self.run(*(None for _ in self.program.graph.graph.find_nodes(op="placeholder")))
+        self.found.units.keep({n.name for n in self._read()})
         return self.found
+
+    def _read(self) -> set[fx.Node]:
+        """The nodes on which outputs depend: an op that takes only the shape of its operand gives a constant."""
+        read: set[fx.Node] = set()
+        open_ = [self.program.graph.graph.output_node(), *self.written]
+        while open_:
+            node = open_.pop()
+            if node not in read and node not in self.fixed:
+                read.add(node)
+                open_ += node.all_input_nodes
+        return read
 
     def run_node(self, n: fx.Node) -> Any:
         self.found.units.node = n.name
@@ -192,6 +208,8 @@ class _Walk(fx.Interpreter):
             self.found.labels[n.name] = value
         elif isinstance(value, Deferred):
             self.found.deferred[n.name] = value
+        elif isinstance(value, Tensor) or n.name.startswith("sym_"):
+            self.fixed.add(n)
         return value
 
     def _placeholder(self, n: fx.Node) -> Any:
@@ -253,6 +271,9 @@ class _Walk(fx.Interpreter):
 
     def _call(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         if not _labels_in((args, kwargs)):
+            if draws(n.target, args, kwargs):  # Other numbers at each call, which may be equal by chance.
+                shape = shape_of(n)
+                return [inert(s) for s in shape] if isinstance(shape, list) else inert(shape)
             with same_draws(*args):
                 return self._compute(n, args, kwargs)
         if n.meta.get("val") is None and not n.users:
@@ -276,9 +297,10 @@ class _Walk(fx.Interpreter):
         if value is not NotImplemented:
             moved = {v.parameter for v in _labels_in(value)}
             for v in _labels_in((args, kwargs)):
-                if v.parameter not in moved:
+                if v.parameter not in moved and site.meets.get(v.parameter or "", True):
                     self._use(v)
-            return value
+            is_zero = isinstance(value, Labels) and value.is_zero
+            return torch.zeros(value.shape, dtype=n.meta["val"].dtype) if is_zero else value
         args, kwargs = self._settled(n, args, kwargs)
         for v in _labels_in((args, kwargs)):
             self._use(v)
@@ -311,6 +333,7 @@ class _Walk(fx.Interpreter):
     def _write(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """An op in place, which a trace leaves where it writes to a constant: all that it reads is pinned, and of what
         it writes to, and what that is a view of, it is only known that positions differ."""
+        self.written.append(n)
         for v in _labels_in((args, kwargs)):
             self._use(v)
             pin(self.found.units, v, f"{n.name}: written in place")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from fxmerge.errors import PermutationError, SpecError
+from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.classes import UnitClass
 from fxmerge.symmetry.contracted import Role
 from fxmerge.symmetry.freeze import freeze
-from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.outputs import FreeOutput
 from fxmerge.symmetry.overrides import REQUESTED, pinned_axes
 from fxmerge.symmetry.propagate import Axis
@@ -23,6 +23,8 @@ from fxmerge.symmetry.spec import KIND, VERSION, slots
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import AxisLayout
 
+G = TypeVar("G", bound=Group)
+
 LEFT_OUT = "left out of the spec"
 """The reason given for indices that belong to no class of a spec and are not pinned in it."""
 
@@ -30,7 +32,7 @@ TRIALS = 8
 LIMIT = 1 << 31
 
 
-def from_json(source: str | Path) -> Symmetry:
+def from_json(source: str | Path, kind: type[G]) -> G:
     """The symmetry that a JSON text, or a file with one, describes; see `Symmetry.from_json`.
 
     Raises:
@@ -46,7 +48,7 @@ def from_json(source: str | Path) -> Symmetry:
     error = spec.get("error")
     if error is not None and (isinstance(error, bool) or not isinstance(error, (int, float))):
         raise SpecError(f"The spec has the error {error!r}; it is a number, or null before verification.")
-    symmetry = Symmetry(
+    symmetry = kind(
         units,
         layout,
         stuck,
@@ -280,7 +282,7 @@ def _check_even(c: UnitClass, units: list[UnitClass], where: str) -> None:
         )
 
 
-def _check_moves(symmetry: Symmetry) -> None:
+def _check_moves(symmetry: Group) -> None:
     """Wherever the parents of a class may go, there must be places for its units."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(TRIALS if any(c.parents for c in symmetry.units) else 0):

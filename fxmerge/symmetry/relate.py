@@ -204,28 +204,50 @@ def relate_inert(
         known: inert columns to which the units are related already. Two units may meet the same positions in each
             inert column, and still not the same pairs of positions in two.
     """
-    dims = support(column)
-    new, old = ([f for f in fs if any(d in dims for d in support(f))] for fs in (factors, known))
-    joint = joint_column(new + old) if new else None
-    if joint is None:
+    told = _told_apart(column, factors, known)
+    if told is None:
         return False
-    shared = [d for d in dims if d in support(joint)]
-    size = math.prod(column.shape[d] for d in shared)
-    rows = core(joint, shared + [d for d in support(joint) if d not in shared]).reshape(size, -1).numpy()
-    place = number_rows(np.ascontiguousarray(rows))[:, None]
-    ids, unit = np.unique(core(column, shared + [d for d in dims if d not in shared]).numpy(), return_inverse=True)
-    seen = _seen(unit.reshape(size, -1), place)
-    _, part, count = np.unique(seen, return_inverse=True, return_counts=True)
+    ids, part, along = told
+    count = np.bincount(part)
     if len(count) == 1:
         return False
     alone = count[part] == 1
     # A position elsewhere than along the column may tell rows of a parameter apart, rather than these units.
-    units.pin(ids[alone], reason, final=set(support(joint)) <= set(dims))
+    units.pin(ids[alone], reason, final=along)
     if not alone.all():
         block = units.fresh(len(count), ("fixed", reason))
         units.pin(block, reason)
         units.include(ids[~alone], block[part[~alone]])
     return bool(alone.all())
+
+
+def _told_apart(
+    column: Tensor, factors: Sequence[Tensor], known: Sequence[Tensor] = ()
+) -> tuple[Ids, Ids, bool] | None:
+    """The units of a column, which of them meet the same inert positions, and whether these are along the column only.
+
+    None where no inert position is along the column.
+    """
+    dims = support(column)
+    new, old = ([f for f in fs if any(d in dims for d in support(f))] for fs in (factors, known))
+    if not new:
+        return None
+    joint = cast(Tensor, joint_column([_rows_along(f, dims) for f in (*new, *old)]))
+    shared = [d for d in dims if d in support(joint)]
+    size = math.prod(column.shape[d] for d in shared)
+    place = np.unique(core(joint, shared).reshape(size, 1).numpy(), return_inverse=True)[1].reshape(size, 1)
+    ids, unit = np.unique(core(column, shared + [d for d in dims if d not in shared]).numpy(), return_inverse=True)
+    part = np.unique(_seen(unit.reshape(size, -1), place), return_inverse=True)[1]
+    return ids, part, all(set(support(f)) <= set(dims) for f in (*new, *old))
+
+
+def _rows_along(column: Tensor, dims: Sequence[int]) -> Tensor:
+    """The column along those of some dimensions on which it depends: a number for all that lies at each place there."""
+    kept, rest = ([d for d in support(column) if (d in dims) is is_kept] for is_kept in (True, False))
+    if not rest:
+        return column
+    rows = core(column, kept + rest).reshape(math.prod(column.shape[d] for d in kept), -1).numpy()
+    return spread(torch.from_numpy(number_rows(np.ascontiguousarray(rows))), tuple(column.shape), kept)
 
 
 def _seen(unit: Ids, beside: Ids) -> Hashes:
@@ -250,44 +272,75 @@ def relate_sets(
     along = gone.intersection(support(column))
     others = [c for c in others if along.intersection(support(c))]
     factors = [f for f in factors if along.intersection(support(f))]
-    joint = joint_column([*others, *factors])
-    if joint is None:
+    beside = (*others, *factors)
+    if not beside:
         return None
-    dims = sorted({*support(column), *support(joint)}, key=lambda d: (d in gone, d))
-    kept = [d for d in dims if d not in gone]
-    shape = math.prod(column.shape[d] for d in kept), -1
-    at, beside = (core(c, dims).reshape(shape).numpy() for c in (column, joint))
-    beside = np.unique(beside, return_inverse=True)[1].reshape(at.shape)
-    real = at != NOTHING
-    place, (ids, unit) = np.nonzero(real)[0], np.unique(at[real], return_inverse=True)
-    if not len(ids):
-        return None
-    entries, entry = np.unique(place * len(ids) + unit, return_inverse=True)
-    place, member = entries // len(ids), entries % len(ids)
-    seen = _seen(entry, beside[real])
-    if not _varying(place, seen).any():
+    # All that a unit meets at a place of its own is compared first: this is far less than every meeting.
+    whole = _Sets.of(column, [_rows_along(c, support(column)) for c in beside], gone)
+    if not whole.irregular(np.zeros_like(whole.ids)).any():
         return None
     # Units that are told apart may meet others than each other.
-    part = np.zeros(len(ids), np.int64)
-    if factors:
-        relate_inert(units, column, factors, reason)
-        inert = core(cast(Tensor, joint_column(factors)), dims).reshape(shape).numpy()[real]
-        part = np.unique(_seen(unit, np.unique(inert, return_inverse=True)[1]), return_inverse=True)[1]
+    relate_inert(units, column, factors, reason)
+    told = _told_apart(column, factors)
+    part = np.zeros_like(whole.ids) if told is None else told[1][np.searchsorted(told[0], whole.ids)]
     for other in others:
         relate(units, column, other, reason)
         met = cast(Pairs, meet(column, other))
-        part = np.unique(part * len(met.a_count) + met.a_part[np.searchsorted(met.a, ids)], return_inverse=True)[1]
-    irregular = _varying(place * len(ids) + part[member], seen)
+        one = met.a_part[np.searchsorted(met.a, whole.ids)]
+        part = np.unique(part * len(met.a_count) + one, return_inverse=True)[1]
+    if not whole.irregular(part).any():
+        return None
+    sets = _Sets.of(column, beside, gone)
+    irregular = sets.irregular(part)
     if not irregular.any():
         return None
-    units.pin(distinct(ids[member[irregular]]), f"{reason}: reduced in an irregular pattern")
-    rows = number_rows(np.ascontiguousarray(at * (int(beside.max()) + 1) + beside))
-    return spread(torch.from_numpy(rows), tuple(column.shape), kept)
+    units.pin(distinct(sets.ids[sets.member[irregular]]), f"{reason}: reduced in an irregular pattern")
+    return spread(torch.from_numpy(number_rows(sets.rows)), tuple(column.shape), sets.kept)
 
 
-def _varying(key: Ids, seen: Hashes) -> np.ndarray:
-    """Which entries have a key that occurs with several numbers."""
-    _, first, number = np.unique(key, return_index=True, return_inverse=True)
-    varying = np.zeros(len(first), bool)
-    varying[number[seen != seen[first[number]]]] = True
-    return varying[number]
+@dataclass(frozen=True)
+class _Sets:
+    """What the units of a column meet in each set of positions that a reduction takes together.
+
+    Attributes:
+        kept: the dimensions that tell the sets apart.
+        rows: for every set, what is at each of its positions, as a number.
+        ids: the units.
+        place, member, seen: for every unit of every set, the number of the set, that of the unit among `ids`, and a
+            number for what it meets there.
+    """
+
+    kept: list[int]
+    rows: Ids
+    ids: Ids
+    place: Ids
+    member: Ids
+    seen: Hashes
+
+    @staticmethod
+    def of(column: Tensor, beside: Sequence[Tensor], gone: set[int]) -> _Sets:
+        joint = cast(Tensor, joint_column(beside))
+        dims = sorted({*support(column), *support(joint)}, key=lambda d: (d in gone, d))
+        kept = [d for d in dims if d not in gone]
+        shape = math.prod(column.shape[d] for d in kept), -1
+        at, met = (core(c, dims).reshape(shape).numpy() for c in (column, joint))
+        met = np.unique(met, return_inverse=True)[1].reshape(at.shape)
+        real = at != NOTHING
+        ids, unit = np.unique(at[real], return_inverse=True)
+        entries, entry = np.unique(np.nonzero(real)[0] * len(ids) + unit, return_inverse=True)
+        seen = _seen(entry, met[real]) if len(ids) else np.zeros(0, np.uint64)
+        rows = np.ascontiguousarray(at * (int(met.max()) + 1) + met)
+        return _Sets(kept, rows, ids, entries // max(len(ids), 1), entries % max(len(ids), 1), seen)
+
+    def irregular(self, part: Ids) -> np.ndarray:
+        """Which units of which sets are in one part with others of the set that meet something else.
+
+        Arguments:
+            part: for every unit, the number of its part.
+        """
+        _, first, number = np.unique(
+            self.place * len(self.ids) + part[self.member], return_index=True, return_inverse=True
+        )
+        varying = np.zeros(len(first), bool)
+        varying[number[self.seen != self.seen[first[number]]]] = True
+        return varying[number]

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fxmerge.errors import SpecError
+from fxmerge.program import Program
+from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.ranges import write_ranges
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import AxisLayout
-
-if TYPE_CHECKING:
-    from fxmerge.program import Program
-    from fxmerge.symmetry.group import Symmetry
 
 KIND, VERSION = "symmetry", 1
 WIDTH = 110
 """An object that fits into a line of this width is written in one."""
 
 
-def to_json(symmetry: Symmetry) -> str:
+def to_json(symmetry: Group) -> str:
     """The text from which `fxmerge.symmetry.readspec.from_json` makes the same symmetry.
 
     Every list of numbers is written as ranges; see `fxmerge.symmetry.ranges`.
@@ -121,7 +119,7 @@ def slots(dim: int, size: int, apart: dict[int, Ids]) -> tuple[tuple[int, ...], 
     return tuple(dims), np.ascontiguousarray(slot.transpose([(*others, dim).index(d) for d in dims]))
 
 
-def check_fits(symmetry: Symmetry, program: Program) -> None:
+def check_fits(symmetry: Group, program: Program) -> None:
     """A symmetry that is used with a model must be of its parameters.
 
     Raises:

@@ -7,7 +7,7 @@ units. Rules never loop over units; they hand over arrays of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +131,15 @@ class UnitGraph:
             if axis is not None:
                 nodes[axis].add(node)
         return nodes
+
+    def keep(self, nodes: Collection[str]) -> None:
+        """Forgets the facts of all graph nodes but these."""
+        nodes = {"", *nodes}
+        for kind in ("equal", "member", "pinned", "used", "contracted", "summed"):
+            facts, at = getattr(self, kind), getattr(self, f"{kind}_at")
+            kept = [i for i, node in enumerate(at) if node in nodes]
+            setattr(self, kind, [facts[i] for i in kept])
+            setattr(self, f"{kind}_at", [at[i] for i in kept])
 
     def equate(self, a: Ids, b: Ids) -> None:
         """Unit `a[i]` moves exactly as unit `b[i]` does, for all i."""

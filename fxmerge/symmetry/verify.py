@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,14 @@ from torch.utils import _pytree as pytree
 from fxmerge import models
 from fxmerge.capture import Args, Kwargs, check_example, evaluating, open_outputs
 from fxmerge.errors import FxmergeError, OptionError
+from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.double import InDouble, WithOwnStatistics, in_double
 from fxmerge.symmetry.freeze import demote
+from fxmerge.symmetry.outputs import FreeOutput
+from fxmerge.symmetry.units import Ids
 from fxmerge.units.permutation import Permutation
 
-if TYPE_CHECKING:
-    from fxmerge.symmetry.group import Symmetry
-    from fxmerge.symmetry.outputs import FreeOutput
-    from fxmerge.symmetry.units import Ids
+G = TypeVar("G", bound=Group)
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,14 @@ SMALLEST = 1e-6
 
 
 def verify(
-    symmetry: Symmetry,
+    symmetry: G,
     model: nn.Module | ExportedProgram,
     args: Args,
     kwargs: Kwargs | None = None,
     *,
     trials: int = 1,
     generator: torch.Generator | None = None,
-) -> Symmetry:
+) -> G:
     """Applies random elements of the whole group to a copy of the model in float64 and compares outputs.
 
     The parameters are perturbed first, so that what is constant at initialisation (biases, running
@@ -98,7 +98,7 @@ def verify(
     return replace(symmetry, error=worst)
 
 
-def _bisect(symmetry: Symmetry, p: Permutation, probe: Probe, tolerance: float) -> list[int]:
+def _bisect(symmetry: Group, p: Permutation, probe: Probe, tolerance: float) -> list[int]:
     """The classes without which p leaves the outputs unchanged."""
     if probe.error(symmetry.identity()) > TOLERANCE:
         raise FxmergeError(

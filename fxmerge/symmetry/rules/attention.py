@@ -7,7 +7,7 @@ import string
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry.labels import Labels
+from fxmerge.symmetry.labels import Labels, inert
 from fxmerge.symmetry.rules.contraction import contract
 from fxmerge.symmetry.rules.normalization import normalize
 from fxmerge.symmetry.rules.registry import Site, rule
@@ -39,6 +39,8 @@ def attention(
     if is_causal:
         scores = at.join(scores, torch.ones(scores.shape[-2:]).tril())
     weights = normalize(at, scores, [-1])
+    if dropout:
+        weights = at.join(weights, inert(weights.shape))
     return contract(at, [weights, value], [batch + "QK", batch + "KV"], batch + "QV")
 
 

@@ -23,11 +23,13 @@ Operand = Labels | Tensor
 
 def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: str) -> Labels:
     """The labels of `einsum(",".join(terms) + "->" + out, *operands)`, one letter per dimension."""
-    labels = [at.labels(x) for x in operands]
     size: dict[str, int] = {}
-    for x, term in zip(labels, terms, strict=True):
-        for letter, n in zip(term, x.shape, strict=True):
+    for operand, term in zip(operands, terms, strict=True):
+        for letter, n in zip(term, operand.shape, strict=True):
             size[letter] = max(n, size.get(letter, 1))
+    if at.is_zero(operands):
+        return Labels(tuple(size[letter] for letter in out), is_zero=True)
+    labels = [at.labels(x) for x in operands]
     space = out + "".join(letter for letter in size if letter not in out)
     shape = tuple(size[letter] for letter in space)
     result = Labels(shape)
@@ -146,6 +148,8 @@ def conv(
     Windows that do not overlap are contracted over their places, too.
     """
     rows, columns, *kernel = weight.shape
+    if at.is_zero([x, weight]):
+        return _biased(at, Labels(at.shape, is_zero=True), bias, len(kernel))
     w, x = at.labels(weight).reshape((groups, rows // groups, columns, *kernel)), at.labels(x)
     if isinstance(padding, str):
         if padding == "same" and any(k > 1 for k in kernel):
@@ -195,10 +199,12 @@ def conv_transpose(
     Where windows of the output touch and do not overlap, every place of a window has a weight of its own.
     """
     rows, columns, *kernel = weight.shape
+    if at.is_zero([x, weight]):
+        return _biased(at, Labels(at.shape, is_zero=True), bias, len(kernel))
     w, x = at.labels(weight).reshape((groups, rows // groups, columns, *kernel)), at.labels(x)
     spatial = len(kernel)
     zero = _all_are(padding, 0) and _all_are(output_padding, 0)
-    if zero and _all_are(dilation, 1) and _all_are(np.equal(stride, kernel), True):
+    if zero and _all_are(dilation, 1) and _all_are(np.equal(stride, kernel) | np.equal(x.shape[-spatial:], 1), True):
         return _touching(at, x, w, bias)
     # A convolution of the stretched input with the kernel turned round.
     steps, pads = (np.broadcast_to(v, spatial).tolist() for v in (stride, padding))

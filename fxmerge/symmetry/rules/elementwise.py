@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.symmetry.deferred import Deferred
-from fxmerge.symmetry.labels import Labels, inert
+from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.rules.registry import Site, rule
 
 
@@ -21,11 +21,16 @@ from fxmerge.symmetry.rules.registry import Site, rule
 )
 def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     """Joins all operands. Serves every op that torch tags as pointwise."""
+    if at.target._schema.name in _PRODUCTS and at.is_zero(args):
+        return Labels(at.shape, is_zero=True)
     operands = [at.labels(a) for a in (*args, *kwargs.values()) if isinstance(a, (Labels, Tensor))]
     result = operands[0].expand(at.shape)
     for operand in operands[1:]:
         result = at.join(result, operand)
     return result
+
+
+_PRODUCTS = ("aten::mul", "aten::multiply")
 
 
 @rule("prelu")
@@ -36,13 +41,12 @@ def prelu(at: Site, x: Labels | Tensor, slope: Labels | Tensor) -> Labels:
 
 @rule(
     *("_to_copy", "to", "clone", "alias", "detach", "contiguous", "lift_fresh_copy", "lift_fresh", "type_as"),
-    *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "native_dropout"),
     *("_conj", "resolve_conj", "_conj_physical", "resolve_neg", "_neg_view"),
     lifts="copies",
 )
-def identity(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Any:
-    """Copies, casts, and dropout in eval mode."""
-    return [x, inert(at.shape[1])] if isinstance(at.shape, list) else x
+def identity(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
+    """Copies and casts."""
+    return x
 
 
 @rule("copy")
@@ -66,17 +70,3 @@ def filled(at: Site, x: Labels | Deferred, *args: Any, **kwargs: Any) -> Labels 
 @rule("fill")
 def fill(at: Site, x: Labels, value: Labels | Tensor | float) -> Labels:
     return at.labels(value).expand(at.shape)
-
-
-@rule("rand_like", "randn_like", "randint_like")
-def random(at: Site, *args: Any, **kwargs: Any) -> Labels:
-    return inert(at.shape)
-
-
-@rule("bernoulli", "normal", "multinomial")
-def drawn(at: Site, *args: Any, **kwargs: Any) -> Labels:
-    """Which numbers are drawn depends on the places of the operands."""
-    for x in (*args, *kwargs.values()):
-        if isinstance(x, Labels):
-            at.pin(x)
-    return inert(at.shape)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -45,13 +45,14 @@ def _index(at: Site, x: Labels | Tensor, indices: Sequence[Labels | Tensor | Non
     if not any(isinstance(i, Labels) for i in indices):
         fixed = [i.to("cpu") if isinstance(i, Tensor) else None for i in indices]
         return _chosen(at, x, lambda c: torch.ops.aten.index(c, fixed))
-    labels, dims = at.labels(x), [d for d, i in enumerate(indices) if i is not None]
-    chosen = [at.labels(i) for i in indices if i is not None]
-    found = torch.broadcast_shapes(*(i.shape for i in chosen))
-    looked_up = (*labels.shape[: dims[0]], *found, *labels.shape[dims[0] + 1 :])
-    if len(dims) == 1 and (at.shape != looked_up or _is_mask(at, dims[0] - first)):
-        return _mask(at, labels, dims[0], chosen[0])
-    return _look_up(at, labels, dims, chosen)
+    labels, chosen = at.labels(x), {d: i for d, i in enumerate(_without_masks(indices)) if i is not None}
+    found = torch.broadcast_shapes(*(i.shape for i in chosen.values()))
+    if len(chosen) == 1:
+        ((dim, by),) = chosen.items()
+        looked_up = (*labels.shape[:dim], *found, *labels.shape[dim + 1 :])
+        if at.shape != looked_up or _is_mask(at, dim - first):
+            return _mask(at, labels, dim, at.labels(by))
+    return _look_up(at, labels, chosen, tuple(found))
 
 
 def _chosen(at: Site, x: Labels | Tensor, op: Callable[[Tensor], Tensor]) -> Labels:
@@ -111,16 +112,33 @@ def embedding(at: Site, weight: Operand, chosen: Operand, *args: Any, **kwargs: 
     return index(at, weight, [chosen])
 
 
-def _look_up(at: Site, x: Labels, dims: Sequence[int], chosen: Sequence[Labels]) -> Labels:
-    """`dims` of x, indexed by data, are replaced by the dimensions of the indices, which say where values differ."""
-    x = pin(at.units, x, f"{at.name}: indexed by data", dims)
-    rank = max(len(i.shape) for i in chosen)
-    first = dims[0] if list(dims) == list(range(dims[0], dims[-1] + 1)) else 0
-    after = len(at.shape) - first - rank
-    rest = tuple(1 if first <= d < first + rank else n for d, n in enumerate(at.shape))
-    y = reduce(at.units, x, dims, at.name).reshape(rest).expand(at.shape)
-    for i in chosen:
-        y = at.join(y, i.reshape((*i.shape, *(1,) * after)))
+def _look_up(at: Site, x: Labels, chosen: Mapping[int, Labels | Tensor], found: Shape) -> Labels:
+    """Some dimensions of x are replaced by those of the indices, `found`.
+
+    Data that index a dimension pin it, and say where values differ. A constant that chooses places along one dimension
+    of `found`, such as the number of each image or channel, moves its dimension there.
+    """
+    lines: dict[int, int] = {}
+    for d, i in chosen.items():
+        if isinstance(i, Tensor):
+            places = shrink(i.expand(found) % x.shape[d])
+            along = support(places)
+            if len(along) == 1 and along[0] not in lines:
+                lines[along[0]] = d
+                shape = (*x.shape[:d], found[along[0]], *x.shape[d + 1 :])
+                line = core(places, along)
+                x = move(at.units, x, lambda c, d=d, i=line: c.index_select(d, i), shape, at.name)  # type: ignore[misc]
+    data = [d for d in chosen if d not in lines.values()]
+    x = reduce(at.units, pin(at.units, x, f"{at.name}: indexed by data", data), data, at.name, keepdim=True)
+    first = min(chosen) if len(chosen) == max(chosen) - min(chosen) + 1 else 0
+    rest = [d for d in range(x.ndim) if d not in chosen]
+    order = [*rest[:first], *(lines.get(k) for k in range(len(found))), *rest[first:]]
+    kept = [d for d in order if d is not None]
+    y = x.map(lambda c: c.permute([*kept, *data]), tuple(x.shape[d] for d in (*kept, *data)))
+    y = y.reshape(tuple(1 if d is None else x.shape[d] for d in order)).expand(at.shape)
+    for d in data:
+        i = at.labels(chosen[d])
+        y = at.join(y, i.reshape((*i.shape, *(1,) * (len(rest) - first))))
     return y
 
 
@@ -305,14 +323,21 @@ def index_put(
 
 def _places_of_indices(shape: Shape, indices: Sequence[Labels | Tensor | None]) -> tuple[list[int], Tensor, int]:
     """The dimensions that constant indices stand for, the places over them, and where these lie in what is read."""
-    full: list[Any] = []
-    for i in indices:
-        is_mask = isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)
-        full += i.to("cpu").nonzero(as_tuple=True) if is_mask else [i if i is None else i.to("cpu")]  # type: ignore[union-attr]
+    full = cast(list[Tensor | None], _without_masks(indices))
     dims = [d for d, i in enumerate(full) if i is not None]
     sizes = [shape[d] for d in dims]
-    places = torch.arange(math.prod(sizes)).reshape(sizes)[tuple(full[d] for d in dims)]
+    places = torch.arange(math.prod(sizes)).reshape(sizes)[tuple(i for i in full if i is not None)]
     return dims, places, dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
+
+
+def _without_masks(indices: Sequence[Labels | Tensor | None]) -> list[Labels | Tensor | None]:
+    """Indices with the numbers of the places in place of each constant mask."""
+    full: list[Labels | Tensor | None] = []
+    for i in indices:
+        fixed = i.to("cpu") if isinstance(i, Tensor) else i
+        is_mask = isinstance(fixed, Tensor) and fixed.dtype in (torch.bool, torch.uint8)
+        full += fixed.nonzero(as_tuple=True) if is_mask else [fixed]  # type: ignore[union-attr]
+    return full
 
 
 def _put_by_data(at: Site, x: Labels, indices: Sequence[Labels | Tensor | None], source: Labels) -> Labels:

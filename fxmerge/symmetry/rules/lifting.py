@@ -16,6 +16,7 @@ from fxmerge.symmetry.deferred import Chosen, Deferred, Index, lead
 from fxmerge.symmetry.labels import Labels, constant, move, reduce
 from fxmerge.symmetry.labels import join as join_labels
 from fxmerge.symmetry.rules.contraction import use_apart
+from fxmerge.symmetry.rules.random import draws
 from fxmerge.symmetry.rules.registry import LIFTS, TAKES, Rule, Site, Value
 from fxmerge.symmetry.units import UnitGraph
 
@@ -26,7 +27,7 @@ def apply(rule: Rule, at: Site, args: Any, kwargs: Any) -> Value:
     """What a rule says of operands some of which may be `Deferred`; NotImplemented if it does not serve this call."""
     if not any(_leaves((args, kwargs), Deferred)) or getattr(rule, TAKES, False):
         return rule(at, *args, **kwargs)
-    how = getattr(rule, LIFTS, "")
+    how = "" if draws(at.target, args, kwargs) else getattr(rule, LIFTS, "")
     if how in ("copies", "views") and args[0].shape == at.shape and _holds(at, args[0]):
         return args[0]
     if how == "joins":

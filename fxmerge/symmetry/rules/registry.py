@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,8 @@ class Site:
     """Where a rule is applied: the unit graph it writes to, the node's name and op, and the shape of its output.
 
     Where the op has several outputs, `shape` is a list of shapes, and `used` tells which of them are read. `node` is
-    the node itself, if the op is one of a graph.
+    the node itself, if the op is one of a graph. `meets` tells of every parameter that the op multiplies whether it
+    meets anything but zeros.
     """
 
     units: UnitGraph
@@ -32,6 +33,15 @@ class Site:
     shape: Any
     used: frozenset[int] = frozenset()
     node: fx.Node | None = None
+    meets: dict[str, bool] = field(default_factory=dict)
+
+    def is_zero(self, factors: Sequence[Labels | Deferred | Tensor | float]) -> bool:
+        """Whether one of some factors is a constant of zeros, so that their product does not depend on the others."""
+        zero = any(_is_zero(x) for x in factors)
+        for x in factors:
+            if isinstance(x, Labels) and x.parameter is not None:
+                self.meets[x.parameter] = self.meets.get(x.parameter, False) or not zero
+        return zero
 
     def labels(self, value: Labels | Deferred | Tensor | float) -> Labels:
         """The labels of an operand, which may be a constant."""
@@ -59,6 +69,10 @@ class Site:
     def pin(self, x: Labels, dims: Iterable[int] | None = None) -> Labels:
         """The labels after an op that depends on the order of positions along `dims` (by default all)."""
         return pin(self.units, x, self.name, dims)
+
+
+def _is_zero(x: Labels | Deferred | Tensor | float) -> bool:
+    return not (x.is_meta or bool(x.any())) if isinstance(x, Tensor) else isinstance(x, (int, float)) and x == 0
 
 
 Rule = Callable[..., Value]

@@ -1,14 +1,15 @@
-"""Second moments of a layer's features and targets, gathered in pieces, and the ridge regression they give."""
+"""The normal equations of a layer's features and targets, gathered in pieces, and the ridge regression they give."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fxmerge.evidence.moments import Moments
 from fxmerge.ordering import error_of
 
 RIDGES = tuple(10.0**power for power in range(1, -6, -1))
@@ -25,40 +26,34 @@ MARGIN, NEGLIGIBLE = 0.01, 1e-10
 
 
 @dataclass
-class Moments:
-    """Sums over rows: of products of features, of features with what is to be explained, and of squares.
+class NormalEquations:
+    """Sums over rows of products of features, and of features with what is to be explained.
 
     Attributes:
         features: shape (groups, features, features).
         cross: features with residuals, shape (groups, features, outputs).
         residuals: sum of squares of what the centre leaves over.
-        targets: sum of squares of the targets.
-        sums: sums of the targets, shape (groups, outputs).
-        mass: how much all rows count together, in each group.
-        rows: the number of rows.
+        targets: the moments of the targets, shape (groups, outputs).
     """
 
     features: Tensor
     cross: Tensor
-    sums: Tensor
     residuals: float = 0.0
-    targets: float = 0.0
-    mass: float = 0.0
-    rows: int = 0
+    targets: Moments = field(default_factory=Moments)
 
     @classmethod
-    def folds(cls, groups: int, features: int, outputs: int, device: torch.device) -> list[Moments]:
+    def folds(cls, groups: int, features: int, outputs: int, device: torch.device) -> list[NormalEquations]:
         """One for each part of the data, still empty."""
         size = groups * features * (features + outputs) * torch.float64.itemsize
         count = min(max(FOLD_MEMORY // max(size, 1), LEAST_FOLDS), FOLDS)
         return [cls.none(groups, features, outputs, device) for _ in range(count)]
 
     @classmethod
-    def none(cls, groups: int, features: int, outputs: int, device: torch.device) -> Moments:
+    def none(cls, groups: int, features: int, outputs: int, device: torch.device) -> NormalEquations:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        return cls(zeros(groups, features, features), zeros(groups, features, outputs), zeros(groups, outputs))
+        return cls(zeros(groups, features, features), zeros(groups, features, outputs))
 
     def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float) -> None:
         """Adds rows: features of shape (groups, rows, features), targets of shape (groups, rows, outputs)."""
@@ -66,25 +61,14 @@ class Moments:
         self.features += (x.transpose(1, 2) @ x).double() * weight
         self.cross += (x.transpose(1, 2) @ rest).double() * weight
         self.residuals += float(rest.square().sum(dtype=torch.float64)) * weight
-        self.targets += float(y.square().sum(dtype=torch.float64)) * weight
-        self.sums += y.sum(1, dtype=torch.float64) * weight
-        self.mass += x.shape[1] * weight
-        self.rows += x.shape[1]
+        self.targets += Moments.of(y, weight)
 
-    @property
-    def variance(self) -> float:
-        """The sum of squares of the targets around their means; rounding may not leave less than nothing."""
-        return max(self.targets - float(self.sums.square().sum()) / max(self.mass, 1e-300), 0.0)
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        return NormalEquations(
             self.features + other.features,
             self.cross + other.cross,
-            self.sums + other.sums,
             self.residuals + other.residuals,
             self.targets + other.targets,
-            self.mass + other.mass,
-            self.rows + other.rows,
         )
 
     def error(self, step: Tensor) -> float:
@@ -112,15 +96,15 @@ class Fit:
     rank: float
 
 
-def fit(folds: Sequence[Moments]) -> Fit:
+def fit(folds: Sequence[NormalEquations]) -> Fit:
     """Ridge regression around a centre; its strength is the one that predicts each fold best from the others.
 
     Minimises  sum of |residual - x step|^2 + ridge * scale * |step|^2, where scale is the mean of the features' sums
     of squares: where the data say nothing, there is no step.
     """
-    folds = [f for f in folds if f.rows] or folds[:1]
+    folds = [f for f in folds if f.targets.rows] or folds[:1]
     whole = _sum(folds)
-    total = max(whole.targets, torch.finfo(torch.float64).tiny)
+    total = max(whole.targets.square, torch.finfo(torch.float64).tiny)
     errors: dict[float, float] = {}
     for ridge in RIDGES:
         errors[ridge] = sum(_missed(own, folds, ridge) for own in folds) if len(folds) > 1 else 0.0
@@ -141,21 +125,21 @@ def fit(folds: Sequence[Moments]) -> Fit:
     return Fit(torch.zeros_like(whole.cross), math.inf, before, before, before, 0.0)
 
 
-def _missed(own: Moments, folds: Sequence[Moments], ridge: float) -> float:
+def _missed(own: NormalEquations, folds: Sequence[NormalEquations], ridge: float) -> float:
     """The error on one fold of what the others give."""
     rest = _sum([f for f in folds if f is not own])
     factor, _ = _factor(rest, ridge)
     return error_of(own.error(torch.cholesky_solve(rest.cross, factor))) if factor is not None else math.inf
 
 
-def _sum(folds: Sequence[Moments]) -> Moments:
+def _sum(folds: Sequence[NormalEquations]) -> NormalEquations:
     total = folds[0]
     for other in folds[1:]:
         total = total + other
     return total
 
 
-def _factor(moments: Moments, ridge: float) -> tuple[Tensor | None, Tensor]:
+def _factor(moments: NormalEquations, ridge: float) -> tuple[Tensor | None, Tensor]:
     """The Cholesky factor of the features' moments with the ridge, None where rounding has left them indefinite; and
     what the ridge adds for each group."""
     gram = moments.features

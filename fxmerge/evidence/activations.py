@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from fxmerge.errors import LoaderError, NonFiniteError
+from fxmerge.evidence.moments import Moments
+from fxmerge.evidence.weights import real
 from fxmerge.program import Program
 from fxmerge.recipe import Similarity
-from fxmerge.run import Data, Runner
-from fxmerge.similarity.weights import real
+from fxmerge.run import Data, Recorder
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.group import Symmetry
@@ -34,14 +34,14 @@ class Tap:
     """An activation that a contraction consumes, and where it shows the units of one class.
 
     Attributes:
-        node: name of the graph node that computes it.
+        node: the graph node that computes it.
         number: the class.
         dims: the dimensions along which the units lie.
         sizes: how many positions of each of these show the units once; along a dimension that is longer, they repeat.
         order: for every unit, its positions among these, flattened; shape (units, places per unit).
     """
 
-    node: str
+    node: fx.Node
     number: int
     dims: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -70,7 +70,7 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
                     for shown, units in views:
                         if shown == n:
                             where = torch.from_numpy(order[units].reshape(len(units), -1))
-                            taps.append(Tap(node.name, owner, dims, tuple(once.shape), where))
+                            taps.append(Tap(node, owner, dims, tuple(once.shape), where))
     return taps
 
 
@@ -152,53 +152,33 @@ def _consumed(program: Program) -> list[fx.Node]:
     return [n for n in nodes if n in operands and n not in program.sized]
 
 
-class _Tapped(Runner):
-    """Runs a model and keeps what its taps show."""
-
-    def __init__(self, program: Program, taps: Sequence[Tap]) -> None:
-        super().__init__(program)
-        self.wanted = {t.node: t.dims for t in taps}
-        self.seen: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.wanted:
-            self.seen[n.name] = value
-        return value
-
-
 Pair = tuple[int, int]
 
 
-class _Moments:
+class _Correlations:
     """Sums over rows of one class's units in several models, in units of the deviations seen in the first batch."""
 
     def __init__(self, models: int, pairs: Sequence[Pair]) -> None:
-        self.rows = 0
-        self.sums: list[Tensor | float] = [0.0] * models
-        self.squares: list[Tensor | float] = [0.0] * models
+        self.moments = [Moments()] * models
         self.products: dict[Pair, Tensor | float] = dict.fromkeys(pairs, 0.0)
 
     def add(self, rows: Sequence[Tensor]) -> None:
-        self.rows += len(rows[0])
-        for m, x in enumerate(rows):
-            self.sums[m] = self.sums[m] + x.sum(0).double()
-            self.squares[m] = self.squares[m] + x.square().sum(0).double()
+        self.moments = [own + Moments.of(x) for own, x in zip(self.moments, rows, strict=True)]
         for i, j in self.products:
             self.products[i, j] = (rows[i].T @ rows[j]).double().add_(self.products[i, j])
 
     def similarities(self, kind: Similarity) -> dict[Pair, Tensor]:
         shift, scale = [], []
-        for sums, squares in zip(self.sums, self.squares, strict=True):
-            mean = torch.as_tensor(sums) / self.rows
-            shift.append(torch.zeros_like(mean) if kind == "cosine" else mean)
-            size = (torch.as_tensor(squares) / self.rows - shift[-1] ** 2).clamp(min=0).sqrt()
+        for own in self.moments:
+            centred = kind != "cosine"
+            shift.append(own.mean if centred else torch.zeros_like(own.mean))
+            size = own.deviation if centred else (torch.as_tensor(own.squares) / own.count).sqrt()
             # A unit that never varies is similar to nothing.
             scale.append(torch.where(size > 1e-6, 1 / size, torch.zeros_like(size)))
         found = {}
         for (i, j), products in self.products.items():
-            centred = torch.as_tensor(products).div_(self.rows).addr_(shift[i], shift[j], alpha=-1)
-            found[i, j] = centred.mul_(scale[i][:, None]).mul_(scale[j]).float()
+            centred_products = torch.as_tensor(products).div_(self.moments[i].rows).addr_(shift[i], shift[j], alpha=-1)
+            found[i, j] = centred_products.mul_(scale[i][:, None]).mul_(scale[j]).float()
         return found
 
 
@@ -244,9 +224,9 @@ def similarities(
         NonFiniteError: if an activation is NaN or infinite.
     """
     taps = find_taps(found, symmetry)
-    runner = _Tapped(found.program, taps)
+    runner = Recorder(found.program, {tap.node for tap in taps})
     first: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    moments = {tap.number: _Moments(len(models), pairs) for tap in taps}
+    sums = {tap.number: _Correlations(len(models), pairs) for tap in taps}
     batches = 0
     for args, kwargs in data.batches("activations"):
         batches += 1
@@ -259,14 +239,16 @@ def similarities(
             rows = [_rows(shown[tap.node], tap) for shown in seen]
             for m, x in enumerate(rows):
                 if not torch.isfinite(x).all():
-                    raise NonFiniteError(f"An activation of {names[m]} is NaN or infinite at graph node {tap.node!r}.")
+                    raise NonFiniteError(
+                        f"An activation of {names[m]} is NaN or infinite at graph node {tap.node.name!r}."
+                    )
                 if (i, m) not in first:
                     first[i, m] = _first(x, kind)
                 rows[m] = (x - first[i, m][0]) * first[i, m][1]
-            moments[tap.number].add(rows)
+            sums[tap.number].add(rows)
     if not batches:
         raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
-    return {number: m.similarities(kind) for number, m in moments.items()}
+    return {number: m.similarities(kind) for number, m in sums.items()}
 
 
 def whole(blocks: Mapping[Pair, Tensor], models: int) -> NDArray[np.float64]:

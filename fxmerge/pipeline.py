@@ -1,0 +1,227 @@
+"""The stages between captured models and a network: prepare, match, combine, fit, emit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+
+from fxmerge import validate
+from fxmerge.evidence.activations import classes_along, similarities, units_along
+from fxmerge.job import Job
+from fxmerge.matching.models import Matching, match_models, pairs_to_correlate
+from fxmerge.notices import warn_of_outputs, warn_without_data
+from fxmerge.recipe import Average, LeastSquares, Readout, Recipe, Repair, Run
+from fxmerge.refitting.folding import folded
+from fxmerge.refitting.gather import Teacher
+from fxmerge.refitting.outputs import standardized
+from fxmerge.refitting.places import Places
+from fxmerge.refitting.refit import Lesson, Refitted, refit, written_out
+from fxmerge.reporting import Report, classes_of
+from fxmerge.rewriting.bake import bake
+from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
+from fxmerge.rewriting.combine import average
+from fxmerge.rewriting.masks import masked, pruned, voted
+from fxmerge.rewriting.task_vectors import combine_task_vectors
+from fxmerge.shared import staying, without_shared
+from fxmerge.symmetry.flow import Flow, flows
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.propagate import Axis, Propagation, propagate
+from fxmerge.units.unit_map import UnitMap
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The symmetry of the models of a job.
+
+    Attributes:
+        job: the checked models and data.
+        propagation: what the label calculus found.
+        whole: all classes of the symmetry.
+        symmetry: the symmetry without classes whose units are the same in all models.
+        still: the names of these classes.
+        flow: what every parameter axis does with its units.
+    """
+
+    job: Job
+    propagation: Propagation
+    whole: Symmetry
+    symmetry: Symmetry
+    still: frozenset[str]
+    flow: Mapping[Axis, Flow]
+
+    @staticmethod
+    def of(job: Job, recipe: Recipe, run: Run, given: Symmetry | None) -> Prepared:
+        """The symmetry that is given or else inferred; and the job with states that are ready to be matched."""
+        propagation, whole = job.symmetry(given, recipe.free, verify=run.verify)
+        assert not isinstance(recipe.match, str)
+        validate.check_class_names(recipe.match.alpha, whole)
+        flow = flows(propagation)
+        warn_of_outputs(propagation, whole, flow)
+        if recipe.outputs == "standardized" and job.data is not None:
+            with job.timed("standardizing"):
+                job = replace(job, states=standardized(job.program, job.states, job.data))
+        cut = masked(job.program, job.masks)
+        symmetry, still = without_shared(whole, flow, job.states, cut.values())
+        return Prepared(replace(job, states=pruned(job.states, cut)), propagation, whole, symmetry, still, flow)
+
+    def shared(self) -> frozenset[str]:
+        """The names of the tensors that are equal in all models, and on which no unit moves."""
+        return staying(self.symmetry, self.job.states)
+
+    def images(self, own: Sequence[np.ndarray[Any, Any]]) -> dict[str, list[int]]:
+        """For every class by name, the merged unit that each unit of one model goes into."""
+        moved = iter(own)
+        return {
+            name: (np.arange(c.size) if name in self.still else next(moved)).tolist()
+            for name, c in zip(self.whole.names, self.whole.units, strict=True)
+        }
+
+    def report(self, result: fx.GraphModule) -> Report:
+        """What is told of any result."""
+        first, after = self.job.states[0], result.state_dict()
+        return Report(
+            models=len(self.job.states),
+            shared=tuple(n for n, own in first.items() if n in self.shared() and bool((own == after[n]).all())),
+            classes=classes_of(self.symmetry),
+            demoted=self.symmetry.demoted,
+            unknown_ops=dict(self.symmetry.unknown),
+            verification_error=self.symmetry.error,
+            route=self.job.program.route,
+            seconds=dict(self.job.seconds),
+        )
+
+
+def match(
+    group: Prepared,
+    recipe: Recipe,
+    run: Run,
+    states: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+    reference: int | None,
+) -> Matching:
+    """Measures how alike units are, and matches them."""
+    job, part = group.job, recipe.match
+    assert not isinstance(part, str)
+    correlations = {}
+    if job.data is not None and part.alpha != 1:
+        pairs = pairs_to_correlate(part, len(states), reference)
+        with job.timed("activations"):
+            correlations = similarities(
+                group.propagation, group.symmetry, states, job.data, names, pairs, part.similarity
+            )
+    part = part if job.data is not None else replace(part, alpha=1.0)
+    with job.timed("matching"):
+        return match_models(
+            group.symmetry,
+            group.flow,
+            states,
+            correlations,
+            part,
+            reference,
+            seed=run.seed,
+            progress=run.progress,
+        )
+
+
+def combine(
+    group: Prepared,
+    recipe: Recipe,
+    units: UnitMap,
+    states: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+) -> dict[str, Tensor]:
+    """One state dict from those of aligned models; a base comes first."""
+    job, part = group.job, recipe.combine
+    statistics = batch_norm_statistics(job.program)
+    if job.data is None and statistics:
+        warn_without_data(states, statistics)
+    with job.timed("rewriting"):
+        if isinstance(part, Average):
+            state = voted(average(units, states, weights, statistics), job.masks)
+            if job.data is None and statistics:
+                state = folded(job.program, states, state, partial(average, units, weights=weights, statistics=()))
+            return _rederived(job, state, states, weights)
+        assert not isinstance(part, str)
+        base, *tuned = states
+        state = combine_task_vectors(part, base, tuned, weights, statistics)
+        masks = [{name: own[name] for name in job.masks} for own in tuned]
+        state |= average(UnitMap.still(len(tuned)), masks, weights, ())
+        return _rederived(job, voted(state, job.masks), tuned, weights)
+
+
+def _rederived(
+    job: Job, state: Mapping[str, Tensor], states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """A state dict with derived buffers that fit its parameters."""
+    return job.rederived(state, states[max(range(len(states)), key=weights.__getitem__)])
+
+
+def fit(
+    group: Prepared,
+    recipe: Recipe,
+    run: Run,
+    units: UnitMap,
+    states: Sequence[Mapping[str, Tensor]],
+    start: Mapping[str, Tensor],
+    weights: Sequence[float],
+    order: Sequence[int],
+) -> Refitted:
+    """Fits the layers of the merged network to what the models compute. Errors are by the numbers of the job."""
+    job, part = group.job, recipe.fit
+    assert isinstance(part, LeastSquares | Readout | Repair)
+    program = written_out(group.propagation.program)
+    with job.timed("fitting"):
+        refitted = refit(
+            program,
+            states,
+            start,
+            _lessons(job, weights, part.own, order),
+            teachers=None if not units.moving else _teachers(group, program, units, states),
+            only_last=isinstance(part, Readout),
+            repair=isinstance(part, Repair),
+            shared=group.shared(),
+            max_memory=run.memory,
+            seed=run.seed,
+            progress=run.progress,
+        )
+        state = _rederived(job, refitted.state, states, [weights[i] for i in order])
+    errors = {None if j is None else order[j]: error for j, error in refitted.errors.items()}
+    return replace(refitted, state=state, errors=errors)
+
+
+def _lessons(job: Job, weights: Sequence[float], own: float, order: Sequence[int]) -> Iterable[Lesson]:
+    """Every batch, and how much each model counts in what is to be learnt on it."""
+    assert job.data is not None
+    for owner, call in job.data.owned():
+        shares = [w if owner is None else own * (i == owner) + (1 - own) * w for i, w in enumerate(weights)]
+        yield Lesson(call, tuple(shares[i] for i in order), 1.0 if owner is None else weights[owner])
+
+
+def _teachers(group: Prepared, program: Any, units: UnitMap, states: Sequence[Mapping[str, Tensor]]) -> list[Teacher]:
+    """The models as the layers of a network with merged units learn from them."""
+    same = program is group.propagation.program
+    propagation = group.propagation if same else propagate(program)
+    classes, along = classes_along(propagation, group.symmetry), units_along(propagation, group.symmetry)
+    return [Teacher(*units.produce(state, m), Places(classes, along, units, m)) for m, state in enumerate(states)]
+
+
+def emit(group: Prepared, state: Mapping[str, Tensor], *, calibrate: bool) -> fx.GraphModule:
+    """A GraphModule with these parameters, its BatchNorm statistics re-estimated."""
+    job = group.job
+    with job.timed("rewriting"):
+        module = bake(job.program, state)
+    if job.data is not None and calibrate:
+        with job.timed("calibration"):
+            recalibrate(module, job.program, job.data, group.shared())
+    return module
+
+
+def renumbered(quality: Sequence[Mapping[str, Mapping[str, float]]], order: Collection[int]) -> tuple[Any, ...]:
+    """What is told of every matched model as plain data, in another order if one is given."""
+    plain = [{name: dict(own) for name, own in each.items()} for each in quality]
+    return tuple(plain[i] for i in order) if order else tuple(plain)

@@ -1,0 +1,234 @@
+"""The parts of a recipe: how to match, how to combine, how to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fxmerge.recipe.checks import (
+    check_alpha,
+    check_reference,
+    check_scale,
+    check_share,
+    check_weights,
+    check_word,
+    is_number,
+    wrong,
+)
+
+Alpha = float | Mapping[str, float]
+Similarity = Literal["pearson", "cosine"]
+
+DEFAULT_ALPHA = 0.5
+
+
+# -------------------------------------------------------------------------- matching
+
+
+@dataclass(frozen=True)
+class Align:
+    """Matches units one to one.
+
+    The similarity is alpha times the cosine of the units' weights, plus (1 - alpha) times the similarity of their
+    activations (MuDSC, arXiv 2403.01753, equation 5). With `alpha=1` this is the weight matching of Git Re-Basin (arXiv
+    2209.04836). Without data, weights alone count.
+
+    Attributes:
+        alpha: weight of the weight-space similarity, from 0 (activations only) to 1 (weights only). A mapping gives it
+            for classes by name, as in `Symmetry.names`; other classes have 0.5.
+        similarity: how activations of units are compared: by "pearson" correlation or by "cosine".
+        reference: the number of the model, from 0, to whose units all others are matched. None is the first of two
+            models; three or more are all matched with each other (C2M3, arXiv 2405.17897).
+
+    Raises:
+        OptionError: if a field is out of range.
+
+    Example:
+        >>> Align(alpha=1)
+        Align(alpha=1, similarity='pearson', reference=None)
+    """
+
+    alpha: Alpha = DEFAULT_ALPHA
+    similarity: Similarity = "pearson"
+    reference: int | None = None
+
+    def __post_init__(self) -> None:
+        check_alpha(self)
+        check_word(self, "similarity", get_args(Similarity))
+        check_reference(self)
+
+
+@dataclass(frozen=True)
+class Zip:
+    """Aligns units, then merges the most similar ones, also units of one and the same model.
+
+    This is the greedy merge of ZipIt! (arXiv 2305.03053) with the similarity and the group zip of MuDSC (arXiv
+    2403.01753, sections 4.2 and 4.3).
+
+    Attributes:
+        alpha: as for `Align`.
+        budget: in [0, 1], the share of the merges that may be of two units of one model.
+        damping: in [0, 1], what the similarities of a merged unit are multiplied with, so that it is less likely to be
+            merged again.
+        similarity: as for `Align`.
+        reference: as for `Align`.
+
+    Raises:
+        OptionError: if a field is out of range.
+
+    Example:
+        >>> Zip(budget=0.5)
+        Zip(alpha=0.5, budget=0.5, damping=0.5, similarity='pearson', reference=None)
+    """
+
+    alpha: Alpha = DEFAULT_ALPHA
+    budget: float = 1.0
+    damping: float = 0.5
+    similarity: Similarity = "pearson"
+    reference: int | None = None
+
+    def __post_init__(self) -> None:
+        check_alpha(self)
+        check_share(self, "budget")
+        check_share(self, "damping")
+        check_word(self, "similarity", get_args(Similarity))
+        check_reference(self)
+
+
+# -------------------------------------------------------------------------- combining
+
+
+@dataclass(frozen=True)
+class Average:
+    """Averages the parameters of matched units.
+
+    Attributes:
+        weights: how much each model counts, in the average and in what layers are fitted to; normalized to sum to one.
+            None: all alike.
+
+    Raises:
+        OptionError: if a weight is negative or not finite, or all are zero.
+    """
+
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_weights(self)
+
+
+@dataclass(frozen=True)
+class TaskArithmetic:
+    """Adds the task vectors to the base (Ilharco et al., arXiv 2212.04089).
+
+    Attributes:
+        scale: what the sum of the task vectors is multiplied with. 0.4 is what the TIES paper takes for this
+            method where no data is left to choose it on (arXiv 2306.01708, appendix C.4). A negative one makes
+            the base forget.
+        weights: how much each model counts; None: all alike.
+
+    Raises:
+        OptionError: if `scale` is not a finite number, or the weights are out of range.
+
+    Example:
+        >>> TaskArithmetic()
+        TaskArithmetic(scale=0.4, weights=None)
+    """
+
+    scale: float = 0.4
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_scale(self)
+        check_weights(self)
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Adds what is large in the task vectors and agrees in sign to the base (TIES-Merging, arXiv 2306.01708).
+
+    Attributes:
+        density: the share of its entries that a task vector keeps, in (0, 1]: those of largest magnitude.
+        scale: what the combined task vector is multiplied with.
+        weights: how much each model counts; None: all alike.
+
+    Raises:
+        OptionError: if a field is out of range.
+
+    Example:
+        >>> Ties(density=0.5)
+        Ties(density=0.5, scale=1.0, weights=None)
+    """
+
+    density: float = 0.2
+    scale: float = 1.0
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not is_number(self.density) or not 0 < self.density <= 1:
+            raise wrong(self, "density", "a number above 0, up to 1 (keep every entry)")
+        check_scale(self)
+        check_weights(self)
+
+
+# -------------------------------------------------------------------------- fitting
+
+OWN = 0.5
+"""Where every model has data of its own, the share of its own outputs in what is to be learnt on these data."""
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Fits every layer, in closed form and in graph order, to what the models compute there (a ridge regression).
+
+    Attributes:
+        own: with `loaders`, the share of a model's own output in the targets on its own data, from 0 to 1. The rest is
+            the mean of all models' outputs.
+
+    Raises:
+        OptionError: if `own` is out of range.
+    """
+
+    own: float = OWN
+
+    def __post_init__(self) -> None:
+        check_share(self, "own")
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Fits only the layers that no other layer comes after.
+
+    Attributes:
+        own: as for `LeastSquares`.
+
+    Raises:
+        OptionError: if `own` is out of range.
+    """
+
+    own: float = OWN
+
+    def __post_init__(self) -> None:
+        check_share(self, "own")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Gives every unit the mean and the deviation of the models' units (REPAIR, arXiv 2211.08403); fits nothing.
+
+    Attributes:
+        own: as for `LeastSquares`.
+
+    Raises:
+        OptionError: if `own` is out of range.
+    """
+
+    own: float = OWN
+
+    def __post_init__(self) -> None:
+        check_share(self, "own")
+
+
+Match = Zip | Align
+Combine = Average | TaskArithmetic | Ties
+Fit = LeastSquares | Readout | Repair

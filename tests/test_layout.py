@@ -1,0 +1,95 @@
+"""Axes of parameters in other widths: where units go, against dense matrices of zeros and ones."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fxmerge.errors import UnitMapError
+from fxmerge.units.layout import AxisLayout, add_axis, move_axis
+
+
+def axis(length: int, roles: list[tuple[int, list[int]]]) -> AxisLayout:
+    """The second axis of a matrix of three rows."""
+    numbered = tuple((number, np.array(slots)) for number, slots in roles)
+    return AxisLayout("w", (), (3, length), 1, (1,), np.arange(length), numbered)
+
+
+def one_hot(into: list[int], width: int) -> Tensor:
+    return torch.eye(width)[into].T.contiguous()
+
+
+def by_channels(one: Tensor, other: Tensor) -> Tensor:
+    """(channels, pixels), flattened."""
+    return torch.kron(one, torch.eye(3))
+
+
+def by_pixels(one: Tensor, other: Tensor) -> Tensor:
+    """(pixels, channels), flattened."""
+    return torch.kron(torch.eye(3), one)
+
+
+def beside(one: Tensor, other: Tensor) -> Tensor:
+    """Units of two classes, with entries that stay between and after them."""
+    return torch.block_diag(one, torch.eye(2), other, torch.eye(1))
+
+
+def twice(one: Tensor, other: Tensor) -> Tensor:
+    """Units of a class, those of another, and those of the first again."""
+    return torch.block_diag(one, other, one)
+
+
+CASES = {
+    "channels, pixels": (axis(12, [(0, [0, 3, 6, 9]), (0, [1, 4, 7, 10]), (0, [2, 5, 8, 11])]), by_channels),
+    "pixels, channels": (axis(12, [(0, [0, 1, 2, 3]), (0, [4, 5, 6, 7]), (0, [8, 9, 10, 11])]), by_pixels),
+    "beside each other": (axis(9, [(0, [0, 1, 2, 3]), (1, [6, 7])]), beside),
+    "in another order of roles": (axis(9, [(1, [6, 7]), (0, [0, 1, 2, 3])]), beside),
+    "twice": (axis(10, [(0, [0, 1, 2, 3]), (0, [6, 7, 8, 9]), (1, [4, 5])]), twice),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("widths", [(4, 2), (3, 1), (1, 2), (5, 4), (9, 2), (2, 7)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_an_axis_in_another_width(name: str, widths: tuple[int, int], seed: int) -> None:
+    layout, dense = CASES[name]
+    rng = np.random.default_rng(seed)
+    maps = [rng.integers(0, width, size) for width, size in zip(widths, (4, 2), strict=True)]
+    matrix = dense(*(one_hot(own.tolist(), width) for own, width in zip(maps, widths, strict=True)))
+    into = layout.resized(widths)
+    assert into.shape == (3, len(matrix))
+    tensor = torch.randn(layout.shape)
+    target = layout.target(maps, into)
+    torch.testing.assert_close(add_axis(tensor, layout, target, len(matrix)), tensor @ matrix.T)
+    merged = torch.randn(into.shape)
+    torch.testing.assert_close(move_axis(merged, layout, target), merged @ matrix)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_axis_in_its_own_width_is_the_same(name: str) -> None:
+    layout, _ = CASES[name]
+    assert layout.resized((4, 2)) is layout
+    assert layout.target([np.arange(4), np.arange(2)]).tolist() == list(range(layout.shape[1]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_source_of_a_permutation_is_the_way_back_of_its_target(name: str) -> None:
+    layout, _ = CASES[name]
+    images = np.array([2, 0, 3, 1]), np.array([1, 0])
+    source = layout.source(images)
+    assert source is not None
+    assert layout.target(images)[source].tolist() == list(range(layout.shape[1]))
+    assert layout.source((np.arange(4), np.arange(2))) is None
+
+
+def test_units_of_every_row_keep_their_number() -> None:
+    slots = np.arange(6).reshape(2, 3)
+    layout = AxisLayout("w", (), (2, 3), 1, (0, 1), slots, ((0, np.arange(6)),))
+    assert layout.resized((6,)) is layout
+    with pytest.raises(UnitMapError, match=r"Axis 1 of 'w' .* in every row.*\[6\] merged units"):
+        layout.resized((7,))
+    moved = layout.target([np.array([1, 0, 2, 5, 4, 3])])
+    assert moved.tolist() == [[1, 0, 2], [2, 1, 0]]
+    tensor = torch.arange(6.0).reshape(2, 3)
+    assert add_axis(tensor, layout, moved).tolist() == [[1.0, 0.0, 2.0], [5.0, 4.0, 3.0]]
+    assert move_axis(tensor, layout, moved).tolist() == [[1.0, 0.0, 2.0], [5.0, 4.0, 3.0]]
