@@ -93,7 +93,7 @@ Activations are measured where a contraction consumes them: here, where the seco
 gives the batches as the model takes them. For the class there is one matrix: rows are A's units, columns are B's.
 
 >>> from fxmerge.run import Data, batch_inputs
->>> from fxmerge.similarity.activations import similarities
+>>> from fxmerge.evidence.activations import similarities
 >>> data = Data([x], batch_inputs(a))
 >>> states = a.state_dict(), b.state_dict()
 >>> names = "model A", "model B"
