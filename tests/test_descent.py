@@ -2,6 +2,7 @@
 
 import logging
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def test_it_ends_where_no_step_helps() -> None:
 
     trace = descend([0, 1], value(), step, lambda i: {1 - i}, np.random.default_rng(0))
     assert trace[0] == -7.0
-    assert all(later > earlier for earlier, later in zip(trace, trace[1:], strict=False))
+    assert all(later > earlier for earlier, later in pairwise(trace))
     assert trace[-1] == pytest.approx(0, abs=1e-3)
 
 
