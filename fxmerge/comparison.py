@@ -45,7 +45,7 @@ class Row:
         distance: the squared distance of its outputs to those of the ensemble, as a share of their variance; the
             mean over outputs.
         error: the standard error of the distance over batches; NaN for a single batch.
-        score: what the score function gave; None without one, and for the ensemble, which is no network.
+        score: what the score function gave; None without one.
     """
 
     name: str
@@ -191,8 +191,10 @@ def compare(
             Row(name, *distances.of(i), None if score is None else _score(score, network, name))
             for i, (name, network) in enumerate(rows.items())
         ]
+        ensemble = _Ensemble(list(rows.values())[: len(models)], shares)
+        together = None if score is None else _score(score, ensemble, ENSEMBLE)
     at = len(models) * (1 if calibration is None else 2)
-    return Comparison((*found[:at], Row(ENSEMBLE, 0.0, 0.0), *found[at:]), rows)
+    return Comparison((*found[:at], Row(ENSEMBLE, 0.0, 0.0, together), *found[at:]), rows)
 
 
 def _with_readout(job: Job, data: Data, number: int, shares: Sequence[float], run: Run) -> dict[str, Tensor]:
@@ -220,6 +222,25 @@ def _check_networks(networks: Mapping[str, nn.Module], taken: Sequence[str]) -> 
     for name in networks:
         if name in taken:
             raise OptionError(f"A network is called {name!r}, which is a row of every comparison; give another name.")
+
+
+class _Ensemble(nn.Module):
+    """The weighted mean of the outputs of several networks."""
+
+    def __init__(self, networks: Sequence[nn.Module], shares: Sequence[float]) -> None:
+        super().__init__()
+        self.networks, self.shares = nn.ModuleList(networks), tuple(shares)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first, *others = (network(*args, **kwargs) for network in self.networks)
+        return pytree.tree_map(self._mean, first, *others)
+
+    def _mean(self, *values: Any) -> Any:
+        first = values[0]
+        if not isinstance(first, Tensor) or not (first.is_floating_point() or first.is_complex()):
+            return first
+        return reduce(torch.add, (share * value for share, value in zip(self.shares, values, strict=True)))
 
 
 def _check_shapes(name: str, own: Sequence[Tensor], means: Sequence[Tensor]) -> None:

@@ -95,12 +95,14 @@ def test_it_is_best_to_have_the_highest_score_or_else_the_least_distance() -> No
 
     table = compared({"other": mlp(2)}, models, score=score)
     assert table.best() == "model B"
-    assert table[ENSEMBLE].score is None
+    ensemble = ((mlp(0)(NEW[0]) + mlp(1)(NEW[0])) / 2).detach()
+    expected = -float((ensemble - wanted(NEW[0]).detach()).square().mean())
+    assert table[ENSEMBLE].score == pytest.approx(expected, rel=1e-5)
     assert table["model B"].score == pytest.approx(0, abs=1e-10)
 
 
 def test_a_score_that_is_nan_wins_nothing() -> None:
-    values = iter([math.nan, 1.0, math.nan, math.nan])
+    values = iter([math.nan, 1.0, math.nan, math.nan, 2.0])
     assert compared({"other": mlp(2)}, [mlp(0), mlp(1)], score=lambda network: next(values)).best() == "model B"
 
 

@@ -42,7 +42,7 @@ def test_outputs_that_hold_most_parameters_are_named(caplog: pytest.LogCaptureFi
     assert (
         text.startswith("97% of the parameter entries")
         and "model: output['features']. If" in text
-        and 'Recipe(free="output[\'features\']")' in text
+        and "Recipe(free=\"output['features']\")" in text
     )
     caplog.clear()
     fxmerge.merge(Backbone(0), Backbone(1), [X], recipe=fxmerge.Recipe(fit=None, free="output"))
