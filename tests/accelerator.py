@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import fxmerge
-from tests.architectures import CASES
+from tests.oracle.architectures import CASES
 
 NAME = "elsewhere"
 aten = torch.ops.aten

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxmerge
-from tests.exact import exact_log_order
-from tests.refused import Net
+from tests.golden.refused import Net
+from tests.oracle.exact import exact_log_order
 
 Forward = Callable[[Any, Tensor], Tensor]
 Parts = dict[str, Any]

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.rewriting.calibrate import statistics_nodes
-from tests.generator import build, random_recipe
+from tests.oracle.generator import build, random_recipe
 
 METHODS: dict[str, dict[str, Any]] = {
     "zip": {},

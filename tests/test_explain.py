@@ -10,7 +10,7 @@ import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.symmetry.explain import chains
 from fxmerge.symmetry.group import analyse
-from tests.architectures import CASES, INCOMPLETE
+from tests.oracle.architectures import CASES, INCOMPLETE
 
 FACTORIES = {**CASES, **{name: factory for name, (factory, _) in INCOMPLETE.items()}}
 

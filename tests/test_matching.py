@@ -8,7 +8,7 @@ from torch import nn
 import fxmerge
 from fxmerge.matching.assignment import propose
 from fxmerge.matching.search import match
-from tests.architectures import CASES
+from tests.oracle.architectures import CASES
 
 
 def test_a_nested_assignment_is_the_best_element_of_the_group() -> None:

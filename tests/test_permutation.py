@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fxmerge
-from tests.architectures import CASES
+from tests.oracle.architectures import CASES
 
 STRUCTURED = [name for name in CASES if "group" in name.lower() or "attention" in name.lower() or "mlp" in name.lower()]
 

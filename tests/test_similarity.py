@@ -15,7 +15,7 @@ from fxmerge.similarity import weights
 from fxmerge.similarity.activations import MAX_ROWS, _consumed, find_taps, similarities
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
-from tests.architectures import CASES
+from tests.oracle.architectures import CASES
 
 
 def analysed(model: nn.Module, x: Tensor) -> tuple[Propagation, Symmetry]:

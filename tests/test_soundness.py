@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxmerge
-from tests.exact import exact_log_order
+from tests.oracle.exact import exact_log_order
 
 
 class Net(nn.Module):

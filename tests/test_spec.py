@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.symmetry.ranges import read_ranges, write_ranges
-from tests.architectures import CASES, INCOMPLETE
+from tests.oracle.architectures import CASES, INCOMPLETE
 
 FACTORIES = {**CASES, **{name: factory for name, (factory, _) in INCOMPLETE.items()}}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fxmerge
-from tests.architectures import CASES, INCOMPLETE
-from tests.exact import exact_log_order
+from tests.oracle.architectures import CASES, INCOMPLETE
+from tests.oracle.exact import exact_log_order
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """Random architectures against the exact oracle: nothing is claimed that is no symmetry, and nothing is missed.
 
 The architectures are those of the first seeds, so that an edit elsewhere does not change which are tried.
-`FXMERGE_EXAMPLES=5000 pytest tests/test_generator.py` tries more of them; so does `python -m tests.hunt 5000`.
+`FXMERGE_EXAMPLES=5000 pytest tests/oracle/test_generator.py` tries more of them, and so does
+`python -m tests.oracle.hunt 5000`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from random import Random
 import pytest
 import torch
 
-from tests.generator import Recipe, build, random_recipe
-from tests.hunt import EXACT, INCOMPLETE, UNUSED, examine, excuses, shorten
-from tests.regressions import REGRESSIONS
+from tests.oracle.generator import Recipe, build, random_recipe
+from tests.oracle.hunt import EXACT, INCOMPLETE, UNUSED, examine, excuses, shorten
+from tests.oracle.regressions import REGRESSIONS
 
 
 @pytest.fixture(autouse=True)
