@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.symmetry.ranges import read_ranges, write_ranges
-from tests.oracle.architectures import CASES, INCOMPLETE
-
-FACTORIES = {**CASES, **{name: factory for name, (factory, _) in INCOMPLETE.items()}}
+from tests.oracle.inferred import FACTORIES, each, inferred
 
 
 def same(a: fxmerge.Symmetry, b: fxmerge.Symmetry) -> bool:
@@ -36,9 +34,9 @@ def same(a: fxmerge.Symmetry, b: fxmerge.Symmetry) -> bool:
     return bool(plain(a) == plain(b))
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@each(FACTORIES)
 def test_a_symmetry_comes_back_as_it_was(name: str) -> None:
-    symmetry = fxmerge.find_symmetry(*FACTORIES[name]())
+    symmetry = inferred(name).symmetry
     back = fxmerge.Symmetry.from_json(symmetry.to_json())
     assert same(symmetry, back)
     assert back.names == symmetry.names
