@@ -11,6 +11,7 @@ from fxmerge.choose import CANDIDATES, DEFAULT, MARGIN, best, disagreement
 from fxmerge.job import prepare
 from fxmerge.matching.search import match
 from fxmerge.run import Data, batch_inputs
+from tests.slow import but_slow
 
 
 class Net(nn.Module):
@@ -121,7 +122,7 @@ def test_models_stay_as_they_are_and_the_loader_is_read_a_few_times() -> None:
     assert loader.passes == 3 + 2 * len(CANDIDATES) + 1
 
 
-@pytest.mark.parametrize("alpha", ["auto", {"a.weight[0]": 0.0}, 0.25])
+@pytest.mark.parametrize("alpha", but_slow(["auto", {"a.weight[0]": 0.0}, 0.25], 2))
 def test_without_a_loader_alpha_is_one(alpha: Any) -> None:
     merged = fxmerge.merge(*nets(), alpha=alpha, args=(data()[0],))
     assert (merged.meta["fxmerge"]["alpha"], merged.meta["fxmerge"]["alpha_errors"]) == (1.0, {})
@@ -158,15 +159,18 @@ def data2() -> list[Tensor]:
 # -------------------------------------------------------------------------- by class
 
 
-def test_equal_alphas_by_class_are_one_alpha() -> None:
+@pytest.mark.parametrize("alpha", but_slow([0.3, 0.0, 0.5, 1.0]))
+def test_equal_alphas_by_class_are_one_alpha(alpha: float) -> None:
     names = fxmerge.find_symmetry(Net(0).eval(), (data()[0],)).names
-    for alpha in (0.0, 0.3, 0.5, 1.0):
-        by_name = fxmerge.merge(*nets(), data(), alpha=dict.fromkeys(names, alpha))
-        assert equal(by_name, fxmerge.merge(*nets(), data(), alpha=alpha))
+    by_name = fxmerge.merge(*nets(), data(), alpha=dict.fromkeys(names, alpha))
+    assert equal(by_name, fxmerge.merge(*nets(), data(), alpha=alpha))
+
+
+def test_what_is_in_no_entry_is_matched_at_the_default_alpha() -> None:
     assert equal(fxmerge.merge(*nets(), data(), alpha={}), fxmerge.merge(*nets(), data(), alpha=DEFAULT))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("alpha", but_slow([0.0, 1.0]))
 def test_a_class_apart_from_all_others_is_matched_by_its_own_alpha(alpha: float) -> None:
     a, b = nets()
     name = "apart.0.weight[0]"

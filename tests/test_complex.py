@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxmerge
+from tests.slow import but_slow, crossed
 
 
 class Spectral(nn.Module):
@@ -76,8 +77,7 @@ def test_a_wrong_permutation_of_complex_parameters_is_found() -> None:
     assert replace(symmetry, layout=layout).verify(model, (x,)).demoted != ()
 
 
-@pytest.mark.parametrize("method", ["align", "zip"])
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(("method", "given"), crossed(["align", "zip"], [True, False]))
 def test_a_planted_permutation_is_found_again(method: str, given: bool) -> None:
     a, x = FourierOperator().eval(), data()
     symmetry = fxmerge.find_symmetry(a, (x[0],))
@@ -89,7 +89,7 @@ def test_a_planted_permutation_is_found_again(method: str, given: bool) -> None:
         assert all(torch.allclose(v, a.state_dict()[n], atol=1e-6) for n, v in aligned.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["align", "zip", "auto"])
+@pytest.mark.parametrize("method", but_slow(["auto", "align", "zip"]))
 def test_networks_with_complex_parameters_are_refitted_but_for_these(method: str) -> None:
     a, b, x = FourierOperator(seed=0).eval(), FourierOperator(seed=1).eval(), data()
     merged = fxmerge.merge(a, b, x, method=method, or_parent=False)  # type: ignore[arg-type]

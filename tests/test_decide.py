@@ -17,6 +17,7 @@ from fxmerge.decide import decide
 from fxmerge.matching.universe import canonical_order
 from fxmerge.merger import Plan
 from fxmerge.refitting.rivals import Refitted
+from tests.slow import but_slow
 from tests.test_universe import mlp, vectors
 
 X = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -85,7 +86,7 @@ def test_a_score_chooses_the_method(method: str) -> None:
     torch.testing.assert_close(merged(X), wanted(X))
 
 
-@pytest.mark.parametrize("alpha", CANDIDATES)
+@pytest.mark.parametrize("alpha", but_slow(CANDIDATES))
 def test_a_score_chooses_alpha(alpha: float) -> None:
     a, b = mlp(0), mlp(1)
     wanted = fxmerge.merge(a, b, vectors(), alpha=alpha, combine="average")

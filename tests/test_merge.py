@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from tests.slow import but_slow, crossed
 
 
 class Net(nn.Module):
@@ -47,8 +48,7 @@ def permuted(net: Net, seed: int) -> Net:
     return twin.eval()
 
 
-@pytest.mark.parametrize("method", ["align", "zip"])
-@pytest.mark.parametrize("loader", [data(), None], ids=["data", "no data"])
+@pytest.mark.parametrize(("method", "loader"), crossed(["align", "zip"], [data(), None]))
 def test_merging_a_permuted_copy_gives_the_model_back(loader: list[Tensor] | None, method: Any) -> None:
     net = settled(0)
     merged = fxmerge.merge(net, permuted(net, 1), loader, method=method, combine="average", args=(data()[0],))
@@ -214,7 +214,7 @@ def test_a_graph_written_out_for_one_length_is_not_run_at_another() -> None:
         fxmerge.merge(Recurrent(0), Recurrent(1), [torch.randn(4, 5, 3), torch.randn(4, 7, 3)])
 
 
-@pytest.mark.parametrize("method", ["align", "zip"])
+@pytest.mark.parametrize("method", but_slow(["align", "zip"]))
 def test_restarts_never_lower_the_objective(method: Any) -> None:
     def objective(restarts: int) -> float:
         told = fxmerge.merge(settled(0), settled(1), data(), method=method, combine="average", restarts=restarts).meta[

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import fxmerge
 from fxmerge import inspection
 from fxmerge.models import apart, run
+from tests.slow import but_slow, crossed
 
 X = torch.randn(16, 3)
 
@@ -32,7 +33,7 @@ WRAP: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", WRAP)
+@pytest.mark.parametrize("kind", but_slow(WRAP, 3))
 def test_wrappers_are_seen_through(kind: str) -> None:
     wrapped, plain = WRAP[kind](net(1)), net(0)
     merged = fxmerge.merge(wrapped, plain, [X])
@@ -150,8 +151,7 @@ class Trainer(nn.Sequential):
         return "none of your business"
 
 
-@pytest.mark.parametrize("kind", [Quiet, Trainer])
-@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize(("kind", "branch"), crossed([Quiet, Trainer], [False, True]))
 def test_methods_of_the_users_own(kind: type[nn.Sequential], branch: bool) -> None:
     class Net(kind):  # type: ignore[misc, valid-type]
         def forward(self, x: Tensor) -> Any:
@@ -178,7 +178,7 @@ class Noisy(nn.Module):
         return self.b(torch.relu(self.a(x)) * torch.rand(()))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("branch", but_slow([True, False]))
 def test_forwards_that_draw_random_numbers(branch: bool) -> None:
     torch.manual_seed(0)
     a, b = Noisy(branch), Noisy(branch)
@@ -213,7 +213,7 @@ class Counting(nn.Module):
         return float(self.calls), self.seen.tolist(), self.times, len(self.shapes)
 
 
-@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("branch", but_slow([True, False]))
 def test_no_call_modifies_a_model(branch: bool) -> None:
     a, b = Counting(branch), Counting(branch)
     untouched = a.trace()

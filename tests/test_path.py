@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.reads import find_reads, fixed_inputs
+from tests.slow import crossed
 
 
 class Packed(nn.Module):
@@ -34,9 +35,9 @@ def sequences(*lengths: int) -> tuple[tuple[Tensor, Tensor], int]:
     return (torch.randn(4, 5, 3), torch.tensor(lengths)), 0
 
 
-@pytest.mark.parametrize("enforce_sorted", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+@pytest.mark.parametrize(
+    ("kind", "padded", "enforce_sorted"), crossed([nn.GRU, nn.LSTM, nn.RNN], [False, True], [False, True])
+)
 def test_lengths_of_packed_sequences(kind: type[nn.RNNBase], padded: bool, enforce_sorted: bool) -> None:
     torch.manual_seed(0)
     a, b, c = (Packed(kind, padded, enforce_sorted) for _ in range(3))

@@ -16,6 +16,7 @@ from fxmerge.capture import capture_program
 from fxmerge.errors import LoaderError, NonFiniteError, OptionError
 from fxmerge.refitting.refit import Lesson, refit
 from fxmerge.run import Runner
+from tests.slow import but_slow, crossed
 from tests.test_universe import mlp, vectors
 
 merge = partial(fxmerge.merge, or_parent=False)
@@ -86,8 +87,7 @@ def error(merged: nn.Module, parents: list[nn.Module], data: list[Tensor]) -> fl
         return float((merged(x) - torch.stack([p(x) for p in parents]).mean(0)).square().mean())
 
 
-@EACH
-@pytest.mark.parametrize("method", ["align", "zip"])
+@pytest.mark.parametrize(("name", "method"), crossed(NETS, ["align", "zip"]))
 def test_permuted_copies_give_the_network_back(name: str, method: Any) -> None:
     build, batches = NETS[name]
     net, data = build(0), batches()
@@ -96,8 +96,7 @@ def test_permuted_copies_give_the_network_back(name: str, method: Any) -> None:
         torch.testing.assert_close(merged.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
-@EACH
-@pytest.mark.parametrize("method", ["align", "zip"])
+@pytest.mark.parametrize(("name", "method"), crossed(NETS, ["align", "zip"]))
 def test_a_refitted_merge_is_nearer_to_its_parents_than_their_average(name: str, method: Any) -> None:
     build, batches = NETS[name]
     parents, data = [build(0), build(1)], batches()
@@ -191,7 +190,7 @@ def test_a_tied_weight_is_fitted_from_all_of_its_uses() -> None:
     assert error(refitted, [a, b], data) < error(averaged, [a, b], data)
 
 
-@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("cell", but_slow([nn.GRU, nn.LSTM, nn.RNN]))
 def test_recurrent_layers_are_refitted(cell: Callable[..., nn.Module]) -> None:
     class Recurrent(nn.Module):
         def __init__(self, seed: int) -> None:
@@ -319,9 +318,9 @@ def test_a_layer_that_is_added_to_something_makes_up_for_what_that_is_off() -> N
     assert (averaged - wanted).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("seeds", [(0, 1), (2, 3), (4, 5)])
-def test_of_two_methods_that_with_the_smaller_error_is_taken(seeds: tuple[int, int]) -> None:
-    a, b = map(Convolutional, seeds)
+@pytest.mark.parametrize("first", but_slow([0, 2, 4]))
+def test_of_two_methods_that_with_the_smaller_error_is_taken(first: int) -> None:
+    a, b = Convolutional(first), Convolutional(first + 1)
     found = {method: merge(a, b, pictures(), method=method) for method in ("zip", "align", "auto")}
     told = found["auto"].meta["fxmerge"]
     errors = {m: found[m].meta["fxmerge"]["layers"]["head.weight"]["held_out"] for m in ("zip", "align")}

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from tests.test_refit import EACH, NETS
+from tests.slow import crossed
+from tests.test_refit import NETS
 from tests.test_universe import mlp
 
 
@@ -43,8 +44,7 @@ def test_every_layer_has_the_interpolated_means_and_deviations(weights: tuple[fl
     assert all(layer["gain"] > 1 for layer in told.values())
 
 
-@EACH
-@pytest.mark.parametrize("method", ["align", "zip"])
+@pytest.mark.parametrize(("name", "method"), crossed(NETS, ["align", "zip"]))
 @torch.no_grad()
 def test_a_network_with_itself_stays_as_it_is(name: str, method: Any) -> None:
     build, batches = NETS[name]

@@ -13,6 +13,7 @@ from fxmerge.capture import capture_program
 from fxmerge.shared import EQUAL, equal_names, without_shared
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import analyse
+from tests.slow import crossed
 
 
 class Adapted(nn.Module):
@@ -49,8 +50,9 @@ def batches() -> list[Tensor]:
     return [torch.randn(32, 3, 5) for _ in range(2)]
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "align"}, {"combine": "average"}, {"combine": "repair"}], ids=str)
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(
+    ("options", "count"), crossed([{}, {"method": "align"}, {"combine": "average"}, {"combine": "repair"}], [2, 3])
+)
 def test_a_frozen_base_under_adapters_stays_bit_for_bit(options: dict[str, Any], count: int) -> None:
     models = [Adapted(seed) for seed in range(1, count + 1)]
     merged = fxmerge.merge_many(models, batches(), or_parent=False, **options)
@@ -141,8 +143,7 @@ class Fourier(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("method", ["align", "zip"])
-@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize(("method", "exported"), crossed(["align", "zip"], [False, True]))
 def test_constant_buffers_stay(method: Any, exported: bool) -> None:
     x = torch.randn(64, 2)
     models: list[Any] = [Fourier(1), Fourier(2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,13 @@ def grouped() -> nn.Sequential:
 IMAGE = torch.zeros(2, 2, 4, 4)
 
 
+@cache
+def text() -> str:
+    return fxmerge.find_symmetry(grouped(), (IMAGE,)).to_json()
+
+
 def spec() -> dict[str, Any]:
-    entries: dict[str, Any] = json.loads(fxmerge.find_symmetry(grouped(), (IMAGE,)).to_json())
+    entries: dict[str, Any] = json.loads(text())
     return entries
 
 

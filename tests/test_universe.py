@@ -204,6 +204,13 @@ class Trained:
         return float(F.cross_entropy(merged(self.test.images), self.test.labels))
 
 
+SEED = pytest.mark.parametrize(
+    "seed",
+    [pytest.param(n, marks=[pytest.mark.xdist_group(f"digits {n}"), *[pytest.mark.slow] * (n > 0)]) for n in range(5)],
+)
+"""Tests of the networks of one seed run in one process."""
+
+
 @cache
 def trained_on_digits(seed: int) -> Trained:
     return Trained(seed)
@@ -222,7 +229,7 @@ def trained(data: demo.Split, seed: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("seed", range(5))
+@SEED
 def test_the_objective_never_falls_and_ends_above_other_alignments(seed: int, alpha: float) -> None:
     nets = trained_on_digits(seed)
     found = find_universe(nets.symmetry, nets.states, nets.correlation, alpha=alpha)
@@ -245,7 +252,7 @@ def chain(nets: Trained, alpha: float) -> list[Permutation]:
     return ways
 
 
-@pytest.mark.parametrize("seed", range(5))
+@SEED
 def test_the_average_in_common_units_loses_less_than_along_a_chain(seed: int) -> None:
     """At the default alpha; the loss on test images, as the accuracies lie within a few images of each other."""
     nets = trained_on_digits(seed)

@@ -1,6 +1,7 @@
 """Random architectures against the exact oracle: nothing is claimed that is no symmetry, and nothing is missed.
 
-The architectures are those of the first seeds, so that an edit elsewhere does not change which are tried.
+The architectures are those of the first seeds, so that an edit elsewhere does not change which are tried. Most are
+slow.
 `FXMERGE_EXAMPLES=5000 pytest tests/oracle/test_generator.py` tries more of them, and so does
 `python -m tests.oracle.hunt 5000`.
 """
@@ -8,7 +9,6 @@ The architectures are those of the first seeds, so that an edit elsewhere does n
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from random import Random
 
@@ -18,6 +18,7 @@ import torch
 from tests.oracle.generator import Recipe, build, random_recipe
 from tests.oracle.hunt import EXACT, INCOMPLETE, UNUSED, examine, excuses, shorten
 from tests.oracle.regressions import REGRESSIONS
+from tests.slow import examples
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("FXMERGE_EXAMPLES", "200"))))
+@pytest.mark.parametrize("seed", examples(range, quick=24, count=200))
 def test_symmetry_of_random_architectures(seed: int) -> None:
     recipe = random_recipe(Random(seed))
     finding = examine(recipe)
