@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,16 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+@cache
+def symmetry_of_net() -> fxmerge.Symmetry:
+    return fxmerge.find_symmetry(net(), (X,))
+
+
 @pytest.mark.filterwarnings("ignore")  # torch is about to remove some of these.
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_what_is_no_model_is_refused_by_every_verb(kind: str) -> None:
     make, message = MISTAKES[kind]
-    wrong, right = make(), net()
-    symmetry = fxmerge.find_symmetry(right, (X,))
+    wrong, right, symmetry = make(), net(), symmetry_of_net()
     calls: list[tuple[str, Callable[[], Any]]] = [
         ("[Mm]odel A", lambda: fxmerge.merge(wrong, right, [X])),
         ("[Mm]odel B", lambda: fxmerge.merge(right, wrong, [X])),
