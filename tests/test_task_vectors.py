@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.rewriting.task_vectors import task_arithmetic, ties
+from tests.slow import crossed
 
 Floats = NDArray[np.float64]
 
@@ -175,8 +176,7 @@ def test_tied_parameters_count_once_in_the_density() -> None:
     assert merged["b"].tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("loader", [DATA, None], ids=["data", "no data"])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(("rule", "loader"), crossed(RULES, [DATA, None]))
 def test_models_in_the_units_of_the_base_stay_as_they_are(rule: Any, loader: list[Tensor] | None) -> None:
     base = Net().eval()
     models = [tuned(base, 1), tuned(base, 2)]
@@ -204,8 +204,7 @@ def test_units_that_are_alike_in_the_base_stay_too() -> None:
         assert torch.equal(aligned.state_dict()["0.weight"], model[0].weight)
 
 
-@pytest.mark.parametrize("loader", [DATA, None], ids=["data", "no data"])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(("rule", "loader"), crossed(RULES, [DATA, None]))
 def test_permuted_models_come_back_to_the_units_of_the_base(rule: Any, loader: list[Tensor] | None) -> None:
     base = Net().eval()
     models = [tuned(base, 1), tuned(base, 2), tuned(base, 3)]
