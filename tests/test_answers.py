@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from tests.test_rivals import muted
-from tests.test_universe import mlp, vectors
+from tests.networks import mlp, muted, vectors
 
 
 class Gained(nn.Module):

@@ -17,8 +17,8 @@ from fxmerge.decide import decide
 from fxmerge.matching.universe import canonical_order
 from fxmerge.merger import Plan
 from fxmerge.refitting.rivals import Refitted
+from tests.networks import mlp, vectors
 from tests.slow import but_slow
-from tests.test_universe import mlp, vectors
 
 X = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 

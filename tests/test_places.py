@@ -13,7 +13,7 @@ from fxmerge.program import Program
 from fxmerge.refitting.gather import LayerFit
 from fxmerge.refitting.layers import Use, find_layers
 from fxmerge.run import Runner
-from tests.test_refit import Attentive, Convolutional, Mixing, pictures
+from tests.networks import Attentive, Convolutional, Mixing, pictures
 
 
 class Everything(Runner):

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from tests.networks import NETS, mlp
 from tests.slow import crossed
-from tests.test_refit import NETS
-from tests.test_universe import mlp
 
 
 def data() -> list[Tensor]:

@@ -14,15 +14,7 @@ from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.layers import find_layers
 from fxmerge.refitting.refit import last_layers
 from fxmerge.refitting.rivals import Refitted, Rivals
-from tests.test_universe import mlp, vectors
-
-
-def muted(net: nn.Module) -> nn.Module:
-    """A network whose outputs are next to nothing."""
-    with torch.no_grad():
-        for parameter in list(net.parameters())[-2:]:
-            parameter.mul_(1e-3)
-    return net
+from tests.networks import mlp, muted, vectors
 
 
 @pytest.mark.parametrize("numbers", [(0, 1), (1, 0)])

@@ -19,6 +19,7 @@ from fxmerge.run import Data, batch_inputs
 from fxmerge.similarity.activations import similarities
 from fxmerge.symmetry.group import analyse
 from fxmerge.symmetry.permutation import Permutation
+from tests.networks import mlp, vectors
 
 State = Mapping[str, Tensor]
 
@@ -52,16 +53,6 @@ def attentive(seed: int) -> nn.Module:
 def images() -> list[Tensor]:
     g = torch.Generator().manual_seed(9)
     return [torch.randn(16, 2, 4, 4, generator=g) for _ in range(2)]
-
-
-def mlp(seed: int, width: int = 20) -> nn.Module:
-    torch.manual_seed(seed)
-    layers = (nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
-    return nn.Sequential(nn.Flatten(), *layers).eval()
-
-
-def vectors() -> list[Tensor]:
-    return [torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(9))]
 
 
 NETS = {"mlp": (mlp, vectors), "attention": (attentive, images)}
