@@ -18,9 +18,6 @@ from fxmerge.capture import capture_program
 from fxmerge.inspection import free_entries
 from tests.slow import but_slow
 
-ONE_TABLE = pytest.mark.xdist_group("demo")
-"""Tests of one table run in one process."""
-
 
 @pytest.fixture(scope="module", params=but_slow([16, 64]), ids="width {}".format)
 def table(request: pytest.FixtureRequest) -> demo.Table:
@@ -31,7 +28,6 @@ def table(request: pytest.FixtureRequest) -> demo.Table:
         return demo.run("cnn", seed=0, epochs=8, progress=False)
 
 
-@ONE_TABLE
 def test_every_row_and_column_is_there(table: demo.Table) -> None:
     text = str(table)
     assert tuple(row.name for row in table.rows) == demo.ROWS
@@ -40,35 +36,31 @@ def test_every_row_and_column_is_there(table: demo.Table) -> None:
         assert column in text.splitlines()[0]
 
 
-@ONE_TABLE
 def test_parents_are_good_at_their_own_task(table: demo.Table) -> None:
     assert table["parent A (0-4)"].task_a > 0.95
     assert table["parent B (5-9)"].task_b > 0.95
 
 
-@ONE_TABLE
 def test_the_merge_beats_plain_averaging(table: demo.Table) -> None:
     assert table["fxmerge"].per_task > table["plain average"].per_task + 0.1
     assert table["fxmerge"].joint > table["plain average"].joint + 0.1
 
 
-@ONE_TABLE
 def test_refitting_adds_to_averaging_and_to_the_control(table: demo.Table) -> None:
     assert table["fxmerge"].per_task >= table["MuDSC"].per_task
     assert table["fxmerge"].joint > table["A, last layer refitted"].joint
 
 
-@ONE_TABLE
 def test_the_merge_is_of_the_size_of_one_parent(table: demo.Table) -> None:
     assert table["fxmerge"].parameters == table["parent A (0-4)"].parameters
     assert table["ensemble"].parameters == 2 * table["fxmerge"].parameters
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_table() -> None:
     assert demo.run("vit", seed=3, epochs=1, progress=False) == demo.run("vit", seed=3, epochs=1, progress=False)
 
 
-@ONE_TABLE
 def test_the_command_prints_the_table(
     table: demo.Table, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

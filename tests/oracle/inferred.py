@@ -16,8 +16,24 @@ from fxmerge.capture import capture_program
 from fxmerge.symmetry.group import analyse
 from fxmerge.symmetry.propagate import Propagation
 from tests.oracle.architectures import CASES, INCOMPLETE
+from tests.slow import slow
 
 FACTORIES = {**CASES, **{name: factory for name, (factory, _) in INCOMPLETE.items()}}
+
+LARGER = {
+    "attention, three streams of one width",
+    "bias by head",
+    "decoder layer",
+    "encoder layer, post-norm",
+    "grouped queries, native",
+    "language model, tied embedding",
+    "learnt queries",
+    "residual CNN, two padded shortcuts",
+    "rotary attention, norms of queries and keys",
+}
+"""Architectures that take long to capture and to write out, and of which others have the parts."""
+
+assert FACTORIES.keys() >= LARGER
 
 
 @dataclass(frozen=True)
@@ -39,5 +55,5 @@ def inferred(name: str) -> Inferred:
 
 
 def each(names: Iterable[str]) -> pytest.MarkDecorator:
-    """A test for each of some architectures. All tests of one architecture run in one process."""
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names])
+    """A test for each of some architectures; `tests/conftest.py` runs all tests of one in one process."""
+    return pytest.mark.parametrize("name", [slow(name) if name in LARGER else name for name in names])
