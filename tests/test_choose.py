@@ -90,6 +90,7 @@ def test_an_alpha_must_be_clearly_better(errors: dict[float, float], alpha: floa
     assert best(errors) == alpha
 
 
+@pytest.mark.slow
 def test_many_models_and_alignment_choose_too() -> None:
     many = fxmerge.merge_many([*nets(), Net(2).eval()], data(), alpha="auto").meta["fxmerge"]
     assert many["alpha"] == best(many["alpha_errors"])
@@ -102,6 +103,7 @@ def test_many_models_and_alignment_choose_too() -> None:
     torch.testing.assert_close(aligned(data()[0]), b(data()[0]))
 
 
+@pytest.mark.slow
 def test_a_permuted_copy_is_the_same_at_every_alpha() -> None:
     net, _ = nets()
     planted = fxmerge.find_symmetry(net, (data()[0],)).sample(torch.Generator().manual_seed(0))

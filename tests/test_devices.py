@@ -22,7 +22,10 @@ that it does not know."""
 @pytest.mark.parametrize("cases", [CASES[:1], pytest.param(CASES, marks=pytest.mark.slow)], ids=["one", "all"])
 def test_models_on_another_device_are_merged_there_as_on_the_cpu(cases: list[str]) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "tests.accelerator", *cases], capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "tests.accelerator", *["--quick"] * (len(cases) == 1), *cases],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     results = json.loads(run.stdout.splitlines()[-1])

@@ -22,14 +22,24 @@ FACTORIES = {**CASES, **{name: factory for name, (factory, _) in INCOMPLETE.item
 
 LARGER = {
     "attention, three streams of one width",
+    "attention, three streams of three widths",
     "bias by head",
+    "ConvNeXt block",
+    "cross-covariance attention",
     "decoder layer",
     "encoder layer, post-norm",
     "grouped queries, native",
+    "Inception",
     "language model, tied embedding",
     "learnt queries",
+    "LSTM",
+    "residual CNN, padded shortcut",
+    "residual CNN, projection shortcut",
     "residual CNN, two padded shortcuts",
     "rotary attention, norms of queries and keys",
+    "SwiGLU, apart",
+    "U-Net",
+    "weights by head",
 }
 """Architectures that take long to capture and to write out, and of which others have the parts."""
 
