@@ -4,8 +4,8 @@ of its tensors and some of the CPU's, as with a GPU.
     python -m tests.accelerator [--quick] CASE [CASE ...]
 
 merges models of some of the tests' architectures on the CPU and on this device, the first one in several ways, with
-`--quick` in two, and prints as JSON on which devices the results are and how far the two are apart. It changes torch for its whole process,
-hence a process of its own.
+`--quick` in two, and prints as JSON on which devices the results are and how far the two are apart. It changes torch
+for its whole process, hence a process of its own.
 """
 
 from __future__ import annotations

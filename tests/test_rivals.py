@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.decide import warn_of_parent
+from fxmerge.program import Program
 from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.layers import find_layers
 from fxmerge.refitting.refit import last_layers
@@ -102,9 +104,14 @@ def test_it_is_told_that_models_answer_alike(caplog: pytest.LogCaptureFixture) -
     )
 
 
+@cache
+def captured() -> Program:
+    return capture_program(mlp(0), (vectors()[0],))
+
+
 def told_rivals(shares: list[tuple[float, float]], disagreement: float, error: float) -> Rivals:
     """Two parents, of which the second has the greater error."""
-    program = capture_program(mlp(0), (vectors()[0],))
+    program = captured()
     layers = find_layers(program)
     states = [mlp(k).state_dict() for k in range(2)]
     last = last_layers(program, layers)
