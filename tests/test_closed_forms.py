@@ -23,6 +23,7 @@ def symmetry_of(name: str) -> fxmerge.Symmetry:
     return fxmerge.find_symmetry(model, (IMAGE,))
 
 
+@pytest.mark.slow
 def test_vit_b_16() -> None:
     """The residual stream; in each of 12 layers 12 heads, in each head 64 dims of q and k and 64 of v; the MLP."""
     layer = log_factorial(12) + 24 * log_factorial(64) + log_factorial(3072)
@@ -32,7 +33,6 @@ def test_vit_b_16() -> None:
     assert sorted(c.size for c in symmetry.classes if c.structure == "free") == [12] * 12 + [768] + [3072] * 12
 
 
-@pytest.mark.slow
 def test_resnet50() -> None:
     """The stem, the stream of each of four stages, and two inner layers in each of 3 + 4 + 6 + 3 blocks."""
     free = [64, 256, 512, 1024, 2048]

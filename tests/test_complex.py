@@ -99,6 +99,7 @@ def test_networks_with_complex_parameters_are_refitted_but_for_these(method: str
     FourierOperator().load_state_dict(merged.state_dict())
 
 
+@pytest.mark.slow
 def test_three_networks_with_complex_parameters_are_merged() -> None:
     x = data()
     models = [FourierOperator(seed=seed).eval() for seed in range(3)]

@@ -36,10 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-QUICK = [("Mixtral", "grouped_mm"), ("Olmoe", "batched_mm")]
-
-
-@pytest.mark.parametrize(("name", "experts"), but_slow(product(MODELS, ["grouped_mm", "batched_mm"]), QUICK))
+@pytest.mark.parametrize(("name", "experts"), but_slow(product(MODELS, ["grouped_mm", "batched_mm"])))
 def test_experts_and_the_units_inside_of_each_move(name: str, experts: str) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**SHARED, **MODELS[name], experts_implementation=experts)

@@ -225,6 +225,7 @@ def test_restarts_never_lower_the_objective(method: Any) -> None:
     assert objective(3) >= objective(0)
 
 
+@pytest.mark.slow
 def test_what_is_compared_can_be_chosen() -> None:
     found = {
         (kind, taken): fxmerge.merge(settled(0), settled(1), data(), similarity=kind, activations=taken, alpha=0.0)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.rewriting.task_vectors import task_arithmetic, ties
-from tests.slow import crossed
+from tests.slow import but_slow, crossed
 
 Floats = NDArray[np.float64]
 
@@ -204,7 +205,7 @@ def test_units_that_are_alike_in_the_base_stay_too() -> None:
         assert torch.equal(aligned.state_dict()["0.weight"], model[0].weight)
 
 
-@pytest.mark.parametrize(("rule", "loader"), crossed(RULES, [DATA, None]))
+@pytest.mark.parametrize(("rule", "loader"), but_slow(product(RULES, [DATA, None])))
 def test_permuted_models_come_back_to_the_units_of_the_base(rule: Any, loader: list[Tensor] | None) -> None:
     base = Net().eval()
     models = [tuned(base, 1), tuned(base, 2), tuned(base, 3)]

@@ -21,27 +21,44 @@ from tests.slow import slow
 FACTORIES = {**CASES, **{name: factory for name, (factory, _) in INCOMPLETE.items()}}
 
 LARGER = {
+    "attention, norms of queries and keys",
     "attention, three streams of one width",
     "attention, three streams of three widths",
     "bias by head",
+    "channel shuffle",
+    "conv 3d",
     "ConvNeXt block",
     "cross-covariance attention",
     "decoder layer",
+    "decoder with tokens, read along time",
+    "DenseNet",
     "encoder layer, post-norm",
     "grouped queries, native",
     "Inception",
+    "inverted residual, squeeze-excite",
     "language model, tied embedding",
     "learnt queries",
     "LSTM",
+    "MLP-Mixer",
+    "reshaped, pooled and interpolated",
     "residual CNN, padded shortcut",
     "residual CNN, projection shortcut",
     "residual CNN, two padded shortcuts",
+    "residual mlp",
+    "ResNeXt block",
     "rotary attention, norms of queries and keys",
+    "siamese",
+    "stream of sub-pixels",
+    "sub-pixel convolution, then a kernel",
     "SwiGLU, apart",
+    "tokens filled",
+    "transformed units",
     "U-Net",
+    "units written between constants",
+    "VGG",
     "weights by head",
 }
-"""Architectures that take long to capture and to write out, and of which others have the parts."""
+"""Architectures that take more than a second to capture and to write out; smaller ones have their layers."""
 
 assert FACTORIES.keys() >= LARGER
 
