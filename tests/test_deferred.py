@@ -262,7 +262,7 @@ case(
 )
 
 
-@pytest.mark.parametrize("name", but_slow(CASES, 14))
+@pytest.mark.parametrize("name", but_slow(CASES, 8))
 def test_what_is_named_by_numbers_moves(name: str) -> None:
     forward, rows, parts, order = CASES[name]
     model, x = net(forward, parts), torch.randn(rows, 3)

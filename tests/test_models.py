@@ -34,7 +34,7 @@ WRAP: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", but_slow(WRAP, 2))
+@pytest.mark.parametrize("kind", but_slow(WRAP, 1))
 def test_wrappers_are_seen_through(kind: str) -> None:
     wrapped, plain = WRAP[kind](net(1)), net(0)
     merged = fxmerge.merge(wrapped, plain, [X])

@@ -29,7 +29,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("seed", examples(range, quick=10, count=200))
+@pytest.mark.parametrize("seed", examples(range, quick=6, count=200))
 def test_symmetry_of_random_architectures(seed: int) -> None:
     recipe = random_recipe(Random(seed))
     finding = examine(recipe)
@@ -47,7 +47,7 @@ def test_recipes_are_plain_data() -> None:
     assert all(torch.equal(p, q) for p, q in zip(a(*x), b(*y), strict=True))
 
 
-@pytest.mark.parametrize("name", but_slow(REGRESSIONS, 14))
+@pytest.mark.parametrize("name", but_slow(REGRESSIONS, 7))
 def test_regression(name: str, caplog: pytest.LogCaptureFixture) -> None:
     state, recipe = REGRESSIONS[name]
     with caplog.at_level(logging.ERROR):
