@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,16 @@ import fxmerge
 from fxmerge import OptionError, cli, demo, sources
 from fxmerge.capture import capture_program
 from fxmerge.inspection import free_entries
+from tests.slow import but_slow
 
 
-@pytest.fixture(scope="module")
-def table() -> demo.Table:
-    return demo.run("cnn", seed=0, epochs=5, progress=False)
+@pytest.fixture(scope="module", params=but_slow([16, 64]), ids="width {}".format)
+def table(request: pytest.FixtureRequest) -> demo.Table:
+    """What the demo shows of its residual network, and, most of the time, of a narrow one."""
+    recipe = replace(demo.RECIPES["cnn"], build=partial(demo.CNN, request.param))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(demo.RECIPES, "cnn", recipe)
+        return demo.run("cnn", seed=0, epochs=8, progress=False)
 
 
 def test_every_row_and_column_is_there(table: demo.Table) -> None:
@@ -49,6 +56,7 @@ def test_the_merge_is_of_the_size_of_one_parent(table: demo.Table) -> None:
     assert table["ensemble"].parameters == 2 * table["fxmerge"].parameters
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_table() -> None:
     assert demo.run("vit", seed=3, epochs=1, progress=False) == demo.run("vit", seed=3, epochs=1, progress=False)
 

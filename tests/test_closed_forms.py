@@ -5,11 +5,10 @@ from math import lgamma
 import networkx as nx
 import pytest
 import torch
-from torchvision.models import get_model
 
 import fxmerge
 
-IMAGE = torch.zeros(2, 3, 224, 224)
+IMAGE = torch.zeros(2, 3, 224, 224, device="meta")
 
 
 def log_factorial(n: int) -> float:
@@ -17,9 +16,14 @@ def log_factorial(n: int) -> float:
 
 
 def symmetry_of(name: str) -> fxmerge.Symmetry:
-    return fxmerge.find_symmetry(get_model(name, weights=None), (IMAGE,))
+    from torchvision.models import get_model
+
+    with torch.device("meta"):
+        model = get_model(name, weights=None)
+    return fxmerge.find_symmetry(model, (IMAGE,))
 
 
+@pytest.mark.slow
 def test_vit_b_16() -> None:
     """The residual stream; in each of 12 layers 12 heads, in each head 64 dims of q and k and 64 of v; the MLP."""
     layer = log_factorial(12) + 24 * log_factorial(64) + log_factorial(3072)
@@ -40,6 +44,7 @@ def test_resnet50() -> None:
     assert symmetry.log_order() == pytest.approx(sum(map(log_factorial, free)), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_resnext50_has_groups_that_move_as_blocks() -> None:
     """As resnet50, but the two inner layers of a block are 32 groups of channels each, tied group by group."""
     free = log_factorial(64) + sum(map(log_factorial, (256, 512, 1024, 2048)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxmerge
+from tests.slow import but_slow, crossed
 
 MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
 
@@ -78,8 +79,7 @@ def test_a_wrong_permutation_of_complex_parameters_is_found() -> None:
     assert replace(symmetry, layout=layout).verify(model, (x,)).demoted != ()
 
 
-@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(("match", "given"), crossed(MATCH.values(), [True, False]))
 def test_a_planted_permutation_is_found_again(match: fxmerge.Align | fxmerge.Zip, given: bool) -> None:
     a, x = FourierOperator().eval(), data()
     symmetry = fxmerge.find_symmetry(a, (x[0],))
@@ -92,7 +92,7 @@ def test_a_planted_permutation_is_found_again(match: fxmerge.Align | fxmerge.Zip
         assert all(torch.allclose(v, a.state_dict()[n], atol=1e-6) for n, v in aligned.state_dict().items())
 
 
-@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+@pytest.mark.parametrize("match", but_slow(MATCH.values()))
 def test_networks_with_complex_parameters_are_refitted_but_for_these(match: fxmerge.Align | fxmerge.Zip) -> None:
     a, b, x = FourierOperator(seed=0).eval(), FourierOperator(seed=1).eval(), data()
     merged = fxmerge.merge(a, b, x, fxmerge.Recipe(match=match))
@@ -102,6 +102,7 @@ def test_networks_with_complex_parameters_are_refitted_but_for_these(match: fxme
     FourierOperator().load_state_dict(merged.state_dict())
 
 
+@pytest.mark.slow
 def test_three_networks_with_complex_parameters_are_merged() -> None:
     x = data()
     models = [FourierOperator(seed=seed).eval() for seed in range(3)]

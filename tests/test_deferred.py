@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxmerge
-from tests.exact import exact_log_order
-from tests.refused import Net
+from tests.golden.refused import Net
+from tests.oracle.exact import exact_log_order
+from tests.slow import but_slow
 
 Forward = Callable[[Any, Tensor], Tensor]
 Parts = dict[str, Any]
@@ -261,7 +262,7 @@ case(
 )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", but_slow(CASES, 8))
 def test_what_is_named_by_numbers_moves(name: str) -> None:
     forward, rows, parts, order = CASES[name]
     model, x = net(forward, parts), torch.randn(rows, 3)

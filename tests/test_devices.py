@@ -19,14 +19,18 @@ CASES = [
 that it does not know."""
 
 
-def test_models_on_another_device_are_merged_there_as_on_the_cpu() -> None:
+@pytest.mark.parametrize("cases", [CASES[:1], pytest.param(CASES, marks=pytest.mark.slow)], ids=["one", "all"])
+def test_models_on_another_device_are_merged_there_as_on_the_cpu(cases: list[str]) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "tests.accelerator", *CASES], capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "tests.accelerator", *["--quick"] * (len(cases) == 1), *cases],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     results = json.loads(run.stdout.splitlines()[-1])
-    assert {result["case"] for result in results} == set(CASES)
-    assert len({result["way"] for result in results if result["case"] == CASES[0]}) > 1
+    assert {result["case"] for result in results} == set(cases)
+    assert len({result["way"] for result in results if result["case"] == cases[0]}) > 1
     for result in results:
         assert result["devices"] == ["elsewhere"], result
         assert result["apart"] == pytest.approx(0, abs=1e-9), result

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.emission import duplicate
+from tests.slow import crossed
 
 ROUTES = {
     "symbolic": "symbolic_trace",
@@ -225,8 +226,9 @@ class Renamed(nn.Linear):
         super()._load_from_state_dict(state, prefix, *more)
 
 
-@pytest.mark.parametrize("make", [Constants, Versioned, lambda: Counted(4, 2), lambda: Renamed(4, 2)])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("route", "make"), crossed(ROUTES, [Constants, Versioned, lambda: Counted(4, 2), lambda: Renamed(4, 2)])
+)
 def test_the_state_dict_is_that_of_the_class(route: str, make: Callable[[], nn.Module]) -> None:
     model, fresh, x = Routed(route, make()).eval(), Routed(route, make()).eval(), torch.randn(3, 4)
     emitted = emit(model, x, route=route)
@@ -350,8 +352,7 @@ class Trained(nn.Module):
         return F.batch_norm(x, self.mean, self.variance, training=self.training and self.kind == "norm function")
 
 
-@pytest.mark.parametrize("kind", ["module", "function", "torch", "attention"])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("route", "kind"), crossed(ROUTES, ["module", "function", "torch", "attention"]))
 def test_dropout_follows_the_mode(route: str, kind: str) -> None:
     x = torch.randn(32, 4)
     emitted = emit(Routed(route, nn.Sequential(nn.Linear(4, 4), Trained(kind))), x, route=route)
@@ -362,8 +363,7 @@ def test_dropout_follows_the_mode(route: str, kind: str) -> None:
     torch.testing.assert_close(emitted(x), emitted(x))
 
 
-@pytest.mark.parametrize("kind", ["norm", "norm function", "frozen"])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("route", "kind"), crossed(ROUTES, ["norm", "norm function", "frozen"]))
 def test_batch_norm_follows_the_mode_of_the_model(route: str, kind: str) -> None:
     x = torch.randn(32, 4) * 3 + 1
     model = Routed(route, Trained(kind))

@@ -5,7 +5,6 @@
 
 import copy
 import itertools
-import os
 from random import Random
 
 import pytest
@@ -15,7 +14,8 @@ from torch.utils import _pytree as pytree
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.rewriting.calibrate import statistics_nodes
-from tests.generator import build, random_recipe
+from tests.oracle.generator import build, random_recipe
+from tests.slow import examples
 
 RECIPES = [
     fxmerge.Recipe(),
@@ -31,7 +31,7 @@ def seeds(count: int) -> list[int]:
     return list(itertools.islice(plain, count))
 
 
-@pytest.mark.parametrize("seed", seeds(int(os.environ.get("FXMERGE_EXAMPLES", "16"))))
+@pytest.mark.parametrize("seed", examples(seeds, quick=1, count=16))
 def test_a_network_and_its_permuted_copy_give_the_network_back(seed: int) -> None:
     net, args = build(random_recipe(Random(seed)))
     net, args = net.double().eval(), tuple(a.double() for a in args)

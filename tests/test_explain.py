@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -10,9 +9,7 @@ import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.symmetry.explain import chains
 from fxmerge.symmetry.group import analyse
-from tests.architectures import CASES, INCOMPLETE
-
-FACTORIES = {**CASES, **{name: factory for name, (factory, _) in INCOMPLETE.items()}}
+from tests.oracle.inferred import FACTORIES, each, inferred
 
 
 def told(model: nn.Module, *args: Tensor) -> list[str]:
@@ -77,9 +74,9 @@ def test_what_has_nothing_to_be_exchanged_with_has_no_steps() -> None:
     assert "unused[0] (4 indices) <- pinned: not used for the example inputs" in told(Once(), torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@each(FACTORIES)
 def test_every_pinned_axis_has_a_chain_that_ends_where_its_reason_was_given(name: str) -> None:
-    found, symmetry = analyse(capture_program(*FACTORIES[name]()))
+    found, symmetry = inferred(name).propagation, inferred(name).symmetry
     given = {(reason, node) for (_, reason), node in zip(found.units.pinned, found.units.pinned_at, strict=True)}
     explained = chains(found, symmetry)
     assert [(c.start, c.reason) for c in explained] == [

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 import fxmerge
 from fxmerge.inspection import inspect
 from fxmerge.symmetry.outputs import free_leaves, name_of, paths_of
+from tests.slow import slow
 
 
 class Vision(nn.Module):
@@ -117,7 +118,7 @@ def test_verification_demotes_what_does_not_move_as_it_is_said_to() -> None:
     assert not replace(symmetry, free=wrong).verify(net, (ROWS,)).layout
 
 
-@EACH
+@pytest.mark.parametrize(("build", "x", "order"), [NETS[0], slow(NETS[1]), NETS[2]], ids=["vision", "text", "joined"])
 def test_a_planted_twin_is_found_exactly(build: Callable[[], nn.Module], x: Tensor, order: float) -> None:
     net, twin = generic(build, 0), build()
     symmetry = fxmerge.find_symmetry(net, (x,), free="output")

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import fxmerge
+from tests.slow import but_slow
 
 WORDS = 64
 TOKENS = {"vocab_size": WORDS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -112,11 +114,15 @@ def generate(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return words
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", MODELS)
-def test_language_models_merge_as_they_come(name: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
-    a, b = net(name, 0, dtype), net(name, 1, dtype)
-    loader = text(name, (7, 11), dtype)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QUICK = [("gpt2", "float32"), ("bert", "bfloat16")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), but_slow(product(MODELS, DTYPES), QUICK))
+def test_language_models_merge_as_they_come(name: str, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    kind = DTYPES[dtype]
+    a, b = net(name, 0, kind), net(name, 1, kind)
+    loader = text(name, (7, 11), kind)
     before = [(copy.deepcopy(m.state_dict()), m.config.to_dict()) for m in (a, b)]
     given = copy.deepcopy(loader)
     with caplog.at_level(logging.INFO, logger="fxmerge"):
@@ -131,9 +137,9 @@ def test_language_models_merge_as_they_come(name: str, dtype: torch.dtype, caplo
         assert m.config.to_dict() == config
         assert all(torch.equal(value, state[key]) for key, value in m.state_dict().items())
     assert all(torch.equal(x[key], y[key]) for x, y in zip(loader, given, strict=True) for key in x)
-    fresh = net(name, 2, dtype)
+    fresh = net(name, 2, kind)
     fresh.load_state_dict(merged.state_dict())
-    for batch in text(name, (7, 11, 5, 16), dtype, samples=3):
+    for batch in text(name, (7, 11, 5, 16), kind, samples=3):
         call = {key: value for key, value in batch.items() if kept or key != "labels"}
         torch.testing.assert_close(merged(**call)["logits"], fresh(**call).logits)
-    assert generate(fresh, text(name, (5,), dtype, samples=2)[0]).shape[0] == 2
+    assert generate(fresh, text(name, (5,), kind, samples=2)[0]).shape[0] == 2

@@ -1,21 +1,15 @@
 """Language models with experts, as transformers defines them: experts move, and so do the units inside of each."""
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+import transformers
 
 import fxmerge
+from tests.slow import but_slow
 
 EXPERTS, UNITS, STREAM, HEADS, LAYERS = 4, 8, 8, 2, 1
 HEAD = STREAM // HEADS
@@ -35,23 +29,18 @@ SHARED: dict[str, Any] = {
     "pad_token_id": None,
 }
 
-MODELS: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
-    "Mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": EXPERTS, "head_dim": HEAD}),
-    "OLMoE": (OlmoeForCausalLM, OlmoeConfig, {"num_experts": EXPERTS}),
-    "Qwen3-MoE": (
-        Qwen3MoeForCausalLM,
-        Qwen3MoeConfig,
-        {"num_experts": EXPERTS, "moe_intermediate_size": UNITS, "head_dim": HEAD},
-    ),
+MODELS: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": EXPERTS, "head_dim": HEAD},
+    "Olmoe": {"num_experts": EXPERTS},
+    "Qwen3Moe": {"num_experts": EXPERTS, "moe_intermediate_size": UNITS, "head_dim": HEAD},
 }
 
 
-@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "experts"), but_slow(product(MODELS, ["grouped_mm", "batched_mm"])))
 def test_experts_and_the_units_inside_of_each_move(name: str, experts: str) -> None:
-    make, configure, own = MODELS[name]
     torch.manual_seed(0)
-    model = make(configure(**SHARED, **own, experts_implementation=experts)).eval()
+    config = getattr(transformers, f"{name}Config")(**SHARED, **MODELS[name], experts_implementation=experts)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     assert model.config._experts_implementation == experts
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.ndim == 1))

@@ -14,6 +14,7 @@ from fxmerge.errors import LoaderError
 from fxmerge.program import Program
 from fxmerge.rewriting.calibrate import recalibrate
 from fxmerge.run import Data, Runner, batch_inputs, fixed_sizes
+from tests.slow import but_slow, crossed
 
 
 def filled(*shape: int, seed: int = 0) -> Tensor:
@@ -115,7 +116,7 @@ def test_the_example_is_a_batch_whose_sizes_are_none_of_one(first: int) -> None:
     assert shapes[0] == {(6, first), (5, 7), (6, 9)}
 
 
-@pytest.mark.parametrize("length", [2, 3, 4, 8])
+@pytest.mark.parametrize("length", but_slow([2, 3, 4, 8], [3, 4]))
 def test_lengths_equal_to_other_sizes_give_the_same_classes(length: int) -> None:
     symmetry = fxmerge.find_symmetry(Words(0), (), words(5, length)).verify(Words(0), (), words(5, length))
     assert math.isclose(symmetry.log_order(), math.log(6 * 24 * 2**4 * 2**4))
@@ -125,7 +126,7 @@ def test_lengths_equal_to_other_sizes_give_the_same_classes(length: int) -> None
 BY_LENGTH = [filled(4, 6, 3, seed=1), filled(4, 9, 3, seed=2), filled(3, 5, 3, seed=3)]
 
 
-@pytest.mark.parametrize("fit", [None, fxmerge.Repair(), fxmerge.LeastSquares()], ids=str)
+@pytest.mark.parametrize("fit", but_slow([fxmerge.LeastSquares(), None, fxmerge.Repair()]), ids=str)
 def test_tokens_count_alike_in_whatever_lengths_they_come(fit: Any) -> None:
     loaders = BY_LENGTH, [x.flatten(0, 1) for x in BY_LENGTH]
     by_length, apart = (fxmerge.merge(Tokenwise(0), Tokenwise(1), own, fxmerge.Recipe(fit=fit)) for own in loaders)
@@ -149,11 +150,13 @@ def test_batches_sorted_by_length_and_activations_on_disk_give_the_same_merge() 
             torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("build", "alpha"), [(Attention, 0.25), (HeadsFirst, 0.5)])
-@pytest.mark.parametrize("sizes", [((8, 6), (5, 6)), ((8, 6), (8, 9)), ((8, 6), (3, 4))])
+@pytest.mark.parametrize(
+    ("build", "sizes"), crossed([Attention, HeadsFirst], [((8, 6), (5, 6)), ((8, 6), (8, 9)), ((8, 6), (3, 4))])
+)
 def test_heads_beside_samples_or_tokens_are_found_again(
-    build: Callable[[int], nn.Module], alpha: float, sizes: tuple[tuple[int, int], ...]
+    build: Callable[[int], nn.Module], sizes: tuple[tuple[int, int], ...]
 ) -> None:
+    alpha = 0.25 if build is Attention else 0.5
     net, twin = build(0), build(1)
     loader = [filled(*size, 3, seed=i) for i, size in enumerate(sizes)]
     symmetry = fxmerge.find_symmetry(net, (loader[0],))

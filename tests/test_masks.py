@@ -8,6 +8,7 @@ from torch.nn.utils import prune
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.rewriting.masks import masked, masks_of, pruned, voted
+from tests.slow import crossed
 
 MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
 
@@ -34,8 +35,7 @@ def mask_names(m: nn.Module) -> list[str]:
 KINDS = ["unstructured", "structured", "global"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+@pytest.mark.parametrize(("kind", "match"), crossed(KINDS, MATCH.values()))
 def test_masks_stay_masks(kind: str, match: fxmerge.Align | fxmerge.Zip) -> None:
     models = [net(seed, kind) for seed in (0, 1, 2)]
     for count, loader in ((2, [X]), (3, None)):
@@ -48,8 +48,7 @@ def test_masks_stay_masks(kind: str, match: fxmerge.Align | fxmerge.Zip) -> None
         torch.testing.assert_close(original.eval()(X), merged(X))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+@pytest.mark.parametrize(("kind", "match"), crossed(KINDS, MATCH.values()))
 def test_a_permuted_pruned_network_is_found_again(kind: str, match: fxmerge.Align | fxmerge.Zip) -> None:
     model, twin = net(0, kind), net(0, kind)
     symmetry = fxmerge.find_symmetry(model, (X,))

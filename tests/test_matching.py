@@ -8,7 +8,8 @@ from torch import nn
 import fxmerge
 from fxmerge.matching.assignment import propose
 from fxmerge.matching.search import match
-from tests.architectures import CASES
+from tests.oracle.architectures import CASES
+from tests.oracle.inferred import each, inferred
 
 
 def test_a_nested_assignment_is_the_best_element_of_the_group() -> None:
@@ -29,12 +30,10 @@ def test_a_nested_assignment_is_the_best_element_of_the_group() -> None:
         assert scores[image, np.arange(6)].sum() == pytest.approx(best)
 
 
-@pytest.mark.parametrize("name", CASES)
+@each(CASES)
 def test_a_planted_permutation_gives_the_model_back(name: str) -> None:
     """Aligning a permuted copy gives parameters that are the model's own, whatever the architecture."""
-    torch.manual_seed(0)
-    model, args = CASES[name]()
-    symmetry = fxmerge.find_symmetry(model, args)
+    model, symmetry = inferred(name).model, inferred(name).symmetry
     g = torch.Generator().manual_seed(0)
     state = model.state_dict(keep_vars=True)
     shared = {id(v): torch.randn(v.shape, generator=g) if v.is_floating_point() else v for v in state.values()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from tests.slow import crossed
 
 MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
 
@@ -49,8 +50,7 @@ def permuted(net: Net, seed: int) -> Net:
     return twin.eval()
 
 
-@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
-@pytest.mark.parametrize("loader", [data(), None], ids=["data", "no data"])
+@pytest.mark.parametrize(("match", "loader"), crossed(MATCH.values(), [data(), None]))
 def test_merging_a_permuted_copy_gives_the_model_back(
     loader: list[Tensor] | None, match: fxmerge.Align | fxmerge.Zip
 ) -> None:

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 import fxmerge
 from fxmerge import inspection
 from fxmerge.models import apart, run
+from tests.slow import but_slow, crossed
 
 X = torch.randn(16, 3)
 
@@ -32,7 +34,7 @@ WRAP: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", WRAP)
+@pytest.mark.parametrize("kind", but_slow(WRAP, 1))
 def test_wrappers_are_seen_through(kind: str) -> None:
     wrapped, plain = WRAP[kind](net(1)), net(0)
     merged = fxmerge.merge(wrapped, plain, [X])
@@ -86,12 +88,16 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+@cache
+def symmetry_of_net() -> fxmerge.Symmetry:
+    return fxmerge.find_symmetry(net(), (X,))
+
+
 @pytest.mark.filterwarnings("ignore")  # torch is about to remove some of these.
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_what_is_no_model_is_refused_by_every_verb(kind: str) -> None:
     make, message = MISTAKES[kind]
-    wrong, right = make(), net()
-    symmetry = fxmerge.find_symmetry(right, (X,))
+    wrong, right, symmetry = make(), net(), symmetry_of_net()
     calls: list[tuple[str, Callable[[], Any]]] = [
         ("[Mm]odel A", lambda: fxmerge.merge(wrong, right, [X])),
         ("[Mm]odel B", lambda: fxmerge.merge(right, wrong, [X])),
@@ -157,8 +163,7 @@ class Trainer(nn.Sequential):
         return "none of your business"
 
 
-@pytest.mark.parametrize("kind", [Quiet, Trainer])
-@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize(("kind", "branch"), crossed([Quiet, Trainer], [False, True]))
 def test_methods_of_the_users_own(kind: type[nn.Sequential], branch: bool) -> None:
     class Net(kind):  # type: ignore[misc, valid-type]
         def forward(self, x: Tensor) -> Any:
@@ -185,7 +190,7 @@ class Noisy(nn.Module):
         return self.b(torch.relu(self.a(x)) * torch.rand(()))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("branch", but_slow([True, False]))
 def test_forwards_that_draw_random_numbers(branch: bool) -> None:
     torch.manual_seed(0)
     a, b = Noisy(branch), Noisy(branch)
@@ -220,7 +225,7 @@ class Counting(nn.Module):
         return float(self.calls), self.seen.tolist(), self.times, len(self.shapes)
 
 
-@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("branch", but_slow([True, False]))
 def test_no_call_modifies_a_model(branch: bool) -> None:
     a, b = Counting(branch), Counting(branch)
     untouched = a.trace()

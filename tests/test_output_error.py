@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge.matching.universe import canonical_order
 from fxmerge.refitting.output_error import feature_rows
-from tests.test_universe import mlp, vectors
+from tests.networks import mlp, vectors
 
 RECIPES = {"zip": fxmerge.Recipe(), "align": fxmerge.Recipe(match=fxmerge.Align())}
 EACH = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.errors import NonFiniteError, OptionError
-from tests.test_universe import mlp, vectors
+from tests.networks import mlp, vectors
 
 
 def scaled(net: nn.Module, scale: float, shift: float) -> nn.Module:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.reads import find_reads, fixed_inputs
+from tests.slow import but_slow, crossed
 
 
 class Packed(nn.Module):
@@ -34,9 +35,9 @@ def sequences(*lengths: int) -> tuple[tuple[Tensor, Tensor], int]:
     return (torch.randn(4, 5, 3), torch.tensor(lengths)), 0
 
 
-@pytest.mark.parametrize("enforce_sorted", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+@pytest.mark.parametrize(
+    ("kind", "padded", "enforce_sorted"), crossed([nn.GRU, nn.LSTM, nn.RNN], [False, True], [False, True])
+)
 def test_lengths_of_packed_sequences(kind: type[nn.RNNBase], padded: bool, enforce_sorted: bool) -> None:
     torch.manual_seed(0)
     a, b, c = (Packed(kind, padded, enforce_sorted) for _ in range(3))
@@ -89,19 +90,19 @@ def graph(nodes: int, last: int) -> dict[str, Tensor]:
     return {"x": torch.randn(nodes, 3), "edges": torch.tensor([[0, 1, 2, 3], [1, 2, 3, last]])}
 
 
-@pytest.mark.parametrize(
-    "count",
-    [
-        lambda to: int(to.max()) + 1,
-        lambda to: to.max().item() + 1,
-        lambda to: max(to.tolist()) + 1,
-        lambda to: int(to.numpy().max()) + 1,
-        lambda to: len(torch.unique(to)) + 1,
-        lambda to: torch.bincount(to).shape[0],
-    ],
-    ids=["int", "item", "tolist", "numpy", "unique", "bincount"],
-)
-def test_sizes_that_depend_on_values(count: Callable[[Tensor], int]) -> None:
+COUNTS: dict[str, Callable[[Tensor], int]] = {
+    "int": lambda to: int(to.max()) + 1,
+    "numpy": lambda to: int(to.numpy().max()) + 1,
+    "unique": lambda to: len(torch.unique(to)) + 1,
+    "item": lambda to: to.max().item() + 1,  # type: ignore[return-value]
+    "tolist": lambda to: max(to.tolist()) + 1,
+    "bincount": lambda to: torch.bincount(to).shape[0],
+}
+
+
+@pytest.mark.parametrize("name", but_slow(COUNTS, 3))
+def test_sizes_that_depend_on_values(name: str) -> None:
+    count = COUNTS[name]
     torch.manual_seed(0)
     a, b, c = Messages(count), Messages(count), Messages(count)
     program = capture_program(a, (graph(6, 4),))

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import fxmerge
-from tests.architectures import CASES
+from tests.oracle.architectures import CASES
+from tests.oracle.inferred import each, inferred
 
 STRUCTURED = [name for name in CASES if "group" in name.lower() or "attention" in name.lower() or "mlp" in name.lower()]
 
@@ -15,11 +16,10 @@ def mlp() -> tuple[nn.Module, fxmerge.Symmetry]:
     return model, fxmerge.find_symmetry(model, (torch.zeros(1, 2),))
 
 
-@pytest.mark.parametrize("name", STRUCTURED)
+@each(STRUCTURED)
 def test_group_laws(name: str) -> None:
     torch.manual_seed(0)
-    model, args = CASES[name]()
-    symmetry = fxmerge.find_symmetry(model, args)
+    model, symmetry = inferred(name).model, inferred(name).symmetry
     state = {k: torch.randn(v.shape) if v.is_floating_point() else v for k, v in model.state_dict().items()}
     g = torch.Generator().manual_seed(0)
     p, q = symmetry.sample(g), symmetry.sample(g)

@@ -18,7 +18,7 @@ from fxmerge.refitting.places import Places
 from fxmerge.rewriting.combine import average
 from fxmerge.run import Runner
 from fxmerge.symmetry.flow import flows
-from tests.test_refit import Attentive, Convolutional, Mixing, pictures
+from tests.networks import Attentive, Convolutional, Mixing, pictures
 
 
 class Everything(Runner):

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.errors import LoaderError, NonFiniteError, OptionError
 from fxmerge.refitting.refit import Lesson, refit
 from fxmerge.run import Runner
-from tests.test_universe import mlp, vectors
+from tests.networks import NETS, Attentive, Convolutional, Mixing, mlp, pictures, vectors
+from tests.slow import but_slow, crossed
 
 MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
 FITS: dict[str, fxmerge.LeastSquares | fxmerge.Readout | None] = {
@@ -25,54 +25,6 @@ FITS: dict[str, fxmerge.LeastSquares | fxmerge.Readout | None] = {
 }
 
 
-class Convolutional(nn.Module):
-    """Grouped, depthwise, strided, dilated and transposed convolutions, and a GroupNorm."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.stem = nn.Conv2d(2, 12, 3, padding="same")
-        self.grouped = nn.Conv2d(12, 12, 3, stride=2, padding=1, groups=3)
-        self.norm = nn.GroupNorm(3, 12)
-        self.deep = nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12, bias=False)
-        self.up = nn.ConvTranspose2d(12, 6, 3, stride=2, output_padding=1, padding=1)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.grouped(torch.relu(self.stem(x))))
-        x = torch.relu(self.up(torch.relu(self.deep(self.norm(x)))))
-        out: Tensor = self.head(x.mean((2, 3)))
-        return out
-
-
-class Attentive(nn.Module):
-    """Attention over pixels, with packed projections and LayerNorm."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.stem, self.norm = nn.Linear(2, 8), nn.LayerNorm(8)
-        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
-        self.head = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x.flatten(2).transpose(1, 2))
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        scores: Tensor = self.head(x.mean(1))
-        return scores
-
-
-def pictures() -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return [torch.randn(16, 2, 8, 8, generator=g) for _ in range(4)]
-
-
-NETS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], list[Tensor]]]] = {
-    "mlp": (mlp, vectors),
-    "attention": (lambda seed: Attentive(seed).eval(), pictures),
-    "convolutions": (lambda seed: Convolutional(seed).eval(), pictures),
-}
 EACH = pytest.mark.parametrize("name", NETS)
 
 
@@ -90,8 +42,7 @@ def error(merged: nn.Module, parents: list[nn.Module], data: list[Tensor]) -> fl
         return float((merged(x) - torch.stack([p(x) for p in parents]).mean(0)).square().mean())
 
 
-@EACH
-@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+@pytest.mark.parametrize(("name", "match"), crossed(NETS, MATCH.values()))
 def test_permuted_copies_give_the_network_back(name: str, match: fxmerge.Align | fxmerge.Zip) -> None:
     build, batches = NETS[name]
     net, data = build(0), batches()
@@ -100,8 +51,7 @@ def test_permuted_copies_give_the_network_back(name: str, match: fxmerge.Align |
         torch.testing.assert_close(merged.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
-@EACH
-@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+@pytest.mark.parametrize(("name", "match"), crossed(NETS, MATCH.values()))
 def test_a_refitted_merge_is_nearer_to_its_parents_than_their_average(
     name: str, match: fxmerge.Align | fxmerge.Zip
 ) -> None:
@@ -199,7 +149,7 @@ def test_a_tied_weight_is_fitted_from_all_of_its_uses() -> None:
     assert error(refitted, [a, b], data) < error(averaged, [a, b], data)
 
 
-@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("cell", but_slow([nn.RNN, nn.GRU, nn.LSTM]))
 def test_recurrent_layers_are_refitted(cell: Callable[..., nn.Module]) -> None:
     class Recurrent(nn.Module):
         def __init__(self, seed: int) -> None:
@@ -279,21 +229,6 @@ def test_what_is_not_refitted_is_told_with_the_reason() -> None:
     told = fxmerge.report(fxmerge.merge(Attentive(0), Attentive(1), pictures()))
     assert set(told.left) == {"norm.weight", "norm.bias"}
     assert "layer_norm" in told.left["norm.weight"]
-
-
-class Mixing(nn.Module):
-    """A layer over places, whose rows are channels."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.stem, self.places, self.head = nn.Linear(2, 8), nn.Linear(64, 64), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x.flatten(2).transpose(1, 2)))
-        x = x + torch.relu(self.places(x.transpose(1, 2))).transpose(1, 2)
-        out: Tensor = self.head(x.mean(1))
-        return out
 
 
 def test_layers_over_whose_rows_merged_units_lie_are_refitted() -> None:

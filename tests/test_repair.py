@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from tests.test_refit import EACH, NETS
-from tests.test_universe import mlp
+from tests.networks import NETS, mlp
+from tests.slow import crossed
 
 MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
 
@@ -45,8 +45,7 @@ def test_every_layer_has_the_interpolated_means_and_deviations(weights: tuple[fl
     assert all(layer["gain"] > 1 for layer in told.values())
 
 
-@EACH
-@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
+@pytest.mark.parametrize(("name", "match"), crossed(NETS, MATCH.values()))
 @torch.no_grad()
 def test_a_network_with_itself_stays_as_it_is(name: str, match: fxmerge.Align | fxmerge.Zip) -> None:
     build, batches = NETS[name]

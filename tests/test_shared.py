@@ -13,6 +13,7 @@ from fxmerge.capture import capture_program
 from fxmerge.shared import EQUAL, equal_names, without_shared
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import analyse
+from tests.slow import crossed
 
 MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
 
@@ -52,16 +53,17 @@ def batches() -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "recipe",
-    [
-        fxmerge.Recipe(),
-        fxmerge.Recipe(match=fxmerge.Align()),
-        fxmerge.Recipe(fit=None),
-        fxmerge.Recipe(fit=fxmerge.Repair()),
-    ],
-    ids=lambda recipe: str(recipe.to_dict()),
+    ("recipe", "count"),
+    crossed(
+        [
+            fxmerge.Recipe(),
+            fxmerge.Recipe(match=fxmerge.Align()),
+            fxmerge.Recipe(fit=None),
+            fxmerge.Recipe(fit=fxmerge.Repair()),
+        ],
+        [2, 3],
+    ),
 )
-@pytest.mark.parametrize("count", [2, 3])
 def test_a_frozen_base_under_adapters_stays_bit_for_bit(recipe: fxmerge.Recipe, count: int) -> None:
     models = [Adapted(seed) for seed in range(1, count + 1)]
     merged = fxmerge.merge_many(models, batches(), recipe)
@@ -153,8 +155,7 @@ class Fourier(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
-@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize(("match", "exported"), crossed(MATCH.values(), [False, True]))
 def test_constant_buffers_stay(match: fxmerge.Align | fxmerge.Zip, exported: bool) -> None:
     x = torch.randn(64, 2)
     models: list[Any] = [Fourier(1), Fourier(2)]

@@ -15,7 +15,8 @@ from fxmerge.matching.search import Problem, floats
 from fxmerge.run import Data, batch_inputs
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
-from tests.architectures import CASES
+from tests.oracle.architectures import CASES
+from tests.oracle.inferred import each, inferred
 
 
 def analysed(model: nn.Module, x: Tensor) -> tuple[Propagation, Symmetry]:
@@ -194,13 +195,12 @@ def test_weight_similarity_is_the_scaled_inner_product_of_slices() -> None:
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("name", CASES)
+@each(CASES)
 def test_similarities_found_from_what_changed_are_those_found_anew(name: str) -> None:
     """Random moves of random classes, of few units or of all, with room for all, some or none; at first only some
     slices count."""
     torch.manual_seed(0)
-    model, args = CASES[name]()
-    symmetry = fxmerge.find_symmetry(model, args)
+    model, symmetry = inferred(name).model, inferred(name).symmetry
     state = {n: t.double() for n, t in floats(symmetry, model.state_dict()).items()}
     a, b = ({n: torch.randn_like(t) for n, t in state.items()} for _ in range(2))
     scales = {n: 1.0 + k for k, n in enumerate(a)}

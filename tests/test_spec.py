@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.symmetry.ranges import read_ranges, write_ranges
-from tests.architectures import CASES, INCOMPLETE
-
-FACTORIES = {**CASES, **{name: factory for name, (factory, _) in INCOMPLETE.items()}}
+from tests.oracle.inferred import FACTORIES, each, inferred
 
 
 def same(a: fxmerge.Symmetry, b: fxmerge.Symmetry) -> bool:
@@ -36,9 +35,9 @@ def same(a: fxmerge.Symmetry, b: fxmerge.Symmetry) -> bool:
     return bool(plain(a) == plain(b))
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@each(FACTORIES)
 def test_a_symmetry_comes_back_as_it_was(name: str) -> None:
-    symmetry = fxmerge.find_symmetry(*FACTORIES[name]())
+    symmetry = inferred(name).symmetry
     back = fxmerge.Symmetry.from_json(symmetry.to_json())
     assert same(symmetry, back)
     assert back.names == symmetry.names
@@ -86,8 +85,13 @@ def grouped() -> nn.Sequential:
 IMAGE = torch.zeros(2, 2, 4, 4)
 
 
+@cache
+def text() -> str:
+    return fxmerge.find_symmetry(grouped(), (IMAGE,)).to_json()
+
+
 def spec() -> dict[str, Any]:
-    entries: dict[str, Any] = json.loads(fxmerge.find_symmetry(grouped(), (IMAGE,)).to_json())
+    entries: dict[str, Any] = json.loads(text())
     return entries
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.rewriting.task_vectors import combine_task_vectors, task_arithmetic, ties
+from tests.slow import but_slow, crossed
 
 Floats = NDArray[np.float64]
 
@@ -177,8 +179,7 @@ def test_tied_parameters_count_once_in_the_density() -> None:
     assert merged["b"].tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("loader", [DATA, None], ids=["data", "no data"])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(("rule", "loader"), crossed(RULES, [DATA, None]))
 def test_models_in_the_units_of_the_base_stay_as_they_are(rule: Any, loader: list[Tensor] | None) -> None:
     base = Net().eval()
     models = [tuned(base, 1), tuned(base, 2)]
@@ -207,8 +208,7 @@ def test_units_that_are_alike_in_the_base_stay_too() -> None:
         assert torch.equal(aligned.state_dict()["0.weight"], model[0].weight)
 
 
-@pytest.mark.parametrize("loader", [DATA, None], ids=["data", "no data"])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(("rule", "loader"), but_slow(product(RULES, [DATA, None])))
 def test_permuted_models_come_back_to_the_units_of_the_base(rule: Any, loader: list[Tensor] | None) -> None:
     base = Net().eval()
     models = [tuned(base, 1), tuned(base, 2), tuned(base, 3)]

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import fxmerge
 from fxmerge.capture import capture_program
 from fxmerge.trees import input_names, open_classes
+from tests.slow import crossed
 
 
 class Kind(Enum):
@@ -110,8 +111,7 @@ class Takes(nn.Module):
         return out if batch.kind is Kind.SUM else -out
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize(("make", "route"), crossed(MAKE, ROUTES))
 def test_outputs_inside_of_objects(make: str, route: str) -> None:
     torch.manual_seed(0)
     model, x = Returns(make, route), torch.randn(8, 3)

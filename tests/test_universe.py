@@ -20,6 +20,8 @@ from fxmerge.run import Data, batch_inputs
 from fxmerge.symmetry.group import analyse
 from fxmerge.units.permutation import Permutation
 from fxmerge.units.unit_map import UnitMap
+from tests.networks import mlp, vectors
+from tests.slow import but_slow
 
 State = Mapping[str, Tensor]
 
@@ -53,16 +55,6 @@ def attentive(seed: int) -> nn.Module:
 def images() -> list[Tensor]:
     g = torch.Generator().manual_seed(9)
     return [torch.randn(16, 2, 4, 4, generator=g) for _ in range(2)]
-
-
-def mlp(seed: int, width: int = 20) -> nn.Module:
-    torch.manual_seed(seed)
-    layers = (nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
-    return nn.Sequential(nn.Flatten(), *layers).eval()
-
-
-def vectors() -> list[Tensor]:
-    return [torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(9))]
 
 
 NETS = {"mlp": (mlp, vectors), "attention": (attentive, images)}
@@ -109,7 +101,7 @@ def test_planted_permutations_are_found_exactly(name: str, data: bool) -> None:
             torch.testing.assert_close(merged.state_dict()[key], value, rtol=0, atol=0.03 * float(value.std()))
 
 
-@BOTH
+@pytest.mark.parametrize(("name", "data"), but_slow([("mlp", False), ("attention", True)]))
 def test_the_order_of_the_models_does_not_matter(name: str, data: bool) -> None:
     build, batches = NETS[name]
     models, shares, x = [build(seed) for seed in range(3)], (3, 2, 1), batches()
@@ -245,10 +237,13 @@ def trained(data: demo.Split, seed: int) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("seed", range(5))
-def test_the_objective_never_falls_and_ends_above_other_alignments(seed: int, alpha: float) -> None:
-    nets = trained_on_digits(seed)
+@pytest.mark.parametrize("seed", but_slow(range(5)))
+def test_the_objective_never_falls_and_ends_above_other_alignments(seed: int) -> None:
+    for alpha in (0.0, 0.5, 1.0):
+        check_objective(trained_on_digits(seed), alpha)
+
+
+def check_objective(nets: Trained, alpha: float) -> None:
     found = find_universe(nets.symmetry, nets.states, nets.correlation, alpha=alpha)
     (trace,) = found.traces
     assert len(trace) > 3
@@ -269,7 +264,7 @@ def chain(nets: Trained, alpha: float) -> list[Permutation]:
     return ways
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", but_slow(range(5)))
 def test_the_average_in_common_units_loses_less_than_along_a_chain(seed: int) -> None:
     """At the default alpha; the loss on test images, as the accuracies lie within a few images of each other."""
     nets = trained_on_digits(seed)

@@ -2,8 +2,8 @@
 
 A `Recipe` lists steps. Value 0 is the first input, and every step makes one more value out of earlier ones. `build`
 turns a recipe into a module; `random_recipe` draws one. Layers name their parameters, and layers that use one name
-share them. `tests/test_generator.py` holds the inferred symmetry of drawn recipes against the exact one;
-`python -m tests.generator` looks for failures among many, and cuts them down to short ones.
+share them. `tests/oracle/test_generator.py` holds the inferred symmetry of drawn recipes against the exact one;
+`python -m tests.oracle.hunt` looks for failures among many, and cuts them down to short ones.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import fxmerge
-from tests.architectures import CASES, INCOMPLETE
-from tests.exact import exact_log_order
+from tests.oracle.architectures import CASES, INCOMPLETE
+from tests.oracle.exact import exact_log_order
+from tests.oracle.inferred import each, inferred
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +21,10 @@ def _deterministic() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", CASES)
+@each(CASES)
 def test_symmetry_is_exact(name: str) -> None:
-    model, args = CASES[name]()
-    symmetry = fxmerge.find_symmetry(model, args)
+    found = inferred(name)
+    model, args, symmetry = found.model, found.args, found.symmetry
     assert symmetry.log_order() == pytest.approx(exact_log_order(model, args), rel=1e-6), symmetry
     verified = symmetry.verify(model, args, trials=3)
     assert not verified.demoted
@@ -32,10 +32,9 @@ def test_symmetry_is_exact(name: str) -> None:
     assert verified.error < 1e-9
 
 
-@pytest.mark.parametrize("name", INCOMPLETE)
+@each(INCOMPLETE)
 def test_incomplete_symmetry_is_sound(name: str) -> None:
-    factory, _ = INCOMPLETE[name]
-    model, args = factory()
-    symmetry = fxmerge.find_symmetry(model, args)
+    found = inferred(name)
+    model, args, symmetry = found.model, found.args, found.symmetry
     assert symmetry.log_order() < exact_log_order(model, args) * (1 - 1e-6), "now complete: move this case to CASES"
     assert not symmetry.verify(model, args, trials=3).demoted

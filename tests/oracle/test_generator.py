@@ -1,22 +1,24 @@
 """Random architectures against the exact oracle: nothing is claimed that is no symmetry, and nothing is missed.
 
-The architectures are those of the first seeds, so that an edit elsewhere does not change which are tried.
-`FXMERGE_EXAMPLES=5000 pytest tests/test_generator.py` tries more of them; so does `python -m tests.hunt 5000`.
+The architectures are those of the first seeds, so that an edit elsewhere does not change which are tried. Most are
+slow.
+`FXMERGE_EXAMPLES=5000 pytest tests/oracle/test_generator.py` tries more of them, and so does
+`python -m tests.oracle.hunt 5000`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from random import Random
 
 import pytest
 import torch
 
-from tests.generator import Recipe, build, random_recipe
-from tests.hunt import EXACT, INCOMPLETE, UNUSED, examine, excuses, shorten
-from tests.regressions import REGRESSIONS
+from tests.oracle.generator import Recipe, build, random_recipe
+from tests.oracle.hunt import EXACT, INCOMPLETE, UNUSED, examine, excuses, shorten
+from tests.oracle.regressions import REGRESSIONS
+from tests.slow import but_slow, examples
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("FXMERGE_EXAMPLES", "200"))))
+@pytest.mark.parametrize("seed", examples(range, quick=6, count=200))
 def test_symmetry_of_random_architectures(seed: int) -> None:
     recipe = random_recipe(Random(seed))
     finding = examine(recipe)
@@ -45,7 +47,7 @@ def test_recipes_are_plain_data() -> None:
     assert all(torch.equal(p, q) for p, q in zip(a(*x), b(*y), strict=True))
 
 
-@pytest.mark.parametrize("name", REGRESSIONS)
+@pytest.mark.parametrize("name", but_slow(REGRESSIONS, 7))
 def test_regression(name: str, caplog: pytest.LogCaptureFixture) -> None:
     state, recipe = REGRESSIONS[name]
     with caplog.at_level(logging.ERROR):

@@ -1,6 +1,6 @@
 """Tiny architectures of every kind, with sizes as distinct as they can be, so that mistakes show.
 
-Every entry makes a model and example inputs. `tests/test_oracle.py` compares their inferred symmetry with the
+Every entry makes a model and example inputs. `tests/oracle/test_oracle.py` compares their inferred symmetry with the
 exact one, so a model must stay small: some thousands of scalar operations.
 """
 

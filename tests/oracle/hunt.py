@@ -1,6 +1,6 @@
 """Holds random recipes against the oracle, and cuts those that fail down to short ones.
 
-`python -m tests.hunt 5000 --start 0` prints a short recipe for every failure among the recipes of 5000 seeds.
+`python -m tests.oracle.hunt 5000 --start 0` prints a short recipe for every failure among the recipes of 5000 seeds.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import fxmerge
-from tests.exact import exact_log_order
-from tests.generator import LIMIT, Recipe, Step, build, cost, has_unused_entries, random_recipe
+from tests.oracle.exact import exact_log_order
+from tests.oracle.generator import LIMIT, Recipe, Step, build, cost, has_unused_entries, random_recipe
 
 EXACT, INCOMPLETE, UNSOUND, UNUSED, CRASH = "exact", "incomplete", "unsound", "unused", "crash"
 """What a recipe can come out as. `UNUSED`: more is found than the oracle counts, but there are parameter entries on

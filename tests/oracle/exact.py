@@ -32,7 +32,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.utils import _pytree as pytree
 
-from tests.scalars import Dims, Grid, Operand, Scalars
+from tests.oracle.scalars import Dims, Grid, Operand, Scalars
 
 
 def exact_log_order(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> float:

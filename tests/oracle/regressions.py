@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.generator import Recipe
-from tests.hunt import EXACT, INCOMPLETE, UNUSED
+from tests.oracle.generator import Recipe
+from tests.oracle.hunt import EXACT, INCOMPLETE, UNUSED
 
 REGRESSIONS: dict[str, tuple[str, Recipe]] = {
     "inputs padded, then a convolution": (

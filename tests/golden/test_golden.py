@@ -1,6 +1,6 @@
 """Golden texts: what every rule says of a tiny case of its op, and what has to be refused.
 
-`python -m tests.test_golden --write` writes the last column of `golden/rules.txt`, and `golden/refused.txt`, anew.
+`python -m tests.golden.test_golden --write` writes the last column of `rules.txt`, and `refused.txt`, anew.
 """
 
 import sys
@@ -15,10 +15,10 @@ from torch import nn
 
 import fxmerge
 from fxmerge.symmetry.rules.registry import _RULES, find_rule
-from tests.oneop import Analysis, analyse, ops, read
-from tests.refused import REFUSED
+from tests.golden.oneop import Analysis, analyse, ops, read
+from tests.golden.refused import REFUSED
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent
 TRIALS = 3
 
 WITHOUT = {
@@ -89,7 +89,7 @@ def refused(name: str) -> tuple[nn.Module, fxmerge.Symmetry]:
 
 
 def blocks() -> dict[str, str]:
-    """The reports in `golden/refused.txt` by name."""
+    """The reports in `refused.txt` by name."""
     text = (GOLDEN / "refused.txt").read_text(encoding="utf-8")
     parts = (part.partition("\n") for part in text.split("\n== ")[1:])
     return {name: body.strip() for name, _, body in parts}
@@ -118,7 +118,7 @@ def write() -> None:
     lines = sorted(f"{name} | {expression} | {analysis(expression)}" for name, expression, _ in CASES)
     path.write_text("\n".join([*head, "", *sorted(lines, key=lambda s: s.split(" | ")[0])]) + "\n", encoding="utf-8")
     texts = (f"== {name}\n{refused(name)[1]}\n" for name in sorted(REFUSED))
-    head = ["# Reports on models of which something must not move; the models are in tests/refused.py."]
+    head = ["# Reports on models of which something must not move; the models are in tests/golden/refused.py."]
     (GOLDEN / "refused.txt").write_text("\n".join([*head, "", *texts]), encoding="utf-8")
 
 
