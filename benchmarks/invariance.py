@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.capture import capture_program
+from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.group import analyse
 
 Factory = Callable[[], tuple[nn.Module, dict[str, Tensor] | Tensor]]

@@ -40,7 +40,7 @@ from models.processes import Note, Row, append_row, read_rows, run_all
 from tools import Axis, Found, rebasin_paths, torch_pruning_groups
 from zoo import select
 
-from fxmerge.capture import capture_program
+from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.verify import TOLERANCE, Probe
 

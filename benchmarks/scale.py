@@ -21,7 +21,7 @@ from invariance import table
 from models import is_installed
 from models.processes import Note, Row, run_all
 
-from fxmerge.capture import capture_program
+from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.group import analyse
 
 TOKENS = 16

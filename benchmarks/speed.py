@@ -18,10 +18,10 @@ import torch
 from invariance import calibration, machine, table
 from torch import Tensor
 
-from fxmerge.capture import capture_program
 from fxmerge.evidence.activations import similarities
 from fxmerge.matching.search import match
-from fxmerge.run import Data, Runner, batch_inputs
+from fxmerge.program.capture import capture_program
+from fxmerge.program.run import Data, Runner, batch_inputs
 from fxmerge.symmetry.group import analyse
 
 REPEATS = 3

@@ -32,9 +32,9 @@ from models.timm_models import write_listing
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxmerge import models as running
-from fxmerge.capture import Program, capture_program, other_values
-from fxmerge.rewriting.bake import bake
+from fxmerge.emit.bake import bake
+from fxmerge.program import models as running
+from fxmerge.program.capture import Program, capture_program, other_values
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
 from fxmerge.symmetry.verify import TOLERANCE

@@ -59,7 +59,7 @@ are column 0 of `2.weight`:
 
 `capture_program` turns a model and a batch into a program: a GraphModule to emit, and an ATen graph to analyse.
 
->>> from fxmerge.capture import capture_program
+>>> from fxmerge.program.capture import capture_program
 >>> program = capture_program(a, (x,))
 >>> program.route
 >>> for node in program.graph.graph.nodes:
@@ -92,7 +92,7 @@ A random element of the group is applied to the model in float64. The outputs mu
 Activations are measured where a contraction consumes them: here, where the second layer reads the `relu`. `Data`
 gives the batches as the model takes them. For the class there is one matrix: rows are A's units, columns are B's.
 
->>> from fxmerge.run import Data, batch_inputs
+>>> from fxmerge.program.run import Data, batch_inputs
 >>> from fxmerge.evidence.activations import similarities
 >>> data = Data([x], batch_inputs(a))
 >>> states = a.state_dict(), b.state_dict()
@@ -166,7 +166,7 @@ The fitted parameters are put into a copy of the GraphModule. It loads into the 
 
 Without the fit, the stages of this page give what `merge` gives:
 
->>> from fxmerge.rewriting.bake import bake
+>>> from fxmerge.emit.bake import bake
 >>> by_hand = bake(program, averaged)
 >>> torch.allclose(by_hand(x), fxmerge.merge(a, b, [x], fxmerge.Recipe(fit=None))(x))
 

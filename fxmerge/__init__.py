@@ -3,7 +3,6 @@
 from fxmerge.api import align as align
 from fxmerge.api import merge as merge
 from fxmerge.api import merge_many as merge_many
-from fxmerge.capture import capture as capture
 from fxmerge.comparison import Comparison as Comparison
 from fxmerge.comparison import compare as compare
 from fxmerge.errors import ArchitectureMismatchError as ArchitectureMismatchError
@@ -15,6 +14,7 @@ from fxmerge.errors import OptionError as OptionError
 from fxmerge.errors import PermutationError as PermutationError
 from fxmerge.errors import SpecError as SpecError
 from fxmerge.errors import UnitMapError as UnitMapError
+from fxmerge.program.capture import capture as capture
 from fxmerge.recipe import Align as Align
 from fxmerge.recipe import Average as Average
 from fxmerge.recipe import LeastSquares as LeastSquares

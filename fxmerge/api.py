@@ -14,10 +14,10 @@ from fxmerge.job import prepare
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_nearer_parent
 from fxmerge.pipeline import Prepared, combine, emit, fit, match, renumbered
+from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, Align, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import KEY, named_errors
-from fxmerge.run import Inputs
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
 
@@ -137,7 +137,7 @@ def merge_many(
     order = list(range(len(job.states))) if home is not None else canonical_order(job.states)
     states = [job.states[i] for i in order]
     matching = match(group, recipe, run, states, [job.names[i] for i in order], home)
-    with job.timed("rewriting"):
+    with job.timed("combining"):
         aligned = [matching.alignment.apply(state, m) for m, state in enumerate(states)]
     counts = weights if base is not None else [weights[i] for i in order]
     state = combine(group, recipe, matching.merged, aligned, counts)
@@ -204,7 +204,7 @@ def align(
     job = prepare((to, model), loader, run, example=example, inputs=inputs)
     group = Prepared.of(job, recipe, run, symmetry)
     matching = match(group, recipe, run, job.states, job.names, 0)
-    with job.timed("rewriting"):
+    with job.timed("combining"):
         state = matching.alignment.apply(job.states[1], 1)
     aligned = emit(group, state, calibrate=False)
     report = replace(

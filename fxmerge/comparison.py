@@ -15,20 +15,20 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxmerge import validate
-from fxmerge.capture import evaluating, open_outputs
+from fxmerge.combine.average import average
+from fxmerge.combine.batch_norm import batch_norm_statistics, recalibrate
+from fxmerge.emit.bake import bake
 from fxmerge.errors import ArchitectureMismatchError, OptionError
 from fxmerge.evidence.moments import Moments
 from fxmerge.job import Job, prepare
-from fxmerge.models import copied
-from fxmerge.models import run as run_model
 from fxmerge.ordering import error_of, score_of
+from fxmerge.program.capture import evaluating, open_outputs
+from fxmerge.program.models import copied
+from fxmerge.program.models import run as run_model
+from fxmerge.program.run import Data, Inputs
 from fxmerge.recipe import Run
 from fxmerge.refitting.output_error import feature_rows
 from fxmerge.refitting.refit import Lesson, refit, written_out
-from fxmerge.rewriting.bake import bake
-from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
-from fxmerge.rewriting.combine import average
-from fxmerge.run import Data, Inputs
 from fxmerge.units.unit_map import UnitMap
 from fxmerge.validate import Model
 

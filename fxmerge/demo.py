@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from fxmerge.api import merge
-from fxmerge.capture import capture_program
 from fxmerge.errors import OptionError
+from fxmerge.program.capture import capture_program
 from fxmerge.recipe import Recipe, Run
 from fxmerge.refitting.refit import Lesson, refit
 

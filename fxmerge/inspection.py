@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from fxmerge.capture import Args, Kwargs, capture_program
+from fxmerge.program.capture import Args, Kwargs, capture_program
 from fxmerge.symmetry.explain import Chain, chains
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.overrides import Pin

@@ -16,22 +16,22 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from fxmerge import validate
-from fxmerge.capture import Args, capture_program, check_example, evaluating
+from fxmerge.combine.batch_norm import batch_norm_statistics
+from fxmerge.combine.derived import Derived, not_averaged
+from fxmerge.combine.masks import masks_of
 from fxmerge.errors import LoaderError, OptionError
-from fxmerge.models import accepted, apart, copied, tensors
-from fxmerge.path import SamePath
-from fxmerge.program import Program
+from fxmerge.program.capture import Args, capture_program, check_example, evaluating
+from fxmerge.program.captured import Program
+from fxmerge.program.models import accepted, apart, copied, tensors
+from fxmerge.program.path import SamePath
+from fxmerge.program.run import Apart, Data, Inputs, Shapes, batch_inputs, check_shape
+from fxmerge.program.training_inputs import left_out, training_only
 from fxmerge.progress import timed
 from fxmerge.recipe import Run
-from fxmerge.rewriting.calibrate import batch_norm_statistics
-from fxmerge.rewriting.derived import Derived, not_averaged
-from fxmerge.rewriting.masks import masks_of
-from fxmerge.run import Apart, Data, Inputs, Shapes, batch_inputs, check_shape
 from fxmerge.shared import equal_names
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
-from fxmerge.training_inputs import left_out, training_only
 from fxmerge.validate import Model
 
 logger = logging.getLogger(__name__)

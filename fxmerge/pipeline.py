@@ -11,6 +11,11 @@ import numpy as np
 from torch import Tensor, fx
 
 from fxmerge import validate
+from fxmerge.combine.average import average
+from fxmerge.combine.batch_norm import batch_norm_statistics, recalibrate
+from fxmerge.combine.masks import masked, pruned, voted
+from fxmerge.combine.task_vectors import combine_task_vectors
+from fxmerge.emit.bake import bake
 from fxmerge.evidence.activations import classes_along, similarities, units_along
 from fxmerge.job import Job
 from fxmerge.matching.models import Matching, match_models, pairs_to_correlate
@@ -22,11 +27,6 @@ from fxmerge.refitting.outputs import standardized
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.refit import Lesson, Refitted, refit, written_out
 from fxmerge.reporting import Report, classes_of
-from fxmerge.rewriting.bake import bake
-from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
-from fxmerge.rewriting.combine import average
-from fxmerge.rewriting.masks import masked, pruned, voted
-from fxmerge.rewriting.task_vectors import combine_task_vectors
 from fxmerge.shared import staying, without_shared
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import Symmetry
@@ -140,7 +140,7 @@ def combine(
     statistics = batch_norm_statistics(job.program)
     if job.data is None and statistics:
         warn_without_data(states, statistics)
-    with job.timed("rewriting"):
+    with job.timed("combining"):
         if isinstance(part, Average):
             state = voted(average(units, states, weights, statistics), job.masks)
             if job.data is None and statistics:
@@ -213,7 +213,7 @@ def _teachers(group: Prepared, program: Any, units: UnitMap, states: Sequence[Ma
 def emit(group: Prepared, state: Mapping[str, Tensor], *, calibrate: bool) -> fx.GraphModule:
     """A GraphModule with these parameters, its BatchNorm statistics re-estimated."""
     job = group.job
-    with job.timed("rewriting"):
+    with job.timed("emitting"):
         module = bake(job.program, state)
     if job.data is not None and calibrate:
         with job.timed("calibration"):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxmerge.program import Program
+from fxmerge.program.captured import Program
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.freeze import freeze
 from fxmerge.symmetry.group import Symmetry

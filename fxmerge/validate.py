@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge import models
-from fxmerge.capture import Args, open_outputs
 from fxmerge.errors import ArchitectureMismatchError, LoaderError, NonFiniteError, OptionError
-from fxmerge.models import Model as Model
-from fxmerge.program import Program
+from fxmerge.program import models
+from fxmerge.program.capture import Args, open_outputs
+from fxmerge.program.captured import Program
+from fxmerge.program.models import Model as Model
+from fxmerge.program.run import Runner, mismatch
 from fxmerge.recipe import Alpha, Recipe, Run
-from fxmerge.run import Runner, mismatch
 from fxmerge.symmetry.group import Symmetry
 
 SAME = "only models of one architecture can be merged."

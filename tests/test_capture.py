@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxmerge
-from fxmerge.capture import capture_program
+from fxmerge.program.capture import capture_program
 
 
 class Branches(nn.Module):

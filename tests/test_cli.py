@@ -14,8 +14,8 @@ from torch import nn
 
 import fxmerge
 from fxmerge import OptionError, cli, demo, sources
-from fxmerge.capture import capture_program
 from fxmerge.inspection import free_entries
+from fxmerge.program.capture import capture_program
 from tests.slow import but_slow
 
 

@@ -11,8 +11,8 @@ from torch.nn.utils import spectral_norm as with_hook
 from torch.nn.utils.parametrizations import spectral_norm
 
 import fxmerge
-from fxmerge.capture import capture_program
-from fxmerge.rewriting.derived import Derived, not_averaged
+from fxmerge.combine.derived import Derived, not_averaged
+from fxmerge.program.capture import capture_program
 
 Spectral = Callable[[nn.Module], nn.Module]
 X = torch.randn(64, 4, generator=torch.Generator().manual_seed(3))

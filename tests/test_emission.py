@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxmerge
-from fxmerge.capture import capture_program
-from fxmerge.emission import duplicate
+from fxmerge.program.capture import capture_program
+from fxmerge.program.emission import duplicate
 from tests.slow import crossed
 
 ROUTES = {

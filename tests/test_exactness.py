@@ -12,8 +12,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import fxmerge
-from fxmerge.capture import capture_program
-from fxmerge.rewriting.calibrate import statistics_nodes
+from fxmerge.combine.batch_norm import statistics_nodes
+from fxmerge.program.capture import capture_program
 from tests.oracle.generator import build, random_recipe
 from tests.slow import examples
 

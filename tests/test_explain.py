@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.capture import capture_program
+from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.explain import chains
 from fxmerge.symmetry.group import analyse
 from tests.oracle.inferred import FACTORIES, each, inferred

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxmerge.capture import capture_program
+from fxmerge.program.capture import capture_program
 from fxmerge.refitting.layers import find_layers
 from fxmerge.refitting.refit import Lesson, refit
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.capture import capture_program
+from fxmerge.combine.batch_norm import recalibrate
 from fxmerge.errors import LoaderError
-from fxmerge.program import Program
-from fxmerge.rewriting.calibrate import recalibrate
-from fxmerge.run import Data, Runner, batch_inputs, fixed_sizes
+from fxmerge.program.capture import capture_program
+from fxmerge.program.captured import Program
+from fxmerge.program.run import Data, Runner, batch_inputs, fixed_sizes
 from tests.slow import but_slow, crossed
 
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fxmerge
-from fxmerge.capture import capture_program
-from fxmerge.rewriting.masks import masked, masks_of, pruned, voted
+from fxmerge.combine.masks import masked, masks_of, pruned, voted
+from fxmerge.program.capture import capture_program
 from tests.slow import crossed
 
 MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}

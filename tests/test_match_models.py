@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.capture import capture_program
 from fxmerge.matching.models import alpha_by_class, match_models, pairs_to_correlate
 from fxmerge.matching.search import match
+from fxmerge.program.capture import capture_program
 from fxmerge.recipe import Align, Zip
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import analyse

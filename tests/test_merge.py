@@ -163,7 +163,7 @@ def test_the_report_tells_what_was_done() -> None:
     assert told.recipe is not None and fxmerge.Recipe.from_dict(told.recipe) == settled_recipe
     assert (told.models, told.weights, told.units_of) == (2, (0.5, 0.5), 0)
     assert told.verification_error is not None and told.verification_error < 1e-12
-    stages = {"capture", "symmetry", "verification", "activations", "matching", "rewriting", "fitting"}
+    stages = {"capture", "symmetry", "verification", "activations", "matching", "combining", "emitting", "fitting"}
     assert set(told.seconds) == stages
     assert {"stem.weight", "head.weight"} <= told.layers.keys()
     assert all(layer["after"] <= layer["before"] for layer in told.layers.values())

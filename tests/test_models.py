@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import fxmerge
 from fxmerge import inspection
-from fxmerge.models import apart, run
+from fxmerge.program.models import apart, run
 from tests.slow import but_slow, crossed
 
 X = torch.randn(16, 3)

@@ -96,7 +96,8 @@ def test_every_stage_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: py
         fxmerge.merge(*models, [X, X])
         fxmerge.merge(*models, [X, X], recipe=fxmerge.Recipe(fit=None))
     told = [r.getMessage() for r in caplog.records if r.name.startswith("fxmerge") and r.levelno == logging.INFO]
-    stages = ("capture", "symmetry", "verification", "activations", "matching", "rewriting", "fitting", "calibration")
+    stages = ("capture", "symmetry", "verification", "activations", "matching", "combining", "fitting", "emitting")
+    stages = (*stages, "calibration")
     for stage in stages:
         assert f"{stage} ..." in told, stage
         assert any(text.startswith(f"{stage}: ") and text.endswith(" s") for text in told), stage

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fxmerge
-from fxmerge.capture import capture_program
-from fxmerge.reads import find_reads, fixed_inputs
+from fxmerge.program.capture import capture_program
+from fxmerge.program.reads import find_reads, fixed_inputs
 from tests.slow import but_slow, crossed
 
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.combine.average import average
 from fxmerge.evidence.activations import classes_along, similarities, units_along
 from fxmerge.job import prepare
 from fxmerge.matching.models import match_models, pairs_to_correlate
-from fxmerge.program import Program
+from fxmerge.program.captured import Program
+from fxmerge.program.run import Runner
 from fxmerge.recipe import Run, Zip
 from fxmerge.refitting.gather import LayerFit, Teacher
 from fxmerge.refitting.layers import Use, find_layers
 from fxmerge.refitting.places import Places
-from fxmerge.rewriting.combine import average
-from fxmerge.run import Runner
 from fxmerge.symmetry.flow import flows
 from tests.networks import Attentive, Convolutional, Mixing, pictures
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxmerge.capture import capture_program
-from fxmerge.program import Program
+from fxmerge.program.capture import capture_program
+from fxmerge.program.captured import Program
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.classes import resolve
 from fxmerge.symmetry.propagate import propagate

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxmerge
-from fxmerge.capture import capture_program
 from fxmerge.errors import LoaderError, NonFiniteError, OptionError
+from fxmerge.program.capture import capture_program
+from fxmerge.program.run import Runner
 from fxmerge.refitting.refit import Lesson, refit
-from fxmerge.run import Runner
 from tests.networks import NETS, Attentive, Convolutional, Mixing, mlp, pictures, vectors
 from tests.slow import but_slow, crossed
 

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 import fxmerge
-from fxmerge.capture import capture_program
-from fxmerge.rewriting.bake import bake
-from fxmerge.rewriting.calibrate import batch_norm_statistics, recalibrate
-from fxmerge.rewriting.combine import average
-from fxmerge.run import Data, batch_inputs
+from fxmerge.combine.average import average
+from fxmerge.combine.batch_norm import batch_norm_statistics, recalibrate
+from fxmerge.emit.bake import bake
+from fxmerge.program.capture import capture_program
+from fxmerge.program.run import Data, batch_inputs
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import analyse
 from fxmerge.units.unit_map import UnitMap

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.run import Inputs, batch_inputs
+from fxmerge.program.run import Inputs, batch_inputs
 
 
 class Two(nn.Module):

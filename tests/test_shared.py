@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxmerge
-from fxmerge.capture import capture_program
+from fxmerge.program.capture import capture_program
 from fxmerge.shared import EQUAL, equal_names, without_shared
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import analyse

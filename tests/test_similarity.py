@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.capture import capture_program
 from fxmerge.evidence import weights
 from fxmerge.evidence.activations import MAX_ROWS, _consumed, find_taps, similarities
 from fxmerge.matching.assignment import descendants, propose
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import Problem, floats
-from fxmerge.run import Data, batch_inputs
+from fxmerge.program.capture import capture_program
+from fxmerge.program.run import Data, batch_inputs
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
 from tests.oracle.architectures import CASES

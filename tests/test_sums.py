@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxmerge.capture import capture_program
+from fxmerge.program.capture import capture_program
 from fxmerge.refitting.layers import find_layers
 from fxmerge.refitting.sums import Summand, summand_of
 

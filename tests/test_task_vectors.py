@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.rewriting.task_vectors import combine_task_vectors, task_arithmetic, ties
+from fxmerge.combine.task_vectors import combine_task_vectors, task_arithmetic, ties
 from tests.slow import but_slow, crossed
 
 Floats = NDArray[np.float64]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.training_inputs import left_out, training_only
+from fxmerge.program.training_inputs import left_out, training_only
 
 
 class Base(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxmerge
-from fxmerge.capture import capture_program
-from fxmerge.trees import input_names, open_classes
+from fxmerge.program.capture import capture_program
+from fxmerge.program.trees import input_names, open_classes
 from tests.slow import crossed
 
 

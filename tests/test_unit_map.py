@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fxmerge
-from fxmerge.capture import capture_program
+from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.units.unit_map import UnitMap

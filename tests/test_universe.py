@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import demo
-from fxmerge.capture import capture_program
+from fxmerge.combine.average import average
 from fxmerge.evidence.activations import similarities
 from fxmerge.matching.search import match
 from fxmerge.matching.universe import find_universe
-from fxmerge.rewriting.combine import average
-from fxmerge.run import Data, batch_inputs
+from fxmerge.program.capture import capture_program
+from fxmerge.program.run import Data, batch_inputs
 from fxmerge.symmetry.group import analyse
 from fxmerge.units.permutation import Permutation
 from fxmerge.units.unit_map import UnitMap

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.capture import capture_program
+from fxmerge.combine.average import average
 from fxmerge.demo import ViT
 from fxmerge.evidence.activations import similarities, whole
 from fxmerge.matching.zip_search import match_zip, zipped_classes
-from fxmerge.rewriting.combine import average
-from fxmerge.run import Data, batch_inputs
+from fxmerge.program.capture import capture_program
+from fxmerge.program.run import Data, batch_inputs
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import analyse
 from fxmerge.units.unit_map import UnitMap

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fxmerge.capture import capture_program
+from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.group import analyse
 
 torch.set_num_threads(1)

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import Align, Readout, Recipe, Repair, Run, Zip
-from fxmerge.capture import capture_program
+from fxmerge.combine.average import average as pooled
+from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.demo import average, recalibrated
+from fxmerge.program.capture import capture_program
+from fxmerge.program.run import Data, batch_inputs
 from fxmerge.recipe import OWN
 from fxmerge.refitting.outputs import standardized
 from fxmerge.refitting.refit import Lesson, refit
-from fxmerge.rewriting.calibrate import batch_norm_statistics
-from fxmerge.rewriting.combine import average as pooled
-from fxmerge.run import Data, batch_inputs
 from fxmerge.units.unit_map import UnitMap
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, fx
 from fxmerge.errors import LoaderError, NonFiniteError
 from fxmerge.evidence.moments import Moments
 from fxmerge.evidence.weights import real
-from fxmerge.program import Program
+from fxmerge.program.captured import Program
+from fxmerge.program.run import Data, Recorder
 from fxmerge.recipe import Similarity
-from fxmerge.run import Data, Recorder
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.group import Symmetry

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.program import Program
+from fxmerge.combine.batch_norm import statistics_nodes
+from fxmerge.program.captured import Program
 from fxmerge.refitting.forms import Form, bind, form_of
 from fxmerge.refitting.layers import operand
-from fxmerge.rewriting.calibrate import statistics_nodes
 
 State = Mapping[str, Tensor]
 

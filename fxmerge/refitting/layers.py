@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.program import Program
+from fxmerge.program.captured import Program
 from fxmerge.refitting.forms import RESULT, Form, bind, form_of
 
 _ROOM = 2**40

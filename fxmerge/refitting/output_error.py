@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.evidence.moments import Moments
-from fxmerge.program import Program
+from fxmerge.program.captured import Program
 from fxmerge.refitting.gather import LayerFit, Shares, Teacher, Values
 from fxmerge.refitting.layers import Layer
 

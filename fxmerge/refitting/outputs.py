@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fxmerge.errors import OptionError
 from fxmerge.evidence.moments import Moments
-from fxmerge.program import Program
+from fxmerge.program.captured import Program
+from fxmerge.program.run import Data, Recorder
 from fxmerge.refitting.gather import arguments, not_finite
 from fxmerge.refitting.layers import Layer, find_layers
 from fxmerge.refitting.output_error import used_elsewhere
 from fxmerge.refitting.refit import last_layers, written_out
-from fxmerge.run import Data, Recorder
 
 
 def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data: Data) -> tuple[dict[str, Tensor], ...]:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from fxmerge.models import same_draws
-from fxmerge.program import Program
+from fxmerge.combine.batch_norm import alike, statistics_nodes
+from fxmerge.program.captured import Program
+from fxmerge.program.models import same_draws
+from fxmerge.program.run import Call, Runner
 from fxmerge.progress import Ticker
 from fxmerge.refitting.boundaries import Boundaries, without_the_rest
 from fxmerge.refitting.forms import bind, form_of
@@ -25,8 +27,6 @@ from fxmerge.refitting.places import Places
 from fxmerge.refitting.repair import Repair
 from fxmerge.refitting.schedule import Step, stages_of, walk
 from fxmerge.refitting.sums import Summand, summand_of
-from fxmerge.rewriting.calibrate import alike, statistics_nodes
-from fxmerge.run import Call, Runner
 from fxmerge.shared import EQUAL
 from fxmerge.symmetry import rules
 

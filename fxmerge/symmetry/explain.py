@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import breadth_first_order
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxmerge.capture import Args, Kwargs, capture_program
+from fxmerge.program.capture import Args, Kwargs, capture_program
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.overrides import Pin, Rules
 from fxmerge.symmetry.propagate import Propagation

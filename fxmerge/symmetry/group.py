@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxmerge.capture import Args, Kwargs, capture_program
-from fxmerge.program import Program
+from fxmerge.program.capture import Args, Kwargs, capture_program
+from fxmerge.program.captured import Program
 from fxmerge.symmetry import readspec, spec
 from fxmerge.symmetry.base import ClassAxis as ClassAxis
 from fxmerge.symmetry.base import EquivalenceClass as EquivalenceClass

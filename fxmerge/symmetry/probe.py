@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxmerge.models import same_draws
-from fxmerge.program import Program
-from fxmerge.run import Recorder
+from fxmerge.program.captured import Program
+from fxmerge.program.models import same_draws
+from fxmerge.program.run import Recorder
 from fxmerge.symmetry.columns import support
 from fxmerge.symmetry.double import in_double
 from fxmerge.symmetry.labels import Labels, inert, pin, reduce

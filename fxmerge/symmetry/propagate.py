@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxmerge.models import same_draws
-from fxmerge.program import Program
+from fxmerge.program.captured import Program
+from fxmerge.program.models import same_draws
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import Shape, core, reshape, spread, support
 from fxmerge.symmetry.deferred import Deferred

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fxmerge.errors import SpecError
-from fxmerge.program import Program
+from fxmerge.program.captured import Program
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.ranges import write_ranges
 from fxmerge.symmetry.units import Ids

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxmerge import models
-from fxmerge.capture import Args, Kwargs, check_example, evaluating, open_outputs
 from fxmerge.errors import FxmergeError, OptionError
+from fxmerge.program import models
+from fxmerge.program.capture import Args, Kwargs, check_example, evaluating, open_outputs
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.double import InDouble, WithOwnStatistics, in_double
 from fxmerge.symmetry.freeze import demote

@@ -37,7 +37,7 @@ from torch import Tensor, fx
 from torch.nn.functional import one_hot
 from torch.utils import _pytree as pytree
 
-from fxmerge.program import AtenGraph, Program
+from fxmerge.program.captured import AtenGraph, Program
 from fxmerge.symmetry.classes import Resolution, resolve
 from fxmerge.symmetry.columns import core, joint_column, support
 from fxmerge.symmetry.contracted import Contracted

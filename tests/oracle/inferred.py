@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fxmerge import Symmetry
-from fxmerge.capture import capture_program
+from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.group import analyse
 from fxmerge.symmetry.propagate import Propagation
 from tests.oracle.architectures import CASES, INCOMPLETE

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from fxmerge.program import AtenGraph
+from fxmerge.program.captured import AtenGraph
 
 aten = torch.ops.aten
 

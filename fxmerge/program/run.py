@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from fxmerge import models, trees
-from fxmerge.capture import Args
 from fxmerge.errors import LoaderError
-from fxmerge.program import Program
+from fxmerge.program import models, trees
+from fxmerge.program.capture import Args
+from fxmerge.program.captured import Program
 from fxmerge.progress import Ticker
 
 logger = logging.getLogger(__name__)

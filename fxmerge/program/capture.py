@@ -17,12 +17,12 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxmerge import models, trees
-from fxmerge.emission import Whole, duplicate, emitted, follow_training, is_told, write_out_guards
 from fxmerge.errors import CaptureError, OptionError
-from fxmerge.program import AtenGraph, Program, quiet
-from fxmerge.reads import find_reads, fixed_inputs
-from fxmerge.tracing import Traced, trace_around, trace_ops, trace_path, trace_symbolically
+from fxmerge.program import models, trees
+from fxmerge.program.captured import AtenGraph, Program, quiet
+from fxmerge.program.emission import Whole, duplicate, emitted, follow_training, is_told, write_out_guards
+from fxmerge.program.reads import find_reads, fixed_inputs
+from fxmerge.program.tracing import Traced, trace_around, trace_ops, trace_path, trace_symbolically
 
 logger = logging.getLogger(__name__)
 

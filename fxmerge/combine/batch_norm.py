@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from fxmerge.errors import LoaderError
-from fxmerge.program import Program
-from fxmerge.run import Data, Runner
+from fxmerge.program.captured import Program
+from fxmerge.program.run import Data, Runner
 from fxmerge.shared import computed_alike
 
 _BATCH_NORM = ("aten::_native_batch_norm_legit_no_training", "aten::batch_norm")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.models import copied
-from fxmerge.program import Program
+from fxmerge.program.captured import Program
+from fxmerge.program.models import copied
 from fxmerge.symmetry import rules
 
 logger = logging.getLogger(__name__)

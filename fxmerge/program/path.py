@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge import models
-from fxmerge.capture import Args, evaluating
 from fxmerge.errors import LoaderError
-from fxmerge.program import Program
-from fxmerge.reads import Read, find_reads, fixed_inputs
-from fxmerge.run import Recorder
+from fxmerge.program import models
+from fxmerge.program.capture import Args, evaluating
+from fxmerge.program.captured import Program
+from fxmerge.program.reads import Read, find_reads, fixed_inputs
+from fxmerge.program.run import Recorder
 
 LOOSE = 1e-2
 """Largest relative difference of outputs where all that is read is as in the example."""

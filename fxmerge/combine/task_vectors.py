@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fxmerge.combine.average import average
 from fxmerge.recipe import TaskArithmetic, Ties
-from fxmerge.rewriting.combine import average
 from fxmerge.units.unit_map import UnitMap
 
 State = Mapping[str, Tensor]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from fxmerge.emission import duplicate
-from fxmerge.program import Program
+from fxmerge.program.captured import Program
+from fxmerge.program.emission import duplicate
 
 
 def bake(program: Program, state: Mapping[str, Tensor]) -> fx.GraphModule:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, fx
 
-from fxmerge.program import Program
+from fxmerge.program.captured import Program
 from fxmerge.shared import equal_names
 
 MAJORITY = 0.5 - 1e-6

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.capture import evaluating
-from fxmerge.program import quiet
-from fxmerge.run import Call
+from fxmerge.program.capture import evaluating
+from fxmerge.program.captured import quiet
+from fxmerge.program.run import Call
 
 Output = tuple[tuple[str | None, ...], Any]
 """Where an output lies, by the keys and attributes that lead to it, and its value."""

@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxmerge.emission import duplicate
 from fxmerge.errors import OptionError
+from fxmerge.program.emission import duplicate
 
 Model = nn.Module | ExportedProgram
 

@@ -12,9 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from fxmerge import models
-from fxmerge.program import AtenGraph
-from fxmerge.reads import Noted
+from fxmerge.program import models
+from fxmerge.program.captured import AtenGraph
+from fxmerge.program.reads import Noted
 
 Args = tuple[Any, ...]
 Traced = tuple[fx.Graph, nn.Module]
