@@ -109,7 +109,7 @@ REGRESSIONS: dict[str, tuple[str, Recipe]] = {
         Recipe(((1, 2),), (("cell", (0,), ("p2", 3, "lstm")), ("linear", (1,), ("p9", 2, False))), (2,)),
     ),
     "experts, outputs used apart": (
-        INCOMPLETE,
+        EXACT,
         Recipe(((1, 3),), (("experts", (0,), ("p3", 2, 2, False)), ("cumsum", (1,), (1,))), (2,)),
     ),
     "taps of a kernel": (
