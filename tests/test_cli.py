@@ -22,9 +22,9 @@ from tests.slow import but_slow
 @pytest.fixture(scope="module", params=but_slow([16, 64]), ids="width {}".format)
 def table(request: pytest.FixtureRequest) -> demo.Table:
     """What the demo shows of its residual network, and, most of the time, of a narrow one."""
-    recipe = replace(demo.RECIPES["cnn"], build=partial(demo.CNN, request.param))
+    recipe = replace(demo.TRAININGS["cnn"], build=partial(demo.CNN, request.param))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(demo.RECIPES, "cnn", recipe)
+        patch.setitem(demo.TRAININGS, "cnn", recipe)
         return demo.run("cnn", seed=0, epochs=8, progress=False)
 
 

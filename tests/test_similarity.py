@@ -109,7 +109,7 @@ class Written(nn.Module):
 def test_weights_are_no_activations() -> None:
     found, symmetry = analysed(Written(), torch.randn(4, 5))
     (tap,) = find_taps(found, symmetry)
-    assert tap.node == "relu"
+    assert tap.node.name == "relu"
 
 
 class Biased(nn.Module):

@@ -76,12 +76,12 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
 
 def classes_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, Collection[int]], set[int]]:
     """Tells the classes whose units lie along some dimensions of a node's value, among others, by the node's name."""
-    number, _ = _places(found, symmetry)
+    number, place = _places(found, symmetry)
 
     def along(node: str, dims: Collection[int]) -> set[int]:
         labels = found.labels.get(node)
-        columns = [c for c in labels.columns if not set(support(c)).isdisjoint(dims)] if labels is not None else []
-        return {int(n) for c in columns for n in np.unique(number[core(c, support(c)).reshape(-1).numpy()])} - {-1}
+        shown = [_shown(c, number, place) for c in (labels.columns if labels is not None else ())]
+        return {int(n) for c in shown if not set(c.dims).isdisjoint(dims) for n in np.unique(c.number)} - {-1}
 
     return along
 
@@ -95,13 +95,41 @@ def units_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, int], 
 
     def along(node: str, dim: int) -> tuple[Ids, Ids] | None:
         labels = found.labels.get(node)
-        columns = [c for c in labels.columns if dim in support(c)] if labels is not None else []
-        if not columns or any(support(c) != (dim,) for c in columns):
+        shown = [_shown(c, number, place) for c in (labels.columns if labels is not None else ())]
+        shown = [c for c in shown if dim in c.dims]
+        if not shown or any(c.dims != (dim,) for c in shown):
             return None
-        once = _once(core(columns[0], (dim,)), [values[node].shape[dim]])
-        return None if once is None else (number[once.numpy()], place[once.numpy()])
+        once = _once(torch.from_numpy(shown[0].code), [values[node].shape[dim]])
+        return None if once is None else (shown[0].number[: len(once)], shown[0].place[: len(once)])
 
     return along
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What a column shows: along the dimensions on which that depends, the class and the unit in it."""
+
+    dims: tuple[int, ...]
+    number: Ids
+    place: Ids
+
+    @property
+    def code(self) -> Ids:
+        """Equal where the class and the unit are."""
+        code: Ids = self.number * (int(self.place.max(initial=0)) + 1) + self.place
+        return code
+
+
+def _shown(column: Tensor, number: Ids, place: Ids) -> _Shown:
+    """What a column shows. Units that the walk tells apart may be one unit of a class: what repeats along a dimension
+    does not depend on it."""
+    dims = support(column)
+    ids = core(column, dims).numpy()
+    shown = _Shown(dims, number[ids], place[ids])
+    code = shown.code
+    still = [i for i in range(len(dims)) if bool((code == code.take([0], axis=i)).all())]
+    at = tuple(0 if i in still else slice(None) for i in range(len(dims)))
+    return _Shown(tuple(d for i, d in enumerate(dims) if i not in still), shown.number[at], shown.place[at])
 
 
 def _once(ids: Tensor, sizes: Sequence[int | torch.SymInt]) -> Tensor | None:
