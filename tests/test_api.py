@@ -99,6 +99,7 @@ def test_an_iterator_is_read_once() -> None:
     assert equal(fxmerge.merge(a, b, iter([X, X + 1])), fxmerge.merge(a, b, [X, X + 1]))
 
 
+@pytest.mark.slow
 def test_several_inputs_of_an_example_are_those_of_a_batch() -> None:
     class Two(nn.Module):
         def __init__(self, seed: int) -> None:

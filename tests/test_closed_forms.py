@@ -33,6 +33,7 @@ def test_vit_b_16() -> None:
     assert sorted(c.size for c in symmetry.classes if c.structure == "free") == [12] * 12 + [768] + [3072] * 12
 
 
+@pytest.mark.slow
 def test_resnet50() -> None:
     """The stem, the stream of each of four stages, and two inner layers in each of 3 + 4 + 6 + 3 blocks."""
     free = [64, 256, 512, 1024, 2048]

@@ -42,6 +42,7 @@ def test_distances_are_shares_of_the_variance_of_the_ensemble() -> None:
     assert table[ENSEMBLE].distance == 0
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_that_of_batches() -> None:
     """Over many samples of five batches, the distances scatter as the error says."""
     a, b = mlp(0), mlp(1)
@@ -113,6 +114,7 @@ def test_the_table_as_a_text() -> None:
     assert [line.split("  ")[0] for line in lines[1:]] == ["model A", "model B", ENSEMBLE, PLAIN, "other"]
 
 
+@pytest.mark.slow
 def test_batch_norm_of_the_plain_average_is_of_the_calibration_data() -> None:
     def normal(seed: int) -> nn.Module:
         torch.manual_seed(seed)

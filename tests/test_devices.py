@@ -19,7 +19,8 @@ CASES = [
 that it does not know."""
 
 
-@pytest.mark.parametrize("cases", [CASES[:1], pytest.param(CASES, marks=pytest.mark.slow)], ids=["one", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [CASES[:1], CASES], ids=["one", "all"])
 def test_models_on_another_device_are_merged_there_as_on_the_cpu(cases: list[str]) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "tests.accelerator", *["--quick"] * (len(cases) == 1), *cases],

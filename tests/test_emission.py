@@ -255,6 +255,7 @@ def test_tied_parameters_stay_tied() -> None:
     assert emitted.get_submodule("again") is emitted.get_submodule("first")
 
 
+@pytest.mark.slow
 def test_what_is_emitted_can_be_merged_again() -> None:
     x = torch.randn(16, 4)
     for make in (Constants, Versioned):

@@ -118,7 +118,9 @@ def test_verification_demotes_what_does_not_move_as_it_is_said_to() -> None:
     assert not replace(symmetry, free=wrong).verify(net, (ROWS,)).layout
 
 
-@pytest.mark.parametrize(("build", "x", "order"), [NETS[0], slow(NETS[1]), NETS[2]], ids=["vision", "text", "joined"])
+@pytest.mark.parametrize(
+    ("build", "x", "order"), [slow(NETS[0]), slow(NETS[1]), NETS[2]], ids=["vision", "text", "joined"]
+)
 def test_a_planted_twin_is_found_exactly(build: Callable[[], nn.Module], x: Tensor, order: float) -> None:
     net, twin = generic(build, 0), build()
     symmetry = fxmerge.find_symmetry(net, (x,), free="output")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fxmerge.errors import LoaderError
 from fxmerge.program.capture import capture_program
 from fxmerge.program.captured import Program
 from fxmerge.program.run import Data, Runner, batch_inputs, fixed_sizes
-from tests.slow import but_slow, crossed
+from tests.slow import but_slow
 
 
 def filled(*shape: int, seed: int = 0) -> Tensor:
@@ -139,6 +140,7 @@ def test_tokens_count_alike_in_whatever_lengths_they_come(fit: Any) -> None:
         torch.testing.assert_close(value, apart.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_batches_sorted_by_length_and_activations_on_disk_give_the_same_merge() -> None:
     mixed = [filled(4, n, 3, seed=i) for i, n in enumerate((6, 9, 6, 9))]
     by_length = sorted(mixed, key=lambda x: x.shape[1])
@@ -151,7 +153,8 @@ def test_batches_sorted_by_length_and_activations_on_disk_give_the_same_merge() 
 
 
 @pytest.mark.parametrize(
-    ("build", "sizes"), crossed([Attention, HeadsFirst], [((8, 6), (5, 6)), ((8, 6), (8, 9)), ((8, 6), (3, 4))])
+    ("build", "sizes"),
+    but_slow(product([Attention, HeadsFirst], [((8, 6), (5, 6)), ((8, 6), (8, 9)), ((8, 6), (3, 4))])),
 )
 def test_heads_beside_samples_or_tokens_are_found_again(
     build: Callable[[int], nn.Module], sizes: tuple[tuple[int, int], ...]

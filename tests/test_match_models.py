@@ -14,6 +14,7 @@ from fxmerge.program.capture import capture_program
 from fxmerge.recipe import Align, Zip
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import analyse
+from tests.slow import crossed
 
 MATCH: dict[str, type[Align] | type[Zip]] = {"align": Align, "zip": Zip}
 EACH = pytest.mark.parametrize("kind", MATCH.values(), ids=MATCH.keys())
@@ -55,8 +56,7 @@ def test_the_pairs_that_are_correlated() -> None:
     assert pairs_to_correlate(Align(), 3, 1) == [(0, 1), (1, 2)]
 
 
-@pytest.mark.parametrize("part", [Align(alpha=1), Zip(alpha=1, damping=1.0)], ids=MATCH.keys())
-@pytest.mark.parametrize("reference", [0, 1, 2, None])
+@pytest.mark.parametrize(("part", "reference"), crossed([Align(alpha=1), Zip(alpha=1, damping=1.0)], [0, 1, 2, None]))
 def test_permuted_copies_are_matched_with_each_other(part: Align | Zip, reference: int | None) -> None:
     net = nets()[0]
     found, symmetry = analyse(capture_program(net, (data()[0],)))
@@ -81,8 +81,7 @@ def test_permuted_copies_are_matched_with_each_other(part: Align | Zip, referenc
 # -------------------------------------------------------------------------- alpha
 
 
-@EACH
-@pytest.mark.parametrize("alpha", [{"a.weight[0]": 0.0}, 0.25])
+@pytest.mark.parametrize(("kind", "alpha"), crossed([Align, Zip], [{"a.weight[0]": 0.0}, 0.25]))
 def test_without_a_loader_alpha_is_one(kind: type[Align] | type[Zip], alpha: Any) -> None:
     merged, by_weights = (
         fxmerge.merge(*nets(), recipe=fxmerge.Recipe(match=kind(alpha=own)), example=data()[0]) for own in (alpha, 1)
@@ -90,6 +89,7 @@ def test_without_a_loader_alpha_is_one(kind: type[Align] | type[Zip], alpha: Any
     assert equal(merged, by_weights)
 
 
+@pytest.mark.slow
 def test_a_permuted_copy_is_the_same_at_every_alpha() -> None:
     """On the data: units that are never active there are alike by activations, and any of them is as good."""
     net, _ = nets()
@@ -109,6 +109,7 @@ def test_alphas_of_classes_by_number() -> None:
     assert alpha_by_class(Align(alpha=0.2), symmetry) == 0.2
 
 
+@pytest.mark.slow
 def test_equal_alphas_by_class_are_one_alpha() -> None:
     names = fxmerge.find_symmetry(Net(0).eval(), (data()[0],)).names
 
@@ -120,6 +121,7 @@ def test_equal_alphas_by_class_are_one_alpha() -> None:
     assert equal(merged({}), merged(0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_class_apart_from_all_others_is_matched_by_its_own_alpha(alpha: float) -> None:
     a, b = nets()

@@ -98,6 +98,7 @@ except ImportError:
     assert ran.stdout.strip() == "ran without it", ran.stderr
 
 
+@pytest.mark.slow
 def test_the_result_compiles_and_loads_into_the_original_class() -> None:
     merged = fxmerge.merge(settled(0), settled(1), data())
     x = data()[0]
@@ -149,6 +150,7 @@ def test_inputs_are_never_modified() -> None:
         assert all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_same_inputs_and_seed_give_the_same_bytes() -> None:
     first, second = (
         fxmerge.merge(settled(0), settled(1), data(), run=fxmerge.Run(seed=5)).state_dict() for _ in range(2)
@@ -192,6 +194,7 @@ def test_without_a_loader_moments_are_pooled() -> None:
     torch.testing.assert_close(merged.state_dict()["norm.running_var"], net.norm.running_var + 1)
 
 
+@pytest.mark.slow
 def test_weights_and_many_models() -> None:
     net = settled(0)
     copies = [net, permuted(net, 1), permuted(net, 2)]

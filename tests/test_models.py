@@ -225,6 +225,7 @@ class Counting(nn.Module):
         return float(self.calls), self.seen.tolist(), self.times, len(self.shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", but_slow([True, False]))
 def test_no_call_modifies_a_model(branch: bool) -> None:
     a, b = Counting(branch), Counting(branch)
@@ -242,6 +243,7 @@ def test_no_call_modifies_a_model(branch: bool) -> None:
     assert symmetry.names == ("a.weight[0]",)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_how_often_a_model_was_called() -> None:
     class Fades(Counting):
         def forward(self, x: Tensor) -> Tensor:

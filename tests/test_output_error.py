@@ -271,6 +271,7 @@ class Recurrent(nn.Module):
         return {"sum": y.sum(-1), "rest": [tokens.float(), self.gain, y.argmax(-1), (y[:, -1],)]}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_outputs_of_networks_without_a_last_layer_count_alike() -> None:
     a, b = Recurrent(0), Recurrent(1)

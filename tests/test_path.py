@@ -51,6 +51,7 @@ def test_lengths_of_packed_sequences(kind: type[nn.RNNBase], padded: bool, enfor
         fxmerge.merge(a, b, [*alike, sequences(5, 4, 4, 1)])
 
 
+@pytest.mark.slow
 def test_a_packed_sequence_as_input() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -153,6 +154,7 @@ def test_a_model_that_takes_another_path_on_the_same_batch() -> None:
         fxmerge.merge(a, b, [x])
 
 
+@pytest.mark.slow
 def test_batches_that_come_in_another_order_are_checked_each_time() -> None:
     """A loader that shuffles may give later what it did not give at first."""
 

@@ -86,6 +86,7 @@ def test_only_the_last_layer_is_refitted_as_a_readout() -> None:
     assert same == merged.state_dict().keys() - {"head.weight", "head.bias"}
 
 
+@pytest.mark.slow
 def test_the_first_layer_is_the_mean_as_its_inputs_are_the_same() -> None:
     a, b = mlp(0), mlp(1)
     averaged, refitted = (
@@ -109,6 +110,7 @@ def test_a_layer_is_the_least_squares_fit_of_the_features_before_it() -> None:
     assert error(merged, [a, b], data) < 1.05 * least
 
 
+@pytest.mark.slow
 def test_memory_beyond_the_budget_goes_to_disk_and_changes_nothing() -> None:
     a, b, data = Convolutional(0), Convolutional(1), pictures()
     whole, little = (fxmerge.merge(a, b, data, run=fxmerge.Run(memory=gib)) for gib in (4.0, 1e-6))
@@ -285,9 +287,12 @@ def test_what_no_stage_needs_any_more_is_let_go_of(monkeypatch: pytest.MonkeyPat
     assert most == 3 * 3 + 2
 
 
-@pytest.mark.parametrize("match", MATCH.values(), ids=MATCH.keys())
-@pytest.mark.parametrize(("fit", "times"), [(None, 3), (fxmerge.LeastSquares(), 4), (fxmerge.Readout(), 4)], ids=str)
-def test_data_are_read_once_for_the_activations_and_once_for_the_fit(match: Any, fit: Any, times: int) -> None:
+@pytest.mark.parametrize(
+    ("match", "passes"),
+    crossed(MATCH.values(), [(None, 3), (fxmerge.LeastSquares(), 4), (fxmerge.Readout(), 4)]),
+)
+def test_data_are_read_once_for_the_activations_and_once_for_the_fit(match: Any, passes: tuple[Any, int]) -> None:
+    fit, times = passes
     """And before, for the first batch and for the shapes of all."""
 
     class Counted:

@@ -95,6 +95,7 @@ def test_equal_models_are_merged_to_themselves_bit_for_bit(loader: list[Tensor] 
         assert torch.equal(merged.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_adapters_of_models_with_one_base_are_aligned() -> None:
     a, b = Adapted(1), Adapted(1)
     order = torch.tensor([2, 0, 1])
@@ -126,6 +127,7 @@ class Tables(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_a_fixed_table_added_to_trained_embeddings_moves_with_their_units() -> None:
     ids = torch.arange(48).reshape(4, 12) % 12
     a, twin = Tables(0, positions=12), Tables(1, positions=12)

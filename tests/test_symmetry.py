@@ -136,6 +136,7 @@ class Scaled(nn.Module):
         return self.b(torch.relu(self.a(x) * turned))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_constants_of_low_precision_are_labelled_as_in_single_precision(

@@ -192,6 +192,7 @@ def test_models_in_the_units_of_the_base_stay_as_they_are(rule: Any, loader: lis
             assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.slow
 def test_units_that_are_alike_in_the_base_stay_too() -> None:
     base = mlp(8)
     with torch.no_grad():

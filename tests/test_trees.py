@@ -246,5 +246,7 @@ def test_names_of_inputs() -> None:
     def forward(x: Any, *rest: Any, graph: Any = None) -> None: ...
 
     given = (Pair(torch.ones(1), torch.ones(1)), torch.ones(1), [torch.ones(1)])
-    names = input_names(forward, given, {"graph": {"edges": Slotted(torch.ones(1))}})
+    by_name = {"graph": {"edges": Slotted(torch.ones(1))}}
+    open_classes((given, by_name), "They are", fxmerge.FxmergeError, "")
+    names = input_names(forward, given, by_name)
     assert names == ["x.y", "x.other", "rest_0", "rest_1[0]", "graph['edges'].y", "graph['edges'].count"]

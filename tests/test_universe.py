@@ -126,6 +126,7 @@ def test_the_order_of_the_models_does_not_matter(name: str, data: bool) -> None:
             torch.testing.assert_close(other.state_dict()[key], value, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_images_are_what_was_done_and_every_circle_closes() -> None:
     models, x = [attentive(seed) for seed in range(4)], images()
     symmetry = fxmerge.find_symmetry(models[0], (x[0],))
@@ -237,6 +238,7 @@ def trained(data: demo.Split, seed: int) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", but_slow(range(5)))
 def test_the_objective_never_falls_and_ends_above_other_alignments(seed: int) -> None:
     for alpha in (0.0, 0.5, 1.0):

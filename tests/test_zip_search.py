@@ -14,6 +14,7 @@ from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import analyse
 from fxmerge.units.unit_map import UnitMap
 from tests.published_zip import published_zip
+from tests.slow import crossed
 
 
 def mlp(seed: int) -> nn.Sequential:
@@ -44,11 +45,12 @@ class Tied(nn.Module):
         return torch.relu(self.hidden(self.embedding(x))) @ self.embedding.weight.T
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
-    ("make", "shape"), [(mlp, (64, 6)), (grouped, (64, 3, 8, 8)), (vit, (64, 1, 8, 8))], ids=["mlp", "grouped", "vit"]
+    ("network", "alpha"),
+    crossed([(mlp, (64, 6)), (grouped, (64, 3, 8, 8)), (vit, (64, 1, 8, 8))], [0.0, 0.5, 1.0]),
 )
-def test_a_model_zipped_with_a_permuted_copy_is_the_model(make, shape, alpha) -> None:  # type: ignore[no-untyped-def]
+def test_a_model_zipped_with_a_permuted_copy_is_the_model(network, alpha) -> None:  # type: ignore[no-untyped-def]
+    make, shape = network
     a, b, x = make(0).eval(), make(1).eval(), torch.randn(shape)
     symmetry = fxmerge.find_symmetry(a, (x,))
     b.load_state_dict(symmetry.sample(torch.Generator().manual_seed(2)).apply(a.state_dict()))
