@@ -85,6 +85,7 @@ def test_there_is_nothing_to_find_in_ordinary_networks() -> None:
     assert Derived.find(Fails(), (X,), {}, among={"grid"}) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spectral", [spectral_norm, with_hook], ids=["parametrization", "hook"])
 @pytest.mark.parametrize(
     "recipe", [fxmerge.Recipe(), fxmerge.Recipe(match=fxmerge.Align(), fit=None)], ids=["fitted", "averaged"]

@@ -91,6 +91,7 @@ def takes(program: Program) -> list[list[int | None]]:
     return [fixed_sizes(n.meta["val"]) for n, (kind, _) in program.sources.items() if kind == "input"]
 
 
+@pytest.mark.slow
 def test_tokens_and_masks_come_in_any_length_and_images_in_one() -> None:
     batch = words(3, 4)
     assert takes(capture_program(Words(0), (), batch)) == [[None, None], [None, None]]

@@ -73,6 +73,7 @@ def test_align_keeps_the_function_and_finds_the_units() -> None:
         assert torch.equal(aligned.state_dict()[name], value)
 
 
+@pytest.mark.slow
 def test_the_result_needs_nothing_of_fxmerge(tmp_path: Path) -> None:
     merged = fxmerge.merge(settled(0), settled(1), data())
     x = data()[0]
@@ -223,6 +224,7 @@ class Recurrent(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_a_graph_written_out_for_one_length_is_not_run_at_another() -> None:
     merged = fxmerge.merge(Recurrent(0), Recurrent(1), [torch.randn(4, 5, 3), torch.randn(2, 5, 3)])
     assert merged(torch.randn(3, 5, 3)).shape == (3, 2)

@@ -35,6 +35,7 @@ def sequences(*lengths: int) -> tuple[tuple[Tensor, Tensor], int]:
     return (torch.randn(4, 5, 3), torch.tensor(lengths)), 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "padded", "enforce_sorted"), crossed([nn.GRU, nn.LSTM, nn.RNN], [False, True], [False, True])
 )

@@ -222,6 +222,7 @@ def test_permuted_models_come_back_to_the_units_of_the_base(rule: Any, loader: l
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.slow
 def test_alignment_is_skipped_with_a_symmetry_that_pins_everything() -> None:
     base = Net().eval()
     models = [permuted(tuned(base, 1), 5), tuned(base, 2)]

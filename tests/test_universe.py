@@ -101,6 +101,7 @@ def test_planted_permutations_are_found_exactly(name: str, data: bool) -> None:
             torch.testing.assert_close(merged.state_dict()[key], value, rtol=0, atol=0.03 * float(value.std()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "data"), but_slow([("mlp", False), ("attention", True)]))
 def test_the_order_of_the_models_does_not_matter(name: str, data: bool) -> None:
     build, batches = NETS[name]
