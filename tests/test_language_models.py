@@ -128,7 +128,9 @@ def test_language_models_merge_as_they_come(name: str, dtype: str, caplog: pytes
     with caplog.at_level(logging.INFO, logger="fxmerge"):
         merged: Any = fxmerge.merge(a, b, loader, recipe=fxmerge.Recipe(free=FREE.get(name, ())))
     records = [r for r in caplog.records if r.name.startswith("fxmerge")]
-    assert [r.getMessage() for r in records if r.levelno > logging.INFO] == []
+    warned = [r.getMessage() for r in records if r.levelno > logging.INFO]
+    # Of untrained networks a parent may well be nearer to the mean of both, which is worth a warning.
+    assert [text for text in warned if "alone is nearer to the mean" not in text] == []
     kept = name in NEED_LABELS
     left_out = "Inputs that only a loss is computed from are left out: labels"
     assert (left_out in [r.getMessage() for r in records]) is not kept
