@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 
 from fxmerge import validate
@@ -69,6 +70,7 @@ class Prepared:
         symmetry, still = without_shared(whole, flow, job.states, cut.values())
         return Prepared(replace(job, states=pruned(job.states, cut)), propagation, whole, symmetry, still, flow)
 
+    @cached_property
     def shared(self) -> frozenset[str]:
         """The names of the tensors that are equal in all models, and on which no unit moves."""
         return staying(self.symmetry, self.job.states)
@@ -86,7 +88,7 @@ class Prepared:
         first, after = self.job.states[0], result.state_dict()
         return Report(
             models=len(self.job.states),
-            shared=tuple(n for n, own in first.items() if n in self.shared() and bool((own == after[n]).all())),
+            shared=tuple(n for n, own in first.items() if n in self.shared and torch.equal(own, after[n])),
             classes=classes_of(self.symmetry),
             demoted=self.symmetry.demoted,
             unknown_ops=dict(self.symmetry.unknown),
@@ -184,7 +186,7 @@ def fit(
             teachers=None if not units.moving else _teachers(group, program, units, states),
             only_last=isinstance(part, Readout),
             repair=isinstance(part, Repair),
-            shared=group.shared(),
+            shared=group.shared,
             max_memory=run.memory,
             seed=run.seed,
             progress=run.progress,
@@ -217,7 +219,7 @@ def emit(group: Prepared, state: Mapping[str, Tensor], *, calibrate: bool) -> fx
         module = bake(job.program, state)
     if job.data is not None and calibrate:
         with job.timed("calibration"):
-            recalibrate(module, job.program, job.data, group.shared())
+            recalibrate(module, job.program, job.data, group.shared)
     return module
 
 
