@@ -129,13 +129,14 @@ class UnitMap:
     @cached_property
     def one_to_one(self) -> bool:
         """Whether every model has exactly one unit in every merged unit."""
-        return all(self._one_to_one(c) for c in range(len(self.widths)))
+        return all(self._bijective)
 
-    def _one_to_one(self, number: int) -> bool:
-        width = self.widths[number]
-        return all(
-            len(own[number]) == width and bool((np.bincount(own[number], minlength=width) == 1).all())
-            for own in self.maps
+    @cached_property
+    def _bijective(self) -> tuple[bool, ...]:
+        """For every class, whether every model has exactly one unit in every merged unit."""
+        return tuple(
+            all(len(own[c]) == width and bool((np.bincount(own[c], minlength=width) == 1).all()) for own in self.maps)
+            for c, width in enumerate(self.widths)
         )
 
     @cached_property
@@ -205,7 +206,7 @@ class UnitMap:
         first, numbers = tensors[0], {n for axis in self._axes.get(name, ()) for n, _ in axis.roles}
         if not (first.is_floating_point() or first.is_complex()):
             return first.clone()
-        one_to_one = all(map(self._one_to_one, numbers))
+        one_to_one = all(self._bijective[n] for n in numbers)
         alike = all(torch.equal(first, other.to(first.device)) for other in tensors[1:])
         if alike and one_to_one and all(self._moves_alike(n) for n in numbers):
             return self._placed(name, first, 0).clone()
@@ -408,7 +409,7 @@ class UnitMap:
     def _placed(self, name: str, tensor: Tensor, model: int) -> Tensor:
         """One parameter of one model in merged units; the same tensor if no unit moves."""
         axes = self._axes.get(name, ())
-        if all(self._one_to_one(n) for axis in axes for n, _ in axis.roles):
+        if all(self._bijective[n] for axis in axes for n, _ in axis.roles):
             for axis in reversed(axes):
                 source = axis.source(self.maps[model])
                 tensor = tensor if source is None else move_axis(tensor, axis, source)
