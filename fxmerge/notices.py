@@ -96,8 +96,9 @@ def warn_of_nearer_parent(errors: OutputErrors, names: Sequence[str]) -> None:
     nearest = min(models, key=lambda number: error_of(models[number]), default=None)
     if nearest is not None and error_of(models[nearest]) + ROUNDING < error_of(errors[None]):
         logger.warning(
-            "%s alone is nearer to the mean of all models' outputs than the merged network is: it misses %.3g of the "
-            "variance, the merged network %.3g. fxmerge.compare measures both, on data of your choice.",
+            "%s alone is nearer to the mean of all models' outputs than the merged network is: its squared "
+            "distance is %.3g times their variance, that of the merged network %.3g. fxmerge.compare measures both, on "
+            "data of your choice.",
             names[nearest][:1].upper() + names[nearest][1:],
             models[nearest],
             errors[None],

@@ -95,7 +95,7 @@ def test_it_is_told_that_a_model_is_nearer_and_the_merge_is_returned(
     told, nearest = fxmerge.report(merged), numbers.index(0)
     assert told.errors["models"][nearest] < told.errors["merged"] < told.errors["models"][1 - nearest]
     assert f"Model {'AB'[nearest]} alone is nearer to the mean of all models' outputs than the merged" in caplog.text
-    assert f"it misses {told.errors['models'][nearest]:.3g} of the variance" in caplog.text
+    assert f"its squared distance is {told.errors['models'][nearest]:.3g} times their variance" in caplog.text
     assert len(told.layers) == 3
     x = torch.cat(vectors())
     assert all(not torch.allclose(merged(x), net(x), atol=1e-2) for net in pair)

@@ -91,12 +91,20 @@ def test_an_op_without_a_rule_is_written_out_where_torch_can() -> None:
     assert symmetry.classes[0].size == 5
 
 
-def test_a_rule_that_fails_pins_what_its_op_touches_and_is_named_in_one_sentence(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def broken_rule() -> Any:
+    """A rule that fails, as one of the package's own."""
+
     def broken(at: Any, *args: Any) -> Any:
         raise ZeroDivisionError("a mistake in a rule")
 
+    broken.__module__ = fxmerge.symmetry.rules.__name__
+    return broken
+
+
+def test_a_rule_that_fails_pins_what_its_op_touches_and_is_named_in_one_sentence(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken = broken_rule()
     with caplog.at_level(logging.DEBUG, logger="fxmerge.symmetry"):
         symmetry = fxmerge.find_symmetry(
             Applies("single"), (torch.randn(4, 3),), rules={"fxmerge_tests::single": broken}
@@ -112,9 +120,7 @@ def test_a_rule_that_fails_pins_what_its_op_touches_and_is_named_in_one_sentence
 
 
 def test_an_op_whose_rule_fails_is_probed(caplog: pytest.LogCaptureFixture) -> None:
-    def broken(at: Any, *args: Any) -> Any:
-        raise ZeroDivisionError("a mistake in a rule")
-
+    broken = broken_rule()
     symmetry = fxmerge.find_symmetry(Applies("center"), (torch.randn(4, 3),), rules={"fxmerge_tests::center": broken})
     assert symmetry.probed == {"fxmerge_tests.center.default": 1}
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
@@ -271,3 +277,23 @@ def test_a_rule_of_this_call_comes_before_the_registered_one() -> None:
 def test_a_wrong_rule_is_told_in_a_sentence(rules: Any, sentence: str) -> None:
     with pytest.raises(fxmerge.OptionError, match=sentence):
         fxmerge.find_symmetry(stack(), (torch.zeros(1, 3),), rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("faulty", "message"),
+    [
+        (lambda at, x: 1 / 0, "raises ZeroDivisionError: division by zero"),
+        (lambda at: None, "raises TypeError"),
+        (lambda at, x: None, r"gives None, and the op's output has shape \(4, 5\)"),
+        (lambda at, x: at.reduce(x, [-1]), r"gives labels of shape \(4,\), and the op's output has shape \(4, 5\)"),
+    ],
+)
+def test_a_faulty_rule_is_an_error_that_names_it(faulty: Any, message: str) -> None:
+    where = r"The rule for fxmerge_tests\.center\.default at graph node 'center' "
+    with pytest.raises(fxmerge.OptionError, match=where + message):
+        fxmerge.find_symmetry(Applies("center"), (torch.randn(4, 3),), rules={"fxmerge_tests::center": faulty})
+
+
+def test_a_rule_may_leave_calls_to_others() -> None:
+    rules = {"fxmerge_tests::center": lambda at, x: NotImplemented}
+    assert fxmerge.find_symmetry(Applies("center"), (torch.randn(4, 3),), rules=rules).probed

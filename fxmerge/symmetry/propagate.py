@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxmerge.errors import OptionError
 from fxmerge.program.captured import Program
 from fxmerge.program.models import same_draws
 from fxmerge.symmetry import rules
@@ -348,6 +349,8 @@ class _Walk(fx.Interpreter):
         """The labels, or NotImplemented where there is an error: a node that cannot be labelled is pinned."""
         try:
             return label()
+        except OptionError:  # A user's own rule is wrong.
+            raise
         except Exception as error:
             self.failed[n] = error
             return NotImplemented
@@ -357,7 +360,10 @@ class _Walk(fx.Interpreter):
         rule = self.find_rule(n.target)
         if any(isinstance(a, Part) for a in args):
             return combine(site, *args)
-        return NotImplemented if rule is None else rules.lifting.apply(rule, site, args, kwargs)
+        if rule is None:
+            return NotImplemented
+        apply = rules.lifting.apply if rules.users.is_ours(rule) else rules.users.apply
+        return apply(rule, site, args, kwargs)
 
     def _settled(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """The arguments of a node with labels in place of what is deferred."""

@@ -35,8 +35,9 @@ def cases() -> Iterator[tuple[str, str, str]]:
     """Name, expression and printed rule of every case."""
     for line in (GOLDEN / "rules.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            name, expression, printed = (part.strip() for part in line.split(" | "))
-            yield name, expression, printed
+            parts = [part.strip() for part in f"{line} ".split(" | ")]
+            assert len(parts) == 3, f"write 'name | expression | rule', not {line!r}"
+            yield parts[0], parts[1], parts[2]
 
 
 CASES = list(cases())

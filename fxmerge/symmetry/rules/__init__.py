@@ -13,6 +13,7 @@ from fxmerge.symmetry.rules import (
     random,
     recurrent,
     reduction,
+    users,
     vision,
 )
 from fxmerge.symmetry.rules.registry import Lookup, Rule, Site, Value, contracts, find_rule, multiplied, rule
@@ -38,5 +39,6 @@ __all__ = [
     "recurrent",
     "reduction",
     "rule",
+    "users",
     "vision",
 ]
