@@ -188,6 +188,7 @@ hidden("units with noise like a constant", lambda h: h * (torch.rand_like(torch.
 hidden("units with two draws compared", lambda h: torch.where(torch.rand(4) < torch.rand(4), h, h.tanh()))
 hidden("units in a random order", lambda h: h[:, torch.randperm(4)].sigmoid() * torch.arange(4))
 hidden("units with dropout that is always on", lambda h: F.dropout(h, 0.5, training=True))
+hidden("units with slopes that are always random", lambda h: torch.rrelu(h - 1, training=True))
 case(
     "memory with dropout that is always on",
     lambda s, x: F.scaled_dot_product_attention(x, s.k, s.v, dropout_p=0.5),

@@ -11,12 +11,12 @@ from fxmerge.symmetry.rules.registry import Site, rule
 
 
 def draws(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an op draws random numbers in this call: a dropout does so in training only."""
+    """Whether an op draws random numbers in this call: dropout and random slopes do so in training only."""
     if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
         return False
     for i, argument in enumerate(target._schema.arguments):
-        if argument.name == "train":
-            return bool(args[i] if i < len(args) else kwargs.get("train", argument.default_value))
+        if argument.name in ("train", "training"):
+            return bool(args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value))
     return True
 
 
@@ -29,6 +29,12 @@ def dropout(at: Site, x: Labels, rate: float, train: bool | None) -> Any:
     shapes = at.shape if isinstance(at.shape, list) else [at.shape]
     y = at.join(x, inert(x.shape)) if train and rate else x
     return [y, inert(shapes[1])] if isinstance(at.shape, list) else y
+
+
+@rule("rrelu", lifts="copies")
+def rrelu(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
+    """In training, the slope of every place is drawn by itself."""
+    return at.join(x, inert(x.shape)) if draws(at.target, (x, *args), kwargs) else x
 
 
 @rule("rand_like", "randn_like", "randint_like")

@@ -120,7 +120,8 @@ def find_rule(target: Any) -> Rule | None:
     name = getattr(getattr(target, "_schema", None), "name", None)
     if name in _RULES:
         return _RULES[name]
-    if torch.Tag.pointwise in getattr(target, "tags", ()):
+    tags = getattr(target, "tags", ())
+    if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
         return _RULES["aten::pointwise"]
     return None
 
