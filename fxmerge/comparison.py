@@ -18,12 +18,12 @@ from fxmerge import validate
 from fxmerge.combine.average import average
 from fxmerge.combine.batch_norm import batch_norm_statistics, recalibrate
 from fxmerge.emit.bake import bake
-from fxmerge.errors import ArchitectureMismatchError, OptionError
+from fxmerge.errors import ArchitectureMismatchError, LoaderError, OptionError
 from fxmerge.evidence.moments import Moments
-from fxmerge.job import Job, prepare
+from fxmerge.job import Job, prepare, readable_again
 from fxmerge.ordering import error_of, score_of
-from fxmerge.program.capture import evaluating, open_outputs
-from fxmerge.program.models import copied
+from fxmerge.program.capture import open_outputs
+from fxmerge.program.models import copied, evaluating
 from fxmerge.program.models import run as run_model
 from fxmerge.program.run import Data, Inputs
 from fxmerge.recipe import Run
@@ -61,7 +61,7 @@ class Comparison:
     Attributes:
         rows: the models, the models with a new readout if calibration data are given, their ensemble, their plain
             average, and the networks.
-        networks: the names of the networks that can be picked: all rows but the ensemble's.
+        networks: the networks by the names of their rows, all but the ensemble.
 
     Example:
         >>> table = Comparison((Row("merge", 0.1, 0.01, 0.9), Row("model A", 0.3, 0.02, 0.8)))
@@ -160,21 +160,25 @@ def compare(
     validate.check_loaders(loader, None, len(models))
     if calibration is not None:
         validate.check_loader(calibration)
+        calibration = readable_again(calibration)
+        if next(iter(calibration), None) is None:
+            raise LoaderError("calibration is empty: it gave no batch. Pass the data that the networks were made with.")
     shares = validate.check_weights(weights, len(models))
     if score is not None and not callable(score):
         raise OptionError(f"score is {score!r}; it must be a function that takes a network and gives a number.")
+    names = validate.names_of(len(models), None)
+    readouts = [f"{name}, new readout" for name in names] if calibration is not None else []
+    _check_networks(networks, [*names, *readouts, ENSEMBLE, PLAIN])
     job = prepare(models, loader, run, inputs=inputs)
     assert job.data is not None
-    names = job.names
     rows: dict[str, nn.Module] = {name: bake(job.program, s) for name, s in zip(names, job.states, strict=True)}
-    if calibration is not None:
-        data = replace(job.data, loader=calibration)
-        for j, name in enumerate(names):
-            rows[f"{name}, new readout"] = bake(job.program, _with_readout(job, data, j, shares, run))
-    rows[PLAIN] = _plain_average(job, shares, calibration)
-    _check_networks(networks, [*rows, ENSEMBLE])
+    data = None if calibration is None else replace(job.data, loader=calibration)
+    if data is not None:
+        for j, name in enumerate(readouts):
+            rows[name] = bake(job.program, _with_readout(job, data, j, shares, run))
+    rows[PLAIN] = _plain_average(job, shares, data)
     rows |= {name: _placed(network, run) for name, network in networks.items()}
-    distances = _Distances(len(rows))
+    distances = _Distances()
     with ExitStack() as stack:
         for network in rows.values():
             stack.enter_context(evaluating(network))
@@ -187,14 +191,14 @@ def compare(
             for name, own in zip(rows, given, strict=True):
                 _check_shapes(name, own, means)
             distances.add(given, means)
-        found = [
+        scored = [
             Row(name, *distances.of(i), None if score is None else _score(score, network, name))
             for i, (name, network) in enumerate(rows.items())
         ]
         ensemble = _Ensemble(list(rows.values())[: len(models)], shares)
         together = None if score is None else _score(score, ensemble, ENSEMBLE)
-    at = len(models) * (1 if calibration is None else 2)
-    return Comparison((*found[:at], Row(ENSEMBLE, 0.0, 0.0, together), *found[at:]), rows)
+    at = len(names) + len(readouts)
+    return Comparison((*scored[:at], Row(ENSEMBLE, 0.0, 0.0, together), *scored[at:]), rows)
 
 
 def _with_readout(job: Job, data: Data, number: int, shares: Sequence[float], run: Run) -> dict[str, Tensor]:
@@ -207,12 +211,12 @@ def _with_readout(job: Job, data: Data, number: int, shares: Sequence[float], ru
     ).state
 
 
-def _plain_average(job: Job, shares: Sequence[float], calibration: Iterable[Any] | None) -> fx.GraphModule:
+def _plain_average(job: Job, shares: Sequence[float], data: Data | None) -> fx.GraphModule:
     """The mean of all parameters, nothing matched; BatchNorm statistics are those of calibration data if given."""
     statistics = batch_norm_statistics(job.program)
     module = bake(job.program, average(UnitMap.still(len(job.states)), job.states, shares, statistics))
-    if calibration is not None and job.data is not None:
-        recalibrate(module, job.program, replace(job.data, loader=calibration))
+    if data is not None:
+        recalibrate(module, job.program, data)
     return module
 
 
@@ -285,8 +289,7 @@ def _score(score: Score, network: nn.Module, name: str) -> float:
 class _Distances:
     """Sums over batches from which follow the distances of several networks, and their standard errors."""
 
-    def __init__(self, networks: int) -> None:
-        self.networks = networks
+    def __init__(self) -> None:
         self.missed: list[list[list[float]]] = []  # By batch, output and network.
         self.sums: list[list[Moments]] = []  # By batch and output.
 
@@ -302,12 +305,12 @@ class _Distances:
 
     def of(self, network: int) -> tuple[float, float]:
         """The distance of a network, and its standard error (that of a ratio of sums over batches)."""
-        found = [self._ratio(i, network) for i in range(len(self.sums[0]))]
-        told = [(ratio, error) for ratio, error in found if not math.isnan(ratio)]
-        if not told:
+        by_output = [self._ratio(i, network) for i in range(len(self.sums[0]))]
+        varying = [(ratio, error) for ratio, error in by_output if not math.isnan(ratio)]
+        if not varying:
             return math.nan, math.nan
-        mean = sum(ratio for ratio, _ in told) / len(told)
-        return mean, math.sqrt(sum(error**2 for _, error in told)) / len(told)
+        mean = sum(ratio for ratio, _ in varying) / len(varying)
+        return mean, math.sqrt(sum(error**2 for _, error in varying)) / len(varying)
 
     def _ratio(self, output: int, network: int) -> tuple[float, float]:
         own = [batch[output] for batch in self.sums]

@@ -20,9 +20,9 @@ from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.combine.derived import Derived, not_averaged
 from fxmerge.combine.masks import masks_of
 from fxmerge.errors import LoaderError, OptionError
-from fxmerge.program.capture import Args, capture_program, check_example, evaluating
+from fxmerge.program.capture import Args, capture_program, check_example
 from fxmerge.program.captured import Program
-from fxmerge.program.models import accepted, apart, copied, tensors
+from fxmerge.program.models import accepted, apart, copied, evaluating, tensors
 from fxmerge.program.path import SamePath
 from fxmerge.program.run import Apart, Data, Inputs, Shapes, batch_inputs, check_shape
 from fxmerge.program.training_inputs import left_out, training_only
@@ -145,12 +145,12 @@ def prepare(
     batches, data = inputs or batch_inputs(modules[0]), None
     call = None if example is None else check_example(models[0], *batches(example))
     if loaders is not None:
-        loader = Apart([_again(own) for own in loaders])
+        loader = Apart([readable_again(own) for own in loaders])
         for i, own in enumerate(loader.loaders):
             if next(iter(own), None) is None:
                 raise LoaderError(f"The loader of {validate.name_of(i)} is empty: it gave no batch.")
     if loader is not None:
-        loader = _again(loader)
+        loader = readable_again(loader)
         where = next((t.device for t in states[0].values()), torch.device("cpu"))
         data = Data(loader, batches, where, run.progress)
     given = call is not None
@@ -203,7 +203,7 @@ def _check_shapes(program: Program, shapes: Shapes) -> None:
             check_shape(inputs[i][0], shape, inputs[i][1], program.why_fixed)
 
 
-def _again(loader: Iterable[Any]) -> Iterable[Any]:
+def readable_again(loader: Iterable[Any]) -> Iterable[Any]:
     """A loader that can be read several times; an iterator can be read once."""
     return list(loader) if not isinstance(loader, Apart) and iter(loader) is loader else loader
 

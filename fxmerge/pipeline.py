@@ -21,7 +21,7 @@ from fxmerge.evidence.activations import classes_along, similarities, units_alon
 from fxmerge.job import Job
 from fxmerge.matching.models import Matching, match_models, pairs_to_correlate
 from fxmerge.notices import warn_of_outputs, warn_without_data
-from fxmerge.recipe import Average, LeastSquares, Readout, Recipe, Repair, Run
+from fxmerge.recipe import Average, Fit, Readout, Recipe, Repair, Run
 from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.outputs import standardized
@@ -175,7 +175,7 @@ def fit(
 ) -> Refitted:
     """Fits the layers of the merged network to what the models compute. Errors are by the numbers of the job."""
     job, part = group.job, recipe.fit
-    assert isinstance(part, LeastSquares | Readout | Repair)
+    assert isinstance(part, Fit)
     program = written_out(group.propagation.program)
     with job.timed("fitting"):
         refitted = refit(

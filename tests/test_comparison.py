@@ -176,3 +176,22 @@ def test_there_must_be_batches() -> None:
         fxmerge.compare({}, [mlp(0), mlp(1)], torch.zeros(4, 4), run=QUIET)
     with pytest.raises(fxmerge.OptionError, match="There is no row 'merge'"):
         compared({}, [mlp(0), mlp(1)])["merge"]
+
+
+def test_calibration_data_may_be_an_iterator() -> None:
+    models = [mlp(0), mlp(1)]
+    listed, once = (compared({}, models, calibration=data) for data in (FITTED, iter(FITTED)))
+    assert [row.distance for row in once.rows] == [row.distance for row in listed.rows]
+
+
+def test_there_must_be_calibration_data() -> None:
+    with pytest.raises(fxmerge.LoaderError, match="calibration is empty"):
+        compared({}, [mlp(0), mlp(1)], calibration=[])
+
+
+def test_names_are_checked_before_any_work() -> None:
+    def inputs(batch: Tensor) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+        raise AssertionError("a batch was read")
+
+    with pytest.raises(fxmerge.OptionError, match="'plain average', which is a row"):
+        compared({PLAIN: mlp(2)}, [mlp(0), mlp(1)], inputs=inputs)

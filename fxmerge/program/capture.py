@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from itertools import count
 from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import CaptureError, OptionError
 from fxmerge.program import models, trees
 from fxmerge.program.captured import AtenGraph, Program, quiet
 from fxmerge.program.emission import Whole, duplicate, emitted, follow_training, is_told, write_out_guards
+from fxmerge.program.exporting import Args as Args
+from fxmerge.program.exporting import Kwargs as Kwargs
+from fxmerge.program.exporting import Sizes, at_least_two, export, has_fixed_batch
+from fxmerge.program.models import evaluating
 from fxmerge.program.reads import find_reads, fixed_inputs
 from fxmerge.program.tracing import Traced, trace_around, trace_ops, trace_path, trace_symbolically
 
 logger = logging.getLogger(__name__)
-
-Args = tuple[Any, ...]
-Kwargs = Mapping[str, Any]
-Sizes = Collection[tuple[int, int]]
-"""Dimensions of inputs: the number of the input among all leaves of (args, kwargs), and the dimension."""
 
 
 def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None) -> fx.GraphModule:
@@ -171,7 +168,7 @@ class _Views:
         try:
             # Of a copy: what a model keeps of this run is of tensors without values.
             model = models.apart(self.model)
-            program, self.narrower = _export(model, self.args, self.kwargs, self.varying)
+            program, self.narrower = export(model, self.args, self.kwargs, self.varying)
         except Exception as error:
             self.failure = error
             raise
@@ -247,7 +244,7 @@ def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
             logger.debug("%s did not capture %s", name, type(model).__name__, exc_info=True)
             failures.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
             continue
-        if name == "torch.export" and _has_fixed_batch(views.exported):
+        if name == "torch.export" and has_fixed_batch(views.exported):
             name = "torch.export (fixed batch)"
         if name == "whole":
             logger.warning(
@@ -287,7 +284,7 @@ def _emitted(views: _Views, model: nn.Module, trace: Callable[[nn.Module], Trace
         models.switch(trained, True)
         try:
             if trace is None:
-                follow_training(graph, trace_ops(trained, *_at_least_two(views.args, views.kwargs)))
+                follow_training(graph, trace_ops(trained, *at_least_two(views.args, views.kwargs)))
             else:
                 follow_training(graph, trace(trained)[0])
         except Exception:
@@ -354,98 +351,3 @@ def other_values(tensor: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.rand(tensor.shape, generator=generator).to(tensor.device)
     value = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
     return torch.where(value == 0, 0.01 * noise, value * (1 + 0.1 * noise))
-
-
-def _export(model: nn.Module, args: Args, kwargs: Kwargs, varying: Sizes) -> tuple[ExportedProgram, Exception | None]:
-    """Exports with all dimensions dynamic that may vary; where that fails, with the first of every input; where that
-    fails too, at the shapes of the example. Also gives the last failure."""
-    leaves = pytree.tree_leaves((args, dict(kwargs)))
-    batch = {(i, 0) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim}
-    all_sizes = batch | {*varying} | {(i, d) for i, leaf in enumerate(leaves) for d in _discrete_dims(leaf)}
-    failure: Exception | None = None
-    with evaluating(model):
-        for sizes in (all_sizes, batch, set()) if all_sizes != batch else (batch, set()):
-            try:
-                with torch.no_grad(), quiet():
-                    program = _export_with(model, args, kwargs, sizes)
-                    if sizes:
-                        program.module()(*args, **kwargs)  # Refuses a size that was baked in.
-                    return program, failure
-            except Exception as error:
-                logger.debug("torch.export failed (dynamic: %s)", sorted(sizes), exc_info=True)
-                failure = error
-    raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {shorten(str(failure), 400)}") from failure
-
-
-def _export_with(model: nn.Module, args: Args, kwargs: Kwargs, sizes: Sizes) -> ExportedProgram:
-    """Exports with some dimensions dynamic."""
-    example = _at_least_two(args, kwargs) if sizes else (args, dict(kwargs))
-    numbers = count()
-    shapes = trees.dynamic_shapes(example, lambda _: _dynamic(next(numbers), sizes))
-    dynamic = _by_name(model, *shapes) if sizes else None
-    return torch.export.export(model, example[0], example[1], dynamic_shapes=dynamic, strict=False)
-
-
-def _dynamic(number: int, sizes: Sizes) -> dict[int, Any] | None:
-    """The dynamic dimensions of the input of a number."""
-    return {d: Dim.AUTO for i, d in sizes if i == number} or None
-
-
-def _discrete_dims(value: Any) -> range:
-    """The dimensions beyond the first of what may be tokens or a mask, which come in any length; bytes are images."""
-    if not isinstance(value, Tensor) or value.dtype == torch.uint8 or value.is_floating_point() or value.is_complex():
-        return range(0)
-    return range(1, value.ndim)
-
-
-def _has_fixed_batch(program: ExportedProgram) -> bool:
-    """Whether no input has a dynamic batch dimension, though some could have."""
-    names = set(program.graph_signature.user_inputs)
-    values = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder") if n.name in names]
-    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
-    return bool(sizes) and all(isinstance(s, int) or s.node.maybe_as_int() is not None for s in sizes)
-
-
-def _by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Dynamic shapes as torch.export wants them: one entry for each argument, by name where given by name."""
-    if not kwargs:
-        return tuple(args)
-    names = list(inspect.signature(model.forward).parameters)
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
-
-
-def _at_least_two(args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
-    """The example with a batch of one doubled, since torch.export takes a size of one for a constant."""
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    tensors = [v for v in leaves if isinstance(v, Tensor) and v.ndim]
-    if tensors and all(t.shape[0] == 1 for t in tensors):
-        leaves = [torch.cat([v, v]) if isinstance(v, Tensor) and v.ndim else v for v in leaves]
-    doubled: tuple[Args, dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
-    return doubled
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without a cache for a while, every submodule and configuration put back as it was.
-
-    What modules have derived from their parameters in eval mode and kept, they drop when they are trained; so they
-    are for a moment, before and after: what a capture leaves behind is of no use to anyone. A cache of earlier calls,
-    which a configuration may ask for by `use_cache`, is no output that a merge could have.
-    """
-    modes = [(m, m.training) for m in model.modules()]
-    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
-    cached = {id(config): (config, config.use_cache) for config in configs if getattr(config, "use_cache", None)}
-    models.switch(model, True)
-    models.switch(model, False)
-    try:
-        for config, _ in cached.values():
-            with suppress(AttributeError):  # Of one that is frozen.
-                config.use_cache = False
-        yield
-    finally:
-        for config, value in cached.values():
-            with suppress(AttributeError):
-                config.use_cache = value
-        models.switch(model, True)
-        for module, training in modes:
-            module.training = training

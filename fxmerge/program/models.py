@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -171,3 +171,30 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     """The outputs of a model for some inputs: the same for the same inputs, whatever it was called with before."""
     with torch.no_grad(), same_draws(*tensors(model).values()):
         return apart(model)(*args, **kwargs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without a cache for a while, every submodule and configuration put back as it was.
+
+    What modules have derived from their parameters in eval mode and kept, they drop when they are trained; so they
+    are for a moment, before and after: what a capture leaves behind is of no use to anyone. A cache of earlier calls,
+    which a configuration may ask for by `use_cache`, is no output that a merge could have.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    cached = {id(config): (config, config.use_cache) for config in configs if getattr(config, "use_cache", None)}
+    switch(model, True)
+    switch(model, False)
+    try:
+        for config, _ in cached.values():
+            with suppress(AttributeError):  # Of one that is frozen.
+                config.use_cache = False
+        yield
+    finally:
+        for config, value in cached.values():
+            with suppress(AttributeError):
+                config.use_cache = value
+        switch(model, True)
+        for module, training in modes:
+            module.training = training

@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.errors import LoaderError
 from fxmerge.program import models
-from fxmerge.program.capture import Args, evaluating
 from fxmerge.program.captured import Program
+from fxmerge.program.exporting import Args
+from fxmerge.program.models import evaluating
 from fxmerge.program.reads import Read, find_reads, fixed_inputs
 from fxmerge.program.run import Recorder
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.program.capture import evaluating
 from fxmerge.program.captured import quiet
+from fxmerge.program.models import evaluating
 from fxmerge.program.run import Call
 
 Output = tuple[tuple[str | None, ...], Any]

@@ -178,8 +178,8 @@ OWN = 0.5
 
 
 @dataclass(frozen=True)
-class LeastSquares:
-    """Fits every layer, in closed form and in graph order, to what the models compute there (a ridge regression).
+class Fit:
+    """What is fitted to data after combining: `LeastSquares`, `Readout` or `Repair`.
 
     Attributes:
         own: with `loaders`, the share of a model's own output in the targets on its own data, from 0 to 1. The rest is
@@ -196,39 +196,28 @@ class LeastSquares:
 
 
 @dataclass(frozen=True)
-class Readout:
-    """Fits only the layers that no other layer comes after.
+class LeastSquares(Fit):
+    """Fits every layer, in closed form and in graph order, to what the models compute there (a ridge regression).
 
-    Attributes:
-        own: as for `LeastSquares`.
-
-    Raises:
-        OptionError: if `own` is out of range.
+    Its attribute `own` is that of `Fit`.
     """
-
-    own: float = OWN
-
-    def __post_init__(self) -> None:
-        check_share(self, "own")
 
 
 @dataclass(frozen=True)
-class Repair:
-    """Gives every unit the mean and the deviation of the models' units (REPAIR, arXiv 2211.08403); fits nothing.
+class Readout(Fit):
+    """Fits only the layers that no other layer comes after.
 
-    Attributes:
-        own: as for `LeastSquares`.
-
-    Raises:
-        OptionError: if `own` is out of range.
+    Its attribute `own` is that of `Fit`.
     """
 
-    own: float = OWN
 
-    def __post_init__(self) -> None:
-        check_share(self, "own")
+@dataclass(frozen=True)
+class Repair(Fit):
+    """Gives every unit the mean and the deviation of the models' units (REPAIR, arXiv 2211.08403); fits nothing.
+
+    Its attribute `own` is that of `Fit`.
+    """
 
 
 Match = Zip | Align
 Combine = Average | TaskArithmetic | Ties
-Fit = LeastSquares | Readout | Repair

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from fxmerge.errors import OptionError
 from fxmerge.recipe.checks import check_word, wrong
@@ -68,8 +68,6 @@ class Recipe:
     fit: Fit | Literal["auto"] | None = AUTO
     outputs: Outputs = "mean"
     free: str | tuple[str, ...] = ()
-
-    version: ClassVar[int] = VERSION
 
     def __post_init__(self) -> None:
         for name, kinds in PARTS.items():
