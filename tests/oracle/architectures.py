@@ -720,6 +720,27 @@ def pooled_units() -> tuple[nn.Module, tuple[Any, ...]]:
     return nn.Sequential(nn.Linear(2, 6), nn.MaxPool1d(2), nn.Linear(3, 2)), tokens(2, 2)
 
 
+def _windows_over_units(name: str, width: int, *layers: nn.Module, out: int) -> None:
+    """A case with windows that overlap along hidden units, of which the oracle says what may be reversed."""
+    case(name)(lambda: (nn.Sequential(nn.Linear(2, width), *layers, nn.Linear(out, 2)), tokens(1, 2)))
+
+
+_windows_over_units("a convolution along units", 4, nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Conv1d(2, 1, 2), out=2)
+_windows_over_units("a strided convolution along units", 5, nn.Conv1d(1, 1, 3, stride=2), out=2)
+_windows_over_units("a dilated convolution along padded units", 5, nn.Conv1d(1, 1, 3, padding=2, dilation=2), out=5)
+_windows_over_units("a convolution padded more at one end", 4, nn.Conv1d(1, 1, 2, padding="same"), out=4)
+_windows_over_units("a convolution that keeps the number of units", 4, nn.Conv1d(1, 1, 3, padding="same"), out=4)
+_windows_over_units("a transposed convolution along units", 3, nn.ConvTranspose1d(1, 1, 3, 2, 1), out=5)
+_windows_over_units("a transposed convolution with more at one end", 3, nn.ConvTranspose1d(1, 1, 3, 2, 1, 1), out=6)
+_windows_over_units("pooling along units", 4, nn.MaxPool1d(2, 1), out=3)
+
+
+@case("a convolution along units in two dimensions")
+def windows_over_two_kinds_of_units() -> tuple[nn.Module, tuple[Any, ...]]:
+    layers = nn.Linear(2, 3), Permute(0, 1, 3, 2), nn.Linear(2, 4), nn.Conv2d(1, 1, 2), nn.Flatten(), nn.Linear(6, 1)
+    return nn.Sequential(*layers), image(1, 2, 2)
+
+
 @case("pixel unshuffle")
 def pixel_unshuffle() -> tuple[nn.Module, tuple[Any, ...]]:
     return nn.Sequential(

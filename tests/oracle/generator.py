@@ -752,10 +752,13 @@ _COMMON = ("linear", "combine", "affine", "unflatten", "flatten", "attention", "
 
 
 def random_recipe(rng: Random) -> Recipe:
-    """A recipe of a few steps that costs no more than `LIMIT`."""
+    """A recipe of a few steps that costs no more than `LIMIT`, and whose outputs depend on every parameter entry.
+
+    The exact count leaves out entries on which no output depends, so it could not be compared with what is found.
+    """
     while True:
         recipe = _draw(rng)
-        if recipe.steps and cost(recipe) <= LIMIT and not _vanishes(recipe):
+        if recipe.steps and cost(recipe) <= LIMIT and not _vanishes(recipe) and not has_unused_entries(recipe):
             return recipe
 
 

@@ -210,7 +210,7 @@ REGRESSIONS: dict[str, tuple[str, Recipe]] = {
         Recipe(((1, 2, 2),), (("repeat", (0,), (2, "repeat")), ("linear", (1,), ("p3", 2, False))), (2,)),
     ),
     "a reversal of space that a kernel reads": (
-        INCOMPLETE,
+        EXACT,
         Recipe(
             ((1, 3, 2),),
             (

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, core, support
-from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce, rows_apart, sum_over
+from fxmerge.symmetry.labels import Labels, move, reduce, rows_apart, sum_over
 from fxmerge.symmetry.rules.movement import pad
-from fxmerge.symmetry.rules.pooling import apart, lies_in_space
+from fxmerge.symmetry.rules.pooling import apart, facing, lies_in_space, two_ends
 from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import distinct
 
@@ -151,13 +151,16 @@ def conv(
     if at.is_zero([x, weight]):
         return _biased(at, Labels(at.shape, is_zero=True), bias, len(kernel))
     w, x = at.labels(weight).reshape((groups, rows // groups, columns, *kernel)), at.labels(x)
-    if isinstance(padding, str):
-        if padding == "same" and any(k > 1 for k in kernel):
-            return _convolve(at, x, w, "goi", bias, None)
-        padding = 0
-    pads = np.broadcast_to(padding, len(kernel)).tolist()
-    places = [[-1] * p + [*range(n)] + [-1] * p for p, n in zip(pads, x.shape[-len(kernel) :], strict=True)]
-    return _convolve(at, x, w, "goi", bias, _windows(at, x, places, kernel, stride, dilation))
+    steps, gaps = (np.broadcast_to(v, len(kernel)).tolist() for v in (stride, dilation))
+    if padding == "same" and any(k > 1 for k in kernel):
+        windows, both = None, [(k - 1) * gap for k, gap in zip(kernel, gaps, strict=True)]
+    else:
+        pads = np.broadcast_to(0 if isinstance(padding, str) else padding, len(kernel)).tolist()
+        places = [[-1] * p + [*range(n)] + [-1] * p for p, n in zip(pads, x.shape[-len(kernel) :], strict=True)]
+        windows, both = _windows(at, x, places, kernel, stride, dilation), [2 * p for p in pads]
+    wide = zip(x.shape[-len(kernel) :], at.shape[-len(kernel) :], kernel, steps, gaps, both, strict=True)
+    even = [(out - 1) * step + (k - 1) * gap + 1 == n + pad and pad % 2 == 0 for n, out, k, step, gap, pad in wide]
+    return _convolve(at, x, w, "goi", bias, windows, even)
 
 
 def _windows(
@@ -214,7 +217,8 @@ def conv_transpose(
         places.append([i // step if i % step == 0 and 0 <= i < n * step else -1 for i in first])
     windows = _windows(at, x, places, kernel, 1, dilation)
     turned = w if windows is None else w.map(lambda c: c.flip(list(range(3, w.ndim))), w.shape)
-    return _convolve(at, x, turned, "gio", bias, windows)
+    even = np.equal(np.broadcast_to(output_padding, spatial), 0).tolist()
+    return _convolve(at, x, turned, "gio", bias, windows, even)
 
 
 def _touching(at: Site, x: Labels, w: Labels, bias: Operand | None) -> Labels:
@@ -248,11 +252,14 @@ def _all_are(value: Any, one: int) -> bool:
     return bool(np.all(np.equal(value, one)))
 
 
-def _convolve(at: Site, x: Labels, w: Labels, order: str, bias: Operand | None, windows: Labels | None) -> Labels:
+def _convolve(
+    at: Site, x: Labels, w: Labels, order: str, bias: Operand | None, windows: Labels | None, even: Sequence[bool]
+) -> Labels:
     """Contracts x with a weight of shape (groups, `order[1]`, `order[2]`, *kernel).
 
     Arguments:
         windows: x as (..., *places, *kernel), if its windows do not overlap.
+        even: for each dimension of space, whether the windows lie alike as seen from both of its ends.
     """
     spatial, groups = w.ndim - 3, w.shape[0]
     lead, channels = x.shape[: -spatial - 1], x.shape[-spatial - 1]
@@ -261,14 +268,15 @@ def _convolve(at: Site, x: Labels, w: Labels, order: str, bias: Operand | None, 
         x = windows.reshape((*lead, groups, channels // groups, *windows.shape[-2 * spatial :]))
         y = contract(at, [x, w], [n + "gi" + letters + taps, order + taps], n + "go" + letters).reshape(at.shape)
     else:
+        # Every place of the output sees a window of its own, so of space it is only known that places differ: or, where
+        # units lie along it, that places, kernel and output may be reversed together.
+        ends = [end if alike else None for end, alike in zip(two_ends(at, x, spatial), even, strict=True)]
         # Not pinned: a group may move, and takes the positions in its kernels along.
-        w = replace(at.join(w, inert(w.shape, range(3, w.ndim))), parameter=w.parameter)
-        # Every place of the output sees a window of its own, so of space it is only known that places differ.
+        w = replace(at.join(w, facing(at, Labels(w.shape), range(3, w.ndim), ends)), parameter=w.parameter)
         space = range(x.ndim - spatial, x.ndim)
-        x = reduce(at.units, pin(at.units, x, f"{at.name}: space", space), space, at.name)
-        x = x.reshape((*lead, groups, channels // groups))
+        x = reduce(at.units, facing(at, x, space, ends), space, at.name).reshape((*lead, groups, channels // groups))
         y = contract(at, [x, w], [n + "gi", order + taps], n + "go").reshape((*at.shape[:-spatial], *(1,) * spatial))
-        y = at.join(y, inert(at.shape, range(len(at.shape) - spatial, len(at.shape))), at.shape)
+        y = at.join(y, facing(at, Labels(at.shape), range(len(at.shape) - spatial, len(at.shape)), ends), at.shape)
     return _biased(at, y, bias, spatial)
 
 

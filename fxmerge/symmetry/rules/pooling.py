@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from fxmerge.symmetry.columns import support
-from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce, reduces_evenly
+from fxmerge.symmetry.columns import spread, support
+from fxmerge.symmetry.labels import Labels, move, pin, reduce, reduces_evenly
 from fxmerge.symmetry.rules.reduction import reduce_to
 from fxmerge.symmetry.rules.registry import Site, rule
+from fxmerge.symmetry.units import NOTHING, Ids
 
 
 def apart(at: Site, x: Labels, kernel: Sequence[int], stride: Any, places: Sequence[int]) -> Labels | None:
@@ -40,19 +42,54 @@ def lies_in_space(x: Labels, spatial: int) -> bool:
     return any(d >= x.ndim - spatial for c in x.columns for d in support(c))
 
 
-def _over_space(at: Site, x: Labels, shape: tuple[int, ...], spatial: int) -> Labels:
-    """Every place of the output sees some places of the input: of space it is only known that places differ."""
+def facing(at: Site, x: Labels, dims: Sequence[int], ends: Sequence[Ids | None]) -> Labels:
+    """x, with the places along `dims` told apart; where a dimension has two `ends`, up to a reversal that goes with an
+    exchange of these ends."""
+    plain = [d for d, end in zip(dims, ends, strict=True) if end is None]
+    x = pin(at.units, x, f"{at.name}: space", plain)
+    for d, end in zip(dims, ends, strict=True):
+        if end is not None and x.shape[d] > 1:
+            place = np.arange(x.shape[d])
+            nearest = np.minimum(place, place[::-1])
+            side = np.where(place == place[::-1], NOTHING, end[(place > place[::-1]).astype(int)])
+            column, pair = (spread(torch.from_numpy(ids), x.shape, (d,)) for ids in (side, nearest))
+            x = at.join(x, Labels(x.shape, (column,), (pair,)))
+    return x
+
+
+def two_ends(at: Site, x: Labels, spatial: int) -> list[Ids | None]:
+    """For each of the last dimensions of x a new unit for each of its ends, None where no units lie along it alone."""
+    dims = range(x.ndim - spatial, x.ndim)
+    alone = {d for d in dims if {support(c) for c in x.columns if d in support(c)} == {(d,)}}
+    return [at.units.fresh(2, ("block", at.name)) if d in alone else None for d in dims]
+
+
+def _over_space(
+    at: Site, x: Labels, shape: tuple[int, ...], spatial: int, ends: Sequence[Ids | None] | None = None
+) -> Labels:
+    """Every place of the output sees some places of the input: of space it is only known that places differ.
+
+    Arguments:
+        ends: as of `two_ends`, where the output is reversed if the input is.
+    """
+    ends = [None] * spatial if ends is None else ends
     space = range(len(shape) - spatial, len(shape))
     over = range(x.ndim - spatial, x.ndim)
-    flat = reduce(at.units, pin(at.units, x, f"{at.name}: space", over), over, at.name, keepdim=True)
-    return at.join(flat, inert(shape, space), shape)
+    flat = reduce(at.units, facing(at, x, over, ends), over, at.name, keepdim=True)
+    return at.join(flat, facing(at, Labels(shape), space, ends), shape)
 
 
 def _pooled(at: Site, x: Labels, kernel: Any, stride: Any, shape: tuple[int, ...], spatial: int) -> Labels:
-    """A reduction of every window, where they do not overlap."""
-    size = [int(k) for k in np.broadcast_to(kernel, spatial)]
-    seen = apart(at, x, size, stride, shape[-spatial:]) if lies_in_space(x, spatial) else None
-    return _over_space(at, x, shape, spatial) if seen is None else reduce(at.units, seen, range(-spatial, 0), at.name)
+    """A reduction of every window."""
+    if not lies_in_space(x, spatial):
+        return _over_space(at, x, shape, spatial)
+    size, steps = ([int(k) for k in np.broadcast_to(v, spatial)] for v in (kernel, stride))
+    seen = apart(at, x, size, stride, shape[-spatial:])
+    if seen is not None:
+        return reduce(at.units, seen, range(-spatial, 0), at.name)
+    geometry = zip(two_ends(at, x, spatial), x.shape[-spatial:], shape[-spatial:], size, steps, strict=True)
+    ends = [end if (out - 1) * step + k == n else None for end, n, out, k, step in geometry]
+    return _over_space(at, x, shape, spatial, ends)
 
 
 def _pool(spatial: int) -> Any:
