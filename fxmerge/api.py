@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import fx
 
 from fxmerge import validate
+from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
 from fxmerge.matching.universe import canonical_order
@@ -17,7 +18,7 @@ from fxmerge.pipeline import Prepared, combine, emit, fit, match, renumbered
 from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, Align, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
-from fxmerge.reporting import KEY, named_errors
+from fxmerge.reporting import KEY, named_errors, report
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
 
@@ -129,7 +130,7 @@ def merge_many(
     assert not isinstance(recipe.match, str) and not isinstance(recipe.combine, str)
     weights = validate.check_weights(recipe.combine.weights, len(models))
     reference = validate.check_reference(recipe.match.reference, len(models), base is not None)
-    job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs)
+    job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
     group = Prepared.of(job, recipe, run, symmetry)
     job = group.job
     home = reference if base is None else 0  # The base comes first.
@@ -140,7 +141,7 @@ def merge_many(
     with job.timed("combining"):
         aligned = [matching.alignment.apply(state, m) for m, state in enumerate(states)]
     counts = weights if base is not None else [weights[i] for i in order]
-    state = combine(group, recipe, matching.merged, aligned, counts)
+    state = combine(group, recipe, matching.merged, aligned, counts, order)
     refitted = Refitted(state, {}, {}, {}, held_out=False)
     if recipe.fit is not None:
         refitted = fit(group, recipe, run, matching.merged, aligned, state, weights, order)
@@ -149,13 +150,14 @@ def merge_many(
     merged = emit(group, refitted.state, calibrate=recipe.fit is None)
     back = sorted(range(len(order)), key=order.__getitem__)
     maps = [matching.units.maps[i] for i in back][-len(models) :]
-    report = replace(
+    told = replace(
         group.report(merged),
         models=len(models),
         recipe=recipe.to_dict(),
         weights=tuple(weights),
         units_of=order[matching.reference] if base is None else None,
         images=tuple(group.images(own) for own in maps),
+        heads=tuple(asdict(head) for head in job.heads),
         quality=renumbered(matching.quality, back if home is None else ()),
         objective=matching.objectives,
         zip_objective=matching.zip_objective,
@@ -165,7 +167,7 @@ def merge_many(
         errors=named_errors(refitted.errors),
         held_out=refitted.held_out,
     )
-    merged.meta[KEY] = report.to_dict()
+    merged.meta[KEY] = told.to_dict()
     return merged
 
 
@@ -207,12 +209,48 @@ def align(
     with job.timed("combining"):
         state = matching.alignment.apply(job.states[1], 1)
     aligned = emit(group, state, calibrate=False)
-    report = replace(
+    told = replace(
         group.report(aligned),
         models=2,
         images=(group.images(matching.alignment.maps[1]),),
         quality=renumbered(matching.quality, ()),
         objective=matching.objectives,
     )
-    aligned.meta[KEY] = report.to_dict()
+    aligned.meta[KEY] = told.to_dict()
     return aligned
+
+
+def head(merged: fx.GraphModule, name: str | int) -> fx.GraphModule:
+    """The trunk and one head of a merged network: what stands for one of the models.
+
+    Arguments:
+        merged: what `merge` or `merge_many` gave for networks with heads of their own.
+        name: of the head, as in `Recipe.names`, or the number of its model.
+
+    Returns:
+        A GraphModule with copies of the tensors. Its state dict loads into the class of that model, and its outputs are
+        nested as that model's.
+
+    Raises:
+        OptionError: if the network has no heads, or none of that name.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> def mlp(classes):
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, classes))
+        >>> merged = fxmerge.merge(mlp(2), mlp(3), [torch.randn(64, 4)], fxmerge.Recipe(names=("digits", "letters")))
+        >>> [output.shape for output in merged(torch.zeros(1, 4))]
+        [torch.Size([1, 2]), torch.Size([1, 3])]
+        >>> letters = fxmerge.head(merged, "letters")
+        >>> mlp(3).load_state_dict(letters.state_dict())
+        <All keys matched successfully>
+    """
+    heads = [Head(**given) for given in report(merged).heads]
+    if not heads:
+        raise OptionError(
+            "The network has one head: the models were merged all through. Pass Recipe(share='trunk') for heads apart."
+        )
+    for one in heads:
+        if name in (one.name, one.number):
+            return take_out(merged, one)
+    raise OptionError(f"There is no head {name!r}; there are {', '.join(repr(one.name) for one in heads)}.")

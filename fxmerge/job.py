@@ -19,16 +19,17 @@ from fxmerge import validate
 from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.combine.derived import Derived, not_averaged
 from fxmerge.combine.masks import masks_of
-from fxmerge.errors import LoaderError, OptionError
-from fxmerge.program.capture import Args, capture_program, check_example
+from fxmerge.emit.fork import Head, equal_names, fork, owner_of
+from fxmerge.errors import ArchitectureMismatchError, CaptureError, LoaderError, OptionError
+from fxmerge.program.capture import Args, capture_ops, capture_program, check_example
 from fxmerge.program.captured import Program
 from fxmerge.program.models import accepted, apart, copied, evaluating, tensors
 from fxmerge.program.path import SamePath
 from fxmerge.program.run import Apart, Data, Inputs, Shapes, batch_inputs, check_shape
 from fxmerge.program.training_inputs import left_out, training_only
 from fxmerge.progress import timed
-from fxmerge.recipe import Run
-from fxmerge.shared import equal_names
+from fxmerge.recipe import AUTO, Recipe, Run
+from fxmerge.shared import equal_names as equal_tensors
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 class Job:
     """What the stages of one call share: checked inputs, the captured program, and how long each stage took.
 
-    `states` are the parameters and buffers of the models.
+    `states` are the parameters and buffers of the models. Where the models have heads of their own, the program is of
+    all of them, `heads` tells what is whose, and a state also holds the heads of the other models, as they are.
     """
 
     model: Model
@@ -53,6 +55,12 @@ class Job:
     progress: bool | None
     seconds: dict[str, float]
     buffers: frozenset[str] = frozenset()
+    heads: tuple[Head, ...] = ()
+
+    @cached_property
+    def owner(self) -> dict[str, int]:
+        """The number of the model, for every tensor that is of its head."""
+        return owner_of(self.heads)
 
     @cached_property
     def own_buffers(self) -> frozenset[str]:
@@ -72,7 +80,7 @@ class Job:
     @cached_property
     def of_one_model(self) -> list[str]:
         """The buffers that differ between models, and cannot be averaged nor derived anew."""
-        known = set(self.derived.names if self.derived else ()) | equal_names(self.states)
+        known = set(self.derived.names if self.derived else ()) | equal_tensors(self.states)
         names = not_averaged(self.program, self.own_buffers - known)
         if names:
             logger.warning(
@@ -130,8 +138,10 @@ def prepare(
     base: Model | None = None,
     example: Any = None,
     inputs: Inputs | None = None,
+    recipe: Recipe | None = None,
 ) -> Job:
-    """Checks everything that can be checked before any work is done, and captures the base or else the first model."""
+    """Checks everything that can be checked before any work is done, and captures the base or else the first model; or,
+    where a recipe is given and the models are to share a trunk only, all of them as one."""
     names = validate.names_of(len(models), base)
     models = models if base is None else (base, *models)
     models = tuple(accepted(model, name) for model, name in zip(models, names, strict=True))
@@ -141,7 +151,9 @@ def prepare(
     modules = tuple(m.module() if isinstance(m, ExportedProgram) else apart(m) for m in models)
     originals = [module if isinstance(m, ExportedProgram) else m for m, module in zip(models, modules, strict=True)]
     states = tuple(tensors(m) for m in originals)
-    validate.check_states(states, names)
+    validate.check_values(states, names)
+    if recipe is None:
+        validate.check_same_tensors(states, names)
     batches, data = inputs or batch_inputs(modules[0]), None
     call = None if example is None else check_example(models[0], *batches(example))
     if loaders is not None:
@@ -172,17 +184,72 @@ def prepare(
             call = surveyed
         elif pytree.tree_structure(surveyed) != pytree.tree_structure(call):
             shapes = {}
+        model, varying = models[0], _varying(shapes)
+        heads: tuple[Head, ...] = ()
         with timed(logger, seconds, "capture"):
-            program = capture_program(models[0], *call, varying=_varying(shapes))
+            if recipe is not None:
+                model, states, heads = _together(models, states, names, call, varying, recipe, based=base is not None)
+            program = capture_program(model, *call, varying=varying)
         _check_shapes(program, shapes)
         path = SamePath(program, modules, states, names, call) if program.follows_path else None
         if path is not None:
             path.check_example()
-        for i in range(1, len(models)):
-            validate.check_same_function(program, modules[i], states[i], *call, names=(names[0], names[i]))
+        if heads:
+            validate.check_heads(program, modules, states, call, names)
+        else:
+            for i in range(1, len(models)):
+                validate.check_same_function(program, modules[i], states[i], *call, names=(names[0], names[i]))
     data = replace(data, check=path) if data is not None else None
-    buffers = frozenset(name for name, _ in modules[0].named_buffers())
-    return Job(models[0], states, names, data, call, program, run.progress, seconds, buffers)
+    buffers = frozenset(name for name, _ in (model if heads else modules[0]).named_buffers())
+    return Job(model, states, names, data, call, program, run.progress, seconds, buffers, heads)
+
+
+def _together(
+    models: Sequence[Model],
+    states: tuple[dict[str, Tensor], ...],
+    names: Sequence[str],
+    call: tuple[Args, dict[str, Any]],
+    varying: set[tuple[int, int]],
+    recipe: Recipe,
+    *,
+    based: bool,
+) -> tuple[Model, tuple[dict[str, Tensor], ...], tuple[Head, ...]]:
+    """The model to capture, the states as it names them, and the heads of their own: none where all is to be merged.
+
+    Raises:
+        ArchitectureMismatchError: if the models differ and have no layer in common, or not what they are to share.
+        OptionError: if models are to have heads of their own, and something else is asked for that needs equal ones.
+    """
+    mismatch: ArchitectureMismatchError | None = None
+    if recipe.share == AUTO:
+        try:
+            validate.check_same_tensors(states, names)
+            return models[0], states, ()
+        except ArchitectureMismatchError as error:
+            mismatch = error
+    if based:
+        raise mismatch or OptionError("With a base, networks have no heads of their own: leave share at 'auto'.")
+    if recipe.names is not None and len(recipe.names) != len(models):
+        raise OptionError(f"Recipe.names has {len(recipe.names)} names for {len(models)} models; give one for each.")
+    try:
+        modules = [capture_ops(model, *call, varying=varying) for model in models]
+        found = fork(modules, recipe.share, recipe.names, names, by_name=recipe.outputs == "dict")
+    except (ArchitectureMismatchError, CaptureError) as error:
+        raise mismatch or error from error
+    if found is None:
+        renamed = equal_names(modules)
+        if renamed is None:
+            raise mismatch or ArchitectureMismatchError(f"{names[0]} and {names[1]} differ in what they save.")
+        own = [{name: state[there] for name, there in to.items()} for to, state in zip(renamed, states, strict=True)]
+        states = tuple({name: one[name] for name in states[0]} for one in own)
+        validate.check_same_tensors(states, names)
+        return models[0], states, ()
+    if recipe.targets == "standardized":
+        raise OptionError(
+            "Recipe.targets is 'standardized', for outputs that are compared with each other; these networks have "
+            "heads of their own. Pass targets='mean'."
+        )
+    return found.module, found.states(states), found.heads
 
 
 def _without(inputs: Inputs, model: nn.Module, names: Collection[str]) -> Inputs:

@@ -63,17 +63,34 @@ class Prepared:
         validate.check_class_names(recipe.match.alpha, whole)
         flow = flows(propagation)
         warn_of_outputs(propagation, whole, flow)
-        if recipe.outputs == "standardized" and job.data is not None:
+        if recipe.targets == "standardized" and job.data is not None:
             with job.timed("standardizing"):
                 job = replace(job, states=standardized(job.program, job.states, job.data))
         cut = masked(job.program, job.masks)
-        symmetry, still = without_shared(whole, flow, job.states, cut.values())
+        symmetry, still = without_shared(whole, flow, job.states, cut.values(), job.owner)
         return Prepared(replace(job, states=pruned(job.states, cut)), propagation, whole, symmetry, still, flow)
 
     @cached_property
     def shared(self) -> frozenset[str]:
         """The names of the tensors that are equal in all models, and on which no unit moves."""
-        return staying(self.symmetry, self.job.states)
+        return staying(self.symmetry, self.job.states).difference(self.job.owner)
+
+    @cached_property
+    def trunk(self) -> Symmetry:
+        """The symmetry as it is on what the models share: by this, units are matched."""
+        layout = tuple(axis for axis in self.symmetry.layout if axis.parameter not in self.job.owner)
+        return replace(self.symmetry, layout=layout)
+
+    @cached_property
+    def carried_on(self) -> frozenset[int]:
+        """The classes whose units heads of their own give, and not only read: they are matched one to one, so that each
+        head stays as it is but for the order of its units."""
+        return frozenset(
+            number
+            for axis in self.symmetry.layout
+            if axis.parameter in self.job.owner and self.flow[axis.parameter, axis.dim] is not Flow.CONSUMES
+            for number, _ in axis.roles
+        )
 
     def images(self, own: Sequence[np.ndarray[Any, Any]]) -> dict[str, list[int]]:
         """For every class by name, the merged unit that each unit of one model goes into."""
@@ -114,20 +131,25 @@ def match(
         pairs = pairs_to_correlate(part, len(states), reference)
         with job.timed("activations"):
             correlations = similarities(
-                group.propagation, group.symmetry, states, job.data, names, pairs, part.similarity
+                group.propagation, group.trunk, states, job.data, names, pairs, part.similarity, job.owner
             )
     part = part if job.data is not None else replace(part, alpha=1.0)
     with job.timed("matching"):
-        return match_models(
-            group.symmetry,
+        found = match_models(
+            group.trunk,
             group.flow,
             states,
             correlations,
             part,
             reference,
+            one_to_one=group.carried_on,
             seed=run.seed,
             progress=run.progress,
         )
+    layout = group.symmetry.layout
+    return replace(
+        found, alignment=replace(found.alignment, layout=layout), merged=replace(found.merged, layout=layout)
+    )
 
 
 def combine(
@@ -136,17 +158,20 @@ def combine(
     units: UnitMap,
     states: Sequence[Mapping[str, Tensor]],
     weights: Sequence[float],
+    order: Sequence[int],
 ) -> dict[str, Tensor]:
-    """One state dict from those of aligned models; a base comes first."""
+    """One state dict from those of aligned models, which come in an order; a base comes first."""
     job, part = group.job, recipe.combine
     statistics = batch_norm_statistics(job.program)
     if job.data is None and statistics:
         warn_without_data(states, statistics)
     with job.timed("combining"):
         if isinstance(part, Average):
-            state = voted(average(units, states, weights, statistics), job.masks)
+            owner = {name: order.index(number) for name, number in job.owner.items()}
+            state = voted(average(units, states, weights, statistics, owner), job.masks)
             if job.data is None and statistics:
-                state = folded(job.program, states, state, partial(average, units, weights=weights, statistics=()))
+                again = partial(average, units, weights=weights, statistics=(), owner=owner)
+                state = folded(job.program, states, state, again)
             return _rederived(job, state, states, weights)
         assert not isinstance(part, str)
         base, *tuned = states
@@ -187,6 +212,7 @@ def fit(
             only_last=isinstance(part, Readout),
             repair=isinstance(part, Repair),
             shared=group.shared,
+            owner={name: order.index(number) for name, number in job.owner.items()},
             max_memory=run.memory,
             seed=run.seed,
             progress=run.progress,
@@ -201,7 +227,8 @@ def _lessons(job: Job, weights: Sequence[float], own: float, order: Sequence[int
     assert job.data is not None
     for owner, call in job.data.owned():
         shares = [w if owner is None else own * (i == owner) + (1 - own) * w for i, w in enumerate(weights)]
-        yield Lesson(call, tuple(shares[i] for i in order), 1.0 if owner is None else weights[owner])
+        of = None if owner is None else order.index(owner)
+        yield Lesson(call, tuple(shares[i] for i in order), 1.0 if owner is None else weights[owner], of)
 
 
 def _teachers(group: Prepared, program: Any, units: UnitMap, states: Sequence[Mapping[str, Tensor]]) -> list[Teacher]:

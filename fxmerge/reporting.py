@@ -36,6 +36,7 @@ class Report:
         errors: what the outputs of the "merged" network, and those of each of the "models", miss of the variance of the
             mean of the models' outputs; empty where it was not measured.
         held_out: whether the error of the merged network is on data that its last layers were not fitted to.
+        heads: where the networks have heads of their own, what `head` takes them out by.
         shared: the names of tensors that are equal in all models and stayed as they are.
         classes: the classes of the symmetry, with their axes, and why anything is pinned.
         demoted: classes that failed verification.
@@ -58,6 +59,7 @@ class Report:
     left: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, Any] = field(default_factory=dict)
     held_out: bool = False
+    heads: tuple[Mapping[str, Any], ...] = ()
     shared: tuple[str, ...] = ()
     classes: tuple[Mapping[str, Any], ...] = ()
     demoted: tuple[str, ...] = ()
@@ -73,6 +75,8 @@ class Report:
     def __str__(self) -> str:
         kind = "aligned" if self.recipe is None else "merged"
         lines = [f"{self.models} models, {kind}; captured by {self.route}"]
+        if self.heads:
+            lines.append(f"one trunk, with the heads {', '.join(repr(head['name']) for head in self.heads)}")
         matched = [q for own in self.quality for q in own.values()]
         for space in ("weights", "activations"):
             values = [q[space] for q in matched if space in q]
@@ -83,9 +87,10 @@ class Report:
         if self.errors:
             models = ", ".join(f"{error:.3g}" for error in self.errors["models"].values())
             where = "held-out data" if self.held_out else "the data of the fit"
+            what = "each model's own outputs" if self.heads else "the ensemble"
             lines.append(
-                f"distance to the ensemble, as a share of its variance, on {where}: "
-                f"merged {self.errors['merged']:.3g}, models {models}"
+                f"distance to {what}, as a share of the variance, on {where}: "
+                f"merged {self.errors['merged']:.3g}{f', models {models}' if models else ''}"
             )
         if self.demoted:
             lines.append(f"failed verification: {', '.join(self.demoted)}")

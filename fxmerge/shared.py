@@ -38,7 +38,11 @@ def equal_names(states: Sequence[State]) -> frozenset[str]:
 
 
 def without_shared(
-    symmetry: Symmetry, flow: Mapping[Axis, Flow], states: Sequence[State], masks: Collection[str] = ()
+    symmetry: Symmetry,
+    flow: Mapping[Axis, Flow],
+    states: Sequence[State],
+    masks: Collection[str] = (),
+    own: Collection[str] = (),
 ) -> tuple[Symmetry, frozenset[str]]:
     """The symmetry in which units do not move that are the same in all models, and the names of their classes.
 
@@ -54,11 +58,15 @@ def without_shared(
         flow: what produces units.
         states: the state dicts of all models.
         masks: names of buffers that cut parameters. Units along one that is equal in all models are the same.
+        own: names of tensors that are of one model alone, which do not vote. Units that lie on none but these stay.
     """
     equal = equal_names(states)
     still: set[int] = set()
     votes = np.zeros((len(symmetry.units), 2, 2))  # By class; for "differs" and "same": entries, and parameters.
+    common = {number for axis in symmetry.layout if axis.parameter not in own for number, _ in axis.roles}
     for axis in symmetry.layout:
+        if axis.parameter in own:
+            continue
         value, same = states[0][axis.parameter], axis.parameter in equal
         if same and axis.parameter in masks and not _uniform(value, axis):
             still |= {number for number, _ in axis.roles}
@@ -71,7 +79,7 @@ def without_shared(
     nested.add_edges_from((n, p) for n, c in enumerate(symmetry.units) for p, _ in c.parents)
     for together in nx.connected_components(nested):
         differs, same = votes[list(together)].sum(axis=0)
-        if (same > 0).all() and (same >= differs).all():
+        if common.isdisjoint(together) or ((same > 0).all() and (same >= differs).all()):
             still |= together
     smaller, names = freeze(symmetry, still, lambda _: EQUAL) if still else (symmetry, ())
     return smaller, frozenset(names)

@@ -114,8 +114,8 @@ def check_recipe(recipe: Any, run: Any) -> tuple[Recipe, Run]:
     return recipe or Recipe(), run or Run()
 
 
-def check_states(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
-    """All models must have the same tensors, in one place, with finite values."""
+def check_values(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
+    """The tensors of a model must be in one place, with finite values."""
     for i, state in enumerate(states):
         devices = {t.device for t in state.values()}
         if len(devices) > 1:
@@ -132,6 +132,10 @@ def check_states(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -
                 raise NonFiniteError(
                     f"{bad} entries of {name!r} of {names[i]} (shape {tuple(tensor.shape)}) are NaN or infinite."
                 )
+
+
+def check_same_tensors(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
+    """All models must have the same tensors."""
     first = states[0]
     for i, state in enumerate(states[1:], start=1):
         for name in [*first, *(n for n in state if n not in first)]:
@@ -177,17 +181,46 @@ def check_same_function(
     """The first model's graph with another model's parameters must compute what that model computes."""
     outputs = models.run(module, args, kwargs)
     open_outputs(module, outputs)
-    expected = pytree.tree_leaves(outputs)
-    got = Runner(program).outputs(state, args, kwargs)
+    different = _different(pytree.tree_leaves(outputs), Runner(program).outputs(state, args, kwargs))
+    if different is not None:
+        raise ArchitectureMismatchError(
+            f"{names[0]} and {names[1]} have equal parameter shapes but compute different functions of "
+            f"them: with the parameters of {names[1]}, the graph of {names[0]} gives other outputs than "
+            f"{names[1]} itself (output shape {different}); {SAME}"
+        )
+
+
+def check_heads(
+    program: Program,
+    modules: Sequence[nn.Module],
+    states: Sequence[Mapping[str, Tensor]],
+    call: tuple[Args, Mapping[str, Any]],
+    names: Sequence[str],
+) -> None:
+    """The graph of several models with heads of their own must compute, with the trunk of each, what that computes."""
+    start = 0
+    for module, state, name in zip(modules, states, names, strict=True):
+        outputs = models.run(module, *call)
+        open_outputs(module, outputs)
+        expected = pytree.tree_leaves(outputs)
+        got = Runner(program).outputs(state, *call)[start : start + len(expected)]
+        different = _different(expected, got)
+        if different is not None:
+            raise ArchitectureMismatchError(
+                f"The graph of what the networks share, with the parameters of {name}, gives other outputs than {name} "
+                f"itself (output shape {different}). Share less: pass a Recipe whose share is an earlier module."
+            )
+        start += len(expected)
+
+
+def _different(expected: Sequence[Any], got: Sequence[Any]) -> tuple[int, ...] | None:
+    """The shape of the first output that is another one than expected."""
     for a, b in zip(expected, got, strict=False):
         if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()):
             scale = float(a.detach().abs().max()) or 1.0  # A parameter may be an output.
             if a.shape != b.shape or not torch.allclose(a / scale, b / scale, rtol=1e-2, atol=1e-3, equal_nan=True):
-                raise ArchitectureMismatchError(
-                    f"{names[0]} and {names[1]} have equal parameter shapes but compute different functions of "
-                    f"them: with the parameters of {names[1]}, the graph of {names[0]} gives other outputs than "
-                    f"{names[1]} itself (output shape {tuple(b.shape)}); {SAME}"
-                )
+                return tuple(b.shape)
+    return None
 
 
 def check_batch(model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> None:

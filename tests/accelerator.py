@@ -126,7 +126,7 @@ WAYS: dict[str, Merge] = {
         models, data, recipe=fxmerge.Recipe(match=fxmerge.Align(), fit=fxmerge.Repair())
     ),
     "three, each on its own data": lambda models, data: fxmerge.merge_many(
-        models, loaders=[data, data[1:], data[2:]], recipe=fxmerge.Recipe(outputs="standardized")
+        models, loaders=[data, data[1:], data[2:]], recipe=fxmerge.Recipe(targets="standardized")
     ),
     "task vectors": lambda models, data: fxmerge.merge(
         *models[:2],

@@ -58,7 +58,7 @@ def test_an_alignment_is_matched_as_the_recipe_says_and_the_rest_is_of_merging()
     others = [
         fxmerge.Recipe(match=fxmerge.Align(alpha=1), fit=fxmerge.Repair()),
         fxmerge.Recipe(match=fxmerge.Align(alpha=1), combine=fxmerge.Ties()),
-        fxmerge.Recipe(match=fxmerge.Align(alpha=1), outputs="standardized"),
+        fxmerge.Recipe(match=fxmerge.Align(alpha=1), targets="standardized"),
     ]
     assert all(equal(by_weights, fxmerge.align(b, a, [X], recipe)) for recipe in others)
     torch.testing.assert_close(by_weights(X), b(X))

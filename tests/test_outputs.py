@@ -27,7 +27,7 @@ def data() -> list[Tensor]:
 
 @pytest.mark.parametrize("fit", [None, fxmerge.Readout(), fxmerge.LeastSquares()], ids=str)
 def test_scales_and_shifts_of_the_models_do_not_count(fit: Any) -> None:
-    recipe = fxmerge.Recipe(fit=fit, outputs="standardized")
+    recipe = fxmerge.Recipe(fit=fit, targets="standardized")
     plain = fxmerge.merge(mlp(0), mlp(0), data(), recipe)
     moved = fxmerge.merge(scaled(mlp(0), 3.0, 7.0), mlp(0), data(), recipe)
     x = torch.cat(data())
@@ -35,7 +35,7 @@ def test_scales_and_shifts_of_the_models_do_not_count(fit: Any) -> None:
         y, other = mlp(0)(x), moved(x)
     torch.testing.assert_close(plain(x), y - y.mean(0), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(other, 2 * (y - y.mean(0)), rtol=1e-3, atol=1e-4)  # (3 + 1) / 2: the mean deviation
-    assert (fxmerge.report(moved).recipe or {})["outputs"] == "standardized"
+    assert (fxmerge.report(moved).recipe or {})["targets"] == "standardized"
 
 
 class Dense(nn.Module):
@@ -52,7 +52,7 @@ class Dense(nn.Module):
 
 
 def test_all_last_layers_and_all_places_count() -> None:
-    merged = fxmerge.merge(Dense(0), Dense(0), data(), recipe=fxmerge.Recipe(fit=None, outputs="standardized"))
+    merged = fxmerge.merge(Dense(0), Dense(0), data(), recipe=fxmerge.Recipe(fit=None, targets="standardized"))
     x = torch.cat(data())
     with torch.no_grad():
         pixels, whole = merged(x)
@@ -64,7 +64,7 @@ def test_all_last_layers_and_all_places_count() -> None:
 def test_the_models_stay_as_they_are() -> None:
     a, b = mlp(0), mlp(1)
     before = {k: v.clone() for k, v in a.state_dict().items()}
-    fxmerge.merge(a, b, vectors(), recipe=fxmerge.Recipe(outputs="standardized"))
+    fxmerge.merge(a, b, vectors(), recipe=fxmerge.Recipe(targets="standardized"))
     assert all(torch.equal(v, before[k]) for k, v in a.state_dict().items())
 
 
@@ -75,7 +75,7 @@ class Logarithm(nn.Module):
         return x.log()
 
 
-@pytest.mark.parametrize("options", [{"outputs": "standardized"}, {"fit": fxmerge.Repair()}])
+@pytest.mark.parametrize("options", [{"targets": "standardized"}, {"fit": fxmerge.Repair()}])
 def test_outputs_that_are_no_numbers_are_refused_with_the_name_of_the_layer(options: dict[str, Any]) -> None:
     a, b = (nn.Sequential(nn.Linear(4, 8), Logarithm(), nn.Linear(8, 3)) for _ in range(2))
     with pytest.raises(NonFiniteError, match=r"'2\.weight'"):
@@ -104,4 +104,4 @@ def test_what_cannot_be_standardized_is_refused(
 ) -> None:
     given: dict[str, Any] = {"loader": vectors(), "example": vectors()[0]} | options
     with pytest.raises(OptionError, match=message):
-        fxmerge.merge(*models, recipe=fxmerge.Recipe(outputs="standardized"), **given)
+        fxmerge.merge(*models, recipe=fxmerge.Recipe(targets="standardized"), **given)

@@ -53,7 +53,7 @@ WRONG: list[tuple[type, str, list[Any], str]] = [
         ["readout", False, Readout, Zip()],
         "it must be LeastSquares(...), Readout(...), Repair(...), None or 'auto'.",
     ),
-    (Recipe, "outputs", ["centred", None, 1], "it must be 'mean' or 'standardized'."),
+    (Recipe, "targets", ["centred", None, 1], "it must be 'mean' or 'standardized'."),
     (Recipe, "free", [None, 3, ("a", 3), [b"a"]], "it must be the name of an output, or a sequence of names."),
     (Run, "memory", [0, -1, NAN, INF, "2 GiB", None, True], "it must be a positive number of GiB."),
     (Run, "seed", [-1, 0.5, None, True, "a"], "it must be a whole number, 0 or more."),
@@ -109,7 +109,7 @@ def test_recipes_cannot_be_changed() -> None:
         ({"match": Zip()}, "Recipe.match is Zip, but {} needs models aligned with their base: pass Align(...)."),
         ({"fit": LeastSquares()}, "Recipe.fit is LeastSquares, but a fit knows no base of {}: pass None."),
         ({"fit": Repair()}, "Recipe.fit is Repair, but a fit knows no base of {}: pass None."),
-        ({"outputs": "standardized"}, "Recipe.outputs is 'standardized', but {} has a base: pass 'mean'."),
+        ({"targets": "standardized"}, "Recipe.targets is 'standardized', but {} has a base: pass 'mean'."),
     ],
 )
 def test_what_task_vectors_do_not_go_with(combine: Any, fields: dict[str, Any], message: str) -> None:
@@ -131,10 +131,10 @@ def test_what_task_vectors_do_not_go_with(combine: Any, fields: dict[str, Any], 
         (Recipe(fit=Repair(), free="output"), True, False, Recipe(Zip(), Average(), Repair(), free="output")),
         (Recipe(fit=None), True, False, Recipe(Zip(), Average(), None)),
         (
-            Recipe(outputs="standardized"),
+            Recipe(targets="standardized"),
             True,
             False,
-            Recipe(Zip(), Average(), LeastSquares(), outputs="standardized"),
+            Recipe(Zip(), Average(), LeastSquares(), targets="standardized"),
         ),
     ],
 )
@@ -152,8 +152,8 @@ def test_what_auto_is(recipe: Recipe, data: bool, base: bool, settled: Recipe) -
         (Recipe(fit=Readout()), False, False, "Recipe.fit is Readout, which needs data: pass a loader, or fit=None."),
         (Recipe(fit=Readout()), True, True, "Recipe.fit is Readout, but a fit knows no base of TaskArithmetic"),
         (Recipe(match=Zip()), True, True, "Recipe.match is Zip, but TaskArithmetic needs models aligned"),
-        (Recipe(outputs="standardized"), False, False, "Recipe.outputs is 'standardized', which needs data"),
-        (Recipe(outputs="standardized"), True, True, "Recipe.outputs is 'standardized', but TaskArithmetic has a base"),
+        (Recipe(targets="standardized"), False, False, "Recipe.targets is 'standardized', which needs data"),
+        (Recipe(targets="standardized"), True, True, "Recipe.targets is 'standardized', but TaskArithmetic has a base"),
     ],
 )
 def test_what_a_recipe_needs(recipe: Recipe, data: bool, base: bool, message: str) -> None:
@@ -251,7 +251,7 @@ def test_files(write: Callable[..., str], read: Callable[..., Recipe], tmp_path:
         ({"match": {"kind": "Zip", "alpha": 2}}, "recipe.match: Zip.alpha is 2; it must be a number from 0"),
         ({"combine": {"kind": "Ties", "weights": [0]}}, "recipe.combine: Ties.weights is (0,); it must be one number"),
         ({"match": "zip"}, "Recipe.match is 'zip'; it must be Zip(...), Align(...) or 'auto'."),
-        ({"outputs": "sum"}, "Recipe.outputs is 'sum'; it must be 'mean' or 'standardized'."),
+        ({"targets": "sum"}, "Recipe.targets is 'sum'; it must be 'mean' or 'standardized'."),
         (
             {"match": {"kind": "Zip"}, "combine": {"kind": "Ties"}},
             "Recipe.match is Zip, but Ties needs models aligned with their base",

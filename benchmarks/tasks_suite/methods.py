@@ -212,9 +212,9 @@ METHODS: dict[str, Method] = {
     "refit, not aligned, own data": refitting(lambda pair: average(pair.a, pair.b), apart=True, only_last=False),
     OWN_DATA: Method(lambda pair: (merged(pair, Recipe(), apart=True),)),
     "parent, readout, standardized": refitting(lambda pair: pair.a, standard=True),
-    "average, readout, standardized": merging(Recipe(fit=Readout(), outputs="standardized"), published=False),
+    "average, readout, standardized": merging(Recipe(fit=Readout(), targets="standardized"), published=False),
     "refit, not aligned, standardized": refitting(lambda pair: average(pair.a, pair.b), standard=True, only_last=False),
-    STANDARDIZED: merging(Recipe(outputs="standardized"), published=False),
+    STANDARDIZED: merging(Recipe(targets="standardized"), published=False),
 }
 
 

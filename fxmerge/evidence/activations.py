@@ -229,6 +229,7 @@ def similarities(
     names: Sequence[str],
     pairs: Sequence[Pair],
     kind: Similarity = "pearson",
+    own: Collection[str] = (),
 ) -> dict[int, dict[Pair, Tensor]]:
     """Similarity of all pairs of units of some pairs of models, for every class that an activation shows.
 
@@ -243,6 +244,7 @@ def similarities(
         names: what to call the models in errors.
         pairs: the numbers of the models to compare; a model may be compared with itself.
         kind: "pearson" correlation, or "cosine", without subtracting the means.
+        own: names of parameters that are of one model alone. What depends on these is not compared.
 
     Returns:
         For each class number and pair a tensor of shape (units, units), rows for the first model; in [-1, 1].
@@ -251,7 +253,8 @@ def similarities(
         LoaderError: if the loader is empty.
         NonFiniteError: if an activation is NaN or infinite.
     """
-    taps = find_taps(found, symmetry)
+    apart = found.program.depending_on(own)
+    taps = [tap for tap in find_taps(found, symmetry) if tap.node not in apart]
     runner = Recorder(found.program, {tap.node for tap in taps})
     first: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     sums = {tap.number: _Correlations(len(models), pairs) for tap in taps}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement
 
@@ -68,6 +68,7 @@ def match_models(
     part: Zip | Align,
     reference: int | None,
     *,
+    one_to_one: Collection[int] = (),
     seed: int = 0,
     progress: bool | None = None,
 ) -> Matching:
@@ -81,6 +82,7 @@ def match_models(
         part: how to match.
         reference: the number of the model to whose units each of the others is matched; None matches all with each
             other.
+        one_to_one: the numbers of classes of which no units of one model are merged.
         seed: seed of the random order of the searches.
         progress: whether to show progress bars.
     """
@@ -106,6 +108,7 @@ def match_models(
         alpha=alpha,
         budget=part.budget,
         damping=part.damping,
+        one_to_one=one_to_one,
         seed=seed,
         progress=progress,
     )

@@ -6,7 +6,7 @@ each class are zipped inside of its blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -45,15 +45,15 @@ class ZipMatch:
     within: Mapping[str, int]
 
 
-def zipped_classes(symmetry: Symmetry, flow: Mapping[Axis, Flow]) -> list[int]:
+def zipped_classes(symmetry: Symmetry, flow: Mapping[Axis, Flow], one_to_one: Collection[int] = ()) -> list[int]:
     """The classes whose units may be merged inside of one model.
 
-    Not those with a choice below them, since the blocks of a model are never merged with each other, nor
-    those on an axis that both produces and consumes, for which mean and sum cannot both be right, nor those along
-    a free output, since who reads it does not know what is merged.
+    Not those that are to be matched one to one, nor those with a choice below them, since the blocks of a model are
+    never merged with each other, nor those on an axis that both produces and consumes, for which mean and sum cannot
+    both be right, nor those along a free output, since who reads it does not know what is merged.
     """
     found = []
-    seen = {n for output in symmetry.free for n in output.classes.tolist()}
+    seen = {n for output in symmetry.free for n in output.classes.tolist()}.union(one_to_one)
     for n in symmetry.choices:
         shown = {number for number, _ in symmetry.views[n]}
         axes = [(a.parameter, a.dim) for a in symmetry.layout if any(number in shown for number, _ in a.roles)]
@@ -196,6 +196,7 @@ def match_zip(
     alpha: float | Mapping[int, float],
     budget: float,
     damping: float,
+    one_to_one: Collection[int] = (),
     seed: int = 0,
     progress: bool | None = None,
 ) -> ZipMatch:
@@ -212,12 +213,13 @@ def match_zip(
         alpha: weight of the weight-space similarity, in [0, 1]: one for all classes, or one for each by its number.
         budget: share of the merges that may be within one model, see `zip_units`.
         damping: what the similarity of a merged unit is multiplied with, see `zip_units`.
+        one_to_one: the numbers of classes of which no units of one model are merged.
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
     """
     problem = _Problem(symmetry, [floats(symmetry, s) for s in states], correlation, Mix.of(alpha, correlation))
     rng = np.random.default_rng(seed)
-    classes = zipped_classes(symmetry, flow)
+    classes = zipped_classes(symmetry, flow, one_to_one)
     blocks = {n: np.broadcast_to(_cells(symmetry, n), (len(states), symmetry.units[n].size)) for n in classes}
 
     def zipped(number: int) -> Zipped:

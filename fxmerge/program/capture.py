@@ -87,6 +87,27 @@ def capture_program(
     return Program(module, aten, route, _why_fixed(aten, views.failure or views.narrower))
 
 
+def capture_ops(
+    model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None, varying: Sizes = ()
+) -> fx.GraphModule:
+    """Captures a model as a graph of ops, by `torch.export` alone: networks of other code that compute the same have
+    the same graph.
+
+    Arguments are those of `capture_program`.
+
+    Raises:
+        CaptureError: if torch.export cannot capture the model.
+    """
+    model, args, kwargs = _given(model, args, kwargs)
+    if isinstance(model, ExportedProgram):
+        return _skeleton(_Views(model, args, kwargs))[0]
+    views = _Views(model, args, kwargs, varying)
+    with _tracing(model), evaluating(model), quiet():
+        module = _emitted(views, models.copied(model), None)
+        _check_same(views, module)
+    return module
+
+
 def _why_fixed(aten: AtenGraph, failure: Exception | None) -> str:
     """Why the graph takes some sizes only as they are in the example."""
     said = "" if failure is None else shorten(_first_line(failure), 200)

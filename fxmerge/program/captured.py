@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,9 +182,14 @@ class Program:
     @cached_property
     def of_parameters(self) -> frozenset[fx.Node]:
         """The nodes that depend on parameters."""
+        return self.depending_on(self.parameters)
+
+    def depending_on(self, names: Collection[str]) -> frozenset[fx.Node]:
+        """The nodes that depend on some parameters."""
         found: set[fx.Node] = set()
         for node in self.graph.graph.nodes:
-            if self.sources.get(node, ("", ""))[0] == "parameter" or not found.isdisjoint(node.all_input_nodes):
+            kind, name = self.sources.get(node, ("", ""))
+            if (kind == "parameter" and name in names) or not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
         return frozenset(found)
 

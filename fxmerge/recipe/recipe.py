@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fxmerge.errors import OptionError
-from fxmerge.recipe.checks import check_word, wrong
+from fxmerge.recipe.checks import check_word, is_number, wrong
 from fxmerge.recipe.parts import (
     Align,
     Average,
@@ -30,7 +30,9 @@ VERSION = 1
 
 AUTO: Literal["auto"] = "auto"
 
-Outputs = Literal["mean", "standardized"]
+Targets = Literal["mean", "standardized"]
+
+Outputs = Literal["tuple", "dict"]
 
 PARTS: dict[str, tuple[type, ...]] = {
     "match": (Zip, Align),
@@ -49,9 +51,16 @@ class Recipe:
             `Average()`, with a base `TaskArithmetic()`.
         fit: what is fitted to data afterwards: `LeastSquares`, `Readout` or `Repair`. None fits nothing. "auto" is
             `LeastSquares()` where there are data and no base, else None.
-        outputs: what last layers learn: the weighted "mean" of the models' outputs; or, for models of different tasks
+        targets: what last layers learn: the weighted "mean" of the models' outputs; or, for models of different tasks
             whose outputs are compared with each other, that of "standardized" ones. Each output is then shifted to mean
             zero over all data, and all outputs of a model are scaled to one deviation.
+        share: what the networks are to have once, as a trunk; what comes after it is a head of each network's own.
+            "auto" is what they have in common, from the inputs on; if they are equal all through, everything. "trunk"
+            is that without the last layers, though they be equal in shape. The name of a module or node is all up to
+            it. A number between 0 and 1 is all up to the last place that no more than that share of the first
+            network's parameters comes before.
+        outputs: with heads apart, the outputs of all networks: a "tuple" in their order, or a "dict" by `names`.
+        names: of the heads, one for each network; None numbers them "0", "1", ...
         free: names of outputs along which units may move, as in `find_symmetry`.
 
     Raises:
@@ -66,7 +75,10 @@ class Recipe:
     match: Match | Literal["auto"] = AUTO
     combine: Combine | Literal["auto"] = AUTO
     fit: Fit | Literal["auto"] | None = AUTO
-    outputs: Outputs = "mean"
+    targets: Targets = "mean"
+    share: str | float = AUTO
+    outputs: Outputs = "tuple"
+    names: tuple[str, ...] | None = None
     free: str | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -76,7 +88,9 @@ class Recipe:
                 listed = ", ".join(f"{kind.__name__}(...)" for kind in kinds)
                 none = ", None" if name == "fit" else ""
                 raise wrong(self, name, f"{listed}{none} or {AUTO!r}")
+        check_word(self, "targets", get_args(Targets))
         check_word(self, "outputs", get_args(Outputs))
+        self._check_heads()
         if isinstance(self.free, Sequence) and not isinstance(self.free, str):
             object.__setattr__(self, "free", tuple(self.free))
         names = (self.free,) if isinstance(self.free, str) else self.free
@@ -85,14 +99,27 @@ class Recipe:
         if isinstance(self.combine, TaskArithmetic | Ties):
             self._check_task_vectors()
 
+    def _check_heads(self) -> None:
+        if not (isinstance(self.share, str) and self.share) and not (is_number(self.share) and 0 < self.share < 1):  # type: ignore[operator]
+            raise wrong(self, "share", "'auto', 'trunk', the name of a module or node, or a number between 0 and 1")
+        if self.names is not None:
+            if isinstance(self.names, Sequence) and not isinstance(self.names, str):
+                object.__setattr__(self, "names", tuple(self.names))
+            words = self.names if isinstance(self.names, tuple) else ()
+            good = all(isinstance(word, str) and word and "." not in word for word in words)
+            if not words or not good or len(set(words)) < len(words):
+                raise wrong(self, "names", "one name for each network, all different and without dots, or None")
+        if self.outputs == "dict" and self.names is None:
+            raise OptionError("Recipe.outputs is 'dict', which needs names: pass names=('first', 'second').")
+
     def _check_task_vectors(self) -> None:
         kind = type(self.combine).__name__
         if isinstance(self.match, Zip):
             raise OptionError(f"Recipe.match is Zip, but {kind} needs models aligned with their base: pass Align(...).")
         if self.fit is not None and self.fit != AUTO:
             raise OptionError(f"Recipe.fit is {type(self.fit).__name__}, but a fit knows no base of {kind}: pass None.")
-        if self.outputs != "mean":
-            raise OptionError(f"Recipe.outputs is {self.outputs!r}, but {kind} has a base: pass 'mean'.")
+        if self.targets != "mean":
+            raise OptionError(f"Recipe.targets is {self.targets!r}, but {kind} has a base: pass 'mean'.")
 
     def settled(self, *, data: bool, base: bool) -> Recipe:
         """The recipe without "auto".
@@ -125,8 +152,8 @@ class Recipe:
         found = dataclasses.replace(self, match=match, combine=combine, fit=fit)
         if fit is not None and not data:
             raise OptionError(f"Recipe.fit is {type(fit).__name__}, which needs data: pass a loader, or fit=None.")
-        if found.outputs == "standardized" and not data:
-            raise OptionError("Recipe.outputs is 'standardized', which needs data: pass a loader, or outputs='mean'.")
+        if found.targets == "standardized" and not data:
+            raise OptionError("Recipe.targets is 'standardized', which needs data: pass a loader, or targets='mean'.")
         return found
 
     # ---------------------------------------------------------------------- to data and back
@@ -167,8 +194,9 @@ class Recipe:
         for name, kinds in PARTS.items():
             if isinstance(given.get(name), Mapping):
                 given[name] = _part(f"recipe.{name}", given[name], kinds)
-        if isinstance(given.get("free"), list):
-            given["free"] = tuple(given["free"])
+        for name in ("free", "names"):
+            if isinstance(given.get(name), list):
+                given[name] = tuple(given[name])
         return Recipe(**given)
 
     def to_json(self, path: str | Path | None = None) -> str:

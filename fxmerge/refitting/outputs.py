@@ -47,7 +47,7 @@ def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data:
             if fixed
             else "there is no last layer after which no parameter is used"
         )
-        raise OptionError(f"outputs is 'standardized', but {why}; pass Recipe(outputs='mean').")
+        raise OptionError(f"Recipe.targets is 'standardized', but {why}; pass Recipe(targets='mean').")
     moved = tuple(dict(state) for state in states)
     found = [_moments(program, last, state, data) for state in states]
     for i, layer in enumerate(last):

@@ -47,11 +47,13 @@ class Lesson:
         call: the arguments of the model.
         shares: how much the outputs of each parent count in the targets; these sum to one.
         weight: how much all inputs with these shares count together.
+        owner: the number of the parent whose own inputs these are; None if they are of all.
     """
 
     call: Call
     shares: Shares
     weight: float
+    owner: int | None = None
 
 
 LayerReport = dict[str, dict[str, float]]
@@ -91,6 +93,7 @@ def refit(
     only_last: bool = False,
     repair: bool = False,
     shared: Collection[str] = (),
+    owner: Mapping[str, int] | None = None,
     max_memory: float = math.inf,
     seed: int = 0,
     progress: bool | None = None,
@@ -111,6 +114,8 @@ def refit(
         repair: whether to shift and scale the outputs of the layers, in place of fitting them.
         shared: names of tensors that are equal in all parents and on which no unit moves: layers stay that are mostly
             made of these, and BatchNorm statistics of activations that depend on these alone.
+        owner: for parameters that are of one parent alone, its number. Layers of these learn from that parent alone, on
+            all data or, where parents have data of their own, on its.
         max_memory: GiB of activations to keep in memory between stages; the rest goes to a temporary folder.
         seed: seed of the choice of rows.
         progress: whether to show a progress bar; None shows it on a terminal.
@@ -143,8 +148,10 @@ def refit(
         else:
             chosen.append(layer)
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
-    by_layers = not repair and comparable(program, last, chosen, parents, teachers)
-    distance = None if repair or by_layers else OutputDistance(program)
+    owner = owner or {}
+    masters = {layer: _master(layer, owner) for layer in chosen}
+    by_layers = not repair and not owner and comparable(program, last, chosen, parents, teachers)
+    distance = None if repair or by_layers or owner else OutputDistance(program)
     state, normal = dict(start), statistics_nodes(program)
     normal = {names: nodes for names, nodes in normal.items() if not alike(program, names, nodes, shared)}
     stages = _plan(program, chosen, normal, towards_sums, places, to_the_end=distance is not None)
@@ -152,8 +159,8 @@ def refit(
     merged, *lanes = (_Lane(program, own) for own in (state, *parents))
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
-        course = _Course(kept, merged, lanes, lessons)
-        everywhere = [j for j in range(len(parents)) if all(j in asked(shares) for shares in course.alike)]
+        course = _Course(kept, merged, lanes, lessons, all_parents=bool(owner))
+        everywhere = [j for j in range(len(parents)) if all(j in asked(shares) for shares in course.alike(None))]
         last_fits: list[LayerFit] = []
         bar = tqdm(total=len(stages) * len(course.data), desc="refitting", leave=False, disable=disable)
         ticker, due = Ticker(logger, "refitting: layer %d of %d"), sum(len(stage.layers) for stage in stages)
@@ -169,15 +176,19 @@ def refit(
                         teachers,
                         stage.summands,
                         stage.shown,
-                        course.alike,
+                        course.alike(masters[layer]),
                         seed,
                         {j: layer.read(parents[j]) for j in everywhere} if by_layers and layer in last else None,
                     )
                     for layer in stage.layers
                 ]
-                for values, taught, shares, weight in course.batches(stage, onward=not again):
+                for number, values, taught in course.batches(stage, onward=not again):
                     for fit in fits:
-                        fit.add(values, taught, shares, weight)
+                        told_by = course.lesson(number, masters[fit.layer])
+                        if told_by is not None:
+                            own = {j: theirs for j, theirs in taught.items() if told_by[0][j] > 0}
+                            fit.add(values, own, *told_by)
+                    shares, weight = course.every_lesson(number)
                     for one in () if again else statistics:
                         one.add(values, weight)
                     if distance and stage is stages[-1]:
@@ -197,11 +208,11 @@ def refit(
     errors: OutputErrors = {}
     if distance is not None:
         errors = {number: distance.error(number) for number in (None, *everywhere)}
-    elif by_layers:
+    elif by_layers or (owner and last_fits):
         errors = of_last_layers(last_fits)
     if all(map(math.isnan, errors.values())):  # No output varies.
         errors = {}
-    return Refitted(state, told, left, errors, held_out=by_layers)
+    return Refitted(state, told, left, errors, held_out=distance is None and bool(errors))
 
 
 def written_out(program: Program) -> Program:
@@ -318,31 +329,75 @@ def _read(numbers: Sequence[int], sets: Sequence[Sequence[fx.Node]], derived: fr
     return {n for i in numbers for node in sets[i] for n in node.all_input_nodes} - derived
 
 
+def _master(layer: Layer, owner: Mapping[str, int]) -> int | None:
+    """The only parent that a layer learns from; None if it learns from all."""
+    owners = {owner.get(name) for name in layer.places}
+    return owners.pop() if len(owners) == 1 else None
+
+
 class _Course:
     """All networks on their way through the stages, on all data.
 
-    Attributes:
-        data: the shares and the weight of every batch.
-        alike: how many batches have the same shares.
+    Arguments:
+        all_parents: whether every parent is there on all data, though it counts for nothing there.
     """
 
-    def __init__(self, kept: Boundaries, merged: _Lane, lanes: Sequence[_Lane], lessons: Iterable[Lesson]) -> None:
+    def __init__(
+        self,
+        kept: Boundaries,
+        merged: _Lane,
+        lanes: Sequence[_Lane],
+        lessons: Iterable[Lesson],
+        *,
+        all_parents: bool = False,
+    ) -> None:
         self.kept, self.merged, self.lanes = kept, merged, lanes
-        self.data: list[tuple[Shares, float]] = []
+        self.data: list[Lesson] = []
+        self.there: list[list[int]] = []
         for lesson in lessons:
             inputs = without_the_rest(merged.inputs(*lesson.call))  # One copy for all networks.
-            for lane in (_MERGED, *asked(lesson.shares)):
+            there = [*range(len(lanes))] if all_parents else asked(lesson.shares)
+            for lane in (_MERGED, *there):
                 kept.put((len(self.data), lane), inputs)
-            self.data.append((lesson.shares, lesson.weight))
-        self.alike = Counter(shares for shares, _ in self.data)
+            self.data.append(replace(lesson, call=((), {})))
+            self.there.append(there)
+        self._alike: dict[int | None, Counter[Shares]] = {}
 
-    def batches(self, stage: _Stage, *, onward: bool) -> Iterator[tuple[Values, dict[int, Values], Shares, float]]:
-        """Of every batch what the merged network computes in a stage and what the parents do, whom to learn from, and
-        how much the batch counts; without `onward`, the stage comes again."""
-        for b, (shares, weight) in enumerate(self.data):
+    def alike(self, master: int | None) -> Counter[Shares]:
+        """How many batches have the same shares, of those that a layer with a master, or none, learns on."""
+        if master not in self._alike:
+            numbers = range(len(self.data))
+            self._alike[master] = Counter(s for s in (self._shares(b, master) for b in numbers) if s is not None)
+        return self._alike[master]
+
+    def _shares(self, number: int, master: int | None) -> Shares | None:
+        lesson = self.data[number]
+        if master is None:
+            return lesson.shares
+        if lesson.owner not in (None, master):
+            return None
+        return tuple(float(j == master) for j in range(len(self.lanes)))
+
+    def lesson(self, number: int, master: int | None) -> tuple[Shares, float] | None:
+        """Whom a layer learns from on a batch, and how much that counts; None if it does not learn there."""
+        shares = self._shares(number, master)
+        if shares is None:
+            return None
+        return shares, (self.data[number].weight if master is None else 1.0) / self.alike(master)[shares]
+
+    def every_lesson(self, number: int) -> tuple[Shares, float]:
+        """The same for a layer of all."""
+        found = self.lesson(number, None)
+        assert found is not None
+        return found
+
+    def batches(self, stage: _Stage, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
+        """Of every batch its number, what the merged network computes in a stage, and what the parents do; without
+        `onward`, the stage comes again."""
+        for b, there in enumerate(self.there):
             values = self._advance((b, _MERGED), self.merged, stage.mine, onward)
-            taught = {j: self._advance((b, j), self.lanes[j], stage.theirs, onward) for j in asked(shares)}
-            yield values, taught, shares, weight / self.alike[shares]
+            taught = {j: self._advance((b, j), self.lanes[j], stage.theirs, onward) for j in there}
+            yield b, values, taught
             del values, taught  # The next batch takes their room.
 
     def _advance(self, key: tuple[int, int], lane: _Lane, step: Step, onward: bool) -> Values:

@@ -1,0 +1,156 @@
+"""Where the trunk of networks ends: after what they have in common, at a module, or at a share of the parameters."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from fxmerge.errors import ArchitectureMismatchError, OptionError
+from fxmerge.symmetry import rules
+
+CALLS = ("call_function", "call_method")
+
+
+def trunk_of(
+    module: fx.GraphModule, common: Collection[fx.Node], share: str | float, called: Sequence[str]
+) -> set[fx.Node]:
+    """The nodes to share, of those that all networks have."""
+    graph = module.graph
+    if share == "auto":
+        return set(common)
+    if share == "trunk":
+        last = _last_layers(graph)
+        return set(common) - after(graph, last)
+    if isinstance(share, str):
+        wanted = {n for n in graph.nodes if n.name == share or _within(n, share)}
+        if not wanted:
+            known = [n.name for n in graph.nodes if n.op in CALLS] + _modules(graph)
+            near = difflib.get_close_matches(share, known, n=3, cutoff=0.0)
+            raise OptionError(
+                f"Recipe.share is {share!r}, which is no module or node of {called[0]}. "
+                f"Near it are {', '.join(map(repr, near))}."
+            )
+        if not wanted <= set(common):
+            other = next(n for n in graph.nodes if n in wanted and n not in common)
+            raise ArchitectureMismatchError(
+                f"Recipe.share is {share!r}, but the networks differ in it, or before: node {other.name!r} of "
+                f"{called[0]} has no like. Share less, or pass share='auto', which shares what they have in common."
+            )
+        return _closed(graph, wanted, common)
+    cuts = [_closed(graph, {cut}, common) for cut in _cuts(graph) if cut in common]
+    total = _count(module, graph.nodes)
+    shares = [_count(module, cut) / total for cut in cuts]
+    fitting = [cut for cut, own in zip(cuts, shares, strict=True) if own <= share]
+    if not fitting:
+        raise OptionError(
+            f"Recipe.share is {share}, but the first place through which all goes has "
+            f"{min(shares, default=1):.3g} of the parameters of {called[0]} before it. Share as much, or name a module."
+        )
+    return fitting[-1]
+
+
+def _closed(graph: fx.Graph, nodes: Iterable[fx.Node], common: Collection[fx.Node]) -> set[fx.Node]:
+    """Nodes with all that they depend on; and all that no parameter has a part in, such as masks."""
+    by_parameters = learnt(graph)
+    free = {n for n in common if n.op != "get_attr" and n not in by_parameters}
+    return before(free | set(nodes))
+
+
+def before(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes and all that they depend on."""
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
+
+
+def after(graph: fx.Graph, nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """Nodes and all that depends on them."""
+    found: set[fx.Node] = set(nodes)
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def learnt(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on parameters."""
+    return after(graph, graph.find_nodes(op="get_attr"))
+
+
+def _last_layers(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that multiply data with what they read of parameters, and after which there is no other such node."""
+    data = after(graph, graph.find_nodes(op="placeholder"))
+    layers = {
+        n
+        for n in graph.nodes
+        if n.op == "call_function"
+        and n in data
+        and rules.contracts(n.target)
+        and any(a not in data for a in n.all_input_nodes)
+    }
+    earlier: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if any(user in earlier or user in layers for user in node.users):
+            earlier.add(node)
+    return layers - earlier
+
+
+def _cuts(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes through which all goes that depends on parameters and inputs, in graph order."""
+    flow = learnt(graph) & after(graph, graph.find_nodes(op="placeholder"))
+    flow = {n for n in flow if n.op in CALLS}
+    (output,) = graph.find_nodes(op="output")
+    edges: nx.DiGraph[Any] = nx.DiGraph()
+    for node in flow:
+        edges.add_edges_from((user, node) for user in node.users if user in flow)
+        if output in node.users:
+            edges.add_edge(output, node)
+        if flow.isdisjoint(node.all_input_nodes):
+            edges.add_edge(node, "inputs")
+    if output not in edges:
+        return []
+    above = nx.immediate_dominators(edges, output)
+    found, node = [], above.get("inputs")
+    while node is not None and node is not output:
+        found.append(node)
+        node = above[node]
+    return found
+
+
+def _count(module: fx.GraphModule, nodes: Iterable[fx.Node]) -> int:
+    """How many entries the parameters that some nodes are have."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    found = {id(parameters[n.target]): parameters[n.target].numel() for n in nodes if n.target in parameters}
+    return sum(found.values())
+
+
+def _within(node: fx.Node, module: str) -> bool:
+    return any(path == module for path in _path(node))
+
+
+def _path(node: fx.Node) -> list[str]:
+    """The names of the modules in whose forward a node lies."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
+
+
+def _modules(graph: fx.Graph) -> list[str]:
+    return list(dict.fromkeys(path for n in graph.nodes for path in _path(n)))
+
+
+def first_layer(module: fx.GraphModule) -> str:
+    for node in module.graph.nodes:
+        own = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        if node.op in CALLS and own:
+            shape = tuple(attrgetter(own[0])(module).shape)
+            return f"{node.name!r} with {own[0]!r} of shape {shape}"
+    return "none"
