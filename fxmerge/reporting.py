@@ -87,9 +87,9 @@ class Report:
         if self.errors:
             models = ", ".join(f"{error:.3g}" for error in self.errors["models"].values())
             where = "held-out data" if self.held_out else "the data of the fit"
-            what = "each model's own outputs" if self.heads else "the ensemble"
+            what = "each model's own outputs, as a share of their" if self.heads else "the ensemble, as a share of its"
             lines.append(
-                f"distance to {what}, as a share of the variance, on {where}: "
+                f"distance to {what} variance, on {where}: "
                 f"merged {self.errors['merged']:.3g}{f', models {models}' if models else ''}"
             )
         if self.demoted:

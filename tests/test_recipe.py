@@ -177,14 +177,18 @@ ZIPS = st.builds(Zip, ALPHAS, SHARES, SHARES, SIMILARITIES, REFERENCES)
 VECTORS = st.builds(TaskArithmetic, SCALES, SOME_WEIGHTS) | st.builds(Ties, st.floats(0.01, 1), SCALES, SOME_WEIGHTS)
 FITS = st.one_of(st.just("auto"), st.none(), *(st.builds(kind, SHARES) for kind in (LeastSquares, Readout, Repair)))
 FREE = NAMES | st.lists(NAMES, max_size=3)
+SHARED = NAMES | st.floats(0.01, 0.99)
+HEADS = st.none() | st.lists(st.text("abc_1", min_size=1), min_size=1, max_size=4, unique=True)
 RECIPES = st.builds(
     Recipe,
     st.just("auto") | ZIPS | ALIGNS,
     st.just("auto") | st.builds(Average, SOME_WEIGHTS),
     FITS,
     st.sampled_from(["mean", "standardized"]),
-    FREE,
-) | st.builds(Recipe, st.just("auto") | ALIGNS, VECTORS, st.sampled_from(["auto", None]), st.just("mean"), FREE)
+    SHARED,
+    names=HEADS,
+    free=FREE,
+) | st.builds(Recipe, st.just("auto") | ALIGNS, VECTORS, st.sampled_from(["auto", None]), free=FREE)
 
 
 @given(RECIPES)
@@ -236,7 +240,10 @@ def test_files(write: Callable[..., str], read: Callable[..., Recipe], tmp_path:
         ([], "A recipe is a mapping of fields, not a list."),
         (None, "A recipe is a mapping of fields, not a NoneType."),
         ({"mach": {}}, "recipe has no field 'mach'; did you mean 'match'?"),
-        ({"wrong": 1}, "recipe has no field 'wrong'; its fields are match, combine, fit, outputs, free."),
+        (
+            {"wrong": 1},
+            "recipe has no field 'wrong'; its fields are match, combine, fit, targets, share, outputs, names, free.",
+        ),
         (
             {"match": {"kind": "Zipp"}},
             "recipe.match.kind is 'Zipp'; it must be 'Zip' or 'Align'. Did you mean 'Zip'?",

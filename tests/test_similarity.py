@@ -149,6 +149,7 @@ def test_a_unit_that_never_varies_correlates_with_nothing() -> None:
 
 
 def test_rows_are_subsampled_above_the_limit() -> None:
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(3 * MAX_ROWS, 3)
     found, symmetry = analysed(model, x)

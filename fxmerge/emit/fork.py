@@ -136,7 +136,7 @@ def _equal(modules: Sequence[fx.GraphModule], pairs: Sequence[Pairs]) -> bool:
     for other, own in zip(modules[1:], pairs, strict=True):
         (theirs,) = other.graph.find_nodes(op="output")
         same = [own.get(n) for n in first.all_input_nodes] == theirs.all_input_nodes
-        specs = [m.graph._codegen.pytree_info.out_spec for m in (modules[0], other)]  # type: ignore[attr-defined]
+        specs = [_nesting(m.graph).out_spec for m in (modules[0], other)]
         if not same or specs[0] != specs[1]:
             return False
     return True
@@ -274,14 +274,24 @@ class _Forking:
 
     def _codegen(self, by_name: bool) -> Any:
         """How arguments and outputs are nested: the outputs of all networks, one after the other."""
-        codegen = copy.copy(self.modules[0].graph._codegen)
         numbers = count()
-        specs = [m.graph._codegen.pytree_info.out_spec for m in self.modules]  # type: ignore[attr-defined]
+        specs = [_nesting(m.graph).out_spec for m in self.modules]
         values = [pytree.tree_unflatten([next(numbers) for _ in range(s.num_leaves)], s) for s in specs]
         nested = dict(zip(self.names, values, strict=True)) if by_name else tuple(values)
-        info = codegen.pytree_info  # type: ignore[attr-defined]
-        codegen.pytree_info = info._replace(out_spec=pytree.tree_structure(nested))  # type: ignore[attr-defined]
-        return codegen
+        return _nested(self.modules[0].graph, pytree.tree_structure(nested))
+
+
+def _nesting(graph: fx.Graph) -> Any:
+    """How the arguments and outputs of an exported graph are nested."""
+    codegen: Any = graph._codegen
+    return codegen.pytree_info
+
+
+def _nested(graph: fx.Graph, outputs: pytree.TreeSpec) -> Any:
+    """The code generator of an exported graph, for outputs that are nested in another way."""
+    codegen: Any = copy.copy(graph._codegen)
+    codegen.pytree_info = codegen.pytree_info._replace(out_spec=outputs)
+    return codegen
 
 
 def _writes(node: fx.Node) -> bool:
@@ -323,11 +333,11 @@ def _versions(module: nn.Module) -> dict[str, int]:
 
 def take_out(module: fx.GraphModule, head: Head) -> fx.GraphModule:
     """The trunk and one head of a forked network, with the state dict of the network that it stands for."""
-    spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-    specs = spec.children()
+    specs = _nesting(module.graph).out_spec.children()
     start, own = sum(s.num_leaves for s in specs[: head.number]), specs[head.number]
     (output,) = module.graph.find_nodes(op="output")
-    leaves = tuple(output.args[0][start : start + own.num_leaves])  # type: ignore[index]
+    (flat,) = output.args
+    leaves = tuple(flat[start : start + own.num_leaves])  # type: ignore[index]
     wanted = _needed(module.graph, [n for n in leaves if isinstance(n, fx.Node)])
     root, state = nn.Module(), _tensors(module)
     tensors: dict[str, Tensor] = {}
@@ -347,9 +357,7 @@ def take_out(module: fx.GraphModule, head: Head) -> fx.GraphModule:
         elif node.op == "placeholder" or node in wanted:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(fx.map_arg(leaves, copies.__getitem__))
-    codegen = copy.copy(module.graph._codegen)
-    codegen.pytree_info = codegen.pytree_info._replace(out_spec=own)  # type: ignore[attr-defined]
-    graph.set_codegen(codegen)
+    graph.set_codegen(_nested(module.graph, own))
     made = _graph_module(root, graph, "Head")
     modules = dict(made.named_modules(remove_duplicate=False))
     for name, version in head.versions.items():

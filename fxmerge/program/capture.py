@@ -102,9 +102,15 @@ def capture_ops(
     if isinstance(model, ExportedProgram):
         return _skeleton(_Views(model, args, kwargs))[0]
     views = _Views(model, args, kwargs, varying)
-    with _tracing(model), evaluating(model), quiet():
-        module = _emitted(views, models.copied(model), None)
-        _check_same(views, module)
+    try:
+        with _tracing(model), evaluating(model), quiet():
+            module = _emitted(views, models.copied(model), None)
+            _check_same(views, module)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured as a graph of ops, by which networks are compared: "
+            f"{_first_line(error)}."
+        ) from error
     return module
 
 

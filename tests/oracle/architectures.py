@@ -722,7 +722,12 @@ def pooled_units() -> tuple[nn.Module, tuple[Any, ...]]:
 
 def _windows_over_units(name: str, width: int, *layers: nn.Module, out: int) -> None:
     """A case with windows that overlap along hidden units, of which the oracle says what may be reversed."""
-    case(name)(lambda: (nn.Sequential(nn.Linear(2, width), *layers, nn.Linear(out, 2)), tokens(1, 2)))
+    case(name)(
+        lambda: (
+            nn.Sequential(nn.Linear(2, width), *layers, nn.Linear(out, 3), nn.ReLU(), nn.Linear(3, 1)),
+            tokens(1, 2),
+        )
+    )
 
 
 _windows_over_units("a convolution along units", 4, nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Conv1d(2, 1, 2), out=2)
