@@ -337,7 +337,7 @@ def take_out(module: fx.GraphModule, head: Head) -> fx.GraphModule:
     start, own = sum(s.num_leaves for s in specs[: head.number]), specs[head.number]
     (output,) = module.graph.find_nodes(op="output")
     (flat,) = output.args
-    leaves = tuple(flat[start : start + own.num_leaves])  # type: ignore[index]
+    leaves = tuple(flat[start : start + own.num_leaves])
     wanted = _needed(module.graph, [n for n in leaves if isinstance(n, fx.Node)])
     root, state = nn.Module(), _tensors(module)
     tensors: dict[str, Tensor] = {}
