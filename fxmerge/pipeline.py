@@ -83,14 +83,16 @@ class Prepared:
 
     @cached_property
     def carried_on(self) -> frozenset[int]:
-        """The classes whose units heads of their own give, and not only read: they are matched one to one, so that each
-        head stays as it is but for the order of its units."""
-        return frozenset(
+        """The classes whose units heads of their own give, and not only read, or that no layer of the trunk has: they
+        are matched one to one, so that each head stays as it is but for the order of its units."""
+        shared = {number for axis in self.trunk.layout for number, _ in axis.roles}
+        given = {
             number
             for axis in self.symmetry.layout
             if axis.parameter in self.job.owner and self.flow[axis.parameter, axis.dim] is not Flow.CONSUMES
             for number, _ in axis.roles
-        )
+        }
+        return frozenset(given.union(set(range(len(self.symmetry.units))) - shared))
 
     def images(self, own: Sequence[np.ndarray[Any, Any]]) -> dict[str, list[int]]:
         """For every class by name, the merged unit that each unit of one model goes into."""

@@ -24,8 +24,8 @@ def trunk_of(
     if share == "auto":
         return set(common)
     if share == "trunk":
-        last = _last_layers(graph)
-        return set(common) - after(graph, last)
+        rest = set(common) - after(graph, _last_layers(graph))
+        return before(n for n in rest if n.op != "get_attr")
     if isinstance(share, str):
         wanted = {n for n in graph.nodes if n.name == share or _within(n, share)}
         if not wanted:

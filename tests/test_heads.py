@@ -1,0 +1,404 @@
+"""Networks with heads of their own: one trunk, every head, and each network taken out again."""
+
+import copy
+import io
+import pickle
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import fxmerge
+from fxmerge import Align, Average, LeastSquares, Readout, Recipe, Repair, Run
+from fxmerge.combine.batch_norm import statistics_nodes
+from fxmerge.emit.trunk import learnt
+from fxmerge.program.capture import capture_ops, capture_program
+from tests.oracle.generator import build, random_recipe
+from tests.slow import examples
+
+GENERATOR = torch.Generator().manual_seed(5)
+IMAGES = torch.randn(48, 2, 8, 8, generator=GENERATOR)
+TOKENS = torch.randint(0, 11, (16, 6), generator=GENERATOR)
+ALIGNED, ZIPPED = Recipe(match=Align(), fit=None), Recipe(fit=None)
+
+
+class Convolutional(nn.Module):
+    """A residual stage with BatchNorm, another stage, and a head."""
+
+    def __init__(self, classes: int, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6))
+        self.down = nn.Sequential(nn.Conv2d(6, 10, 3, 2, 1), nn.BatchNorm2d(10), nn.ReLU(inplace=True))
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(10, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.down(F.relu_(x + self.block(x)))
+        out: Tensor = self.head(self.drop(x.mean((2, 3))))
+        return out
+
+
+class Grouped(nn.Module):
+    """Grouped convolutions and GroupNorm; the head has a hidden layer."""
+
+    def __init__(self, classes: int, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.norm = nn.Conv2d(2, 12, 3, padding=1), nn.GroupNorm(3, 12)
+        self.grouped = nn.Conv2d(12, 12, 3, padding=1, groups=3)
+        self.head = nn.Sequential(nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.grouped(self.norm(self.stem(x)).relu()).relu().mean((2, 3)))
+        return out
+
+
+class Attentive(nn.Module):
+    """A transformer over tokens, with a norm before its head."""
+
+    def __init__(self, classes: int, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(11, 8)
+        self.body = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.body(self.embed(x))))
+        return out
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding, or a classifier of the same trunk."""
+
+    def __init__(self, classes: int | None, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.hidden = nn.Embedding(11, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11 if classes is None else classes, bias=False)
+        if classes is None:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.hidden(self.embed(x)).relu())
+        return out
+
+
+class Recurrent(nn.Module):
+    def __init__(self, classes: int, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.cell, self.head = nn.Embedding(11, 5), nn.LSTM(5, 6, batch_first=True), nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.cell(self.embed(x))[0][:, -1])
+        return out
+
+
+NETWORKS = {
+    "BatchNorm": (Convolutional, IMAGES),
+    "groups": (Grouped, IMAGES),
+    "attention": (Attentive, TOKENS),
+    "recurrent": (Recurrent, TOKENS),
+}
+
+
+def twin(network: Any, x: Tensor, classes: int) -> tuple[nn.Module, nn.Module]:
+    """A network, and one of another head whose trunk is that of the first, its units moved."""
+    first, second = network(5).double().eval(), network(classes, seed=1).double().eval()
+    own = first.state_dict()
+    second.load_state_dict({n: own[n] if own[n].shape == t.shape else t for n, t in second.state_dict().items()})
+    symmetry = fxmerge.find_symmetry(second, (x,))
+    moved = symmetry.sample(torch.Generator().manual_seed(3))
+    assert any(not (torch.as_tensor(image).diff() == 1).all() for image in moved.images)
+    second.load_state_dict(moved.apply(second.state_dict()))
+    return first, second
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def same(found: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------ nothing is lost
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("recipe", [ALIGNED, ZIPPED], ids=["aligned", "zipped"])
+def test_of_one_trunk_in_two_orders_every_head_gives_what_its_network_does(name: str, recipe: Recipe) -> None:
+    network, x = NETWORKS[name]
+    x = wide(x)
+    models = twin(network, x, 7)
+    merged = fxmerge.merge(*models, recipe=recipe, example=x)
+    outputs = merged(x)
+    for number, model in enumerate(models):
+        same(outputs[number], model(x))
+        alone = fxmerge.head(merged, number)
+        same(alone(x), model(x))
+        assert list(alone.state_dict()) == list(model.state_dict())
+        fresh = network([5, 7][number], seed=9).double().eval()
+        fresh.load_state_dict(alone.state_dict())
+        same(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("fit", [LeastSquares(), Readout()])
+def test_fitting_leaves_what_is_right(fit: Any) -> None:
+    models = twin(Grouped, wide(IMAGES), 7)
+    merged = fxmerge.merge(*models, [wide(IMAGES)], Recipe(fit=fit))
+    for output, model in zip(merged(wide(IMAGES)), models, strict=True):
+        same(output, model(wide(IMAGES)), 1e-6)
+
+
+@pytest.mark.parametrize("share", ["stem", "block", "down", "trunk", 0.4, 0.99])
+def test_the_cut_may_be_anywhere(share: str | float) -> None:
+    x = wide(IMAGES)
+    models = twin(Convolutional, x, 5)
+    for match in (Align(), fxmerge.Zip()):
+        merged = fxmerge.merge(*models, recipe=Recipe(match=match, share=share, fit=None), example=x)
+        for number, model in enumerate(models):
+            same(merged(x)[number], model(x))
+            other = Convolutional(5, seed=9).double().eval()
+            other.load_state_dict(fxmerge.head(merged, number).state_dict())
+            same(other(x), model(x))
+
+
+def seeds(count: int) -> list[int]:
+    plain = (s for s in range(10**6) if all("batch" not in more for _, _, more in random_recipe(Random(s)).steps))
+    return [next(plain) for _ in range(count)]
+
+
+@pytest.mark.parametrize("seed", examples(seeds, quick=6, count=40))
+def test_random_architectures_at_random_cuts(seed: int) -> None:
+    net, args = build(random_recipe(Random(seed)))
+    net, args = net.double().eval(), tuple(a.double() for a in args)
+    assert not statistics_nodes(capture_program(net, args))
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(net)
+    symmetry = fxmerge.find_symmetry(net, args).verify(net, args)
+    other.load_state_dict(symmetry.sample(generator).apply(net.state_dict()))
+    graph = capture_ops(net, args).graph
+    by_parameters = learnt(graph)
+    nodes = [n.name for n in graph.nodes if n.op == "call_function" and n in by_parameters and n.all_input_nodes]
+    share = Random(seed).choice(nodes)
+    for match in (Align(), fxmerge.Zip()):
+        try:
+            merged = fxmerge.merge(net, other, recipe=Recipe(match=match, share=share, fit=None), example=(args,))
+        except fxmerge.ArchitectureMismatchError as error:
+            assert "no layer in common" in str(error)  # The cut comes before the first layer.
+            return
+        with torch.no_grad():
+            expected = net(*args)
+            for output in merged(*args):
+                same(output, expected, 1e-7)
+
+
+# ------------------------------------------------------------------------------------ what is asked for
+
+
+def test_outputs_are_a_tuple_or_a_dict_by_names() -> None:
+    models = [Grouped(n, seed=n) for n in (3, 4, 5)]
+    merged = fxmerge.merge_many(models, recipe=ZIPPED, example=IMAGES)
+    assert [o.shape[1] for o in merged(IMAGES)] == [3, 4, 5]
+    names = ("x", "y", "z")
+    by_name = fxmerge.merge_many(models, recipe=Recipe(fit=None, outputs="dict", names=names), example=IMAGES)
+    found = by_name(IMAGES)
+    assert list(found) == list(names)
+    assert [o.shape[1] for o in found.values()] == [3, 4, 5]
+    same(fxmerge.head(by_name, "y")(IMAGES), found["y"], 1e-6)
+    same(fxmerge.head(by_name, 1)(IMAGES), found["y"], 1e-6)
+
+
+def test_equal_networks_are_merged_all_through_unless_heads_are_asked_for() -> None:
+    a, b = Grouped(3, seed=0), Grouped(3, seed=1)
+    assert isinstance(fxmerge.merge(a, b, recipe=ZIPPED, example=IMAGES)(IMAGES), Tensor)
+    merged = fxmerge.merge(a, b, recipe=Recipe(share="trunk", fit=None), example=IMAGES)
+    assert len(merged(IMAGES)) == 2
+    assert [n for n, _ in merged.named_parameters() if n.startswith("heads")] == [
+        *("heads.0.head.2.weight", "heads.0.head.2.bias", "heads.1.head.2.weight", "heads.1.head.2.bias")
+    ]
+
+
+def test_networks_of_other_names_are_merged_all_through() -> None:
+    class Renamed(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            own = Grouped(3, seed)
+            self.classify, self.mix, self.scale, self.first = own.head, own.grouped, own.norm, own.stem
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(F.group_norm(self.first(x), 3, self.scale.weight, self.scale.bias))
+            out: Tensor = self.classify(F.relu(self.mix(x)).mean((2, 3)))
+            return out
+
+    a, b, renamed = Grouped(3, 0), Grouped(3, 1), Renamed(1)
+    expected = fxmerge.merge(a, b, recipe=ZIPPED, example=IMAGES)
+    found = fxmerge.merge(a, renamed, recipe=ZIPPED, example=IMAGES)
+    assert list(found.state_dict()) == list(a.state_dict())
+    same(found(IMAGES), expected(IMAGES), 1e-6)
+
+
+def test_a_tied_weight_stays_tied_where_one_network_has_it_in_its_head() -> None:
+    models = twin_of_tied()
+    merged = fxmerge.merge(*models, recipe=ALIGNED, example=TOKENS)
+    for number, model in enumerate(models):
+        same(merged(TOKENS)[number], model(TOKENS))
+    language = fxmerge.head(merged, 0)
+    assert "heads.0.head.weight" not in merged.state_dict() and "heads.1.head.weight" in merged.state_dict()
+    assert language.state_dict(keep_vars=True)["head.weight"] is language.state_dict(keep_vars=True)["embed.weight"]
+
+
+def twin_of_tied() -> tuple[nn.Module, nn.Module]:
+    first, second = Tied(None).double().eval(), Tied(4, seed=1).double().eval()
+    own = first.state_dict()
+    moved = fxmerge.find_symmetry(first, (TOKENS,)).sample(torch.Generator().manual_seed(3)).apply(own)
+    order = (moved["embed.weight"][0, :, None] == own["embed.weight"][0]).int().argmax(1)
+    assert not torch.equal(order, torch.arange(8))
+    del moved["head.weight"]
+    second.load_state_dict(moved | {"head.weight": second.head.weight[:, order]})  # type: ignore[index, union-attr]
+    return first, second
+
+
+def test_a_head_learns_from_its_own_network_and_on_its_own_data() -> None:
+    """Noise in the data of one network changes nothing of what the other's head learns of it."""
+    torch.manual_seed(0)
+    a, b = Grouped(3, 0), Grouped(4, 1)
+    first, second = IMAGES[:24], IMAGES[24:]
+    trained = [fxmerge.merge(a, b, loaders=[[first], [data]], recipe=ONE_TRUNK) for data in (second, second * 3)]
+    for name, tensor in trained[0].state_dict().items():
+        equal = torch.allclose(tensor, trained[1].state_dict()[name], atol=1e-5)
+        assert equal == (not name.startswith("heads.1")), name
+
+
+ONE_TRUNK = Recipe(match=Align(), combine=Average(weights=(1, 0)), fit=Readout())
+"""The trunk of the first network, with heads that are fitted."""
+
+
+def test_the_heads_of_a_network_that_does_not_count_in_the_trunk_learn_too() -> None:
+    a, b = Grouped(3, 0), Grouped(4, 1)
+    merged = fxmerge.merge(a, b, [IMAGES], ONE_TRUNK)
+    same(merged(IMAGES)[0], a(IMAGES), 1e-4)
+    start = fxmerge.merge(a, b, [IMAGES], Recipe(match=Align(), combine=Average(weights=(1, 0)), fit=None))
+    expected = b(IMAGES)
+    missed = [float((m(IMAGES)[1] - expected).square().mean().detach()) for m in (merged, start)]
+    assert missed[0] < 0.5 * missed[1]
+
+
+@pytest.mark.parametrize("fit", [None, LeastSquares(), Readout(), Repair()])
+def test_every_fit_takes_heads_apart(fit: Any) -> None:
+    a, b = Convolutional(3, 0).eval(), Convolutional(4, 1).eval()
+    for given in ({"loader": [IMAGES]}, {"loaders": [[IMAGES[:24]], [IMAGES[24:]]]}):
+        merged = fxmerge.merge(a, b, recipe=Recipe(fit=fit), **given)  # type: ignore[arg-type]
+        assert [o.shape[1] for o in merged(IMAGES)] == [3, 4]
+        assert all(torch.isfinite(o).all() for o in merged(IMAGES))
+        report = fxmerge.report(merged)
+        assert ("merged" in report.errors) == isinstance(fit, LeastSquares | Readout)
+        assert "one trunk, with the heads '0', '1'" in str(report)
+
+
+# ------------------------------------------------------------------------------------ what comes out
+
+
+@pytest.fixture(scope="module")
+def forked() -> tuple[Any, Sequence[nn.Module]]:
+    models = [Convolutional(3, 0).eval(), Convolutional(4, 1).eval()]
+    return fxmerge.merge(*models, loader=[IMAGES], recipe=Recipe(names=("a", "b"))), models
+
+
+def test_the_graph_is_sound_and_takes_any_batch(forked: Any) -> None:
+    merged, _ = forked
+    merged.graph.lint()
+    assert [len(o) for o in merged(IMAGES[:5])] == [5, 5]
+    exported = torch.export.export(merged, (IMAGES,))
+    same(exported.module()(IMAGES), merged(IMAGES), 1e-5)
+    again = pickle.loads(pickle.dumps(merged))
+    same(again(IMAGES), merged(IMAGES), 0)
+    same(copy.deepcopy(merged)(IMAGES), merged(IMAGES), 0)
+
+
+def test_the_symmetry_of_the_result_is_found_again(forked: Any) -> None:
+    merged, _ = forked
+    symmetry = fxmerge.find_symmetry(merged, (IMAGES,)).verify(merged, (IMAGES,))
+    assert not symmetry.demoted and symmetry.log_order() > 20
+
+
+def test_a_head_is_a_copy_that_is_trained_and_saved_like_its_network(forked: Any) -> None:
+    merged, models = forked
+    alone = fxmerge.head(merged, "b")
+    buffer = io.BytesIO()
+    torch.save(alone.state_dict(), buffer)
+    buffer.seek(0)
+    models[1].load_state_dict(torch.load(buffer))
+    before = merged(IMAGES)[1].detach().clone()
+    alone.train()
+    assert not torch.equal(alone(IMAGES), alone(IMAGES))  # Dropout.
+    alone(IMAGES).sum().backward()
+    with torch.no_grad():
+        for parameter in alone.parameters():
+            parameter.zero_()
+    same(merged(IMAGES)[1], before, 0)
+    assert not [n for n, _ in alone.named_parameters() if "heads" in n]
+
+
+def test_a_merge_is_merged_again(forked: Any) -> None:
+    merged, _ = forked
+    other = fxmerge.merge(Convolutional(3, 2).eval(), Convolutional(4, 3).eval(), [IMAGES], Recipe(names=("a", "b")))
+    both = fxmerge.merge(merged, other, [IMAGES])
+    assert [o.shape[1] for o in both(IMAGES)] == [3, 4]
+    assert list(both.state_dict()) == list(merged.state_dict())
+
+
+def test_inputs_are_not_changed() -> None:
+    models = [Convolutional(3, 0), Convolutional(4, 1)]
+    before = [copy.deepcopy(m.state_dict()) for m in models]
+    fxmerge.merge(*models, loader=[IMAGES])
+    for model, own in zip(models, before, strict=True):
+        assert model.training
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, own[name])
+
+
+# ------------------------------------------------------------------------------------ what is refused
+
+
+def test_networks_that_have_nothing_in_common_are_refused() -> None:
+    with pytest.raises(fxmerge.ArchitectureMismatchError, match="only models of one architecture can be merged"):
+        fxmerge.merge(nn.Linear(8, 3), nn.Linear(8, 4), [torch.randn(4, 8)])
+    with pytest.raises(fxmerge.ArchitectureMismatchError, match="'linear' with 'weight' of shape"):
+        fxmerge.merge(nn.Linear(8, 3), nn.Linear(8, 4), [torch.randn(4, 8)], Recipe(share="trunk"))
+
+
+def test_what_does_not_go_with_heads_is_refused() -> None:
+    a, b, c = Grouped(3, 0), Grouped(4, 1), Grouped(3, 2)
+    with pytest.raises(fxmerge.OptionError, match="With a base, networks have no heads of their own"):
+        fxmerge.merge(a, c, base=Grouped(3, 3), recipe=Recipe(share="trunk"), example=IMAGES)
+    with pytest.raises(fxmerge.OptionError, match="targets is 'standardized'"):
+        fxmerge.merge(a, b, [IMAGES], Recipe(targets="standardized"))
+    with pytest.raises(fxmerge.OptionError, match="names has 3 names for 2 models"):
+        fxmerge.merge(a, b, [IMAGES], Recipe(names=("a", "b", "c")))
+    with pytest.raises(fxmerge.OptionError, match="'nowhere', which is no module or node"):
+        fxmerge.merge(a, b, [IMAGES], Recipe(share="nowhere"))
+
+
+def test_a_head_that_is_none_is_told_with_those_that_are(forked: Any) -> None:
+    with pytest.raises(fxmerge.OptionError, match="There is no head 'c'; there are 'a', 'b'"):
+        fxmerge.head(forked[0], "c")
+    whole = fxmerge.merge(Grouped(3, 0), Grouped(3, 1), recipe=ZIPPED, example=IMAGES)
+    with pytest.raises(fxmerge.OptionError, match="has one head: the models were merged all through"):
+        fxmerge.head(whole, 0)
+
+
+def test_runs_do_not_change_the_result() -> None:
+    a, b = Grouped(3, 0), Grouped(4, 1)
+    one, two = (fxmerge.merge(a, b, [IMAGES], run=Run(memory=m)) for m in (2.0, 1e-5))
+    same([*one.state_dict().values()], [*two.state_dict().values()], 1e-6)
