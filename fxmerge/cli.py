@@ -60,9 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     command = commands.add_parser(
         "demo",
-        help="train two networks on different digits, merge them, and compare",
-        description="Trains two networks from different initialisations on the digits 0-4 and 5-9, merges them, and "
-        "compares the result with its parents, their ensemble and their plain average. Takes about a minute.",
+        help="train two networks on different digits, merge them into one trunk with two heads, and compare",
+        description="Trains two networks from different initialisations on the digits 0-4 and 5-9, merges them into "
+        "one trunk with two heads, and compares that with its parents and with other methods. Takes about a minute.",
     )
     command.add_argument(
         "--arch", choices=sorted(demo.TRAININGS), default="cnn", help="the architecture (default: cnn)"

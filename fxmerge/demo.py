@@ -1,9 +1,8 @@
-"""The demonstration: two networks that know different digits become one that knows them all.
+"""The demonstration: two networks that know different digits become one trunk with two heads.
 
-Two networks of one architecture are trained from different initialisations on disjoint halves of the
-classes of scikit-learn's digits (real 8x8 images, part of scikit-learn, so nothing is downloaded). Both
-predict into one fixed space in which every class has its own direction, so that no head has to be
-merged. Then they are merged, and compared with what else could be done with them.
+Two networks of one architecture are trained from different initialisations on disjoint halves of the classes of
+scikit-learn's digits (real 8x8 images, part of scikit-learn, so nothing is downloaded). Then they are merged, each
+with its own head, and compared with what else could be done with them.
 """
 
 from __future__ import annotations
@@ -19,20 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from fxmerge.api import merge
+from fxmerge.api import head, merge
 from fxmerge.errors import OptionError
-from fxmerge.program.capture import capture_program
-from fxmerge.recipe import Recipe, Run
-from fxmerge.refitting.refit import Lesson, refit
+from fxmerge.recipe import Align, Average, Readout, Recipe, Run
 
 logger = logging.getLogger(__name__)
 
 Arch = Literal["cnn", "vit"]
 
 TASKS = (range(5), range(5, 10))
-CLASSES = 10
-EMBEDDING = 32
-TEMPERATURE = 0.1
+CLASSES = 5
+"""Of each task."""
 BATCH = 64
 
 
@@ -68,12 +64,12 @@ class CNN(nn.Module):
         self.stages = nn.Sequential(
             Residual(width, width, 1), Residual(width, 2 * width, 2), Residual(2 * width, 4 * width, 2)
         )
-        self.head = nn.Linear(4 * width, EMBEDDING)
+        self.head = nn.Linear(4 * width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         features: Tensor = self.stages(self.stem(x))
-        embedding: Tensor = self.head(features.mean((2, 3)))
-        return embedding
+        scores: Tensor = self.head(features.mean((2, 3)))
+        return scores
 
 
 class Block(nn.Module):
@@ -105,12 +101,12 @@ class ViT(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(16, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, EMBEDDING)
+        self.head = nn.Linear(dim, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
-        embedding: Tensor = self.head(self.norm(self.blocks(tokens)).mean(1))
-        return embedding
+        scores: Tensor = self.head(self.norm(self.blocks(tokens)).mean(1))
+        return scores
 
 
 @dataclass(frozen=True)
@@ -163,19 +159,7 @@ def load_split(seed: int) -> tuple[Split, Split]:
     return Split(images[train], labels[train]), Split(images[test], labels[test])
 
 
-def class_directions(seed: int) -> Tensor:
-    """A unit vector for every class, at right angles to each other, shape (CLASSES, EMBEDDING)."""
-    generator = torch.Generator().manual_seed(seed)
-    directions: Tensor = torch.linalg.qr(torch.randn(EMBEDDING, CLASSES, generator=generator)).Q.T
-    return directions
-
-
 # -------------------------------------------------------------------------- training and evaluation
-
-
-def logits(embedding: Tensor, directions: Tensor) -> Tensor:
-    """Cosines between embeddings and class directions, over the temperature."""
-    return F.normalize(embedding, dim=-1) @ directions.T / TEMPERATURE
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -186,9 +170,7 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.pad(images, (1, 1, 1, 1))[torch.arange(len(images)).view(-1, 1, 1), 0, rows, columns].unsqueeze(1)
 
 
-def train(
-    training: Training, data: Split, classes: range, directions: Tensor, seed: int, epochs: int, bar: tqdm[None]
-) -> nn.Module:
+def train(training: Training, data: Split, classes: range, seed: int, epochs: int, bar: tqdm[None]) -> nn.Module:
     """A network trained from its own initialisation to tell some of the classes apart."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -198,14 +180,13 @@ def train(
     steps = epochs * (len(data.labels) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), training.learning_rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, max(steps, 2))
-    own = directions[classes.start : classes.stop]
     model.train()
     for _ in range(epochs):
         order = torch.randperm(len(data.labels), generator=generator)
         for batch in order.split(BATCH):
             if len(batch) < BATCH:
                 continue
-            scores = logits(model(shifted(data.images[batch], generator)), own)
+            scores = model(shifted(data.images[batch], generator))
             loss = F.cross_entropy(scores, data.labels[batch] - classes.start)
             optimizer.zero_grad()
             loss.backward()
@@ -216,26 +197,24 @@ def train(
 
 
 @torch.no_grad()
-def scores_of(model: nn.Module, data: Split, directions: Tensor) -> Tensor:
-    """The logits of all classes for all images."""
-    return torch.cat([logits(model(images), directions) for images in data.images.split(256)])
-
-
-def accuracy(scores: Tensor, labels: Tensor, task: range, among: range) -> float:
-    """How often the best class `among` some is right, on the images of a task."""
-    mask = torch.isin(labels, torch.tensor(task))
-    best = scores[mask][:, among.start : among.stop].argmax(1) + among.start
-    return float((best == labels[mask]).double().mean())
+def accuracy(model: nn.Module, data: Split, task: range) -> float:
+    """How often the best class of a task is right, on the images of it."""
+    data = data.only(task)
+    best = torch.cat([model(images).argmax(1) for images in data.images.split(256)])
+    return float((best + task.start == data.labels).double().mean())
 
 
 # -------------------------------------------------------------------------- the plain average
 
 
-def average(model_a: nn.Module, model_b: nn.Module) -> nn.Module:
-    """The network whose every parameter is the mean of the two."""
-    merged, other = copy.deepcopy(model_a), model_b.state_dict()
+def average(model: nn.Module, other: nn.Module) -> nn.Module:
+    """The first network with every parameter but those of its head the mean of both networks'."""
+    merged, theirs = copy.deepcopy(model), other.state_dict()
     merged.load_state_dict(
-        {k: (v + other[k]) / 2 if v.is_floating_point() else v for k, v in model_a.state_dict().items()}
+        {
+            name: (own + theirs[name]) / 2 if own.is_floating_point() and not name.startswith("head.") else own
+            for name, own in model.state_dict().items()
+        }
     )
     return merged
 
@@ -260,20 +239,12 @@ def recalibrated(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     return model.eval()
 
 
-def with_readout(model: nn.Module, other: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
-    """A copy of a model whose last layer is refitted to the mean of both models' outputs, and nothing else."""
-    program = capture_program(model, (batches[0],), {})
-    states = [dict(m.state_dict()) for m in (model, other)]
-    lessons = [Lesson(((batch,), {}), (0.5, 0.5), 1.0) for batch in batches]
-    refitted = refit(program, states, states[0], lessons, only_last=True, progress=False)
-    twin = copy.deepcopy(model)
-    twin.load_state_dict(refitted.state)
-    return twin
-
-
 # -------------------------------------------------------------------------- the table
 
-ROWS = ("parent A (0-4)", "parent B (5-9)", "ensemble", "plain average", "A, last layer refitted", "MuDSC", "fxmerge")
+ROWS = (
+    *("parent A (0-4)", "parent B (5-9)", "both parents", "plain average, two heads", "one common head"),
+    *("A, two new heads", "MuDSC, two heads", "fxmerge, two heads"),
+)
 
 
 @dataclass(frozen=True)
@@ -282,22 +253,20 @@ class Row:
 
     Attributes:
         name: what it is.
-        task_a: accuracy on the first half of the classes, choosing among these.
+        task_a: accuracy on the first half of the classes, choosing among these; None if it has no head for them.
         task_b: the same for the second half.
-        joint: accuracy on all images, choosing among all classes.
         parameters: how many numbers have to be stored.
     """
 
     name: str
-    task_a: float
-    task_b: float
-    joint: float
+    task_a: float | None
+    task_b: float | None
     parameters: int
 
     @property
-    def per_task(self) -> float:
+    def per_task(self) -> float | None:
         """The mean accuracy of the two tasks."""
-        return (self.task_a + self.task_b) / 2
+        return None if self.task_a is None or self.task_b is None else (self.task_a + self.task_b) / 2
 
 
 @dataclass(frozen=True)
@@ -313,9 +282,9 @@ class Table:
         return next(row for row in self.rows if row.name == name)
 
     def __str__(self) -> str:
-        names = ("", "task A", "task B", "per-task", "joint", "parameters")
+        names = ("", "task A", "task B", "mean", "parameters")
         lines = [names] + [
-            (r.name, *(f"{100 * x:.1f}%" for x in (r.task_a, r.task_b, r.per_task, r.joint)), f"{r.parameters:,}")
+            (r.name, *("-" if x is None else f"{x:.1%}" for x in (r.task_a, r.task_b, r.per_task)), f"{r.parameters:,}")
             for r in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -338,8 +307,9 @@ def run(arch: Arch = "cnn", seed: int = 0, *, epochs: int | None = None, progres
         progress: whether to show progress; None shows it on a terminal.
 
     Returns:
-        One row for each parent, their ensemble, their plain average, the first parent with its last layer refitted to
-        both, which a merge has to beat, MuDSC's zip, and fxmerge's merge.
+        One row for each parent, both together, and networks of the size of one: their plain average with both heads,
+        fxmerge's merge with one head for both tasks, the first parent with two heads fitted to what the parents give,
+        which a merge has to beat, and MuDSC's zip and fxmerge's merge with two heads.
 
     Raises:
         OptionError: if there is no such architecture, `epochs` is below one, or scikit-learn is not installed.
@@ -351,48 +321,47 @@ def run(arch: Arch = "cnn", seed: int = 0, *, epochs: int | None = None, progres
     if epochs < 1:
         raise OptionError(f"epochs is {epochs}; a network needs at least one to learn anything.")
     training, test = load_split(seed)
-    directions = class_directions(seed)
     parents = []
     disable = None if progress is None else not progress
     with tqdm(total=2 * epochs, desc="training", unit="epoch", disable=disable, leave=False) as bar:
         for number, task in enumerate(TASKS):
-            parents.append(train(how_trained, training, task, directions, 2 * seed + number, epochs, bar))
+            parents.append(train(how_trained, training, task, 2 * seed + number, epochs, bar))
     calibration = list(training.images.split(256))
-    plain = recalibrated(average(parents[0], parents[1]), calibration)
-    logger.info("merging two networks of %d parameters", count_parameters(plain))
-    how = Run(seed=seed, progress=progress)
-    merged = merge(parents[0], parents[1], calibration, run=how)
-    zipped = merge(parents[0], parents[1], calibration, Recipe(fit=None), run=how)
-    scores = {
-        "parent A (0-4)": scores_of(parents[0], test, directions),
-        "parent B (5-9)": scores_of(parents[1], test, directions),
-        "plain average": scores_of(plain, test, directions),
-        "A, last layer refitted": scores_of(with_readout(parents[0], parents[1], calibration), test, directions),
-        "MuDSC": scores_of(zipped, test, directions),
-        "fxmerge": scores_of(merged, test, directions),
+    a, b = parents
+    logger.info("merging two networks of %d parameters", count_parameters(a))
+    control = Recipe(match=Align(), combine=Average(weights=(1, 0)), fit=Readout(), share="trunk")
+    recipes = {"A, two new heads": control, "MuDSC, two heads": Recipe(fit=None, share="trunk")}
+    recipes["fxmerge, two heads"] = Recipe(share="trunk")
+    forked = {
+        name: merge(a, b, calibration, recipe, run=Run(seed=seed, progress=progress))
+        for name, recipe in recipes.items()
     }
-    ensemble = (scores["parent A (0-4)"] + scores["parent B (5-9)"]) / 2
-    size = count_parameters(plain)
-    rows = {name: row(name, s, test.labels, size) for name, s in scores.items()}
-    rows["ensemble"] = row("ensemble", ensemble, test.labels, 2 * size)
-    return Table(arch, seed, tuple(rows[name] for name in ROWS), _notes(plain, len(training.labels)))
-
-
-def _notes(plain: nn.Module, images: int) -> tuple[str, ...]:
-    notes = [
-        "Accuracy on test images. Tasks A and B: the digits 0-4 and 5-9, choosing among these five; per-task: their",
-        "mean; joint: all digits, choosing among all ten. The ensemble is the mean of both parents' scores.",
-        f"All but parents and ensemble saw the same {images} unlabelled images"
-        + (", over which BatchNorm was re-estimated." if _batch_norms(plain) else "."),
+    common = merge(a, b, calibration, run=Run(seed=seed, progress=progress))
+    plain = [recalibrated(average(*pair), calibration) for pair in ((a, b), (b, a))]
+    size = count_parameters(forked["fxmerge, two heads"])
+    rows = [
+        Row(ROWS[0], accuracy(a, test, TASKS[0]), None, count_parameters(a)),
+        Row(ROWS[1], None, accuracy(b, test, TASKS[1]), count_parameters(b)),
+        row("both parents", parents, test, count_parameters(a) + count_parameters(b)),
+        row("plain average, two heads", plain, test, size),
+        row("one common head", [common, common], test, count_parameters(common)),
+        *(row(name, [head(one, 0), head(one, 1)], test, size) for name, one in forked.items()),
     ]
-    return tuple(notes)
+    return Table(arch, seed, tuple(rows), _notes(a, len(training.labels)))
 
 
-def row(name: str, scores: Tensor, labels: Tensor, parameters: int) -> Row:
-    """A row of the table, from the logits for the test images."""
-    everything = range(CLASSES)
-    task_a, task_b = (accuracy(scores, labels, task, task) for task in TASKS)
-    return Row(name, task_a, task_b, accuracy(scores, labels, everything, everything), parameters)
+def _notes(parent: nn.Module, images: int) -> tuple[str, ...]:
+    return (
+        "Accuracy on test images: A and B are the digits 0-4 and 5-9, each told apart from the other four by the head",
+        f"for its task. All but the parents saw the same {images} unlabelled images"
+        + (", over which BatchNorm was re-estimated." if _batch_norms(parent) else "."),
+    )
+
+
+def row(name: str, networks: Sequence[nn.Module], test: Split, parameters: int) -> Row:
+    """A row of the table, from the networks that do task A and task B."""
+    for_a, for_b = (accuracy(own, test, task) for own, task in zip(networks, TASKS, strict=True))
+    return Row(name, for_a, for_b, parameters)
 
 
 def count_parameters(model: nn.Module) -> int:

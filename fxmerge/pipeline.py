@@ -112,7 +112,7 @@ class Prepared:
             demoted=self.symmetry.demoted,
             unknown_ops=dict(self.symmetry.unknown),
             verification_error=self.symmetry.error,
-            route=self.job.program.route,
+            route="torch.export" if self.job.heads else self.job.program.route,
             seconds=dict(self.job.seconds),
         )
 
