@@ -36,7 +36,10 @@ def merge(
     inputs: Inputs | None = None,
     run: Run | None = None,
 ) -> fx.GraphModule:
-    """Merges two networks of one architecture, trained apart from each other, into one of their size.
+    """Merges two networks, trained apart from each other, into one.
+
+    Networks that are equal all through become one of their size. Of others, what they have in common from the inputs on
+    becomes one trunk, and each keeps its own head: see `Recipe.share`.
 
     Units are matched by how alike they are in weight space and in activation space (MuDSC, arXiv 2403.01753), inside
     the group of permutations that leave the network's function unchanged, and their parameters are averaged. Where
@@ -45,7 +48,7 @@ def merge(
 
     Arguments:
         gm_a: any nn.Module, GraphModule or ExportedProgram; neither model is modified.
-        gm_b: a model of the same architecture.
+        gm_b: a model of the same architecture, or one that begins with the same layers.
         loader: calibration data, unlabelled: an iterable of tensors, of tuples (inputs, targets), or of dicts
             of keyword arguments. It is iterated several times (an iterator is read into a list first).
             Without it, units are matched by their weights alone and averaged, and BatchNorm statistics are
@@ -61,12 +64,13 @@ def merge(
         run: device, memory, seed, progress and verification; None is `Run()`.
 
     Returns:
-        A GraphModule in eval mode, which needs nothing of fxmerge; its state dict loads into the original class.
+        A GraphModule in eval mode, which needs nothing of fxmerge; its state dict loads into the original class. With
+        heads apart it gives the outputs of all networks, and `head` takes one of them out of it.
         `report(merged)` tells how it was made. Tensors that are equal in all models stay as they are, such as a frozen
         base under adapters, unless their units must move with others.
 
     Raises:
-        ArchitectureMismatchError: if the models differ in more than the values of their parameters.
+        ArchitectureMismatchError: if the models have no layer in common, or not all that they are to share.
         CaptureError: if the architecture cannot be captured as a graph.
         LoaderError: if the loader is empty or its batches do not fit.
         NonFiniteError: if a weight or an activation is NaN or infinite.
@@ -107,7 +111,7 @@ def merge_many(
     inputs: Inputs | None = None,
     run: Run | None = None,
 ) -> fx.GraphModule:
-    """Merges two or more networks of one architecture.
+    """Merges two or more networks.
 
     Three or more are all matched with each other, in units that they share (C2M3, arXiv 2405.17897): the way from one
     model to a second and on to a third is the way from the first to the third, and the result does not

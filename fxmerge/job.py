@@ -21,6 +21,7 @@ from fxmerge.combine.derived import Derived, not_averaged
 from fxmerge.combine.masks import masks_of
 from fxmerge.emit.fork import Head, equal_names, fork, owner_of
 from fxmerge.errors import ArchitectureMismatchError, CaptureError, LoaderError, OptionError
+from fxmerge.notices import warn_of_small_trunk
 from fxmerge.program.capture import Args, capture_ops, capture_program, check_example
 from fxmerge.program.captured import Program
 from fxmerge.program.models import accepted, apart, copied, evaluating, tensors
@@ -191,6 +192,8 @@ def prepare(
                 model, states, heads = _together(models, states, names, call, varying, recipe, based=base is not None)
             program = capture_program(model, *call, varying=varying)
         _check_shapes(program, shapes)
+        if heads:
+            warn_of_small_trunk(heads, {name: t.numel() for name, t in states[0].items()}, names)
         path = SamePath(program, modules, states, names, call) if program.follows_path else None
         if path is not None:
             path.check_example()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.emit.fork import Head
 from fxmerge.ordering import error_of
 from fxmerge.refitting.output_error import OutputErrors
 from fxmerge.symmetry.flow import Flow
@@ -74,6 +75,29 @@ def warn_of_few_rows(layers: Mapping[str, Mapping[str, float]]) -> None:
             few[0],
             first["rows"],
             first["features"],
+        )
+
+
+def warn_of_small_trunk(heads: Sequence[Head], sizes: Mapping[str, int], names: Sequence[str]) -> None:
+    """Warns if networks share less than half of the parameters of the smallest of them.
+
+    Arguments:
+        heads: the networks.
+        sizes: how many entries every tensor of all networks together has.
+        names: what to call the networks.
+    """
+    shares = []
+    for head in heads:
+        keys = set(head.keys.values())
+        shares.append(
+            sum(sizes[k] for k in keys if not k.startswith(head.prefix)) / max(sum(sizes[k] for k in keys), 1)
+        )
+    if max(shares) < MANY:
+        logger.warning(
+            "The networks share at most %.0f%% of their parameters (%s), and all else is kept for each of them. What they "
+            "share ends at the first layers that differ in op, arguments or shapes, or where the recipe says so.",
+            100 * max(shares),
+            names[shares.index(max(shares))],
         )
 
 

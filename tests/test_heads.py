@@ -358,6 +358,14 @@ def test_a_merge_is_merged_again(forked: Any) -> None:
     assert list(both.state_dict()) == list(merged.state_dict())
 
 
+def test_a_small_trunk_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    fxmerge.merge(Grouped(3, 0), Grouped(3, 1), recipe=Recipe(share="norm", fit=None), example=IMAGES)
+    assert "The networks share at most 31% of their parameters (model A)" in caplog.text  # 252 of 811.
+    caplog.clear()
+    fxmerge.merge(Grouped(3, 0), Grouped(3, 1), recipe=Recipe(share="trunk", fit=None), example=IMAGES)
+    assert "The networks share" not in caplog.text
+
+
 def test_inputs_are_not_changed() -> None:
     models = [Convolutional(3, 0), Convolutional(4, 1)]
     before = [copy.deepcopy(m.state_dict()) for m in models]
