@@ -94,8 +94,8 @@ def warn_of_small_trunk(heads: Sequence[Head], sizes: Mapping[str, int], names: 
         )
     if max(shares) < MANY:
         logger.warning(
-            "The networks share at most %.0f%% of their parameters (%s), and all else is kept for each of them. What they "
-            "share ends at the first layers that differ in op, arguments or shapes, or where the recipe says so.",
+            "The networks share at most %.0f%% of their parameters (%s), and all else is kept for each of them. What "
+            "they share ends at the first layers that differ in op, arguments or shapes, or where the recipe says so.",
             100 * max(shares),
             names[shares.index(max(shares))],
         )

@@ -1,7 +1,7 @@
 """Images in ten classes: Fashion-MNIST as packaged by Debian, and scikit-learn's digits.
 
 Task A is the first five classes and task B the last five. A network gives an embedding, and every class has a
-fixed direction in the space of embeddings (those of `fxmerge demo`), so that one head serves all classes.
+fixed direction in the space of embeddings, so that one head serves all classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxmerge.demo import CLASSES, TASKS, Split, accuracy, class_directions, load_split, logits
+from fxmerge.demo import TASKS, Split, load_split
 from tasks_suite.problem import CHUNK, Part, Scores
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -31,6 +31,9 @@ SHARES = 15
 CURVE = 1_000
 """How many test images a point of a curve is computed on."""
 
+CLASSES = 10
+EMBEDDING = 32
+TEMPERATURE = 0.1
 PARTS: dict[Part, range] = {"a": TASKS[0], "b": TASKS[1], "both": range(CLASSES)}
 
 
@@ -106,6 +109,25 @@ class ImageProblem:
         chunks = images.split(CHUNK)
         each = [torch.cat([logits(network(chunk), self.directions) for chunk in chunks]) for network in networks]
         return torch.stack(each).mean(0)
+
+
+def class_directions(seed: int) -> Tensor:
+    """A unit vector for every class, at right angles to each other, shape (CLASSES, EMBEDDING)."""
+    generator = torch.Generator().manual_seed(seed)
+    directions: Tensor = torch.linalg.qr(torch.randn(EMBEDDING, CLASSES, generator=generator)).Q.T
+    return directions
+
+
+def logits(embedding: Tensor, directions: Tensor) -> Tensor:
+    """Cosines between embeddings and class directions, over the temperature."""
+    return F.normalize(embedding, dim=-1) @ directions.T / TEMPERATURE
+
+
+def accuracy(scores: Tensor, labels: Tensor, task: range, among: range) -> float:
+    """How often the best class `among` some is right, on the images of a task."""
+    mask = torch.isin(labels, torch.tensor(task))
+    best = scores[mask][:, among.start : among.stop].argmax(1) + among.start
+    return float((best == labels[mask]).double().mean())
 
 
 def _cross_entropy(scores: Tensor, labels: Tensor) -> float:

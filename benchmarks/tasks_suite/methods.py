@@ -19,7 +19,7 @@ import fxmerge
 from fxmerge import Align, Readout, Recipe, Repair, Run, Zip
 from fxmerge.combine.average import average as pooled
 from fxmerge.combine.batch_norm import batch_norm_statistics
-from fxmerge.demo import average, recalibrated
+from fxmerge.demo import recalibrated
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Data, batch_inputs
 from fxmerge.recipe import OWN
@@ -56,6 +56,15 @@ class Method:
     aligned: Callable[[Pair], nn.Module] | None = None
     merges: bool = True
     published: bool = False
+
+
+def average(a: nn.Module, b: nn.Module) -> nn.Module:
+    """The network whose every parameter is the mean of the two."""
+    twin, other = copy.deepcopy(a), b.state_dict()
+    twin.load_state_dict(
+        {name: (own + other[name]) / 2 if own.is_floating_point() else own for name, own in a.state_dict().items()}
+    )
+    return twin
 
 
 def permuting(aligned: Callable[[Pair], nn.Module], *, published: bool = True) -> Method:

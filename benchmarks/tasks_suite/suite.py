@@ -8,8 +8,8 @@ from functools import partial
 
 from torch import nn
 
-from fxmerge.demo import EMBEDDING
 from tasks_suite import dense, images, text
+from tasks_suite.images import EMBEDDING
 from tasks_suite.networks import MLP, VGG, ConvNeXt, Mixer, ResNet20, UNet, group_norm
 from tasks_suite.problem import Problem
 from tasks_suite.sequences import GPT, LSTM, ViT

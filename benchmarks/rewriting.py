@@ -1,0 +1,190 @@
+"""Heads of their own on full-size models: does every head give what its network gives, and what does it cost?
+
+Each pair shares a trunk: the second network has that of the first, its units in another order. It has a head of its own.
+Merged without data and in float64, both outputs must be those of the networks, up to rounding. Weights are random. Told
+are the largest error of an output, relative to its largest value; the share of the first network's parameters that lie
+in the trunk; and the seconds of the whole merge, of emitting, and of taking out both heads.
+
+    python benchmarks/rewriting.py [--short] [--pairs NAME ...] [--markdown FILE]
+
+Needs `pip install -e '.[zoo]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from invariance import machine, table
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fxmerge
+from fxmerge import Align, Recipe, Run
+
+Pair = tuple[nn.Module, nn.Module, Any]
+"""Two networks, and inputs of both: a tensor, or a dict by keyword."""
+
+
+def images(size: int) -> Tensor:
+    return torch.randn(2, 3, size, size, dtype=torch.float64)
+
+
+def tokens(vocabulary: int) -> dict[str, Tensor]:
+    ids = torch.randint(2, vocabulary, (2, 16))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def segmentation(size: int = 128) -> Pair:
+    """A ResNet-50 with an FCN head, and one with a DeepLab head for other classes."""
+    from torchvision.models import segmentation as models
+
+    options = {"weights": None, "weights_backbone": None}
+    return (
+        models.fcn_resnet50(num_classes=5, **options),
+        models.deeplabv3_resnet50(num_classes=7, **options),
+        images(size),
+    )
+
+
+def timm(name: str, size: int) -> Callable[[], Pair]:
+    def pair() -> Pair:
+        from timm import create_model
+
+        return create_model(name, num_classes=10), create_model(name, num_classes=37), images(size)
+
+    return pair
+
+
+def gpt2(**sizes: Any) -> Callable[[], Pair]:
+    """A language model whose head is its embedding, and a classifier."""
+
+    def pair() -> Pair:
+        from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+        config = GPT2Config(pad_token_id=0, **sizes)
+        classifier = GPT2Config(pad_token_id=0, num_labels=3, **sizes)
+        return GPT2LMHeadModel(config), GPT2ForSequenceClassification(classifier), tokens(config.vocab_size)
+
+    return pair
+
+
+def bert(**sizes: Any) -> Callable[[], Pair]:
+    """A masked language model, and a tagger of words."""
+
+    def pair() -> Pair:
+        from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification
+
+        config, tagger = BertConfig(**sizes), BertConfig(num_labels=9, **sizes)
+        return BertForMaskedLM(config), BertForTokenClassification(tagger), tokens(config.vocab_size)
+
+    return pair
+
+
+def t5(**sizes: Any) -> Callable[[], Pair]:
+    """Two encoders and decoders with outputs of their own, which are not tied to the embedding."""
+
+    def pair() -> Pair:
+        from transformers import T5Config, T5ForConditionalGeneration, T5ForTokenClassification
+
+        config = T5Config(tie_word_embeddings=False, **sizes)
+        tagger = T5Config(tie_word_embeddings=False, num_labels=9, **sizes)
+        given = tokens(config.vocab_size)
+        return T5ForConditionalGeneration(config).encoder, T5ForTokenClassification(tagger), given
+
+    return pair
+
+
+PAIRS: dict[str, Callable[[], Pair]] = {
+    "ResNet-50: FCN and DeepLab": segmentation,
+    "ResNet-50: 10 and 37 classes": timm("resnet50", 224),
+    "ViT-B: 10 and 37 classes": timm("vit_base_patch16_224", 224),
+    "Swin-T: 10 and 37 classes": timm("swin_tiny_patch4_window7_224", 224),
+    "GPT-2: language and 3 classes": gpt2(),
+    "BERT: masked language and tags": bert(),
+    "T5: encoder and tags": t5(),
+}
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
+SHORT: dict[str, Callable[[], Pair]] = {
+    "ResNet-18: 10 and 37 classes": timm("resnet18", 64),
+    "GPT-2: language and 3 classes": gpt2(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=99, bos_token_id=1, eos_token_id=1
+    ),
+    "BERT: masked language and tags": bert(**TINY),
+}
+
+
+def outputs(model: nn.Module, given: Any) -> list[Tensor]:
+    """What a model gives, as a list of tensors of numbers."""
+    with torch.no_grad():
+        found = model(**given) if isinstance(given, Mapping) else model(given)
+    return [v for v in pytree.tree_leaves(found) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def same_trunk(first: nn.Module, second: nn.Module, given: Any) -> None:
+    """Gives the second network the tensors of the first that have its names and shapes, then moves its units."""
+    own = first.state_dict()
+    theirs = second.state_dict()
+    second.load_state_dict({n: own[n] if n in own and own[n].shape == t.shape else t for n, t in theirs.items()})
+    args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else ((given,), {})
+    symmetry = fxmerge.find_symmetry(second, args, kwargs)
+    moved = symmetry.sample(torch.Generator().manual_seed(0)).apply(second.state_dict())
+    second.load_state_dict(moved)
+
+
+def row(name: str, build: Callable[[], Pair]) -> dict[str, str]:
+    torch.manual_seed(0)
+    first, second, given = build()
+    first, second = first.double().eval(), second.double().eval()
+    for config in (getattr(model, "config", None) for model in (first, second)):
+        if config is not None:
+            config.use_cache = False
+    same_trunk(first, second, given)
+    began = time.perf_counter()
+    recipe = Recipe(match=Align(), fit=None)
+    merged = fxmerge.merge(first, second, recipe=recipe, example=given, run=Run(progress=False))
+    seconds = time.perf_counter() - began
+    error = 0.0
+    began = time.perf_counter()
+    alone = [fxmerge.head(merged, number) for number in range(2)]
+    taken = time.perf_counter() - began
+    for network, model in zip(alone, (first, second), strict=True):
+        for found, expected in zip(outputs(network, given), outputs(model, given), strict=True):
+            error = max(error, float((found - expected).abs().max() / expected.abs().max()))
+    shared = sum(p.numel() for n, p in merged.named_parameters() if not n.startswith("heads."))
+    return {
+        "pair": name,
+        "error": f"{error:.0e}",
+        "in the trunk": f"{shared / sum(p.numel() for p in first.parameters()):.0%}",
+        "merge (s)": f"{seconds:.1f}",
+        "emitting (s)": f"{fxmerge.report(merged).seconds['emitting']:.2f}",
+        "both heads (s)": f"{taken:.1f}",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="only small models")
+    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), help="only these")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    options = parser.parse_args()
+    chosen = SHORT if options.short else {n: b for n, b in PAIRS.items() if n in (options.pairs or PAIRS)}
+    rows = []
+    for name, build in chosen.items():
+        rows.append(row(name, build))
+        print(", ".join(rows[-1].values()), flush=True)
+    text = table(rows)
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(f"{machine()}\n\n{text}\n")
+    return int(any(float(own["error"]) > 1e-9 for own in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
