@@ -1,6 +1,6 @@
 """Heads of their own on full-size models: does every head give what its network gives, and what does it cost?
 
-Each pair shares a trunk: the second network has that of the first, its units in another order. It has a head of its own.
+Each pair shares a trunk: the second network has that of the first, its units in another order, and a head of its own.
 Merged without data and in float64, both outputs must be those of the networks, up to rounding. Weights are random. Told
 are the largest error of an output, relative to its largest value; the share of the first network's parameters that lie
 in the trunk; and the seconds of the whole merge, of emitting, and of taking out both heads.

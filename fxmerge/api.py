@@ -133,7 +133,8 @@ def merge_many(
     recipe = recipe.settled(data=loader is not None or loaders is not None, base=base is not None)
     assert not isinstance(recipe.match, str) and not isinstance(recipe.combine, str)
     weights = validate.check_weights(recipe.combine.weights, len(models))
-    reference = validate.check_reference(recipe.match.reference, len(models), base is not None)
+    asked = None if recipe.match is None else recipe.match.reference
+    reference = validate.check_reference(asked, len(models), base is not None)
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
     group = Prepared.of(job, recipe, run, symmetry)
     job = group.job
@@ -204,8 +205,9 @@ def align(
     """
     recipe, run = validate.check_recipe(recipe, run)
     validate.check_loaders(loader, None, 2)
-    if isinstance(recipe.match, Zip):
-        raise OptionError("Recipe.match is Zip, which merges units; align only moves them: pass Align(...).")
+    if isinstance(recipe.match, Zip) or recipe.match is None:
+        kind = "None, which moves no units" if recipe.match is None else "Zip, which merges units"
+        raise OptionError(f"Recipe.match is {kind}; align moves them: pass Align(...).")
     recipe = Recipe(match=Align() if recipe.match == AUTO else recipe.match, fit=None, free=recipe.free)
     job = prepare((to, model), loader, run, example=example, inputs=inputs)
     group = Prepared.of(job, recipe, run, symmetry)

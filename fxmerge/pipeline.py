@@ -13,13 +13,13 @@ from torch import Tensor, fx
 
 from fxmerge import validate
 from fxmerge.combine.average import average
-from fxmerge.combine.batch_norm import batch_norm_statistics, recalibrate
+from fxmerge.combine.batch_norm import batch_norm_statistics, by_batches_seen, recalibrate
 from fxmerge.combine.masks import masked, pruned, voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
 from fxmerge.evidence.activations import classes_along, similarities, units_along
 from fxmerge.job import Job
-from fxmerge.matching.models import Matching, match_models, pairs_to_correlate
+from fxmerge.matching.models import Matching, as_they_are, match_models, pairs_to_correlate
 from fxmerge.notices import warn_of_outputs, warn_without_data
 from fxmerge.recipe import Average, Fit, Readout, Recipe, Repair, Run
 from fxmerge.refitting.folding import folded
@@ -60,9 +60,10 @@ class Prepared:
         """The symmetry that is given or else inferred; and the job with states that are ready to be matched."""
         propagation, whole = job.symmetry(given, recipe.free, verify=run.verify)
         assert not isinstance(recipe.match, str)
-        validate.check_class_names(recipe.match.alpha, whole)
         flow = flows(propagation)
-        warn_of_outputs(propagation, whole, flow)
+        if recipe.match is not None:
+            validate.check_class_names(recipe.match.alpha, whole)
+            warn_of_outputs(propagation, whole, flow)
         if recipe.targets == "standardized" and job.data is not None:
             with job.timed("standardizing"):
                 job = replace(job, states=standardized(job.program, job.states, job.data))
@@ -125,9 +126,12 @@ def match(
     names: Sequence[str],
     reference: int | None,
 ) -> Matching:
-    """Measures how alike units are, and matches them."""
+    """Measures how alike units are, and matches them; without a part of the recipe for that, units are matched by
+    their numbers."""
     job, part = group.job, recipe.match
     assert not isinstance(part, str)
+    if part is None:
+        return as_they_are(group.symmetry, group.flow, len(states))
     correlations = {}
     if job.data is not None and part.alpha != 1:
         pairs = pairs_to_correlate(part, len(states), reference)
@@ -165,14 +169,16 @@ def combine(
     """One state dict from those of aligned models, which come in an order; a base comes first."""
     job, part = group.job, recipe.combine
     statistics = batch_norm_statistics(job.program)
-    if job.data is None and statistics:
+    if job.data is None and statistics and recipe.match is not None:
         warn_without_data(states, statistics)
     with job.timed("combining"):
         if isinstance(part, Average):
-            owner = {name: order.index(number) for name, number in job.owner.items()}
-            state = voted(average(units, states, weights, statistics, owner), job.masks)
-            if job.data is None and statistics:
-                again = partial(average, units, weights=weights, statistics=(), owner=owner)
+            special = {n: [float(i == number) for i in order] for n, number in job.owner.items()}
+            if recipe.match is None and job.data is None:
+                special = by_batches_seen(statistics, states, weights) | special
+            state = voted(average(units, states, weights, statistics, special), job.masks)
+            if job.data is None and statistics and recipe.match is not None:
+                again = partial(average, units, weights=weights, statistics=(), special=special)
                 state = folded(job.program, states, state, again)
             return _rederived(job, state, states, weights)
         assert not isinstance(part, str)

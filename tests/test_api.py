@@ -120,5 +120,5 @@ def test_several_inputs_of_an_example_are_those_of_a_batch() -> None:
 
 
 def test_align_refuses_to_merge_units() -> None:
-    with pytest.raises(fxmerge.OptionError, match=r"Recipe\.match is Zip, which merges units; align only moves them"):
+    with pytest.raises(fxmerge.OptionError, match=r"Recipe\.match is Zip, which merges units; align moves them"):
         fxmerge.align(net(0), to=net(1), recipe=fxmerge.Recipe(match=fxmerge.Zip()), example=X)

@@ -376,6 +376,50 @@ def test_inputs_are_not_changed() -> None:
             assert torch.equal(tensor, own[name])
 
 
+# ------------------------------------------------------------------------------------ fine-tuned from one
+
+
+def tuned(classes: int, seed: int, batches: int) -> nn.Module:
+    """A copy of one backbone that has seen some batches of its own, with a head of its own."""
+    model = Convolutional(classes, 0)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+        for _ in range(batches):
+            model(torch.randn(8, 2, 8, 8) * (1 + seed) + seed)
+    return model.eval()
+
+
+def test_without_matching_equal_units_are_averaged_and_statistics_count_by_batches() -> None:
+    a, b = tuned(3, 1, 30), tuned(4, 2, 10)
+    merged = fxmerge.merge(a, b, recipe=Recipe(match=None), example=IMAGES)
+    found, (one, two) = merged.state_dict(), (m.state_dict() for m in (a, b))
+    same(found["stem.0.weight"], (one["stem.0.weight"] + two["stem.0.weight"]) / 2, 1e-6)
+    mean = 0.75 * one["stem.1.running_mean"] + 0.25 * two["stem.1.running_mean"]
+    same(found["stem.1.running_mean"], mean, 1e-6)
+    parts = [
+        (w, s["stem.1.running_var"] + (s["stem.1.running_mean"] - mean) ** 2) for w, s in ((0.75, one), (0.25, two))
+    ]
+    same(found["stem.1.running_var"], sum(w * v for w, v in parts), 1e-5)
+    for number, own in enumerate((one, two)):
+        assert torch.equal(fxmerge.head(merged, number).state_dict()["head.weight"], own["head.weight"])
+
+
+def test_without_matching_a_fit_is_as_with_it() -> None:
+    a, b = tuned(3, 1, 30), tuned(3, 2, 10)
+    merged = fxmerge.merge(a, b, [IMAGES], Recipe(match=None))
+    assert set(fxmerge.report(merged).layers) == {"stem.0.weight", "block.0.weight", "down.0.weight", "head.weight"}
+    plain = fxmerge.merge(a, b, [IMAGES], Recipe(match=None, fit=None))
+    expected = (a(IMAGES) + b(IMAGES)) / 2
+    errors = [float((m(IMAGES) - expected).square().mean().detach()) for m in (merged, plain)]
+    assert errors[0] < 0.5 * errors[1]
+    vectors = fxmerge.merge(a, b, base=tuned(3, 0, 1), recipe=Recipe(match=None), example=IMAGES)
+    base = tuned(3, 0, 1).state_dict()["stem.0.weight"]
+    both = sum(m.state_dict()["stem.0.weight"] - base for m in (a, b))
+    same(vectors.state_dict()["stem.0.weight"], base + 0.4 * both, 1e-5)
+
+
 # ------------------------------------------------------------------------------------ what is refused
 
 

@@ -40,7 +40,7 @@ WRONG: list[tuple[type, str, list[Any], str]] = [
     *((kind, "weights", NO_WEIGHTS, WEIGHTS) for kind in (Average, TaskArithmetic, Ties)),
     *((kind, "scale", [NAN, INF, "full", None, True], SCALE) for kind in (TaskArithmetic, Ties)),
     (Ties, "density", [0, -0.5, 1.1, NAN, "half", None, True], DENSITY),
-    (Recipe, "match", ["zip", None, Zip, 3, Average()], "it must be Zip(...), Align(...) or 'auto'."),
+    (Recipe, "match", ["zip", Zip, 3, Average()], "it must be Zip(...), Align(...), None or 'auto'."),
     (
         Recipe,
         "combine",
@@ -181,7 +181,7 @@ SHARED = NAMES | st.floats(0.01, 0.99)
 HEADS = st.none() | st.lists(st.text("abc_1", min_size=1), min_size=1, max_size=4, unique=True)
 RECIPES = st.builds(
     Recipe,
-    st.just("auto") | ZIPS | ALIGNS,
+    st.sampled_from(["auto", None]) | ZIPS | ALIGNS,
     st.just("auto") | st.builds(Average, SOME_WEIGHTS),
     FITS,
     st.sampled_from(["mean", "standardized"]),
@@ -257,7 +257,7 @@ def test_files(write: Callable[..., str], read: Callable[..., Recipe], tmp_path:
         ({"match": {"kind": "Align", "budget": 1}}, "recipe.match has no field 'budget'; its fields are alpha, "),
         ({"match": {"kind": "Zip", "alpha": 2}}, "recipe.match: Zip.alpha is 2; it must be a number from 0"),
         ({"combine": {"kind": "Ties", "weights": [0]}}, "recipe.combine: Ties.weights is (0,); it must be one number"),
-        ({"match": "zip"}, "Recipe.match is 'zip'; it must be Zip(...), Align(...) or 'auto'."),
+        ({"match": "zip"}, "Recipe.match is 'zip'; it must be Zip(...), Align(...), None or 'auto'."),
         ({"targets": "sum"}, "Recipe.targets is 'sum'; it must be 'mean' or 'standardized'."),
         (
             {"match": {"kind": "Zip"}, "combine": {"kind": "Ties"}},

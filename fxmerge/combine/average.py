@@ -16,7 +16,7 @@ def average(
     states: Sequence[Mapping[str, Tensor]],
     weights: Sequence[float],
     statistics: Sequence[tuple[str, str]],
-    owner: Mapping[str, int] | None = None,
+    special: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Tensor]:
     """The weighted average of several models, in merged units.
 
@@ -26,24 +26,23 @@ def average(
         weights: one per state; they sum to one.
         statistics: names of running means and variances. A merged variance is that of all members together: the mean of
             their variances plus the variance of their means (law of total variance).
-        owner: for tensors that are of one model alone, its number: they are as that model has them.
+        special: other weights, for tensors by name.
 
     Returns:
         New tensors in the dtype of the first state; tensors that are not floating-point, or that are equal in all
         states and in which no units merge, are the first state's.
     """
-    owner, equal = owner or {}, equal_names(states)
-    counts = {name: [float(m == number) for m in range(len(states))] for name, number in owner.items()}
+    special, equal = special or {}, equal_names(states)
     merged = units.merge(states, weights)
-    merged |= {name: units.merge_tensor(name, states, own) for name, own in counts.items() if name in merged}
+    merged |= {name: units.merge_tensor(name, states, own) for name, own in special.items() if name in merged}
     for mean, variance in statistics:
-        if mean in equal and variance in equal and mean not in owner:
+        if mean in equal and variance in equal and mean not in special:
             continue
         total = merged[mean].to(torch.promote_types(merged[mean].dtype, torch.float32))
         spread = []
         for m, state in enumerate(states):
             off = state[mean].to(total) - units.unmerge_tensor(mean, total, m)
             spread.append({variance: state[variance].to(total) + off**2})
-        own = counts.get(variance, weights)
+        own = special.get(variance, weights)
         merged[variance] = units.merge_tensor(variance, spread, own).to(states[0][variance].dtype)
     return merged

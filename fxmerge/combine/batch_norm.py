@@ -24,6 +24,33 @@ def batch_norm_statistics(program: Program) -> list[tuple[str, str]]:
     return list(statistics_nodes(program))
 
 
+def by_batches_seen(
+    statistics: Sequence[tuple[str, str]], states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
+) -> dict[str, list[float]]:
+    """How much each model counts in running statistics: by its weight and by how many batches it has seen.
+
+    Arguments:
+        statistics: names of running means and variances.
+        states: the models.
+        weights: of the models.
+
+    Returns:
+        Weights that sum to one, by the names of the statistics whose layers count batches.
+
+    Example:
+        >>> one, two = ({"num_batches_tracked": torch.tensor(count)} for count in (30, 10))
+        >>> by_batches_seen([("running_mean", "running_var")], [one, two], [0.5, 0.5])
+        {'running_mean': [0.75, 0.25], 'running_var': [0.75, 0.25]}
+    """
+    found: dict[str, list[float]] = {}
+    for pair in statistics:
+        counter = pair[0][: len(pair[0]) - len(pair[0].rpartition(".")[2])] + "num_batches_tracked"
+        seen = [w * float(state.get(counter, 0)) for w, state in zip(weights, states, strict=True)]
+        if sum(seen) > 0:
+            found |= {name: [n / sum(seen) for n in seen] for name in pair}
+    return found
+
+
 def statistics_nodes(program: Program) -> dict[tuple[str, str], list[fx.Node]]:
     """For every running mean and variance, by their names, the nodes that normalize by them."""
     found: dict[tuple[str, str], list[fx.Node]] = {}

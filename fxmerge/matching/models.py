@@ -60,6 +60,13 @@ def pairs_to_correlate(part: Zip | Align, models: int, reference: int | None) ->
     return [pair for pair in combinations(range(models), 2) if reference is None or reference in pair]
 
 
+def as_they_are(symmetry: Symmetry, flow: Mapping[Axis, Flow], models: int) -> Matching:
+    """Units with equal numbers belong together, as in models that were fine-tuned from one."""
+    consumed = frozenset(axis for axis, kind in flow.items() if kind is Flow.CONSUMES)
+    still = UnitMap.of([symmetry.identity()] * models, symmetry.names, consumed)
+    return Matching(still, still, 0, (), (), (), {})
+
+
 def match_models(
     symmetry: Symmetry,
     flow: Mapping[Axis, Flow],

@@ -46,7 +46,9 @@ class Recipe:
     """How models are merged.
 
     Attributes:
-        match: which units belong together: `Zip` or `Align`. "auto" is `Zip()`, for task vectors `Align()`.
+        match: which units belong together: `Zip` or `Align`. "auto" is `Zip()`, for task vectors `Align()`. None is for
+            models that were fine-tuned from one: units with equal numbers belong together. Without data, a model then
+            counts in running statistics by how many batches it has seen (arXiv 2407.13771).
         combine: what is made of the parameters: `Average`, or with a base `TaskArithmetic` or `Ties`. "auto" is
             `Average()`, with a base `TaskArithmetic()`.
         fit: what is fitted to data afterwards: `LeastSquares`, `Readout` or `Repair`. None fits nothing. "auto" is
@@ -72,7 +74,7 @@ class Recipe:
         True
     """
 
-    match: Match | Literal["auto"] = AUTO
+    match: Match | Literal["auto"] | None = AUTO
     combine: Combine | Literal["auto"] = AUTO
     fit: Fit | Literal["auto"] | None = AUTO
     targets: Targets = "mean"
@@ -84,9 +86,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kinds in PARTS.items():
             value = getattr(self, name)
-            if not isinstance(value, kinds) and value != AUTO and not (name == "fit" and value is None):
+            may_be_none = name in ("match", "fit")
+            if not isinstance(value, kinds) and value != AUTO and not (may_be_none and value is None):
                 listed = ", ".join(f"{kind.__name__}(...)" for kind in kinds)
-                none = ", None" if name == "fit" else ""
+                none = ", None" if may_be_none else ""
                 raise wrong(self, name, f"{listed}{none} or {AUTO!r}")
         check_word(self, "targets", get_args(Targets))
         check_word(self, "outputs", get_args(Outputs))
