@@ -26,7 +26,7 @@ from fxmerge.program.capture import open_outputs
 from fxmerge.program.models import copied, evaluating
 from fxmerge.program.models import run as run_model
 from fxmerge.program.run import Data, Inputs
-from fxmerge.recipe import Run
+from fxmerge.recipe import AUTO, Recipe, Run
 from fxmerge.refitting.output_error import feature_rows
 from fxmerge.refitting.refit import Lesson, refit, written_out
 from fxmerge.units.unit_map import UnitMap
@@ -112,6 +112,7 @@ def compare(
     score: Score | None = None,
     calibration: Iterable[Any] | None = None,
     weights: Sequence[float] | None = None,
+    share: str | float = AUTO,
     inputs: Inputs | None = None,
     run: Run | None = None,
 ) -> Comparison:
@@ -122,6 +123,10 @@ def compare(
     network that gives the same outputs, the best ones, for all inputs. It needs no labels. It does not change if
     all models' outputs are shifted or scaled alike.
 
+    Where models have heads of their own, the distance is that of every head's outputs to those of its own model, the
+    mean over heads. There is no row for a model alone, since it has no head for the others' tasks; "model A, new
+    readout" is then the trunk of model A with the last layers of all heads fitted, each to its own model's outputs.
+
     Arguments:
         networks: merged networks by name.
         models: the models that they are made of, or whose mean is of interest otherwise; one or more.
@@ -131,6 +136,7 @@ def compare(
         calibration: the data that the networks were made with. On these, the models get a new readout: their last
             layers are fitted to the mean of all models' outputs, and nothing else. Without it, these rows are left out.
         weights: how much each model counts in the mean; None: all alike.
+        share: what the models share, as in `Recipe.share`, where `networks` have heads of their own.
         inputs: turns a batch into (args, kwargs), where the default does not fit.
         run: device, memory, seed and progress.
 
@@ -169,9 +175,11 @@ def compare(
     names = validate.names_of(len(models), None)
     readouts = [f"{name}, new readout" for name in names] if calibration is not None else []
     _check_networks(networks, [*names, *readouts, ENSEMBLE, PLAIN])
-    job = prepare(models, loader, run, inputs=inputs)
+    job = prepare(models, loader, run, inputs=inputs, recipe=Recipe(share=share))
     assert job.data is not None
-    rows: dict[str, nn.Module] = {name: bake(job.program, s) for name, s in zip(names, job.states, strict=True)}
+    parents = [bake(job.program, state) for state in job.states]
+    rows: dict[str, nn.Module] = {} if job.heads else dict(zip(names, parents, strict=True))
+    shown = len(rows)
     data = None if calibration is None else replace(job.data, loader=calibration)
     if data is not None:
         for j, name in enumerate(readouts):
@@ -180,14 +188,16 @@ def compare(
     rows |= {name: _placed(network, run) for name, network in networks.items()}
     distances = _Distances()
     with ExitStack() as stack:
-        for network in rows.values():
+        for network in [*parents, *rows.values()]:
             stack.enter_context(evaluating(network))
         for args, kwargs in job.data.batches("comparing"):
-            given = [_outputs(network, args, kwargs) for network in rows.values()]
-            means = [
-                reduce(torch.add, (share * own for share, own in zip(shares, each, strict=True)))
-                for each in zip(*given[: len(models)], strict=True)
-            ]
+            if job.heads:
+                means = [own for j, parent in enumerate(parents) for own in _outputs(parent, args, kwargs, j)]
+                given = [_outputs(network, args, kwargs) for network in rows.values()]
+            else:
+                given = [_outputs(network, args, kwargs) for network in rows.values()]
+                each = zip(*given[:shown], strict=True)
+                means = [reduce(torch.add, (s * v for s, v in zip(shares, own, strict=True))) for own in each]
             for name, own in zip(rows, given, strict=True):
                 _check_shapes(name, own, means)
             distances.add(given, means)
@@ -195,9 +205,9 @@ def compare(
             Row(name, *distances.of(i), None if score is None else _score(score, network, name))
             for i, (name, network) in enumerate(rows.items())
         ]
-        ensemble = _Ensemble(list(rows.values())[: len(models)], shares)
+        ensemble = _Heads(parents) if job.heads else _Ensemble(parents, shares)
         together = None if score is None else _score(score, ensemble, ENSEMBLE)
-    at = len(names) + len(readouts)
+    at = shown + len(readouts)
     return Comparison((*scored[:at], Row(ENSEMBLE, 0.0, 0.0, together), *scored[at:]), rows)
 
 
@@ -207,14 +217,23 @@ def _with_readout(job: Job, data: Data, number: int, shares: Sequence[float], ru
     program = written_out(job.program)
     own = job.states[number]
     return refit(
-        program, job.states, own, lessons, only_last=True, max_memory=run.memory, seed=run.seed, progress=run.progress
+        program,
+        job.states,
+        own,
+        lessons,
+        only_last=True,
+        owner=job.owner,
+        max_memory=run.memory,
+        seed=run.seed,
+        progress=run.progress,
     ).state
 
 
 def _plain_average(job: Job, shares: Sequence[float], data: Data | None) -> fx.GraphModule:
     """The mean of all parameters, nothing matched; BatchNorm statistics are those of calibration data if given."""
     statistics = batch_norm_statistics(job.program)
-    module = bake(job.program, average(UnitMap.still(len(job.states)), job.states, shares, statistics))
+    special = {name: [float(j == number) for j in range(len(shares))] for name, number in job.owner.items()}
+    module = bake(job.program, average(UnitMap.still(len(job.states)), job.states, shares, statistics, special))
     if data is not None:
         recalibrate(module, job.program, data)
     return module
@@ -247,6 +266,18 @@ class _Ensemble(nn.Module):
         return reduce(torch.add, (share * value for share, value in zip(self.shares, values, strict=True)))
 
 
+class _Heads(nn.Module):
+    """The outputs that each of several networks has for its own head."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return tuple(network(*args, **kwargs)[number] for number, network in enumerate(self.networks))
+
+
 def _check_shapes(name: str, own: Sequence[Tensor], means: Sequence[Tensor]) -> None:
     if [v.shape for v in own] != [v.shape for v in means]:
         raise ArchitectureMismatchError(
@@ -259,10 +290,11 @@ def _placed(network: nn.Module, run: Run) -> nn.Module:
     return network if run.device is None else copied(network).to(run.device)
 
 
-def _outputs(network: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The floating-point outputs of a network."""
+def _outputs(network: nn.Module, args: Any, kwargs: Mapping[str, Any], head: int | None = None) -> list[Tensor]:
+    """The floating-point outputs of a network, or of one of its heads."""
     outputs = run_model(network, args, kwargs)
     open_outputs(network, outputs)
+    outputs = outputs if head is None else outputs[head]
     return [
         v.detach()
         for v in pytree.tree_leaves(outputs)

@@ -420,6 +420,46 @@ def test_without_matching_a_fit_is_as_with_it() -> None:
     same(vectors.state_dict()["stem.0.weight"], base + 0.4 * both, 1e-5)
 
 
+# ------------------------------------------------------------------------------------ compared
+
+
+def test_heads_are_compared_with_their_own_networks() -> None:
+    torch.manual_seed(0)
+    a, b = Grouped(3, 0), Grouped(4, 1)
+    first, second = IMAGES[:32], IMAGES[32:]
+    merged = fxmerge.merge(a, b, [first])
+    names = fxmerge.merge(a, b, [first], Recipe(names=("a", "b"), outputs="dict", fit=None))
+    scored: list[Any] = []
+
+    def score(network: nn.Module) -> float:
+        scored.append(pytree.tree_leaves(network(second)))
+        return float(len(scored))
+
+    table = fxmerge.compare({"merge": merged, "named": names}, [a, b], [second], calibration=[first], score=score)
+    assert [row.name for row in table.rows] == [
+        *("model A, new readout", "model B, new readout", "ensemble", "plain average", "merge", "named")
+    ]
+    expected = [a(second).detach(), b(second).detach()]
+    same(scored[-1], expected, 1e-6)  # The ensemble comes last: both networks as they are.
+    for name, network in (("merge", merged), ("named", names), ("plain average", table.networks["plain average"])):
+        found = [o.detach() for o in pytree.tree_leaves(network(second))]
+        shares = [(f - e).square().sum() / (e - e.mean(0)).square().sum() for f, e in zip(found, expected, strict=True)]
+        assert table[name].distance == pytest.approx(float(sum(shares)) / 2, rel=1e-4)
+    control = table.networks["model A, new readout"]
+    same(control(second)[0], expected[0], 1e-2)
+    trunk = {n: t for n, t in control.state_dict().items() if not n.startswith("heads")}
+    assert all(torch.equal(t, a.state_dict()[n]) for n, t in trunk.items())
+
+
+def test_networks_that_are_equal_in_shape_are_compared_by_their_heads_if_asked() -> None:
+    a, b = Grouped(3, 0), Grouped(3, 1)
+    merged = fxmerge.merge(a, b, [IMAGES], Recipe(share="trunk"))
+    table = fxmerge.compare({"merge": merged}, [a, b], [IMAGES], share="trunk")
+    assert [row.name for row in table.rows] == ["ensemble", "plain average", "merge"]
+    with pytest.raises(fxmerge.ArchitectureMismatchError, match="gives outputs of shapes"):
+        fxmerge.compare({"merge": merged}, [a, b], [IMAGES])
+
+
 # ------------------------------------------------------------------------------------ what is refused
 
 
