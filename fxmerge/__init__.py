@@ -18,6 +18,7 @@ from fxmerge.errors import UnitMapError as UnitMapError
 from fxmerge.program.capture import capture as capture
 from fxmerge.recipe import Align as Align
 from fxmerge.recipe import Average as Average
+from fxmerge.recipe import Budget as Budget
 from fxmerge.recipe import LeastSquares as LeastSquares
 from fxmerge.recipe import Readout as Readout
 from fxmerge.recipe import Recipe as Recipe

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,16 +13,19 @@ from torch import fx
 from fxmerge import validate
 from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
-from fxmerge.job import prepare
+from fxmerge.job import prepare, readable_again
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_nearer_parent
+from fxmerge.ordering import error_of
 from fxmerge.pipeline import Prepared, combine, emit, fit, match, renumbered
 from fxmerge.program.run import Inputs
-from fxmerge.recipe import AUTO, Align, Recipe, Run, Zip
+from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import KEY, named_errors, report
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
+
+logger = logging.getLogger(__name__)
 
 
 def merge(
@@ -133,6 +138,9 @@ def merge_many(
     recipe = recipe.settled(data=loader is not None or loaders is not None, base=base is not None)
     assert not isinstance(recipe.match, str) and not isinstance(recipe.combine, str)
     weights = validate.check_weights(recipe.combine.weights, len(models))
+    if isinstance(recipe.share, Budget) and recipe.share.distance is not None:
+        how = {"loaders": loaders, "base": base, "symmetry": symmetry, "example": example, "inputs": inputs, "run": run}
+        return _within_distance(models, loader, recipe, how)
     asked = None if recipe.match is None else recipe.match.reference
     reference = validate.check_reference(asked, len(models), base is not None)
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
@@ -174,6 +182,34 @@ def merge_many(
     )
     merged.meta[KEY] = told.to_dict()
     return merged
+
+
+def _within_distance(
+    models: tuple[Any, ...], loader: Iterable[Any] | None, recipe: Recipe, how: Mapping[str, Any]
+) -> fx.GraphModule:
+    """The merge with the longest trunk that is within a distance of the models.
+
+    Raises:
+        OptionError: if there is none.
+    """
+    budget = recipe.share
+    assert isinstance(budget, Budget) and budget.distance is not None
+    loader = None if loader is None else readable_again(loader)
+    own = None if how["loaders"] is None else [readable_again(one) for one in how["loaders"]]
+    how = {**how, "loaders": own}
+    for_job = {name: how[name] for name in ("loaders", "base", "example", "inputs")}
+    nearest = math.inf, ""
+    for trunk in reversed(prepare(models, loader, how["run"], recipe=recipe, **for_job).trunks):
+        merged = merge_many(models, loader, replace(recipe, share=trunk), **how)
+        distance = error_of(report(merged).errors.get("merged", math.nan))
+        logger.info("with a trunk up to %r the distance is %.3g", trunk, distance)
+        if distance <= budget.distance:
+            return merged
+        nearest = min(nearest, (distance, trunk))
+    raise OptionError(
+        f"Recipe.share is {budget}, but no trunk is within that distance: the nearest ends with {nearest[1]!r}, with "
+        f"{nearest[0]:.3g}. Allow as much, or pass more data."
+    )
 
 
 def align(

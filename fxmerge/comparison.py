@@ -26,7 +26,7 @@ from fxmerge.program.capture import open_outputs
 from fxmerge.program.models import copied, evaluating
 from fxmerge.program.models import run as run_model
 from fxmerge.program.run import Data, Inputs
-from fxmerge.recipe import AUTO, Recipe, Run
+from fxmerge.recipe import AUTO, Budget, Recipe, Run
 from fxmerge.refitting.output_error import feature_rows
 from fxmerge.refitting.refit import Lesson, refit, written_out
 from fxmerge.units.unit_map import UnitMap
@@ -112,7 +112,7 @@ def compare(
     score: Score | None = None,
     calibration: Iterable[Any] | None = None,
     weights: Sequence[float] | None = None,
-    share: str | float = AUTO,
+    share: str | float | Budget = AUTO,
     inputs: Inputs | None = None,
     run: Run | None = None,
 ) -> Comparison:

@@ -19,7 +19,8 @@ from fxmerge import validate
 from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.combine.derived import Derived, not_averaged
 from fxmerge.combine.masks import masks_of
-from fxmerge.emit.fork import Head, equal_names, fork, owner_of
+from fxmerge.emit.fork import Head, equal_names, fork, in_common, owner_of
+from fxmerge.emit.trunk import within
 from fxmerge.errors import ArchitectureMismatchError, CaptureError, LoaderError, OptionError
 from fxmerge.notices import warn_of_small_trunk
 from fxmerge.program.capture import Args, capture_ops, capture_program, check_example
@@ -29,7 +30,7 @@ from fxmerge.program.path import SamePath
 from fxmerge.program.run import Apart, Data, Inputs, Shapes, batch_inputs, check_shape
 from fxmerge.program.training_inputs import left_out, training_only
 from fxmerge.progress import timed
-from fxmerge.recipe import AUTO, Recipe, Run
+from fxmerge.recipe import AUTO, Budget, Recipe, Run
 from fxmerge.shared import equal_names as equal_tensors
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
@@ -44,7 +45,8 @@ class Job:
     """What the stages of one call share: checked inputs, the captured program, and how long each stage took.
 
     `states` are the parameters and buffers of the models. Where the models have heads of their own, the program is of
-    all of them, `heads` tells what is whose, and a state also holds the heads of the other models, as they are.
+    all of them, `heads` tells what is whose, and a state also holds the heads of the other models, as they are. The
+    `trunks` are the nodes with which a trunk within the recipe's budget may end, the shortest trunk first.
     """
 
     model: Model
@@ -57,6 +59,7 @@ class Job:
     seconds: dict[str, float]
     buffers: frozenset[str] = frozenset()
     heads: tuple[Head, ...] = ()
+    trunks: tuple[str, ...] = ()
 
     @cached_property
     def owner(self) -> dict[str, int]:
@@ -185,12 +188,12 @@ def prepare(
             call = surveyed
         elif pytree.tree_structure(surveyed) != pytree.tree_structure(call):
             shapes = {}
-        model, varying = models[0], _varying(shapes)
-        heads: tuple[Head, ...] = ()
+        joined, varying = _Joined(models[0], states), _varying(shapes)
         with timed(logger, seconds, "capture"):
             if recipe is not None:
-                model, states, heads = _together(models, states, names, call, varying, recipe, based=base is not None)
-            program = capture_program(model, *call, varying=varying)
+                joined = _join(models, states, names, call, varying, recipe, based=base is not None)
+            program = capture_program(joined.model, *call, varying=varying)
+        states, heads = joined.states, joined.heads
         _check_shapes(program, shapes)
         if heads:
             warn_of_small_trunk(heads, {name: t.numel() for name, t in states[0].items()}, names)
@@ -203,11 +206,23 @@ def prepare(
             for i in range(1, len(models)):
                 validate.check_same_function(program, modules[i], states[i], *call, names=(names[0], names[i]))
     data = replace(data, check=path) if data is not None else None
-    buffers = frozenset(name for name, _ in (model if heads else modules[0]).named_buffers())
-    return Job(model, states, names, data, call, program, run.progress, seconds, buffers, heads)
+    buffers = frozenset(name for name, _ in (program.module if heads else modules[0]).named_buffers())
+    trunks = joined.trunks
+    return Job(joined.model, states, names, data, call, program, run.progress, seconds, buffers, heads, trunks)
 
 
-def _together(
+@dataclass(frozen=True)
+class _Joined:
+    """The model to capture, the states of all models as it names them, the heads of their own, which are none where all
+    is to be merged, and where a trunk within a budget may end."""
+
+    model: Model
+    states: tuple[dict[str, Tensor], ...]
+    heads: tuple[Head, ...] = ()
+    trunks: tuple[str, ...] = ()
+
+
+def _join(
     models: Sequence[Model],
     states: tuple[dict[str, Tensor], ...],
     names: Sequence[str],
@@ -216,8 +231,8 @@ def _together(
     recipe: Recipe,
     *,
     based: bool,
-) -> tuple[Model, tuple[dict[str, Tensor], ...], tuple[Head, ...]]:
-    """The model to capture, the states as it names them, and the heads of their own: none where all is to be merged.
+) -> _Joined:
+    """Several models as one, as a recipe says.
 
     Raises:
         ArchitectureMismatchError: if the models differ and have no layer in common, or not what they are to share.
@@ -227,7 +242,7 @@ def _together(
     if recipe.share == AUTO:
         try:
             validate.check_same_tensors(states, names)
-            return models[0], states, ()
+            return _Joined(models[0], states)
         except ArchitectureMismatchError as error:
             mismatch = error
     if based:
@@ -236,7 +251,11 @@ def _together(
         raise OptionError(f"Recipe.names has {len(recipe.names)} names for {len(models)} models; give one for each.")
     try:
         modules = [capture_ops(model, *call, varying=varying) for model in models]
-        found = fork(modules, recipe.share, recipe.names, names, by_name=recipe.outputs == "dict")
+        share, trunks = recipe.share, list[str]()
+        if isinstance(share, Budget):
+            trunks = within(modules, in_common(modules)[1], share, call)
+            share = trunks[0]
+        found = fork(modules, share, recipe.names, names, by_name=recipe.outputs == "dict")
     except (ArchitectureMismatchError, CaptureError) as error:
         raise mismatch or error from error
     if found is None:
@@ -246,13 +265,13 @@ def _together(
         own = [{name: state[there] for name, there in to.items()} for to, state in zip(renamed, states, strict=True)]
         states = tuple({name: one[name] for name in states[0]} for one in own)
         validate.check_same_tensors(states, names)
-        return models[0], states, ()
+        return _Joined(models[0], states)
     if recipe.targets == "standardized":
         raise OptionError(
             "Recipe.targets is 'standardized', for outputs that are compared with each other; these networks have "
             "heads of their own. Pass targets='mean'."
         )
-    return found.module, found.states(states), found.heads
+    return _Joined(found.module, found.states(states), found.heads, tuple(trunks))
 
 
 def _without(inputs: Inputs, model: nn.Module, names: Collection[str]) -> Inputs:

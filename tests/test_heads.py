@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxmerge
-from fxmerge import Align, Average, LeastSquares, Readout, Recipe, Repair, Run
+from fxmerge import Align, Average, Budget, LeastSquares, Readout, Recipe, Repair, Run
 from fxmerge.combine.batch_norm import statistics_nodes
-from fxmerge.emit.trunk import learnt
+from fxmerge.emit.trunk import flops, learnt
 from fxmerge.program.capture import capture_ops, capture_program
 from tests.oracle.generator import build, random_recipe
 from tests.slow import examples
@@ -217,6 +217,47 @@ def test_outputs_are_a_tuple_or_a_dict_by_names() -> None:
     assert [o.shape[1] for o in found.values()] == [3, 4, 5]
     same(fxmerge.head(by_name, "y")(IMAGES), found["y"], 1e-6)
     same(fxmerge.head(by_name, 1)(IMAGES), found["y"], 1e-6)
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_a_budget_finds_the_shortest_trunk_that_is_within_it() -> None:
+    a, b = Convolutional(3, 0).eval(), Convolutional(4, 1).eval()
+    sizes = {}
+    for times in (1.1, 1.6, 5.0):
+        merged = fxmerge.merge(a, b, recipe=Recipe(share=Budget(parameters=times), fit=None), example=IMAGES)
+        sizes[times] = size(merged) / size(a)
+        assert sizes[times] <= times
+    assert sorted(sizes.values()) == list(sizes.values()) and len(set(sizes.values())) == 3
+    # By operations it is the first convolutions, on large images, that are worth sharing.
+    merged = fxmerge.merge(a, b, recipe=Recipe(share=Budget(flops=1.4), fit=None), example=IMAGES)
+    work = [flops(capture_ops(m, (IMAGES,)), (IMAGES,), {}) for m in (merged, a)]
+    assert sum(work[0].values()) <= 1.4 * sum(work[1].values())
+    with pytest.raises(fxmerge.OptionError, match=r"with the longest trunk the result has 1\.\d+ times the parameters"):
+        fxmerge.merge(a, b, recipe=Recipe(share=Budget(parameters=1.001), fit=None), example=IMAGES)
+
+
+def test_a_budget_finds_the_longest_trunk_within_a_distance(caplog: pytest.LogCaptureFixture) -> None:
+    a, b = Grouped(3, 0), Grouped(4, 1)
+    data = [torch.randn(200, 2, 8, 8, generator=torch.Generator().manual_seed(0))]
+    found = {}
+    for share in ("stem", "grouped", "head.0"):
+        report = fxmerge.report(fxmerge.merge(a, b, data, Recipe(share=share)))
+        found[share] = report.errors["merged"]
+    assert found["stem"] < found["grouped"] < found["head.0"]
+    limit = (found["grouped"] + found["stem"]) / 2
+    merged = fxmerge.merge(a, b, iter(data), Recipe(share=Budget(distance=limit)))
+    assert fxmerge.report(merged).errors["merged"] <= limit
+    assert any(n.startswith("heads.0.grouped") for n in merged.state_dict())
+    assert not any(n.startswith("heads.0.stem") for n in merged.state_dict())
+    both = fxmerge.merge(a, b, data, Recipe(share=Budget(distance=1, parameters=1.2)))
+    assert size(both) <= 1.2 * size(a)
+    with pytest.raises(fxmerge.OptionError, match="no trunk is within that distance: the nearest ends with"):
+        fxmerge.merge(a, b, data, Recipe(share=Budget(distance=1e-9)))
+    with pytest.raises(fxmerge.OptionError, match="measured while layers are fitted"):
+        fxmerge.merge(a, b, data, Recipe(share=Budget(distance=0.1), fit=None))
 
 
 def test_equal_networks_are_merged_all_through_unless_heads_are_asked_for() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxmerge
-from fxmerge import Align, Average, LeastSquares, Readout, Recipe, Repair, Run, TaskArithmetic, Ties, Zip
+from fxmerge import Align, Average, Budget, LeastSquares, Readout, Recipe, Repair, Run, TaskArithmetic, Ties, Zip
 
 NAN, INF = float("nan"), float("inf")
 
@@ -177,7 +177,8 @@ ZIPS = st.builds(Zip, ALPHAS, SHARES, SHARES, SIMILARITIES, REFERENCES)
 VECTORS = st.builds(TaskArithmetic, SCALES, SOME_WEIGHTS) | st.builds(Ties, st.floats(0.01, 1), SCALES, SOME_WEIGHTS)
 FITS = st.one_of(st.just("auto"), st.none(), *(st.builds(kind, SHARES) for kind in (LeastSquares, Readout, Repair)))
 FREE = NAMES | st.lists(NAMES, max_size=3)
-SHARED = NAMES | st.floats(0.01, 0.99)
+BUDGETS = st.builds(Budget, st.floats(1, 9), st.none() | st.floats(1, 9), st.none() | st.floats(0.01, 1))
+SHARED = NAMES | st.floats(0.01, 0.99) | BUDGETS
 HEADS = st.none() | st.lists(st.text("abc_1", min_size=1), min_size=1, max_size=4, unique=True)
 RECIPES = st.builds(
     Recipe,

@@ -98,8 +98,7 @@ def fork(
         OptionError: if `share` names nothing.
     """
     first = modules[0]
-    pairs = [common_part(first, other) for other in modules[1:]]
-    common = {n for n in first.graph.nodes if n.op != "output" and all(n in own for own in pairs)}
+    pairs, common = in_common(modules)
     if share == "auto" and _equal(modules, pairs):
         return None
     trunk = trunk_of(first, common, share, called)
@@ -110,6 +109,12 @@ def fork(
         )
     names = [str(i) for i in range(len(modules))] if names is None else names
     return _Forking(modules, pairs, trunk, names).made(by_name=by_name)
+
+
+def in_common(modules: Sequence[fx.GraphModule]) -> tuple[list[Pairs], set[fx.Node]]:
+    """For each network but the first, which of its nodes are nodes of the first; and the nodes that all have."""
+    pairs = [common_part(modules[0], other) for other in modules[1:]]
+    return pairs, {n for n in modules[0].graph.nodes if n.op != "output" and all(n in own for own in pairs)}
 
 
 def equal_names(modules: Sequence[fx.GraphModule]) -> list[dict[str, str]] | None:

@@ -8,9 +8,13 @@ from operator import attrgetter
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxmerge.errors import ArchitectureMismatchError, OptionError
+from fxmerge.recipe import Budget
 from fxmerge.symmetry import rules
 
 CALLS = ("call_function", "call_method")
@@ -42,7 +46,7 @@ def trunk_of(
                 f"{called[0]} has no like. Share less, or pass share='auto', which shares what they have in common."
             )
         return _closed(graph, wanted, common)
-    cuts = [_closed(graph, {cut}, common) for cut in _cuts(graph) if cut in common]
+    cuts = [trunk for _, trunk in _trunks(graph, common)]
     total = _count(module, graph.nodes)
     shares = [_count(module, cut) / total for cut in cuts]
     fitting = [cut for cut, own in zip(cuts, shares, strict=True) if own <= share]
@@ -52,6 +56,73 @@ def trunk_of(
             f"{min(shares, default=1):.3g} of the parameters of {called[0]} before it. Share as much, or name a module."
         )
     return fitting[-1]
+
+
+def within(
+    modules: Sequence[fx.GraphModule], common: Collection[fx.Node], budget: Budget, example: tuple[Any, Any]
+) -> list[str]:
+    """The nodes with which a trunk within a budget may end, by name; the shortest trunk comes first. Last layers are of
+    none.
+
+    Arguments:
+        modules: the networks.
+        common: the nodes of the first that all have.
+        budget: for the parameters and the floating-point operations.
+        example: (args, kwargs), on which operations are counted.
+
+    Raises:
+        OptionError: if there is no such trunk.
+    """
+    first, *others = modules
+    last = _last_layers(first.graph)
+    trunks = [(node, own) for node, own in _trunks(first.graph, common) if last.isdisjoint(own)]
+    # Each network but one is spared the trunk.
+    sizes = [_count(m, m.graph.nodes) for m in modules]
+    costs = {"parameters": [(sum(sizes) - len(others) * _count(first, own)) / sizes[0] for _, own in trunks]}
+    if budget.flops is not None:
+        work = [flops(m, *example) for m in modules]
+        whole = [sum(own.values()) for own in work]
+        spared = [len(others) * sum(work[0].get(n, 0) for n in own) for _, own in trunks]
+        costs["flops"] = [(sum(whole) - own) / max(whole[0], 1) for own in spared]
+    good = set(range(len(trunks)))
+    for name, values in costs.items():
+        limit = getattr(budget, name)
+        if limit is not None:
+            good = {i for i in good if values[i] <= limit}
+            if not good:
+                least = min(values, default=float(len(modules)))
+                raise OptionError(
+                    f"Recipe.share is {budget}, but with the longest trunk the result has {least:.3g} times the {name} "
+                    f"of the first network. Allow as much, or pass share='trunk'."
+                )
+    return [node.name for i, (node, _) in enumerate(trunks) if i in good]
+
+
+def flops(module: fx.GraphModule, args: Any, kwargs: Any) -> dict[fx.Node, int]:
+    """How many floating-point operations each node takes on an example, as torch counts them."""
+    counter = _Flops(module)
+    with torch.no_grad():
+        counter.run(*pytree.tree_leaves((tuple(args), dict(kwargs))), enable_io_processing=False)
+    return counter.found
+
+
+class _Flops(fx.Interpreter):
+    """Runs a graph and counts the operations of every node."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counted:
+            value = super().run_node(n)
+        self.found[n] = counted.get_total_flops()
+        return value
+
+
+def _trunks(graph: fx.Graph, common: Collection[fx.Node]) -> list[tuple[fx.Node, set[fx.Node]]]:
+    """The nodes through which all goes, and the trunk that ends with each; the shortest first."""
+    return [(cut, _closed(graph, {cut}, common)) for cut in _cuts(graph) if cut in common]
 
 
 def _closed(graph: fx.Graph, nodes: Iterable[fx.Node], common: Collection[fx.Node]) -> set[fx.Node]:

@@ -5,6 +5,7 @@ from fxmerge.recipe.parts import OWN as OWN
 from fxmerge.recipe.parts import Align as Align
 from fxmerge.recipe.parts import Alpha as Alpha
 from fxmerge.recipe.parts import Average as Average
+from fxmerge.recipe.parts import Budget as Budget
 from fxmerge.recipe.parts import Fit as Fit
 from fxmerge.recipe.parts import LeastSquares as LeastSquares
 from fxmerge.recipe.parts import Readout as Readout

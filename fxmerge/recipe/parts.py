@@ -219,5 +219,45 @@ class Repair(Fit):
     """
 
 
+# -------------------------------------------------------------------------- sharing
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What networks with heads of their own may cost together, or how far from them the result may be. Where their
+    trunk ends follows from it.
+
+    The places considered are those through which all goes that depends on parameters.
+
+    Attributes:
+        parameters: how many parameters the result may have, as a multiple of those of the first network.
+        flops: how many floating-point operations it may take on the example, as a multiple likewise.
+        distance: how far its outputs may be from those of the networks, as a share of their variance, on held-out data:
+            `report(merged).errors["merged"]`. It needs data and a fit.
+
+    With a distance, the longest trunk is taken that is within it and, if these are given, within the other two. Without
+    one, it is the shortest within these, since the less is shared, the nearer the result is to its networks.
+
+    Raises:
+        OptionError: if none is given, or one is not positive.
+
+    Example:
+        >>> Budget(parameters=1.5)
+        Budget(parameters=1.5, flops=None, distance=None)
+    """
+
+    parameters: float | None = None
+    flops: float | None = None
+    distance: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("parameters", "flops", "distance")}
+        for name, value in given.items():
+            if value is not None and not (is_number(value) and value > 0):
+                raise wrong(self, name, "a positive number, or None")
+        if all(value is None for value in given.values()):
+            raise wrong(self, "parameters", "a positive number where flops and distance are None")
+
+
 Match = Zip | Align
 Combine = Average | TaskArithmetic | Ties

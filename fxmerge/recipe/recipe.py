@@ -15,6 +15,7 @@ from fxmerge.recipe.checks import check_word, is_number, wrong
 from fxmerge.recipe.parts import (
     Align,
     Average,
+    Budget,
     Combine,
     Fit,
     LeastSquares,
@@ -41,6 +42,10 @@ PARTS: dict[str, tuple[type, ...]] = {
 }
 
 
+ERRORS = (LeastSquares, Readout)
+"""The fits that measure how far the result is from the models."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How models are merged.
@@ -60,7 +65,7 @@ class Recipe:
             "auto" is what they have in common, from the inputs on; if they are equal all through, everything. "trunk"
             is that without the last layers, though they be equal in shape. The name of a module or node is all up to
             it. A number between 0 and 1 is all up to the last place that no more than that share of the first
-            network's parameters comes before.
+            network's parameters comes before. A `Budget` finds the place.
         outputs: with heads apart, the outputs of all networks: a "tuple" in their order, or a "dict" by `names`.
         names: of the heads, one for each network; None numbers them "0", "1", ...
         free: names of outputs along which units may move, as in `find_symmetry`.
@@ -78,7 +83,7 @@ class Recipe:
     combine: Combine | Literal["auto"] = AUTO
     fit: Fit | Literal["auto"] | None = AUTO
     targets: Targets = "mean"
-    share: str | float = AUTO
+    share: str | float | Budget = AUTO
     outputs: Outputs = "tuple"
     names: tuple[str, ...] | None = None
     free: str | tuple[str, ...] = ()
@@ -103,8 +108,12 @@ class Recipe:
             self._check_task_vectors()
 
     def _check_heads(self) -> None:
-        if not (isinstance(self.share, str) and self.share) and not (is_number(self.share) and 0 < self.share < 1):  # type: ignore[operator]
-            raise wrong(self, "share", "'auto', 'trunk', the name of a module or node, or a number between 0 and 1")
+        share: Any = self.share
+        named = isinstance(share, Budget) or (isinstance(share, str) and share)
+        if not named and not (is_number(share) and 0 < share < 1):
+            raise wrong(
+                self, "share", "'auto', 'trunk', the name of a module or node, a number between 0 and 1 or Budget(...)"
+            )
         if self.names is not None:
             if isinstance(self.names, Sequence) and not isinstance(self.names, str):
                 object.__setattr__(self, "names", tuple(self.names))
@@ -153,6 +162,11 @@ class Recipe:
         match = (Align() if base else Zip()) if self.match == AUTO else self.match
         fit = (LeastSquares() if data and not base else None) if self.fit == AUTO else self.fit
         found = dataclasses.replace(self, match=match, combine=combine, fit=fit)
+        if isinstance(self.share, Budget) and self.share.distance is not None and not isinstance(fit, ERRORS):
+            raise OptionError(
+                "Recipe.share is a Budget with a distance, which is measured while layers are fitted: pass a loader, "
+                "and LeastSquares() or Readout()."
+            )
         if fit is not None and not data:
             raise OptionError(f"Recipe.fit is {type(fit).__name__}, which needs data: pass a loader, or fit=None.")
         if found.targets == "standardized" and not data:
@@ -194,7 +208,7 @@ class Recipe:
             raise OptionError(f"recipe.version is {data['version']!r}; this fxmerge reads version {VERSION}.")
         given = {name: value for name, value in data.items() if name != "version"}
         _check_names("recipe", given, [field.name for field in fields(Recipe)])
-        for name, kinds in PARTS.items():
+        for name, kinds in (*PARTS.items(), ("share", (Budget,))):
             if isinstance(given.get(name), Mapping):
                 given[name] = _part(f"recipe.{name}", given[name], kinds)
         for name in ("free", "names"):
