@@ -186,7 +186,8 @@ def check_same_function(
         raise ArchitectureMismatchError(
             f"{names[0]} and {names[1]} have equal parameter shapes but compute different functions of "
             f"them: with the parameters of {names[1]}, the graph of {names[0]} gives other outputs than "
-            f"{names[1]} itself (output shape {different}); {SAME}"
+            f"{names[1]} itself (output shape {different}); {SAME} To merge what they have in common and keep the rest "
+            "apart, pass Recipe(share='trunk')."
         )
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fxmerge
 from fxmerge.program.capture import capture_program
-from fxmerge.program.emission import duplicate
+from fxmerge.program.emission import duplicate, write_out_of_place, writes
 from tests.slow import crossed
 
 ROUTES = {
@@ -464,3 +464,45 @@ def test_arguments_that_a_decorator_fills_in_are_passed_by_name() -> None:
     emitted = emit(model, x, route="whole")
     torch.testing.assert_close(emitted(x), model(x))
     torch.testing.assert_close(emitted(x, x[:, :2], sign=-1), model(x, x[:, :2], sign=-1))
+
+
+def after_add(x: Tensor) -> Tensor:
+    y = x + 1
+    y.mul_(2)
+    return y * y.relu_()
+
+
+def through_view(x: Tensor) -> Tensor:
+    y = x + 1
+    y[:, :1].mul_(3)
+    return y
+
+
+def read_again(x: Tensor) -> Tensor:
+    y = x.exp()
+    z = y.neg_()
+    return y + z
+
+
+def of_input(x: Tensor) -> Tensor:
+    return (x * 1).view(3, 4).relu_() + x.clone().tanh_().add_(x, alpha=2)
+
+
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [(after_add, []), (through_view, ["mul_"]), (read_again, []), (of_input, ["relu_"])],
+)
+def test_writes_in_place_are_taken_out_where_nothing_sees_them(
+    function: Callable[[Tensor], Tensor], left: list[str]
+) -> None:
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    x = torch.randn(3, 4)
+    module = torch.export.export(Calls(), (x,)).module()
+    assert isinstance(module, fx.GraphModule)
+    write_out_of_place(module.graph)
+    module.recompile()
+    assert [n.target._schema.name.partition("::")[2] for n in module.graph.nodes if writes(n)] == left
+    torch.testing.assert_close(module(x.clone()), function(x.clone()))

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fxmerge.emit.trunk import CALLS, before, first_layer, learnt, trunk_of
 from fxmerge.errors import ArchitectureMismatchError
 from fxmerge.program.common import Pairs, common_part
-from fxmerge.program.emission import TREE
+from fxmerge.program.emission import TREE, writes
 
 HEADS = "heads"
 """The module of a forked network that holds the heads, by name; with an underscore after it where a network has one of
@@ -244,7 +244,7 @@ class _Forking:
     def _head(self, module: fx.GraphModule, own: Pairs, head: Head) -> tuple[Any, ...]:
         """Copies what is of one network alone; gives its outputs."""
         copies = {theirs: self.made_of[node] for node, theirs in own.items() if node in self.made_of}
-        written = any(_writes(n) for n in module.graph.nodes if n not in copies)
+        written = any(writes(n) for n in module.graph.nodes if n not in copies)
         beside: dict[fx.Node, fx.Node] = {}
         shared = set(copies)
         for node in module.graph.nodes:
@@ -297,12 +297,6 @@ def _nested(graph: fx.Graph, outputs: pytree.TreeSpec) -> Any:
     codegen: Any = copy.copy(graph._codegen)
     codegen.pytree_info = codegen.pytree_info._replace(out_spec=outputs)
     return codegen
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether an op changes one of its arguments."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
 
 
 def _has(root: nn.Module, target: str) -> bool:
@@ -377,7 +371,7 @@ def _needed(graph: fx.Graph, outputs: Iterable[fx.Node]) -> set[fx.Node]:
     checks = {n for n in graph.nodes if n.op in CALLS and not n.users and n.is_impure() and n not in own}
     needed = before([*outputs, *checks])
     while True:
-        writing = {n for n in graph.nodes if n not in needed and _writes(n) and n.all_input_nodes[0] in needed}
+        writing = {n for n in graph.nodes if n not in needed and writes(n) and n.all_input_nodes[0] in needed}
         if not writing:
             return needed
         needed |= before(writing)

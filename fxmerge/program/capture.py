@@ -18,7 +18,15 @@ from torch.utils import _pytree as pytree
 from fxmerge.errors import CaptureError, OptionError
 from fxmerge.program import models, trees
 from fxmerge.program.captured import AtenGraph, Program, quiet
-from fxmerge.program.emission import Whole, duplicate, emitted, follow_training, is_told, write_out_guards
+from fxmerge.program.emission import (
+    Whole,
+    duplicate,
+    emitted,
+    follow_training,
+    is_told,
+    write_out_guards,
+    write_out_of_place,
+)
 from fxmerge.program.exporting import Args as Args
 from fxmerge.program.exporting import Kwargs as Kwargs
 from fxmerge.program.exporting import Sizes, at_least_two, export, has_fixed_batch
@@ -105,6 +113,8 @@ def capture_ops(
     try:
         with _tracing(model), evaluating(model), quiet():
             module = _emitted(views, models.copied(model), None)
+            write_out_of_place(module.graph)
+            module.recompile()
             _check_same(views, module)
     except Exception as error:
         raise CaptureError(
