@@ -251,10 +251,10 @@ def _join(
         raise OptionError(f"Recipe.names has {len(recipe.names)} names for {len(models)} models; give one for each.")
     try:
         modules = [capture_ops(model, *call, varying=varying) for model in models]
-        share, trunks = recipe.share, list[str]()
-        if isinstance(share, Budget):
-            trunks = within(modules, in_common(modules)[1], share, call)
-            share = trunks[0]
+        budget, ends = recipe.share, list[fx.Node]()
+        if isinstance(budget, Budget):
+            ends = within(modules, in_common(modules)[1], budget, call)
+        share = ends[0] if isinstance(budget, Budget) else budget
         found = fork(modules, share, recipe.names, names, by_name=recipe.outputs == "dict")
     except (ArchitectureMismatchError, CaptureError) as error:
         raise mismatch or error from error
@@ -271,7 +271,7 @@ def _join(
             "Recipe.targets is 'standardized', for outputs that are compared with each other; these networks have "
             "heads of their own. Pass targets='mean'."
         )
-    return _Joined(found.module, found.states(states), found.heads, tuple(trunks))
+    return _Joined(found.module, found.states(states), found.heads, tuple(n.name for n in ends))
 
 
 def _without(inputs: Inputs, model: nn.Module, names: Collection[str]) -> Inputs:

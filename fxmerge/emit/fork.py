@@ -75,7 +75,7 @@ def owner_of(heads: Sequence[Head]) -> dict[str, int]:
 
 def fork(
     modules: Sequence[fx.GraphModule],
-    share: str | float,
+    share: str | float | fx.Node,
     names: Sequence[str] | None,
     called: Sequence[str],
     *,
@@ -85,7 +85,7 @@ def fork(
 
     Arguments:
         modules: the networks as graphs of ops.
-        share: what they are to share: see `Recipe.share`.
+        share: what they are to share: see `Recipe.share`; or the node of the first network with which that ends.
         names: of the heads; by default their numbers.
         called: what to call the networks in errors.
         by_name: whether the output is a dict by the names of the heads, and not a tuple.

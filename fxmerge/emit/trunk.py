@@ -21,10 +21,23 @@ CALLS = ("call_function", "call_method")
 
 
 def trunk_of(
-    module: fx.GraphModule, common: Collection[fx.Node], share: str | float, called: Sequence[str]
+    module: fx.GraphModule, common: Collection[fx.Node], share: str | float | fx.Node, called: Sequence[str]
 ) -> set[fx.Node]:
-    """The nodes to share, of those that all networks have."""
+    """The nodes to share, of those that all networks have.
+
+    Arguments:
+        module: the first network.
+        common: the nodes of it that all networks have.
+        share: see `Recipe.share`; or the node with which the trunk ends.
+        called: what to call the networks in errors.
+
+    Raises:
+        ArchitectureMismatchError: if the networks differ in what they are to share.
+        OptionError: if `share` names nothing, or is less than the first layers have.
+    """
     graph = module.graph
+    if isinstance(share, fx.Node):
+        return _closed(graph, {share}, common)
     if share == "auto":
         return set(common)
     if share == "trunk":
@@ -60,9 +73,8 @@ def trunk_of(
 
 def within(
     modules: Sequence[fx.GraphModule], common: Collection[fx.Node], budget: Budget, example: tuple[Any, Any]
-) -> list[str]:
-    """The nodes with which a trunk within a budget may end, by name; the shortest trunk comes first. Last layers are of
-    none.
+) -> list[fx.Node]:
+    """The nodes with which a trunk within a budget may end; the shortest trunk comes first. Last layers are of none.
 
     Arguments:
         modules: the networks.
@@ -95,7 +107,7 @@ def within(
                     f"Recipe.share is {budget}, but with the longest trunk the result has {least:.3g} times the {name} "
                     f"of the first network. Allow as much, or pass share='trunk'."
                 )
-    return [node.name for i, (node, _) in enumerate(trunks) if i in good]
+    return [node for i, (node, _) in enumerate(trunks) if i in good]
 
 
 def flops(module: fx.GraphModule, args: Any, kwargs: Any) -> dict[fx.Node, int]:
