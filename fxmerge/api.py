@@ -21,7 +21,7 @@ from fxmerge.pipeline import Prepared, combine, emit, fit, match, renumbered
 from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
-from fxmerge.reporting import KEY, named_errors, report
+from fxmerge.reporting import attach, named_errors, report
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
 
@@ -180,7 +180,7 @@ def merge_many(
         errors=named_errors(refitted.errors),
         held_out=refitted.held_out,
     )
-    merged.meta[KEY] = told.to_dict()
+    attach(told, merged)
     return merged
 
 
@@ -258,7 +258,7 @@ def align(
         quality=renumbered(matching.quality, ()),
         objective=matching.objectives,
     )
-    aligned.meta[KEY] = told.to_dict()
+    attach(told, aligned)
     return aligned
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fxmerge import validate
 from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.combine.derived import Derived, not_averaged
 from fxmerge.combine.masks import masks_of
-from fxmerge.emit.fork import Head, equal_names, fork, in_common, owner_of
+from fxmerge.emit.fork import Head, fork, in_common, names_in, owner_of
 from fxmerge.emit.trunk import within
 from fxmerge.errors import ArchitectureMismatchError, CaptureError, LoaderError, OptionError
 from fxmerge.notices import warn_of_small_trunk
@@ -31,7 +31,7 @@ from fxmerge.program.run import Apart, Data, Inputs, Shapes, batch_inputs, check
 from fxmerge.program.training_inputs import left_out, training_only
 from fxmerge.progress import timed
 from fxmerge.recipe import AUTO, Budget, Recipe, Run
-from fxmerge.shared import equal_names as equal_tensors
+from fxmerge.shared import equal_names
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
@@ -84,7 +84,7 @@ class Job:
     @cached_property
     def of_one_model(self) -> list[str]:
         """The buffers that differ between models, and cannot be averaged nor derived anew."""
-        known = set(self.derived.names if self.derived else ()) | equal_tensors(self.states)
+        known = set(self.derived.names if self.derived else ()) | equal_names(self.states)
         names = not_averaged(self.program, self.own_buffers - known)
         if names:
             logger.warning(
@@ -188,23 +188,32 @@ def prepare(
             call = surveyed
         elif pytree.tree_structure(surveyed) != pytree.tree_structure(call):
             shapes = {}
-        joined, varying = _Joined(models[0], states), _varying(shapes)
+        varying = _varying(shapes)
+        join = partial(_join, models, states, names, call, varying, recipe or Recipe(), based=base is not None)
         with timed(logger, seconds, "capture"):
-            if recipe is not None:
-                joined = _join(models, states, names, call, varying, recipe, based=base is not None)
+            joined = _Joined(models[0], states) if recipe is None else join(None)
             program = capture_program(joined.model, *call, varying=varying)
+            try:
+                for i in range(1, len(models) if not joined.heads else 0):
+                    validate.check_same_function(program, modules[i], joined.states[i], *call, (names[0], names[i]))
+            except ArchitectureMismatchError as mismatch:
+                if recipe is None or recipe.share != AUTO or base is not None:
+                    raise
+                joined = join(mismatch)
+                program = capture_program(joined.model, *call, varying=varying)
         states, heads = joined.states, joined.heads
+        if recipe is not None and recipe.names is not None and not heads:
+            raise OptionError(
+                "Recipe.names is given, but the networks are equal all through, so that they have one head: pass "
+                "share='trunk' to keep theirs apart."
+            )
         _check_shapes(program, shapes)
         if heads:
             warn_of_small_trunk(heads, {name: t.numel() for name, t in states[0].items()}, names)
+            validate.check_heads(program, modules, states, call, names)
         path = SamePath(program, modules, states, names, call) if program.follows_path else None
         if path is not None:
             path.check_example()
-        if heads:
-            validate.check_heads(program, modules, states, call, names)
-        else:
-            for i in range(1, len(models)):
-                validate.check_same_function(program, modules[i], states[i], *call, names=(names[0], names[i]))
     data = replace(data, check=path) if data is not None else None
     buffers = frozenset(name for name, _ in (program.module if heads else modules[0]).named_buffers())
     trunks = joined.trunks
@@ -229,17 +238,22 @@ def _join(
     call: tuple[Args, dict[str, Any]],
     varying: set[tuple[int, int]],
     recipe: Recipe,
+    mismatch: ArchitectureMismatchError | None,
     *,
     based: bool,
 ) -> _Joined:
     """Several models as one, as a recipe says.
 
+    Arguments:
+        mismatch: what is known of why the models are not equal all through.
+
     Raises:
         ArchitectureMismatchError: if the models differ and have no layer in common, or not what they are to share.
         OptionError: if models are to have heads of their own, and something else is asked for that needs equal ones.
     """
-    mismatch: ArchitectureMismatchError | None = None
-    if recipe.share == AUTO:
+    if recipe.names is not None and len(recipe.names) != len(models):
+        raise OptionError(f"Recipe.names has {len(recipe.names)} names for {len(models)} models; give one for each.")
+    if recipe.share == AUTO and mismatch is None:
         try:
             validate.check_same_tensors(states, names)
             return _Joined(models[0], states)
@@ -247,20 +261,22 @@ def _join(
             mismatch = error
     if based:
         raise mismatch or OptionError("With a base, networks have no heads of their own: leave share at 'auto'.")
-    if recipe.names is not None and len(recipe.names) != len(models):
-        raise OptionError(f"Recipe.names has {len(recipe.names)} names for {len(models)} models; give one for each.")
     try:
         modules = [capture_ops(model, *call, varying=varying) for model in models]
-        budget, ends = recipe.share, list[fx.Node]()
+        budget, ends, by_name = recipe.share, list[fx.Node](), recipe.match is None
         if isinstance(budget, Budget):
-            ends = within(modules, in_common(modules)[1], budget, call)
+            ends = within(modules, in_common(modules, by_name=by_name)[1], budget, call)
         share = ends[0] if isinstance(budget, Budget) else budget
-        found = fork(modules, share, recipe.names, names, by_name=recipe.outputs == "dict")
+        found = fork(modules, share, recipe.names, names, as_dict=recipe.outputs == "dict", by_name=by_name)
     except (ArchitectureMismatchError, CaptureError) as error:
-        raise mismatch or error from error
+        if mismatch is None:
+            raise
+        raise ArchitectureMismatchError(
+            f"{str(mismatch).removesuffix(validate.SAME)}what they have in common cannot be merged either: {error}"
+        ) from error
     if found is None:
-        renamed = equal_names(modules)
-        if renamed is None:
+        renamed = names_in(modules)
+        if renamed is None or renamed == [renamed[0]] * len(models):
             raise mismatch or ArchitectureMismatchError(f"{names[0]} and {names[1]} differ in what they save.")
         own = [{name: state[there] for name, there in to.items()} for to, state in zip(renamed, states, strict=True)]
         states = tuple({name: one[name] for name in states[0]} for one in own)

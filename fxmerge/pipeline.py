@@ -233,7 +233,7 @@ def fit(
 def _lessons(job: Job, weights: Sequence[float], own: float, order: Sequence[int]) -> Iterable[Lesson]:
     """Every batch, and how much each model counts in what is to be learnt on it."""
     assert job.data is not None
-    for owner, call in job.data.owned():
+    for owner, call in job.data.owned("reading batches"):
         shares = [w if owner is None else own * (i == owner) + (1 - own) * w for i, w in enumerate(weights)]
         of = None if owner is None else order.index(owner)
         yield Lesson(call, tuple(shares[i] for i in order), 1.0 if owner is None else weights[owner], of)
@@ -254,7 +254,7 @@ def emit(group: Prepared, state: Mapping[str, Tensor], *, calibrate: bool) -> fx
         module = bake(job.program, state)
     if job.data is not None and calibrate:
         with job.timed("calibration"):
-            recalibrate(module, job.program, job.data, group.shared)
+            recalibrate(module, job.program, job.data, group.shared, job.owner)
     return module
 
 

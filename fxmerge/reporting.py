@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from fxmerge.errors import OptionError
 from fxmerge.refitting.output_error import OutputErrors
@@ -14,6 +14,16 @@ from fxmerge.symmetry.group import Symmetry
 
 KEY = "fxmerge"
 """The entry of a GraphModule's `meta` in which its report lies."""
+
+
+PICKLED = "fxmerge_report"
+"""The attribute by which a report outlives pickling, which takes the `meta` of a GraphModule away."""
+
+
+def attach(report: Report, module: fx.GraphModule) -> None:
+    """Gives a network its report."""
+    module.meta[KEY] = report.to_dict()
+    setattr(module, PICKLED, module.meta[KEY])
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ def report(module: nn.Module) -> Report:
         >>> sorted(fxmerge.report(merged).layers)
         ['0.weight', '2.weight']
     """
-    found = getattr(module, "meta", {}).get(KEY)
+    found = getattr(module, "meta", {}).get(KEY) or getattr(module, PICKLED, None)
     if not isinstance(found, Mapping) or {f.name for f in fields(Report)} != set(found):
         raise OptionError(
             f"The {type(module).__name__} has no report of this version of fxmerge; pass what merge, merge_many or "

@@ -186,8 +186,7 @@ def check_same_function(
         raise ArchitectureMismatchError(
             f"{names[0]} and {names[1]} have equal parameter shapes but compute different functions of "
             f"them: with the parameters of {names[1]}, the graph of {names[0]} gives other outputs than "
-            f"{names[1]} itself (output shape {different}); {SAME} To merge what they have in common and keep the rest "
-            "apart, pass Recipe(share='trunk')."
+            f"{names[1]} itself ({different}); {SAME}"
         )
 
 
@@ -209,18 +208,20 @@ def check_heads(
         if different is not None:
             raise ArchitectureMismatchError(
                 f"The graph of what the networks share, with the parameters of {name}, gives other outputs than {name} "
-                f"itself (output shape {different}). Share less: pass a Recipe whose share is an earlier module."
+                f"itself ({different}). Share less: pass a Recipe whose share is an earlier module."
             )
         start += len(expected)
 
 
-def _different(expected: Sequence[Any], got: Sequence[Any]) -> tuple[int, ...] | None:
-    """The shape of the first output that is another one than expected."""
-    for a, b in zip(expected, got, strict=False):
+def _different(expected: Sequence[Any], got: Sequence[Any]) -> str | None:
+    """What is other than expected; None if nothing is."""
+    if len(expected) != len(got):
+        return f"{len(got)} outputs in place of {len(expected)}"
+    for a, b in zip(expected, got, strict=True):
         if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()):
             scale = float(a.detach().abs().max()) or 1.0  # A parameter may be an output.
             if a.shape != b.shape or not torch.allclose(a / scale, b / scale, rtol=1e-2, atol=1e-3, equal_nan=True):
-                return tuple(b.shape)
+                return f"output shape {tuple(b.shape)}"
     return None
 
 

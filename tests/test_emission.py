@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import fxmerge
 from fxmerge.program.capture import capture_program
-from fxmerge.program.emission import duplicate, write_out_of_place, writes
+from fxmerge.program.emission import duplicate
+from fxmerge.program.memory import write_out_of_place, writes
 from tests.slow import crossed
 
 ROUTES = {

@@ -508,11 +508,198 @@ def test_networks_that_are_equal_in_shape_are_compared_by_their_heads_if_asked()
         fxmerge.compare({"merge": merged}, [a, b], [IMAGES])
 
 
+# ------------------------------------------------------------------------------------ kinds of networks
+
+
+class Made(nn.Module):
+    """A trunk of two layers, and what a test makes of their output."""
+
+    def __init__(self, then: Any, seed: int = 0, between: Any = None, **own: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 5)
+        self.then, self.between = then, between or (lambda y: y)
+        for name, value in own.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.then(self, self.b(self.between(self.a(x).tanh())).tanh())
+
+
+ROWS = torch.randn(8, 4, generator=GENERATOR).double()
+
+
+@torch.no_grad()
+def both_are_given_back(a: nn.Module, b: nn.Module, recipe: Recipe = ALIGNED, x: Tensor = ROWS) -> Any:
+    """The trunks are equal: nothing is lost, by the whole and by each head alone."""
+    a, b = a.double().eval(), b.double().eval()
+    merged = fxmerge.merge(a, b, recipe=recipe, example=x)
+    for number, model in enumerate((a, b)):
+        same(merged(x)[number], model(x))
+        alone = fxmerge.head(merged, number)
+        same(alone(x), model(x))
+        assert list(alone.state_dict()) == list(model.state_dict())
+        again = copy.deepcopy(model)
+        again.load_state_dict(alone.state_dict())
+        same(again(x), model(x))
+    return merged
+
+
+def layer(classes: int, seed: int) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(5, classes)
+
+
+@pytest.mark.parametrize("share", ["auto", "trunk"])
+def test_what_is_computed_of_a_heads_weights_alone_is_of_the_head(share: str) -> None:
+    """It has the same ops and shapes in both networks, and no input reaches it."""
+
+    def normalized(net: Any, f: Tensor) -> Tensor:
+        return F.linear(F.normalize(f), F.normalize(net.w)) * net.temperature.exp()
+
+    def own(classes: int) -> dict[str, Any]:
+        torch.manual_seed(classes)
+        return {"w": nn.Parameter(torch.randn(classes, 5)), "temperature": nn.Parameter(torch.randn(()))}
+
+    def transposed(net: Any, f: Tensor) -> Any:
+        return f @ net.w.t() * net.temperature
+
+    for then in (normalized, transposed):
+        one, other = Made(then, **own(3)), Made(then, **own(4 if share == "auto" else 3))
+        with torch.no_grad():
+            other.temperature += 1  # type: ignore[operator]
+        merged = both_are_given_back(one, other, Recipe(match=Align(), share=share, fit=None))
+        assert {"heads.0.w", "heads.1.temperature"} <= set(merged.state_dict())
+    parametrized = torch.nn.utils.parametrizations.weight_norm
+    heads = [Made(lambda net, f: net.h(f), h=parametrized(layer(3, seed))) for seed in (1, 2)]
+    both_are_given_back(*heads, Recipe(match=Align(), share="trunk", fit=None))
+
+
+def test_a_tied_weight_of_the_first_network_is_found_under_its_name_in_the_others() -> None:
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.e, self.h = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+            self.h.weight = self.e.weight
+
+        def forward(self, t: Tensor) -> Tensor:
+            out: Tensor = self.h(self.e(t).tanh())
+            return out
+
+    class Tagger(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.e, self.h = nn.Embedding(11, 8), nn.Linear(8, classes)
+
+        def forward(self, t: Tensor) -> Tensor:
+            out: Tensor = self.h(self.e(t).tanh())
+            return out
+
+    for classes in (3, 15):
+        merged = both_are_given_back(Language(), Tagger(classes), x=TOKENS)
+        assert not dict(merged.named_buffers())
+        alone = fxmerge.head(merged, 1)
+        alone(TOKENS).sum().backward()
+        assert all(p.grad is not None for p in alone.parameters())
+        both_are_given_back(Tagger(classes), Language(), x=TOKENS)
+
+
+def written(y: Tensor) -> Tensor:
+    y[:3] += 1.0
+    return y
+
+
+def through_a_view(y: Tensor) -> Tensor:
+    v = y[:3]
+    v.add_(1.0)
+    return y
+
+
+def through_views(y: Tensor) -> Tensor:
+    y.view(-1, 2).mul_(2.0)
+    y.chunk(2, 1)[0].mul_(3.0)
+    return y
+
+
+@pytest.mark.parametrize("write", [written, through_a_view, through_views])
+def test_writes_in_place_through_views_are_kept(write: Any) -> None:
+    heads = [Made(lambda net, f: net.h(f), between=write, h=layer(n, n)) for n in (3, 4)]
+    both_are_given_back(*heads)
+    for share in ("b", "trunk"):
+        equal = [Made(lambda net, f: net.h(f), between=write, h=layer(3, n)) for n in (3, 4)]
+        both_are_given_back(*equal, Recipe(match=Align(), share=share, fit=None))
+    both_are_given_back(*(Made(lambda net, f: net.h(write(f)), h=layer(n, n)) for n in (3, 4)))
+    mixed = Made(lambda net, f: net.h(f), h=layer(3, 1)), Made(lambda net, f: net.h(write(f)), h=layer(4, 2))
+    both_are_given_back(*mixed)
+
+
+def test_numbers_in_buffers_that_differ_are_not_shared() -> None:
+    class Ordered(Made):
+        def __init__(self, order: list[int], classes: int) -> None:
+            super().__init__(lambda net, f: net.h(f[:, net.order]), h=layer(classes, classes))
+            self.register_buffer("order", torch.tensor(order))
+
+    both_are_given_back(Ordered([0, 1, 2, 3, 4], 3), Ordered([4, 3, 2, 1, 0], 4))
+    merged = both_are_given_back(Ordered([0, 2, 1, 3, 4], 3), Ordered([0, 2, 1, 3, 4], 4))
+    assert "order" in merged.state_dict()
+
+
+def test_networks_of_equal_shapes_and_other_functions_keep_heads_of_their_own() -> None:
+    h = layer(3, 1)
+    two = both_are_given_back(
+        Made(lambda net, f: net.h(f), h=h), Made(lambda net, f: (net.h(f), net.h(f).exp()), h=copy.deepcopy(h))
+    )
+    assert len(two(ROWS)[1]) == 2
+    both_are_given_back(Made(lambda net, f: net.h(f), h=h), Made(lambda net, f: net.h(f).sigmoid(), h=copy.deepcopy(h)))
+
+
+def test_without_matching_layers_of_one_name_belong_together() -> None:
+    class Branches(nn.Module):
+        def __init__(self, first: int, second: int) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.l1, self.l2 = nn.Linear(4, 5), nn.Linear(4, 5)
+            self.h1, self.h2 = nn.Linear(5, first), nn.Linear(5, second)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.h1(self.l1(x).relu()), self.h2(self.l2(x).relu())
+
+    both_are_given_back(Branches(3, 4), Branches(4, 5), Recipe(match=None))
+
+
+def test_statistics_of_a_head_are_of_its_own_data() -> None:
+    def head(classes: int) -> dict[str, nn.Module]:
+        return {"n": nn.BatchNorm1d(5), "h": layer(classes, classes)}
+
+    generator = torch.Generator().manual_seed(1)
+    x = [torch.randn(400, 4, generator=generator), torch.randn(400, 4, generator=generator) * 3 + 1]
+    models = [Made(lambda net, f: net.h(net.n(f)), **head(3 + number)) for number in range(2)]
+    with torch.no_grad():
+        for model, own in zip(models, x, strict=True):
+            model.n.momentum = None  # type: ignore[assignment, union-attr]
+            model.train()(own)
+            model.eval()
+    for fit in (None, LeastSquares(), Readout()):
+        merged = fxmerge.merge(*models, loaders=[[x[0]], [x[1]]], recipe=Recipe(match=Align(), fit=fit, share="b"))
+        for number, (model, own) in enumerate(zip(models, x, strict=True)):
+            same(merged(own)[number], model(own), 1e-2)
+
+
+def test_the_report_outlives_pickling_and_what_does_not_is_told(forked: Any) -> None:
+    merged, _ = forked
+    again = pickle.loads(pickle.dumps(merged))
+    assert fxmerge.report(again) == fxmerge.report(merged)
+    with pytest.raises(fxmerge.OptionError, match="take its heads out before it is pickled"):
+        fxmerge.head(again, "b")
+
+
 # ------------------------------------------------------------------------------------ what is refused
 
 
 def test_networks_that_have_nothing_in_common_are_refused() -> None:
-    with pytest.raises(fxmerge.ArchitectureMismatchError, match="only models of one architecture can be merged"):
+    with pytest.raises(fxmerge.ArchitectureMismatchError, match="what they have in common cannot be merged either"):
         fxmerge.merge(nn.Linear(8, 3), nn.Linear(8, 4), [torch.randn(4, 8)])
     with pytest.raises(fxmerge.ArchitectureMismatchError, match="'linear' with 'weight' of shape"):
         fxmerge.merge(nn.Linear(8, 3), nn.Linear(8, 4), [torch.randn(4, 8)], Recipe(share="trunk"))
@@ -526,6 +713,11 @@ def test_what_does_not_go_with_heads_is_refused() -> None:
         fxmerge.merge(a, b, [IMAGES], Recipe(targets="standardized"))
     with pytest.raises(fxmerge.OptionError, match="names has 3 names for 2 models"):
         fxmerge.merge(a, b, [IMAGES], Recipe(names=("a", "b", "c")))
+    with pytest.raises(fxmerge.OptionError, match="names is given, but the networks are equal all through"):
+        fxmerge.merge(a, c, [IMAGES], Recipe(names=("a", "b")))
+    for names in (("train", "b"), ("a.b", "c"), ("a", "a"), ('"', "a"), ("forward", "a")):
+        with pytest.raises(fxmerge.OptionError, match=r"Recipe\.names is .* one name for each network"):
+            Recipe(names=names)
     with pytest.raises(fxmerge.OptionError, match="'nowhere', which is no module or node"):
         fxmerge.merge(a, b, [IMAGES], Recipe(share="nowhere"))
 

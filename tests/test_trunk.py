@@ -72,7 +72,7 @@ def test_up_to_a_share_of_the_parameters() -> None:
 
 
 def test_a_share_below_the_first_layer_says_what_that_has() -> None:
-    with pytest.raises(fxmerge.OptionError, match=r"share is 0\.01, but the first place .* has 0\.165 of the param"):
+    with pytest.raises(fxmerge.OptionError, match=r"share is 0\.01, but the first node .* has 0\.165 of the param"):
         trunk(0.01)
 
 

@@ -78,15 +78,18 @@ def _normalizes(node: fx.Node) -> bool:
 class _Estimator(Runner):
     """Runs a model with the statistics of each batch, and keeps their cumulative average."""
 
-    def __init__(self, program: Program, statistics: Mapping[str, Tensor]) -> None:
+    def __init__(self, program: Program, statistics: Mapping[str, Tensor], owner: Mapping[str, int]) -> None:
         super().__init__(program)
-        self.statistics = statistics
+        self.statistics, self.owner = statistics, owner
+        self.batch_of: int | None = None
         placeholders = program.graph.graph.find_nodes(op="placeholder")
         self.names = {n: name for n, (_, name) in zip(placeholders, self.sources, strict=True)}
         self.seen: Counter[str] = Counter()
 
     def run_node(self, n: fx.Node) -> Any:
         mean_name, variance_name = self._statistics_of(n)
+        of = self.owner.get(mean_name)
+        counts = None in (of, self.batch_of) or of == self.batch_of
         if mean_name not in self.statistics:
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
@@ -96,7 +99,7 @@ class _Estimator(Runner):
                 f"BatchNorm statistics at graph node {n.name!r} cannot be estimated from a batch with one value per "
                 f"channel (input shape {tuple(x.shape)}); use larger batches."
             )
-        rows = x.numel() // x.shape[1]
+        rows = x.numel() // x.shape[1] if counts else 0
         self.seen[mean_name] += rows
         y = functional.batch_norm(
             x,
@@ -105,7 +108,7 @@ class _Estimator(Runner):
             weight,
             bias,
             training=True,
-            momentum=rows / self.seen[mean_name],
+            momentum=rows / max(self.seen[mean_name], 1),
             eps=next(a for a in reversed(args) if type(a) is float),
         )
         return (y, *(x.new_empty(0),) * 2) if isinstance(n.meta["val"], (tuple, list)) else y
@@ -118,7 +121,13 @@ class _Estimator(Runner):
         return self.names.get(mean, ""), self.names.get(variance, "")
 
 
-def recalibrate(module: nn.Module, program: Program, data: Data, shared: Collection[str] = ()) -> int:
+def recalibrate(
+    module: nn.Module,
+    program: Program,
+    data: Data,
+    shared: Collection[str] = (),
+    owner: Mapping[str, int] | None = None,
+) -> int:
     """Re-estimates the BatchNorm statistics of a module over a loader, in place.
 
     All layers together, as cumulative averages over the batches of each batch's mean and unbiased
@@ -130,6 +139,8 @@ def recalibrate(module: nn.Module, program: Program, data: Data, shared: Collect
         data: calibration batches.
         shared: names of tensors that are equal in all models. Statistics among them stay, if all parameters before
             them are, too.
+        owner: for statistics that are of one model alone, its number: of data that are of one model, they count its
+            own only.
 
     Returns:
         The number of layers re-estimated; 0 if the model has none, in which case no data is read.
@@ -140,8 +151,8 @@ def recalibrate(module: nn.Module, program: Program, data: Data, shared: Collect
         return 0
     state = module.state_dict()
     statistics = {n: torch.zeros_like(state[n]) for pair in names for n in pair}
-    estimator = _Estimator(program, statistics)
-    for args, kwargs in data.batches("BatchNorm statistics"):
+    estimator = _Estimator(program, statistics, owner or {})
+    for estimator.batch_of, (args, kwargs) in data.owned("BatchNorm statistics"):
         estimator.call(state, args, kwargs)
     if not estimator.seen:
         raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")

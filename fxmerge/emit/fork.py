@@ -12,10 +12,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.emit.trunk import CALLS, before, first_layer, learnt, trunk_of
-from fxmerge.errors import ArchitectureMismatchError
+from fxmerge.emit.trunk import CALLS, first_layer, learnt, trunk_of
+from fxmerge.errors import ArchitectureMismatchError, OptionError
 from fxmerge.program.common import Pairs, common_part
-from fxmerge.program.emission import TREE, writes
+from fxmerge.program.emission import TREE
+from fxmerge.program.memory import needed, writes
+from fxmerge.program.models import tensors as tensors_of
 
 HEADS = "heads"
 """The module of a forked network that holds the heads, by name; with an underscore after it where a network has one of
@@ -79,6 +81,7 @@ def fork(
     names: Sequence[str] | None,
     called: Sequence[str],
     *,
+    as_dict: bool = False,
     by_name: bool = False,
 ) -> Fork | None:
     """Makes several networks one graph.
@@ -88,7 +91,8 @@ def fork(
         share: what they are to share: see `Recipe.share`; or the node of the first network with which that ends.
         names: of the heads; by default their numbers.
         called: what to call the networks in errors.
-        by_name: whether the output is a dict by the names of the heads, and not a tuple.
+        as_dict: whether the output is a dict by the names of the heads, and not a tuple.
+        by_name: as for `common_part`.
 
     Returns:
         The graph; None if the networks are equal all through and are to share everything.
@@ -98,26 +102,30 @@ def fork(
         OptionError: if `share` names nothing.
     """
     first = modules[0]
-    pairs, common = in_common(modules)
+    pairs, common = in_common(modules, by_name=by_name)
     if share == "auto" and _equal(modules, pairs):
         return None
     trunk = trunk_of(first, common, share, called)
     if not any(n.op == "get_attr" for n in trunk):
+        if any(n.op == "get_attr" for n in common):
+            raise ArchitectureMismatchError(
+                f"Recipe.share is {share!r}, and no layer of {called[0]} comes before the trunk would end. Share more."
+            )
         raise ArchitectureMismatchError(
             f"{' and '.join(called[:2])} have no layer in common, from the inputs on: the first one of {called[0]} is "
             f"{first_layer(first)}. Networks that share a trunk can be merged, or equal ones."
         )
     names = [str(i) for i in range(len(modules))] if names is None else names
-    return _Forking(modules, pairs, trunk, names).made(by_name=by_name)
+    return _Forking(modules, pairs, trunk, names).made(as_dict=as_dict)
 
 
-def in_common(modules: Sequence[fx.GraphModule]) -> tuple[list[Pairs], set[fx.Node]]:
+def in_common(modules: Sequence[fx.GraphModule], *, by_name: bool = False) -> tuple[list[Pairs], set[fx.Node]]:
     """For each network but the first, which of its nodes are nodes of the first; and the nodes that all have."""
-    pairs = [common_part(modules[0], other) for other in modules[1:]]
+    pairs = [common_part(modules[0], other, by_name=by_name) for other in modules[1:]]
     return pairs, {n for n in modules[0].graph.nodes if n.op != "output" and all(n in own for own in pairs)}
 
 
-def equal_names(modules: Sequence[fx.GraphModule]) -> list[dict[str, str]] | None:
+def names_in(modules: Sequence[fx.GraphModule]) -> list[dict[str, str]] | None:
     """Where networks are equal all through but for the names of their tensors: for every network the names of its
     tensors by those of the first one. Else None."""
     pairs = [common_part(modules[0], other) for other in modules[1:]]
@@ -151,7 +159,7 @@ def _equal(modules: Sequence[fx.GraphModule], pairs: Sequence[Pairs]) -> bool:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return module.state_dict(keep_vars=True)
+    return tensors_of(module, keep_vars=True)
 
 
 def _renamed(
@@ -208,7 +216,7 @@ class _Forking:
         self.made_of: dict[fx.Node, fx.Node] = {}  # By nodes of the first network.
         self.attributes: dict[str, fx.Node] = {}
 
-    def made(self, *, by_name: bool) -> Fork:
+    def made(self, *, as_dict: bool) -> Fork:
         """The networks as one graph."""
         first = self.modules[0]
         numbered = enumerate(zip(self.modules, self.pairs, strict=True))
@@ -216,16 +224,16 @@ class _Forking:
         self._hold(heads)
         for node in first.graph.nodes:
             if node in self.trunk:
-                self._copy(node, first, self.made_of, lambda target: target)
+                self._copy(node, first, self.made_of, lambda target: heads[0].keys.get(target, target))
         outputs = [self._head(*each) for each in zip(self.modules, self.pairs, heads, strict=True)]
         self.graph.output(tuple(value for own in outputs for value in own))
-        self.graph.set_codegen(self._codegen(by_name))
+        self.graph.set_codegen(self._codegen(as_dict))
         return Fork(_graph_module(self.root, self.graph, "Fork").eval(), tuple(heads))
 
     def _place(self, number: int, module: fx.GraphModule, own: Pairs) -> Head:
         """Where every tensor of a network is in the forked one."""
         shared = _renamed(self.modules[0], module, own, self.trunk)
-        taken = any(name.startswith(f"{HEADS}.") for name in self.modules[0].state_dict())
+        taken = hasattr(self.modules[0], HEADS)
         prefix = f"{HEADS}{'_' * taken}.{self.names[number]}."
         first: dict[int, str] = {}
         own_names = {name: first.setdefault(id(tensor), name) for name, tensor in _tensors(module).items()}
@@ -277,12 +285,12 @@ class _Forking:
             self.attributes[target] = self.graph.get_attr(target)
         return self.attributes[target]
 
-    def _codegen(self, by_name: bool) -> Any:
+    def _codegen(self, as_dict: bool) -> Any:
         """How arguments and outputs are nested: the outputs of all networks, one after the other."""
         numbers = count()
         specs = [_nesting(m.graph).out_spec for m in self.modules]
         values = [pytree.tree_unflatten([next(numbers) for _ in range(s.num_leaves)], s) for s in specs]
-        nested = dict(zip(self.names, values, strict=True)) if by_name else tuple(values)
+        nested = dict(zip(self.names, values, strict=True)) if as_dict else tuple(values)
         return _nested(self.modules[0].graph, pytree.tree_structure(nested))
 
 
@@ -331,7 +339,16 @@ def _versions(module: nn.Module) -> dict[str, int]:
 
 
 def take_out(module: fx.GraphModule, head: Head) -> fx.GraphModule:
-    """The trunk and one head of a forked network, with the state dict of the network that it stands for."""
+    """The trunk and one head of a forked network, with the state dict of the network that it stands for.
+
+    Raises:
+        OptionError: if the network was pickled.
+    """
+    if not hasattr(module.graph._codegen, "pytree_info"):
+        raise OptionError(
+            "torch has traced the network anew when it was unpickled, and its graph no longer tells the heads apart: "
+            "take its heads out before it is pickled, or keep its state dict."
+        )
     specs = _nesting(module.graph).out_spec.children()
     start, own = sum(s.num_leaves for s in specs[: head.number]), specs[head.number]
     (output,) = module.graph.find_nodes(op="output")
@@ -366,15 +383,10 @@ def take_out(module: fx.GraphModule, head: Head) -> fx.GraphModule:
 
 
 def _needed(graph: fx.Graph, outputs: Iterable[fx.Node]) -> set[fx.Node]:
-    """What some outputs depend on, with the ops in place that change any of it, and the checks of the inputs."""
+    """What some outputs depend on, and the checks of the inputs."""
     own = learnt(graph)
     checks = {n for n in graph.nodes if n.op in CALLS and not n.users and n.is_impure() and n not in own}
-    needed = before([*outputs, *checks])
-    while True:
-        writing = {n for n in graph.nodes if n not in needed and writes(n) and n.all_input_nodes[0] in needed}
-        if not writing:
-            return needed
-        needed |= before(writing)
+    return needed(checks) | needed(outputs, at_the_end=True)
 
 
 def _graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:

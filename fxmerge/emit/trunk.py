@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxmerge.errors import ArchitectureMismatchError, OptionError
+from fxmerge.program.memory import needed
 from fxmerge.recipe import Budget
 from fxmerge.symmetry import rules
 
@@ -38,11 +40,9 @@ def trunk_of(
     graph = module.graph
     if isinstance(share, fx.Node):
         return _closed(graph, {share}, common)
-    if share == "auto":
-        return set(common)
-    if share == "trunk":
-        rest = set(common) - after(graph, _last_layers(graph))
-        return before(n for n in rest if n.op != "get_attr")
+    if share in ("auto", "trunk"):
+        rest = set(common) - (after(graph, _last_layers(graph)) if share == "trunk" else set())
+        return _closed(graph, rest & after(graph, graph.find_nodes(op="placeholder")), common)
     if isinstance(share, str):
         wanted = {n for n in graph.nodes if n.name == share or _within(n, share)}
         if not wanted:
@@ -56,17 +56,23 @@ def trunk_of(
             other = next(n for n in graph.nodes if n in wanted and n not in common)
             raise ArchitectureMismatchError(
                 f"Recipe.share is {share!r}, but the networks differ in it, or before: node {other.name!r} of "
-                f"{called[0]} has no like. Share less, or pass share='auto', which shares what they have in common."
+                f"{called[0]} has no counterpart. Share less, or pass share='auto', which shares all that they have in "
+                "common."
             )
         return _closed(graph, wanted, common)
     cuts = [trunk for _, trunk in _trunks(graph, common)]
-    total = _count(module, graph.nodes)
+    total = max(_count(module, graph.nodes), 1)
     shares = [_count(module, cut) / total for cut in cuts]
     fitting = [cut for cut, own in zip(cuts, shares, strict=True) if own <= share]
+    if not cuts:
+        raise OptionError(
+            f"Recipe.share is {share}, but {called[0]} has no node that every path goes through: name a module."
+        )
     if not fitting:
         raise OptionError(
-            f"Recipe.share is {share}, but the first place through which all goes has "
-            f"{min(shares, default=1):.3g} of the parameters of {called[0]} before it. Share as much, or name a module."
+            f"Recipe.share is {share}, but the first node that every path goes through has "
+            f"{math.ceil(1000 * min(shares)) / 1000} of the parameters of {called[0]} before it. Share as much, or "
+            "name a module."
         )
     return fitting[-1]
 
@@ -138,22 +144,15 @@ def _trunks(graph: fx.Graph, common: Collection[fx.Node]) -> list[tuple[fx.Node,
 
 
 def _closed(graph: fx.Graph, nodes: Iterable[fx.Node], common: Collection[fx.Node]) -> set[fx.Node]:
-    """Nodes with all that they depend on; and all that no parameter has a part in, such as masks."""
+    """Nodes with all that they depend on, and all that no parameter has a part in, such as masks.
+
+    What no input has a part in, such as a weight that is normalized, belongs to what reads it.
+    """
     by_parameters = learnt(graph)
     free = {n for n in common if n.op != "get_attr" and n not in by_parameters}
-    return before(free | set(nodes))
-
-
-def before(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes and all that they depend on."""
-    found: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found
+    found = needed(free | set(nodes))
+    # What one network writes in place where another does not, is not shared.
+    return found if found <= set(common) else needed(n for n in found if needed([n]) <= set(common))
 
 
 def after(graph: fx.Graph, nodes: Collection[fx.Node]) -> set[fx.Node]:
@@ -218,7 +217,7 @@ def _count(module: fx.GraphModule, nodes: Iterable[fx.Node]) -> int:
 
 
 def _within(node: fx.Node, module: str) -> bool:
-    return any(path == module for path in _path(node))
+    return any(path == module or path.startswith(f"{module}.") for path in _path(node))
 
 
 def _path(node: fx.Node) -> list[str]:

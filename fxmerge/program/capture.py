@@ -25,11 +25,11 @@ from fxmerge.program.emission import (
     follow_training,
     is_told,
     write_out_guards,
-    write_out_of_place,
 )
 from fxmerge.program.exporting import Args as Args
 from fxmerge.program.exporting import Kwargs as Kwargs
 from fxmerge.program.exporting import Sizes, at_least_two, export, has_fixed_batch
+from fxmerge.program.memory import write_out_of_place
 from fxmerge.program.models import evaluating
 from fxmerge.program.reads import find_reads, fixed_inputs
 from fxmerge.program.tracing import Traced, trace_around, trace_ops, trace_path, trace_symbolically

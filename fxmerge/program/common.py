@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -18,7 +19,7 @@ Pairs = dict[fx.Node, fx.Node]
 """For nodes of one graph, the nodes of another one that do the same."""
 
 
-def common_part(first: fx.GraphModule, other: fx.GraphModule) -> Pairs:
+def common_part(first: fx.GraphModule, other: fx.GraphModule, *, by_name: bool = False) -> Pairs:
     """The nodes of a graph that another one has too.
 
     Nodes are the same if their ops are, and their arguments: numbers, the same nodes, and parameters of one shape and
@@ -28,6 +29,8 @@ def common_part(first: fx.GraphModule, other: fx.GraphModule) -> Pairs:
     Arguments:
         first: a graph of ops, as `torch.export` gives it, with as many inputs as the other one.
         other: another such graph.
+        by_name: whether, of several nodes that would do, one is preferred that reads parameters of the same names: for
+            networks that are copies of one.
 
     Returns:
         For nodes of the first graph those of the other. With a node it has all that the node depends on.
@@ -42,6 +45,11 @@ def common_part(first: fx.GraphModule, other: fx.GraphModule) -> Pairs:
     """
     tokens, theirs = _Tokens(first), _Tokens(other)
     ahead, their_ahead = _ahead(first.graph, tokens), _ahead(other.graph, theirs)
+
+    def likeness(node: fx.Node, candidate: fx.Node) -> tuple[bool, int]:
+        named = by_name and [n.target for n in _attributes(node)] == [n.target for n in _attributes(candidate)]
+        return named, _agreed(ahead[candidate], their_ahead[node])
+
     alike: dict[Hashable, list[fx.Node]] = defaultdict(list)
     for node in first.graph.nodes:
         if node.op in _CALLS:
@@ -54,13 +62,10 @@ def common_part(first: fx.GraphModule, other: fx.GraphModule) -> Pairs:
     for node in other.graph.nodes:
         if node.op not in _CALLS or any(n not in found for n in node.all_input_nodes if n.op != "get_attr"):
             continue
-        best, most = None, -1
-        for candidate in alike[_key(node, lambda n: found[n] if n.op != "get_attr" else theirs.of(n))]:
-            if candidate not in taken and same.may_be(node, candidate):
-                agreed = _agreed(ahead[candidate], their_ahead[node])
-                if agreed > most:
-                    best, most = candidate, agreed
-        if best is not None:
+        would_do = alike[_key(node, lambda n: found[n] if n.op != "get_attr" else theirs.of(n))]
+        candidates = [one for one in would_do if one not in taken and same.may_be(node, one)]
+        if candidates:
+            best = max(candidates, key=partial(likeness, node))
             same.bind(node, best)
             found[node] = best
             taken.add(best)
@@ -93,7 +98,8 @@ class _Tokens:
             # The mode of a module; a graph in a graph is equal to no other.
             return (target, type(value)) if isinstance(value, bool) else ("alone", id(value))
         kind = tuple(value.shape), value.dtype
-        if id(value) in self.state:
+        number = value.is_floating_point() or value.is_complex()
+        if id(value) in self.state and (number or value.ndim == 0):  # A counter may differ.
             return ("state", *kind)
         content = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return ("constant", *kind, hashlib.sha256(content).digest())

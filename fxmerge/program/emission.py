@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.operator_schemas import normalize_function
 
@@ -206,50 +205,6 @@ def write_out_guards(module: fx.GraphModule) -> fx.Graph:
     if hasattr(module, GUARDS):
         delattr(module, GUARDS)
     return module.graph
-
-
-# ------------------------------------------------------------------------------------ writes in place
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether an op changes one of its arguments in place."""
-    return any(a.alias_info is not None and a.alias_info.is_write for a in _arguments_of(node.target))
-
-
-def write_out_of_place(graph: fx.Graph) -> None:
-    """Lets ops that write in place give a new tensor instead, where nothing else reads the one that they write to.
-
-    What an op gives is what it has written. So it makes no difference if all that comes after reads that, and if the
-    tensor shares its memory with no other value of the graph.
-    """
-    place = {node: number for number, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        own = node.args[0] if node.args else None
-        if not (writes(node) and isinstance(own, fx.Node) and own.op == "call_function"):
-            continue
-        alone = not _shares_memory(own) and not any(_shares_memory(user) for user in own.users if user is not node)
-        twin = _twin(node.target)
-        if twin is not None and alone and all(place[user] <= place[node] for user in own.users):
-            node.target = twin
-
-
-def _arguments_of(target: Any) -> list[Any]:
-    """The arguments of an op as its schema has them; none where it has no schema."""
-    return list(getattr(getattr(target, "_schema", None), "arguments", ()))
-
-
-def _shares_memory(node: fx.Node) -> bool:
-    """Whether what a node gives may lie in the memory of an argument, as a view does."""
-    return node.op != "call_function" or any(a.alias_info is not None for a in _arguments_of(node.target))
-
-
-def _twin(target: Any) -> Any:
-    """The op that gives what one writes in place: `relu` for `relu_`; None if there is none of the same arguments."""
-    namespace, _, name = target._schema.name.partition("::")
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
-    twin = getattr(packet, target._overloadname, None)
-    names = [[a.name for a in _arguments_of(op)] for op in (target, twin)]
-    return twin if names[0] == names[1] else None
 
 
 # ------------------------------------------------------------------------------------ training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -206,17 +207,19 @@ class Data:
 
     def batches(self, what: str) -> Iterator[Call]:
         """The inputs of every batch, with a progress bar named `what`."""
+        return (call for _, call in self.owned(what))
+
+    def owned(self, what: str) -> Iterator[tuple[int | None, Call]]:
+        """The inputs of every batch, and the number of the model that the batch is of; None if it is of all. With a
+        progress bar named `what`."""
         disable = None if self.progress is None else not self.progress
         ticker = Ticker(logger, f"{what}: batch %d")
-        for number, batch in enumerate(tqdm(self.loader, desc=what, disable=disable, leave=False), start=1):
+        apart = self.loader.numbered() if isinstance(self.loader, Apart) else ((None, batch) for batch in self.loader)
+        total = operator.length_hint(self.loader) or None
+        bar = tqdm(apart, desc=what, total=total, disable=disable, leave=False)
+        for number, (owner, batch) in enumerate(bar, start=1):
             ticker.tick(number)
-            yield self._call(batch)
-
-    def owned(self) -> Iterator[tuple[int | None, Call]]:
-        """The inputs of every batch, and the number of the model that the batch is of; None if it is of all."""
-        if isinstance(self.loader, Apart):
-            return ((number, self._call(batch)) for number, batch in self.loader.numbered())
-        return ((None, self._call(batch)) for batch in self.loader)
+            yield owner, self._call(batch)
 
     def first(self) -> Call:
         """The inputs of the first batch.

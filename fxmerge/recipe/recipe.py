@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from torch import nn
 
 from fxmerge.errors import OptionError
 from fxmerge.recipe.checks import check_word, is_number, wrong
@@ -63,7 +66,7 @@ class Recipe:
             zero over all data, and all outputs of a model are scaled to one deviation.
         share: what the networks are to have once, as a trunk; what comes after it is a head of each network's own.
             "auto" is what they have in common, from the inputs on; if they are equal all through, everything. "trunk"
-            is that without the last layers, though they be equal in shape. The name of a module or node is all up to
+            is that without the last layers, even if these are equal in shape. The name of a module or node is all up to
             it. A number between 0 and 1 is all up to the last place that no more than that share of the first
             network's parameters comes before. A `Budget` finds the place.
         outputs: with heads apart, the outputs of all networks: a "tuple" in their order, or a "dict" by `names`.
@@ -118,9 +121,14 @@ class Recipe:
             if isinstance(self.names, Sequence) and not isinstance(self.names, str):
                 object.__setattr__(self, "names", tuple(self.names))
             words = self.names if isinstance(self.names, tuple) else ()
-            good = all(isinstance(word, str) and word and "." not in word for word in words)
-            if not words or not good or len(set(words)) < len(words):
-                raise wrong(self, "names", "one name for each network, all different and without dots, or None")
+            good = all(isinstance(word, str) and re.fullmatch(r"\w+", word) for word in words)
+            if not words or not good or len(set(words)) < len(words) or any(hasattr(nn.Module(), w) for w in words):
+                raise wrong(
+                    self,
+                    "names",
+                    "one name for each network, all different, of letters, digits and underscores, and none that a "
+                    "torch module uses itself, such as 'train'; or None",
+                )
         if self.outputs == "dict" and self.names is None:
             raise OptionError("Recipe.outputs is 'dict', which needs names: pass names=('first', 'second').")
 

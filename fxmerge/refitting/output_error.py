@@ -61,7 +61,8 @@ def of_last_layers(fits: Sequence[LayerFit]) -> OutputErrors:
     """The mean over last layers of the errors that their fits gathered, once they are settled."""
     found: OutputErrors = {}
     for number in (None, *(fits[0].missed if fits else ())):
-        own = [fit.output_error(number) for fit in fits]
+        # The error of an output that does not vary is NaN.
+        own = [error for error in (fit.output_error(number) for fit in fits) if not math.isnan(error)]
         found[number] = sum(own) / len(own) if own else math.nan
     return found
 

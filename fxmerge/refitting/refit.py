@@ -188,11 +188,14 @@ def refit(
                         if told_by is not None:
                             own = {j: theirs for j, theirs in taught.items() if told_by[0][j] > 0}
                             fit.add(values, own, *told_by)
-                    shares, weight = course.every_lesson(number)
                     for one in () if again else statistics:
-                        one.add(values, weight)
+                        told_by = course.lesson(number, owner.get(one.names[0]))
+                        if told_by is not None:
+                            one.add(values, told_by[1])
                     if distance and stage is stages[-1]:
-                        distance.add(values, taught, shares, weight)
+                        told_by = course.lesson(number, None)
+                        assert told_by is not None
+                        distance.add(values, taught, *told_by)
                     del values, taught
                     bar.update(not again)
                     ticker.tick(min(len(told) + 1, due), due)
@@ -384,12 +387,6 @@ class _Course:
         if shares is None:
             return None
         return shares, (self.data[number].weight if master is None else 1.0) / self.alike(master)[shares]
-
-    def every_lesson(self, number: int) -> tuple[Shares, float]:
-        """The same for a layer of all."""
-        found = self.lesson(number, None)
-        assert found is not None
-        return found
 
     def batches(self, stage: _Stage, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
         """Of every batch its number, what the merged network computes in a stage, and what the parents do; without
