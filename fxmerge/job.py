@@ -190,17 +190,21 @@ def prepare(
             shapes = {}
         varying = _varying(shapes)
         join = partial(_join, models, states, names, call, varying, recipe or Recipe(), based=base is not None)
+        path: SamePath | None = None
         with timed(logger, seconds, "capture"):
             joined = _Joined(models[0], states) if recipe is None else join(None)
             program = capture_program(joined.model, *call, varying=varying)
+        if not joined.heads:
+            path = _same_path(program, modules, joined.states, names, call)
             try:
-                for i in range(1, len(models) if not joined.heads else 0):
+                for i in range(1, len(models)):
                     validate.check_same_function(program, modules[i], joined.states[i], *call, (names[0], names[i]))
             except ArchitectureMismatchError as mismatch:
                 if recipe is None or recipe.share != AUTO or base is not None:
                     raise
-                joined = join(mismatch)
-                program = capture_program(joined.model, *call, varying=varying)
+                with timed(logger, seconds, "capture"):
+                    joined = join(mismatch)
+                    program = capture_program(joined.model, *call, varying=varying)
         states, heads = joined.states, joined.heads
         if recipe is not None and recipe.names is not None and not heads:
             raise OptionError(
@@ -210,14 +214,27 @@ def prepare(
         _check_shapes(program, shapes)
         if heads:
             warn_of_small_trunk(heads, {name: t.numel() for name, t in states[0].items()}, names)
+            if program.follows_path:
+                raise CaptureError("torch.export cannot capture the networks as one: merge them all through.")
             validate.check_heads(program, modules, states, call, names)
-        path = SamePath(program, modules, states, names, call) if program.follows_path else None
-        if path is not None:
-            path.check_example()
     data = replace(data, check=path) if data is not None else None
     buffers = frozenset(name for name, _ in (program.module if heads else modules[0]).named_buffers())
     trunks = joined.trunks
     return Job(joined.model, states, names, data, call, program, run.progress, seconds, buffers, heads, trunks)
+
+
+def _same_path(
+    program: Program,
+    modules: Sequence[nn.Module],
+    states: Sequence[dict[str, Tensor]],
+    names: Sequence[str],
+    call: tuple[Args, dict[str, Any]],
+) -> SamePath | None:
+    """What refuses batches that lead models on other paths than the example, for a program that follows its path."""
+    path = SamePath(program, modules, states, names, call) if program.follows_path else None
+    if path is not None:
+        path.check_example()
+    return path
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,15 @@
 """How pytest-xdist spreads the tests over processes."""
 
 import pytest
+import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """There is a process for every core, so that each needs one thread."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
 
 
 class ByParameters(LoadScopeScheduling):

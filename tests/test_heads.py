@@ -159,7 +159,7 @@ def test_fitting_leaves_what_is_right(fit: Any) -> None:
         same(output, model(wide(IMAGES)), 1e-6)
 
 
-@pytest.mark.parametrize("share", but_slow(["block", 0.4, "stem", "down", "trunk", 0.99], 2))
+@pytest.mark.parametrize("share", but_slow(["block", 0.4, "stem", "down", "trunk", 0.99]))
 def test_the_cut_may_be_anywhere(share: str | float) -> None:
     x = wide(IMAGES)
     models = twin(Convolutional, x, 5)
@@ -177,7 +177,7 @@ def seeds(count: int) -> list[int]:
     return [next(plain) for _ in range(count)]
 
 
-@pytest.mark.parametrize("seed", examples(seeds, quick=3, count=40))
+@pytest.mark.parametrize("seed", examples(seeds, quick=2, count=40))
 def test_random_architectures_at_random_cuts(seed: int) -> None:
     net, args = build(random_recipe(Random(seed)))
     net, args = net.double().eval(), tuple(a.double() for a in args)
@@ -238,6 +238,7 @@ def test_a_budget_finds_the_shortest_trunk_that_is_within_it() -> None:
         fxmerge.merge(a, b, recipe=Recipe(share=Budget(parameters=1.001), fit=None), example=IMAGES)
 
 
+@pytest.mark.slow
 def test_a_budget_finds_the_longest_trunk_within_a_distance(caplog: pytest.LogCaptureFixture) -> None:
     a, b = Grouped(3, 0), Grouped(4, 1)
     data = [torch.randn(200, 2, 8, 8, generator=torch.Generator().manual_seed(0))]
@@ -342,7 +343,7 @@ def test_the_heads_of_a_network_that_does_not_count_in_the_trunk_learn_too() -> 
     assert missed[0] < 0.5 * missed[1]
 
 
-@pytest.mark.parametrize("fit", but_slow([LeastSquares(), None, Readout(), Repair()], 2))
+@pytest.mark.parametrize("fit", but_slow([LeastSquares(), None, Readout(), Repair()]))
 def test_every_fit_takes_heads_apart(fit: Any) -> None:
     a, b = Convolutional(3, 0).eval(), Convolutional(4, 1).eval()
     for given in ({"loader": [IMAGES]}, {"loaders": [[IMAGES[:24]], [IMAGES[24:]]]}):
@@ -550,7 +551,7 @@ def layer(classes: int, seed: int) -> nn.Linear:
     return nn.Linear(5, classes)
 
 
-@pytest.mark.parametrize("share", ["auto", "trunk"])
+@pytest.mark.parametrize("share", but_slow(["trunk", "auto"]))
 def test_what_is_computed_of_a_heads_weights_alone_is_of_the_head(share: str) -> None:
     """It has the same ops and shapes in both networks, and no input reaches it."""
 
@@ -623,7 +624,7 @@ def through_views(y: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("write", [written, through_a_view, through_views])
+@pytest.mark.parametrize("write", but_slow([through_views, written, through_a_view]))
 def test_writes_in_place_through_views_are_kept(write: Any) -> None:
     heads = [Made(lambda net, f: net.h(f), between=write, h=layer(n, n)) for n in (3, 4)]
     both_are_given_back(*heads)
@@ -730,6 +731,7 @@ def test_a_head_that_is_none_is_told_with_those_that_are(forked: Any) -> None:
         fxmerge.head(whole, 0)
 
 
+@pytest.mark.slow
 def test_runs_do_not_change_the_result() -> None:
     a, b = Grouped(3, 0), Grouped(4, 1)
     one, two = (fxmerge.merge(a, b, [IMAGES], run=Run(memory=m)) for m in (2.0, 1e-5))
