@@ -293,3 +293,20 @@ def test_a_sharded_model_is_refused(tmp_path: Path) -> None:
             fxmerge.merge(sharded, net(), [X])
     finally:
         dist.destroy_process_group()
+
+
+def test_a_model_that_is_yet_to_be_quantized_is_an_ordinary_one() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 3)
+            self.skip = torch.ao.nn.quantized.FloatFunctional()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.skip.add_relu(x, self.b(self.a(x).relu()))
+            return y
+
+    x = torch.randn(5, 3)
+    merged = fxmerge.merge(Residual(), Residual(), [x])
+    Residual().load_state_dict(merged.state_dict())
+    assert fxmerge.find_symmetry(Residual(), (x,)).log_order() > 6

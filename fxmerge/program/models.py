@@ -32,6 +32,9 @@ WRAPPERS: dict[type, str] = {
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
 """Packages whose modules hold packed parameters."""
 
+FLOAT = ("FloatFunctional", "FXFloatFunctional")
+"""Modules of these packages that compute in floating-point, in models that are yet to be quantized."""
+
 _EXTRA = torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
@@ -96,7 +99,8 @@ _FSDP = "torch.distributed.fsdp"
 
 def _quantized(model: nn.Module) -> str:
     for name, module in model.named_modules():
-        if type(module).__module__.startswith(QUANTIZED):
+        kind = type(module)
+        if kind.__module__.startswith(QUANTIZED) and kind.__name__ not in FLOAT:
             at = f"its module {name!r}" if name else "it"
             return f"quantized ({at} is a {type(module).__name__}); merge the models first, then quantize the result."
     return ""
