@@ -52,6 +52,12 @@ def segmentation(size: int = 128) -> Pair:
     )
 
 
+def resnet18() -> Pair:
+    from torchvision.models import resnet18 as build
+
+    return build(num_classes=10), build(num_classes=37), images(64)
+
+
 def timm(name: str, size: int) -> Callable[[], Pair]:
     def pair() -> Pair:
         from timm import create_model
@@ -112,7 +118,7 @@ PAIRS: dict[str, Callable[[], Pair]] = {
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
 SHORT: dict[str, Callable[[], Pair]] = {
-    "ResNet-18: 10 and 37 classes": timm("resnet18", 64),
+    "ResNet-18: 10 and 37 classes": resnet18,
     "GPT-2: language and 3 classes": gpt2(
         n_embd=32, n_layer=2, n_head=4, vocab_size=99, bos_token_id=1, eos_token_id=1
     ),
