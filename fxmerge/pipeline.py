@@ -29,7 +29,7 @@ from fxmerge.refitting.places import Places
 from fxmerge.refitting.refit import Lesson, Refitted, refit, written_out
 from fxmerge.reporting import Report, classes_of
 from fxmerge.shared import staying, without_shared
-from fxmerge.symmetry.flow import Flow, flows
+from fxmerge.symmetry.flow import Flow, flows, never_merged
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis, Propagation, propagate
 from fxmerge.units.unit_map import UnitMap
@@ -83,17 +83,20 @@ class Prepared:
         return replace(self.symmetry, layout=layout)
 
     @cached_property
-    def carried_on(self) -> frozenset[int]:
-        """The classes whose units heads of their own give, and not only read, or that no layer of the trunk has: they
-        are matched one to one, so that each head stays as it is but for the order of its units."""
-        shared = {number for axis in self.trunk.layout for number, _ in axis.roles}
-        given = {
-            number
-            for axis in self.symmetry.layout
-            if axis.parameter in self.job.owner and self.flow[axis.parameter, axis.dim] is not Flow.CONSUMES
-            for number, _ in axis.roles
-        }
-        return frozenset(given.union(set(range(len(self.symmetry.units))) - shared))
+    def one_to_one(self) -> frozenset[int]:
+        """The classes of which no two units of a model are merged.
+
+        These are the classes whose units stay apart. With heads apart they are also those that no layer of the trunk
+        has, and those whose units a head writes: so each head stays as it is but for the order of its units.
+        """
+        apart, owner = never_merged(self.propagation), self.job.owner
+        numbers = set(range(len(self.symmetry.units))) if owner else set()
+        numbers -= {number for axis in self.trunk.layout for number, _ in axis.roles}
+        for axis in self.symmetry.layout:
+            place = axis.parameter, axis.dim
+            if place in apart or (axis.parameter in owner and self.flow[place] is not Flow.CONSUMES):
+                numbers |= {number for number, _ in axis.roles}
+        return frozenset(numbers)
 
     def images(self, own: Sequence[np.ndarray[Any, Any]]) -> dict[str, list[int]]:
         """For every class by name, the merged unit that each unit of one model goes into."""
@@ -148,7 +151,7 @@ def match(
             correlations,
             part,
             reference,
-            one_to_one=group.carried_on,
+            one_to_one=group.one_to_one,
             seed=run.seed,
             progress=run.progress,
         )

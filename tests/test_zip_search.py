@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -128,3 +130,41 @@ def test_an_axis_that_both_produces_and_consumes_is_aligned_only() -> None:
     assert (flow["hidden.weight", 0], flow["hidden.weight", 1]) == (Flow.PRODUCES, Flow.CONSUMES)
     tied = [n for n in zipped_classes(symmetry, flow) for r in symmetry.units[n].roles if "embedding" in r.axis[0]]
     assert tied == []
+
+
+class OverChannels(nn.Module):
+    """Channels are scaled by a convolution over channels, as in efficient channel attention (arXiv 1910.03151)."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.over, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv1d(1, 1, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        gate = self.over(x.mean((2, 3))[:, None])[:, 0].sigmoid()
+        out: Tensor = self.head((x * gate[:, :, None, None]).mean((2, 3)))
+        return out
+
+
+def test_units_that_may_only_be_reversed_are_not_merged_with_their_mirror_images() -> None:
+    x = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    a, b = OverChannels(0), OverChannels(1)
+    report = fxmerge.report(fxmerge.merge(a, b, [x], fxmerge.Recipe(fit=None)))
+    for images in report.images:
+        for units in images.values():
+            assert sorted(units) == list(range(len(units)))
+    turned = copy.deepcopy(a)
+    turned.load_state_dict(
+        {
+            "stem.weight": a.stem.weight.flip(0),
+            "stem.bias": a.stem.bias.flip(0),
+            "over.weight": a.over.weight.flip(2),
+            "over.bias": a.over.bias,
+            "head.weight": a.head.weight.flip(1),
+            "head.bias": a.head.bias,
+        }
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(turned(x), a(x))
+        torch.testing.assert_close(fxmerge.merge(a, turned, [x])(x), a(x), rtol=1e-4, atol=1e-5)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from enum import Enum
 
+import numpy as np
+
 from fxmerge.symmetry.propagate import Axis, Propagation
+from fxmerge.symmetry.units import NOTHING
 
 
 class Flow(Enum):
@@ -31,3 +34,22 @@ def flows(found: Propagation) -> dict[Axis, Flow]:
     for axis, nodes in contracted.items():
         flow[axis] = Flow.CONSUMES if nodes >= used[axis] else Flow.BOTH
     return flow
+
+
+def never_merged(found: Propagation) -> frozenset[Axis]:
+    """The parameter axes on which units lie that stay apart, or that lie in such."""
+    units = found.units
+    if not units.rigid:
+        return frozenset()
+    apart = np.zeros(units.size, bool)
+    apart[np.concatenate(units.rigid)] = True
+    before = 0
+    while apart.sum() > before:
+        before = apart.sum()
+        for a, b in units.equal:
+            apart[a] |= apart[b]
+            apart[b] |= apart[a]
+        for child, parent in units.member:
+            apart[child] |= apart[parent]
+        apart[NOTHING] = False
+    return frozenset(axis for axis, own in found.axes.items() if apart[own.ids].any())

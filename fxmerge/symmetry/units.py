@@ -91,6 +91,7 @@ class UnitGraph:
     pinned: list[tuple[Ids, str]] = field(default_factory=list)
     final: list[Ids] = field(default_factory=list)
     rows: list[tuple[Ids, Ids]] = field(default_factory=list)
+    rigid: list[Ids] = field(default_factory=list)
     used: list[Ids] = field(default_factory=list)
     summed: list[Ids] = field(default_factory=list)
     contracted: list[Ids] = field(default_factory=list)
@@ -168,6 +169,11 @@ class UnitGraph:
         """A sum goes over these units of a parameter and those of an activation."""
         self.contracted.append(ids)
         self.contracted_at.append(self.node)
+
+    def stay_apart(self, ids: Ids) -> None:
+        """These units may move, but no two of one model may be merged, and neither may what lies in them: some op does
+        more than add them up."""
+        self.rigid.append(ids)
 
     def use_apart(self, ids: Ids, groups: Ids) -> None:
         """The parameter rows `ids[i]` are used together with the rows of the same group only."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.symmetry.columns import spread, support
-from fxmerge.symmetry.labels import Labels, move, pin, reduce, reduces_evenly
+from fxmerge.symmetry.labels import Labels, join, move, pin, reduce, reduces_evenly
 from fxmerge.symmetry.rules.reduction import reduce_to
 from fxmerge.symmetry.rules.registry import Site, rule
 from fxmerge.symmetry.units import NOTHING, Ids
@@ -53,15 +53,24 @@ def facing(at: Site, x: Labels, dims: Sequence[int], ends: Sequence[Ids | None])
             nearest = np.minimum(place, place[::-1])
             side = np.where(place == place[::-1], NOTHING, end[(place > place[::-1]).astype(int)])
             column, pair = (spread(torch.from_numpy(ids), x.shape, (d,)) for ids in (side, nearest))
-            x = at.join(x, Labels(x.shape, (column,), (pair,)))
+            x = join(at.units, x, Labels(x.shape, (column,), (pair,)), f"{at.name}: space")
     return x
 
 
 def two_ends(at: Site, x: Labels, spatial: int) -> list[Ids | None]:
-    """For each of the last dimensions of x a new unit for each of its ends, None where no units lie along it alone."""
-    dims = range(x.ndim - spatial, x.ndim)
-    alone = {d for d in dims if {support(c) for c in x.columns if d in support(c)} == {(d,)}}
-    return [at.units.fresh(2, ("block", at.name)) if d in alone else None for d in dims]
+    """For each of the last dimensions of x a new unit for each of its ends, None where no units lie along it alone.
+
+    The ends stay apart: a place and its mirror image are in windows with others.
+    """
+    ends: list[Ids | None] = []
+    for d in range(x.ndim - spatial, x.ndim):
+        if {support(c) for c in x.columns if d in support(c)} == {(d,)}:
+            end = at.units.fresh(2, ("block", at.name))
+            at.units.stay_apart(end)
+            ends.append(end)
+        else:
+            ends.append(None)
+    return ends
 
 
 def _over_space(
