@@ -27,8 +27,9 @@ from fxmerge.program.models import copied, evaluating
 from fxmerge.program.models import run as run_model
 from fxmerge.program.run import Data, Inputs
 from fxmerge.recipe import AUTO, Budget, Recipe, Run
+from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.output_error import feature_rows
-from fxmerge.refitting.refit import Lesson, refit, written_out
+from fxmerge.refitting.refit import refit, written_out
 from fxmerge.units.unit_map import UnitMap
 from fxmerge.validate import Model
 

@@ -22,11 +22,12 @@ from fxmerge.job import Job
 from fxmerge.matching.models import Matching, as_they_are, match_models, pairs_to_correlate
 from fxmerge.notices import warn_of_outputs, warn_without_data
 from fxmerge.recipe import Average, Fit, Readout, Recipe, Repair, Run
+from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.outputs import standardized
 from fxmerge.refitting.places import Places
-from fxmerge.refitting.refit import Lesson, Refitted, refit, written_out
+from fxmerge.refitting.refit import Refitted, refit, written_out
 from fxmerge.reporting import Report, classes_of
 from fxmerge.shared import staying, without_shared
 from fxmerge.symmetry.flow import Flow, flows, never_merged

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxmerge.program.capture import capture_program
+from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.layers import find_layers
-from fxmerge.refitting.refit import Lesson, refit
+from fxmerge.refitting.refit import refit
 
 
 class Product(nn.Module):

@@ -13,7 +13,8 @@ import fxmerge
 from fxmerge.errors import LoaderError, NonFiniteError, OptionError
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Runner
-from fxmerge.refitting.refit import Lesson, refit
+from fxmerge.refitting.course import Lesson
+from fxmerge.refitting.refit import refit
 from tests.networks import NETS, Attentive, Convolutional, Mixing, mlp, pictures, vectors
 from tests.slow import but_slow, crossed
 

@@ -23,8 +23,9 @@ from fxmerge.demo import recalibrated
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Data, batch_inputs
 from fxmerge.recipe import OWN
+from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.outputs import standardized
-from fxmerge.refitting.refit import Lesson, refit
+from fxmerge.refitting.refit import refit
 from fxmerge.units.unit_map import UnitMap
 
 

@@ -33,8 +33,7 @@ def average(
         states and in which no units merge, are the first state's.
     """
     special, equal = special or {}, equal_names(states)
-    merged = units.merge(states, weights)
-    merged |= {name: units.merge_tensor(name, states, own) for name, own in special.items() if name in merged}
+    merged = units.merge(states, weights, special)
     for mean, variance in statistics:
         if mean in equal and variance in equal and mean not in special:
             continue

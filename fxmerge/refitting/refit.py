@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from fxmerge.combine.batch_norm import alike, statistics_nodes
 from fxmerge.program.captured import Program
-from fxmerge.program.models import same_draws
-from fxmerge.program.run import Call, Runner
 from fxmerge.progress import Ticker
-from fxmerge.refitting.boundaries import Boundaries, without_the_rest
+from fxmerge.refitting.boundaries import Boundaries
+from fxmerge.refitting.course import Course, Lane, Lesson
 from fxmerge.refitting.forms import bind, form_of
-from fxmerge.refitting.gather import LayerFit, Shares, Statistics, Teacher, Values
+from fxmerge.refitting.gather import LayerFit, Statistics, Teacher
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers, operand
 from fxmerge.refitting.output_error import OutputDistance, OutputErrors, asked, comparable, of_last_layers
 from fxmerge.refitting.places import Places
@@ -34,27 +30,6 @@ logger = logging.getLogger(__name__)
 
 ROUNDS = 3
 """How often a layer is fitted whose inputs depend on itself, as in a recurrent network."""
-
-_MERGED = -1
-"""The key of the merged network among those of its parents."""
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Inputs, and whom to learn from on them.
-
-    Attributes:
-        call: the arguments of the model.
-        shares: how much the outputs of each parent count in the targets; these sum to one.
-        weight: how much all inputs with these shares count together.
-        owner: the number of the parent whose own inputs these are; None if they are of all.
-    """
-
-    call: Call
-    shares: Shares
-    weight: float
-    owner: int | None = None
-
 
 LayerReport = dict[str, dict[str, float]]
 """Numbers on the fit of each layer, by its name."""
@@ -149,17 +124,17 @@ def refit(
             chosen.append(layer)
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
     owner = owner or {}
-    masters = {layer: _master(layer, owner) for layer in chosen}
+    only_parent = {layer: _only_parent(layer, owner) for layer in chosen}
     by_layers = not repair and not owner and comparable(program, last, chosen, parents, teachers)
     distance = None if repair or by_layers or owner else OutputDistance(program)
     state, normal = dict(start), statistics_nodes(program)
     normal = {names: nodes for names, nodes in normal.items() if not alike(program, names, nodes, shared)}
     stages = _plan(program, chosen, normal, towards_sums, places, to_the_end=distance is not None)
     told: LayerReport = {}
-    merged, *lanes = (_Lane(program, own) for own in (state, *parents))
+    merged, *lanes = (Lane(program, own) for own in (state, *parents))
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
-        course = _Course(kept, merged, lanes, lessons, all_parents=bool(owner))
+        course = Course(kept, merged, lanes, lessons, all_parents=bool(owner))
         everywhere = [j for j in range(len(parents)) if all(j in asked(shares) for shares in course.alike(None))]
         last_fits: list[LayerFit] = []
         bar = tqdm(total=len(stages) * len(course.data), desc="refitting", leave=False, disable=disable)
@@ -176,15 +151,15 @@ def refit(
                         teachers,
                         stage.summands,
                         stage.shown,
-                        course.alike(masters[layer]),
+                        course.alike(only_parent[layer]),
                         seed,
                         {j: layer.read(parents[j]) for j in everywhere} if by_layers and layer in last else None,
                     )
                     for layer in stage.layers
                 ]
-                for number, values, taught in course.batches(stage, onward=not again):
+                for number, values, taught in course.batches(stage.mine, stage.theirs, onward=not again):
                     for fit in fits:
-                        told_by = course.lesson(number, masters[fit.layer])
+                        told_by = course.lesson(number, only_parent[fit.layer])
                         if told_by is not None:
                             own = {j: theirs for j, theirs in taught.items() if told_by[0][j] > 0}
                             fit.add(values, own, *told_by)
@@ -332,119 +307,7 @@ def _read(numbers: Sequence[int], sets: Sequence[Sequence[fx.Node]], derived: fr
     return {n for i in numbers for node in sets[i] for n in node.all_input_nodes} - derived
 
 
-def _master(layer: Layer, owner: Mapping[str, int]) -> int | None:
+def _only_parent(layer: Layer, owner: Mapping[str, int]) -> int | None:
     """The only parent that a layer learns from; None if it learns from all."""
     owners = {owner.get(name) for name in layer.places}
     return owners.pop() if len(owners) == 1 else None
-
-
-class _Course:
-    """All networks on their way through the stages, on all data.
-
-    Arguments:
-        all_parents: whether every parent is there on all data, though it counts for nothing there.
-    """
-
-    def __init__(
-        self,
-        kept: Boundaries,
-        merged: _Lane,
-        lanes: Sequence[_Lane],
-        lessons: Iterable[Lesson],
-        *,
-        all_parents: bool = False,
-    ) -> None:
-        self.kept, self.merged, self.lanes = kept, merged, lanes
-        self.data: list[Lesson] = []
-        self.there: list[list[int]] = []
-        for lesson in lessons:
-            inputs = without_the_rest(merged.inputs(*lesson.call))  # One copy for all networks.
-            there = [*range(len(lanes))] if all_parents else asked(lesson.shares)
-            for lane in (_MERGED, *there):
-                kept.put((len(self.data), lane), inputs)
-            self.data.append(replace(lesson, call=((), {})))
-            self.there.append(there)
-        self._alike: dict[int | None, Counter[Shares]] = {}
-
-    def alike(self, master: int | None) -> Counter[Shares]:
-        """How many batches have the same shares, of those that a layer with a master, or none, learns on."""
-        if master not in self._alike:
-            numbers = range(len(self.data))
-            self._alike[master] = Counter(s for s in (self._shares(b, master) for b in numbers) if s is not None)
-        return self._alike[master]
-
-    def _shares(self, number: int, master: int | None) -> Shares | None:
-        lesson = self.data[number]
-        if master is None:
-            return lesson.shares
-        if lesson.owner not in (None, master):
-            return None
-        return tuple(float(j == master) for j in range(len(self.lanes)))
-
-    def lesson(self, number: int, master: int | None) -> tuple[Shares, float] | None:
-        """Whom a layer learns from on a batch, and how much that counts; None if it does not learn there."""
-        shares = self._shares(number, master)
-        if shares is None:
-            return None
-        return shares, (self.data[number].weight if master is None else 1.0) / self.alike(master)[shares]
-
-    def batches(self, stage: _Stage, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
-        """Of every batch its number, what the merged network computes in a stage, and what the parents do; without
-        `onward`, the stage comes again."""
-        for b, there in enumerate(self.there):
-            values = self._advance((b, _MERGED), self.merged, stage.mine, onward)
-            taught = {j: self._advance((b, j), self.lanes[j], stage.theirs, onward) for j in there}
-            yield b, values, taught
-            del values, taught  # The next batch takes their room.
-
-    def _advance(self, key: tuple[int, int], lane: _Lane, step: Step, onward: bool) -> Values:
-        before = self.kept.take(key)
-        values = lane.advance(before, step)
-        self.kept.put(key, {n: values[n] for n in step.keep} if onward else before)
-        return values
-
-
-class _Lane(Runner):
-    """One network on its way through the stages."""
-
-    def __init__(self, program: Program, state: Mapping[str, Tensor]) -> None:
-        super().__init__(program)
-        self.number = {n: i for i, n in enumerate(program.graph.graph.nodes)}
-        self.derived = [n for n in program.graph.graph.nodes if n in program.derived]
-        self.known: dict[fx.Node, Any] = {}
-        self.use(state)
-
-    def use(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on with these parameters."""
-        self.env = self.known = {}
-        for node in self.derived:
-            kind, name = self.program.sources.get(node, ("", ""))
-            if kind == "parameter":
-                self.known[node] = state.get(name, self.program.parameters[name])
-            elif kind == "constant":
-                self.known[node] = state.get(name, self.program.constants[name])
-            else:
-                self._compute(node)
-
-    def advance(self, values: Mapping[fx.Node, Any], step: Step) -> Mapping[fx.Node, Any]:
-        """What is known throughout, and what a stage shows and keeps; all else is let go of as soon as it was read."""
-        self.env = {**self.known, **values}
-        wanted = {*self.known, *step.show, *step.keep}
-        readers = Counter(n for node in step.run for n in node.all_input_nodes)
-        for node in step.run:
-            self._compute(node)
-            for n in node.all_input_nodes:
-                readers[n] -= 1
-                if not readers[n] and n not in wanted:
-                    del self.env[n]
-        found, self.env = {n: self.env[n] for n in wanted}, {}
-        return found
-
-    @torch.no_grad()
-    def _compute(self, node: fx.Node) -> None:
-        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-            self.env[node] = self.run_node(node)
-            return
-        # All networks draw the same numbers: what they differ in is not to be learnt.
-        with same_draws(*self.env.values(), seed=self.number[node]):
-            self.env[node] = self.run_node(node)

@@ -177,13 +177,17 @@ class UnitMap:
         return self._each(state, lambda name: self._placed(name, self._checked(name, state), model))
 
     def merge(
-        self, states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None
+        self,
+        states: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[float] | None = None,
+        special: Mapping[str, Sequence[float]] | None = None,
     ) -> dict[str, Tensor]:
         """The parameters of all models, merged.
 
         Arguments:
             states: one per model: tensors by name, of any dtype and device. They are read one name at a time.
             weights: how much each model counts; they sum to one. None: all alike.
+            special: other weights, for tensors by name.
 
         Returns:
             New tensors in the dtype of the first state, in its order and with its `_metadata`. Tensors that are
@@ -194,11 +198,12 @@ class UnitMap:
                 shape.
         """
         weights = [1 / len(states)] * len(states) if weights is None else weights
+        by_name = special or {}
         if not len(states) == len(weights) == len(self.maps):
             raise UnitMapError(
                 f"The map is of {len(self.maps)} models; {len(states)} states and {len(weights)} weights were given."
             )
-        return self._each(states[0], lambda name: self.merge_tensor(name, states, weights))
+        return self._each(states[0], lambda name: self.merge_tensor(name, states, by_name.get(name, weights)))
 
     def merge_tensor(self, name: str, states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensor:
         """One tensor of `merge`."""

@@ -1,0 +1,160 @@
+"""All networks of a refit on their way through its stages, on all data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.program.captured import Program
+from fxmerge.program.models import same_draws
+from fxmerge.program.run import Call, Runner
+from fxmerge.refitting.boundaries import Boundaries, without_the_rest
+from fxmerge.refitting.gather import Shares, Values
+from fxmerge.refitting.output_error import asked
+from fxmerge.refitting.schedule import Step
+
+_MERGED = -1
+"""The key of the merged network among those of its parents."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Inputs, and whom to learn from on them.
+
+    Attributes:
+        call: the arguments of the model.
+        shares: how much the outputs of each parent count in the targets; these sum to one.
+        weight: how much all inputs with these shares count together.
+        parent: the number of the parent whose own inputs these are; None if they are of all.
+    """
+
+    call: Call
+    shares: Shares
+    weight: float
+    parent: int | None = None
+
+
+class Course:
+    """All networks on their way through the stages, on all data.
+
+    Arguments:
+        kept: holds what networks compute in one stage for the next.
+        merged: the merged network.
+        lanes: the parents.
+        lessons: the data.
+        all_parents: whether every parent goes through all data, also through those on which its share is 0.
+    """
+
+    def __init__(
+        self,
+        kept: Boundaries,
+        merged: Lane,
+        lanes: Sequence[Lane],
+        lessons: Iterable[Lesson],
+        *,
+        all_parents: bool = False,
+    ) -> None:
+        self.kept, self.merged, self.lanes = kept, merged, lanes
+        self.data: list[Lesson] = []
+        self.there: list[list[int]] = []
+        for lesson in lessons:
+            inputs = without_the_rest(merged.inputs(*lesson.call))  # One copy for all networks.
+            there = [*range(len(lanes))] if all_parents else asked(lesson.shares)
+            for lane in (_MERGED, *there):
+                kept.put((len(self.data), lane), inputs)
+            self.data.append(replace(lesson, call=((), {})))
+            self.there.append(there)
+        self._alike: dict[int | None, Counter[Shares]] = {}
+
+    def alike(self, parent: int | None) -> Counter[Shares]:
+        """How many batches have the same shares, of those on which a layer learns from one parent, or from all (None)."""
+        if parent not in self._alike:
+            numbers = range(len(self.data))
+            self._alike[parent] = Counter(s for s in (self._shares(b, parent) for b in numbers) if s is not None)
+        return self._alike[parent]
+
+    def _shares(self, number: int, parent: int | None) -> Shares | None:
+        lesson = self.data[number]
+        if parent is None:
+            return lesson.shares
+        if lesson.parent not in (None, parent):
+            return None
+        return tuple(float(j == parent) for j in range(len(self.lanes)))
+
+    def lesson(self, number: int, parent: int | None) -> tuple[Shares, float] | None:
+        """Whom a layer learns from on a batch, and how much that counts; None if it does not learn there."""
+        shares = self._shares(number, parent)
+        if shares is None:
+            return None
+        return shares, (self.data[number].weight if parent is None else 1.0) / self.alike(parent)[shares]
+
+    def batches(self, mine: Step, theirs: Step, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
+        """Of every batch its number, what the merged network computes in a stage, and what the parents do.
+
+        Arguments:
+            mine: what the merged network computes.
+            theirs: what the parents compute.
+            onward: whether the next stage comes next, and not this one again.
+        """
+        for b, there in enumerate(self.there):
+            values = self._advance((b, _MERGED), self.merged, mine, onward)
+            taught = {j: self._advance((b, j), self.lanes[j], theirs, onward) for j in there}
+            yield b, values, taught
+            del values, taught  # The next batch takes their room.
+
+    def _advance(self, key: tuple[int, int], lane: Lane, step: Step, onward: bool) -> Values:
+        before = self.kept.take(key)
+        values = lane.advance(before, step)
+        self.kept.put(key, {n: values[n] for n in step.keep} if onward else before)
+        return values
+
+
+class Lane(Runner):
+    """One network on its way through the stages."""
+
+    def __init__(self, program: Program, state: Mapping[str, Tensor]) -> None:
+        super().__init__(program)
+        self.number = {n: i for i, n in enumerate(program.graph.graph.nodes)}
+        self.derived = [n for n in program.graph.graph.nodes if n in program.derived]
+        self.known: dict[fx.Node, Any] = {}
+        self.use(state)
+
+    def use(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on with these parameters."""
+        self.env = self.known = {}
+        for node in self.derived:
+            kind, name = self.program.sources.get(node, ("", ""))
+            if kind == "parameter":
+                self.known[node] = state.get(name, self.program.parameters[name])
+            elif kind == "constant":
+                self.known[node] = state.get(name, self.program.constants[name])
+            else:
+                self._compute(node)
+
+    def advance(self, values: Mapping[fx.Node, Any], step: Step) -> Mapping[fx.Node, Any]:
+        """What is known throughout, and what a stage shows and keeps; all else is let go of as soon as it was read."""
+        self.env = {**self.known, **values}
+        wanted = {*self.known, *step.show, *step.keep}
+        readers = Counter(n for node in step.run for n in node.all_input_nodes)
+        for node in step.run:
+            self._compute(node)
+            for n in node.all_input_nodes:
+                readers[n] -= 1
+                if not readers[n] and n not in wanted:
+                    del self.env[n]
+        found, self.env = {n: self.env[n] for n in wanted}, {}
+        return found
+
+    @torch.no_grad()
+    def _compute(self, node: fx.Node) -> None:
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            self.env[node] = self.run_node(node)
+            return
+        # All networks draw the same numbers: what they differ in is not to be learnt.
+        with same_draws(*self.env.values(), seed=self.number[node]):
+            self.env[node] = self.run_node(node)
