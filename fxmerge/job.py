@@ -289,7 +289,8 @@ def _join(
         if mismatch is None:
             raise
         raise ArchitectureMismatchError(
-            f"{str(mismatch).removesuffix(validate.SAME)}what they have in common cannot be merged either: {error}"
+            f"{str(mismatch).removesuffix(f'; {validate.SAME}').rstrip('.')}. What they have in common cannot be merged "
+            f"either: {error}"
         ) from error
     if found is None:
         renamed = names_in(modules)

@@ -700,7 +700,7 @@ def test_the_report_outlives_pickling_and_what_does_not_is_told(forked: Any) -> 
 
 
 def test_networks_that_have_nothing_in_common_are_refused() -> None:
-    with pytest.raises(fxmerge.ArchitectureMismatchError, match="what they have in common cannot be merged either"):
+    with pytest.raises(fxmerge.ArchitectureMismatchError, match="What they have in common cannot be merged either"):
         fxmerge.merge(nn.Linear(8, 3), nn.Linear(8, 4), [torch.randn(4, 8)])
     with pytest.raises(fxmerge.ArchitectureMismatchError, match="'linear' with 'weight' of shape"):
         fxmerge.merge(nn.Linear(8, 3), nn.Linear(8, 4), [torch.randn(4, 8)], Recipe(share="trunk"))

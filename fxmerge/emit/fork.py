@@ -59,15 +59,13 @@ class Fork:
 
     def states(self, states: Sequence[State]) -> tuple[dict[str, Tensor], ...]:
         """For every network a state dict of the forked one: its own trunk, and all heads as they are."""
-        heads = {
-            key: state[name] for head, state in zip(self.heads, states, strict=True) for name, key in head.keys.items()
-        }
+        each = [
+            {key: state[name] for name, key in head.keys.items()}
+            for head, state in zip(self.heads, states, strict=True)
+        ]
+        heads = {key: tensor for tensors in each for key, tensor in tensors.items()}
         order = [name for name in self.module.state_dict() if name in heads]
-        found = []
-        for head, state in zip(self.heads, states, strict=True):
-            own = {key: state[name] for name, key in head.keys.items()}
-            found.append({name: own.get(name, heads[name]) for name in order})
-        return tuple(found)
+        return tuple({name: tensors.get(name, heads[name]) for name in order} for tensors in each)
 
 
 def owner_of(heads: Sequence[Head]) -> dict[str, int]:
@@ -112,8 +110,8 @@ def fork(
                 f"Recipe.share is {share!r}, and no layer of {called[0]} comes before the trunk would end. Share more."
             )
         raise ArchitectureMismatchError(
-            f"{' and '.join(called[:2])} have no layer in common, from the inputs on: the first one of {called[0]} is "
-            f"{first_layer(first)}. Networks that share a trunk can be merged, or equal ones."
+            f"{' and '.join(called)} have no layer in common, from the inputs on. The first one of {called[0]} is "
+            f"{first_layer(first)}. Merge networks that begin with the same layers."
         )
     names = [str(i) for i in range(len(modules))] if names is None else names
     return _Forking(modules, pairs, trunk, names).made(as_dict=as_dict)
@@ -133,14 +131,14 @@ def names_in(modules: Sequence[fx.GraphModule]) -> list[dict[str, str]] | None:
         return None
     first = _tensors(modules[0])
     one_name = {id(tensor): name for name, tensor in reversed(first.items())}
-    found = [{name: name for name in first}]
-    for own, other in zip(pairs, modules[1:], strict=True):
-        there = _renamed(modules[0], other, own)
-        back = {mine: name for name, mine in reversed(there.items())}
-        if len(there) < len(_tensors(other)) or any(one_name[id(t)] not in back for t in first.values()):
+    names = [{name: name for name in first}]
+    for same, other in zip(pairs, modules[1:], strict=True):
+        renamed = _renamed(modules[0], other, same)
+        back = {there: name for name, there in reversed(renamed.items())}
+        if len(renamed) < len(_tensors(other)) or any(one_name[id(t)] not in back for t in first.values()):
             return None
-        found.append({name: back[one_name[id(tensor)]] for name, tensor in first.items()})
-    return found
+        names.append({name: back[one_name[id(tensor)]] for name, tensor in first.items()})
+    return names
 
 
 def _equal(modules: Sequence[fx.GraphModule], pairs: Sequence[Pairs]) -> bool:
@@ -167,29 +165,39 @@ def _renamed(
 ) -> dict[str, str]:
     """For the tensors of a network that are those of the trunk, their names in the first network.
 
-    What no op reads, such as a counter of batches, is of the trunk where others of its module are.
+    Of what no op reads, such as a counter of batches, that is of the trunk whose module has other tensors there.
+
+    Arguments:
+        first: the first network.
+        other: the network.
+        pairs: for nodes of the first network those of the other.
+        trunk: the nodes of the first network that are shared; None for all that are in `pairs`.
     """
-    mine, own = _tensors(first), _tensors(other)
-    name_of = {id(t): name for name, t in reversed(mine.items())}
-    found = {}
-    targets = {
+    tensors, of_first = _tensors(other), _tensors(first)
+    name_of = {id(tensor): name for name, tensor in reversed(of_first.items())}
+    same = {
         id(attrgetter(str(theirs.target))(other)): id(attrgetter(str(node.target))(first))
         for node, theirs in pairs.items()
         if node.op == "get_attr" and (trunk is None or node in trunk)
     }
-    for name, tensor in own.items():
-        if targets.get(id(tensor)) in name_of:
-            found[name] = name_of[targets[id(tensor)]]
-    beside = {_parent(name): _parent(mine_) for name, mine_ in found.items() if _leaf(name) == _leaf(mine_)}
-    read = {id(attrgetter(str(n.target))(other)) for n in other.graph.find_nodes(op="get_attr") if n.users}
-    for name, tensor in own.items():
-        like = f"{beside[_parent(name)]}{_leaf(name)}" if _parent(name) in beside else ""
-        if name not in found and id(tensor) not in read and like in mine and mine[like].shape == tensor.shape:
-            found[name] = like
-    return {name: found[name] for name in own if name in found}
+    shared = {name: name_of[same[id(t)]] for name, t in tensors.items() if same.get(id(t)) in name_of}
+    modules = {_module(name): _module(there) for name, there in shared.items() if _leaf(name) == _leaf(there)}
+    unread, unread_of_first = set(tensors) - _read(other), set(of_first) - _read(first)
+    for name in unread - set(shared):
+        if _module(name) in modules:
+            beside = modules[_module(name)] + _leaf(name)
+            if beside in unread_of_first and of_first[beside].shape == tensors[name].shape:
+                shared[name] = beside
+    return {name: shared[name] for name in tensors if name in shared}
 
 
-def _parent(name: str) -> str:
+def _read(module: fx.GraphModule) -> set[str]:
+    """The names of the tensors that some op reads."""
+    read = {id(attrgetter(str(n.target))(module)) for n in module.graph.find_nodes(op="get_attr") if n.users}
+    return {name for name, tensor in _tensors(module).items() if id(tensor) in read}
+
+
+def _module(name: str) -> str:
     """The module of a tensor, with the dot after it."""
     return name[: len(name) - len(_leaf(name))]
 
@@ -257,8 +265,8 @@ class _Forking:
         shared = set(copies)
         for node in module.graph.nodes:
             if node.op == "output":
-                found: tuple[Any, ...] = fx.map_arg(tuple(node.args[0]), copies.__getitem__)
-                return found
+                outputs: tuple[Any, ...] = fx.map_arg(tuple(node.args[0]), copies.__getitem__)
+                return outputs
             if node in copies:
                 continue
             if written and node.op in CALLS:  # An op in place must not change what other heads read.

@@ -72,7 +72,7 @@ class Course:
         self._alike: dict[int | None, Counter[Shares]] = {}
 
     def alike(self, parent: int | None) -> Counter[Shares]:
-        """How many batches have the same shares, of those on which a layer learns from one parent, or from all (None)."""
+        """How many batches have the same shares, of those on which a layer learns from a parent, or from all (None)."""
         if parent not in self._alike:
             numbers = range(len(self.data))
             self._alike[parent] = Counter(s for s in (self._shares(b, parent) for b in numbers) if s is not None)
