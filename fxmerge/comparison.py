@@ -26,7 +26,7 @@ from fxmerge.program.capture import open_outputs
 from fxmerge.program.models import copied, evaluating
 from fxmerge.program.models import run as run_model
 from fxmerge.program.run import Data, Inputs
-from fxmerge.recipe import AUTO, Budget, Recipe, Run
+from fxmerge.recipe import AUTO, Recipe, Run
 from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.output_error import feature_rows
 from fxmerge.refitting.refit import refit, written_out
@@ -113,7 +113,7 @@ def compare(
     score: Score | None = None,
     calibration: Iterable[Any] | None = None,
     weights: Sequence[float] | None = None,
-    share: str | float | Budget = AUTO,
+    share: str | float = AUTO,
     inputs: Inputs | None = None,
     run: Run | None = None,
 ) -> Comparison:

@@ -288,9 +288,9 @@ def _join(
     except (ArchitectureMismatchError, CaptureError) as error:
         if mismatch is None:
             raise
+        differ = str(mismatch).removesuffix(f"; {validate.SAME}").rstrip(".")
         raise ArchitectureMismatchError(
-            f"{str(mismatch).removesuffix(f'; {validate.SAME}').rstrip('.')}. What they have in common cannot be merged "
-            f"either: {error}"
+            f"{differ}. What they have in common cannot be merged either: {error}"
         ) from error
     if found is None:
         renamed = names_in(modules)
