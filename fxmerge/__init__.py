@@ -1,6 +1,7 @@
 """fxmerge merges independently trained PyTorch networks, training-free, for any architecture."""
 
 from fxmerge.api import align as align
+from fxmerge.api import fold as fold
 from fxmerge.api import head as head
 from fxmerge.api import merge as merge
 from fxmerge.api import merge_many as merge_many

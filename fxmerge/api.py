@@ -17,11 +17,11 @@ from fxmerge.job import prepare, readable_again
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_nearer_parent
 from fxmerge.ordering import error_of
-from fxmerge.pipeline import Prepared, combine, emit, fit, match, renumbered
+from fxmerge.pipeline import Prepared, combine, emit, fit, match, renumbered, sized
 from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
-from fxmerge.reporting import attach, named_errors, report
+from fxmerge.reporting import attach, named_errors, report, widths_of
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
 
@@ -135,12 +135,28 @@ def merge_many(
     recipe, run = validate.check_recipe(recipe, run)
     models = validate.check_models(models)
     validate.check_loaders(loader, loaders, len(models))
+    how = {"loaders": loaders, "base": base, "symmetry": symmetry, "example": example, "inputs": inputs, "run": run}
     recipe = recipe.settled(data=loader is not None or loaders is not None, base=base is not None)
+    if isinstance(recipe.share, Budget) and recipe.share.distance is not None:
+        return _within_distance(models, loader, recipe, how)
+    return _merged(models, loader, recipe, **how)
+
+
+def _merged(
+    models: tuple[Model, ...],
+    loader: Iterable[Any] | None,
+    recipe: Recipe,
+    *,
+    run: Run,
+    loaders: Sequence[Iterable[Any]] | None = None,
+    base: Model | None = None,
+    symmetry: Symmetry | None = None,
+    example: Any = None,
+    inputs: Inputs | None = None,
+) -> fx.GraphModule:
+    """One network of any number of models, by a recipe without "auto"."""
     assert not isinstance(recipe.match, str) and not isinstance(recipe.combine, str)
     weights = validate.check_weights(recipe.combine.weights, len(models))
-    if isinstance(recipe.share, Budget) and recipe.share.distance is not None:
-        how = {"loaders": loaders, "base": base, "symmetry": symmetry, "example": example, "inputs": inputs, "run": run}
-        return _within_distance(models, loader, recipe, how)
     asked = None if recipe.match is None else recipe.match.reference
     reference = validate.check_reference(asked, len(models), base is not None)
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
@@ -155,12 +171,14 @@ def merge_many(
         aligned = [matching.alignment.apply(state, m) for m, state in enumerate(states)]
     counts = weights if base is not None else [weights[i] for i in order]
     state = combine(group, recipe, matching.merged, aligned, counts, order)
+    program = sized(group, matching.merged, state)
     refitted = Refitted(state, {}, {}, {}, held_out=False)
     if recipe.fit is not None:
-        refitted = fit(group, recipe, run, matching.merged, aligned, state, weights, order)
+        refitted = fit(group, recipe, run, program, matching.merged, aligned, state, weights, order)
         warn_of_few_rows(refitted.layers)
-        warn_of_nearer_parent(refitted.errors, job.names)
-    merged = emit(group, refitted.state, calibrate=recipe.fit is None)
+        if len(models) > 1:
+            warn_of_nearer_parent(refitted.errors, job.names)
+    merged = emit(group, program, refitted.state, calibrate=recipe.fit is None)
     back = sorted(range(len(order)), key=order.__getitem__)
     maps = [matching.units.maps[i] for i in back][-len(models) :]
     told = replace(
@@ -171,6 +189,7 @@ def merge_many(
         units_of=order[matching.reference] if base is None else None,
         images=tuple(group.images(own) for own in maps),
         heads=tuple(asdict(head) for head in job.heads),
+        widths=widths_of(matching.units),
         quality=renumbered(matching.quality, back if home is None else ()),
         objective=matching.objectives,
         zip_objective=matching.zip_objective,
@@ -182,6 +201,57 @@ def merge_many(
     )
     attach(told, merged)
     return merged
+
+
+def fold(
+    model: Model,
+    loader: Iterable[Any] | None = None,
+    width: float | Mapping[str, float] = 0.7,
+    recipe: Recipe | None = None,
+    *,
+    example: Any = None,
+    inputs: Inputs | None = None,
+    run: Run | None = None,
+) -> fx.GraphModule:
+    """Makes a network smaller by merging units of it that are alike (model folding, arXiv 2502.10216).
+
+    Units are compared as by `merge`, and merged greedily: what gives a merged unit is the mean of what gave its
+    members, and what reads it the sum of what read them. Where there are data, every layer is then fitted, in closed
+    form, to what the network computes there. Nothing is trained.
+
+    Arguments:
+        model: any nn.Module, GraphModule or ExportedProgram; it is not modified.
+        loader: calibration data, unlabelled, as for `merge`. Without it, units are compared by their weights alone, and
+            running variances are estimated from the weights.
+        width: the share of its units that each class keeps, or shares or numbers for classes by name or pattern: see
+            `Zip.width`.
+        recipe: how to match and fit; None is `Recipe()`. Its `match` has to be a `Zip`, whose width this one replaces.
+        example, inputs, run: as for `merge`.
+
+    Returns:
+        A smaller GraphModule. `report(folded).widths` tells how many units of each class it has.
+
+    Raises:
+        CaptureError: if the architecture cannot be captured as a graph.
+        LoaderError: if the loader is empty or its batches do not fit.
+        OptionError: if an argument or the recipe does not fit the model.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> folded = fxmerge.fold(mlp, [torch.randn(64, 4)], width=0.5)
+        >>> fxmerge.report(folded).widths
+        {'0.weight[0]': (8, 4)}
+    """
+    recipe, run = validate.check_recipe(recipe, run)
+    validate.check_loaders(loader, None, 1)
+    recipe = recipe.settled(data=loader is not None, base=False)
+    if not isinstance(recipe.match, Zip):
+        raise OptionError("Recipe.match is not Zip, and fold merges units: pass Zip(...), or leave it out.")
+    if recipe.share != AUTO:
+        raise OptionError("Recipe.share is of several networks: leave it at 'auto' to fold one.")
+    recipe = replace(recipe, match=replace(recipe.match, width=width, reference=None))
+    return _merged((model,), loader, recipe, example=example, inputs=inputs, run=run)
 
 
 def _within_distance(
@@ -250,7 +320,7 @@ def align(
     matching = match(group, recipe, run, job.states, job.names, 0)
     with job.timed("combining"):
         state = matching.alignment.apply(job.states[1], 1)
-    aligned = emit(group, state, calibrate=False)
+    aligned = emit(group, job.program, state, calibrate=False)
     told = replace(
         group.report(aligned),
         models=2,

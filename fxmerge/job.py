@@ -46,7 +46,8 @@ class Job:
 
     `states` are the parameters and buffers of the models. Where the models have heads of their own, the program is of
     all of them, `heads` tells what is whose, and a state also holds the heads of the other models, as they are. The
-    `trunks` are the nodes with which a trunk within the recipe's budget may end, the shortest trunk first.
+    `trunks` are the nodes with which a trunk within the recipe's budget may end, the shortest trunk first; `varying`
+    are the dimensions of inputs that data have in several sizes.
     """
 
     model: Model
@@ -60,6 +61,7 @@ class Job:
     buffers: frozenset[str] = frozenset()
     heads: tuple[Head, ...] = ()
     trunks: tuple[str, ...] = ()
+    varying: frozenset[tuple[int, int]] = frozenset()
 
     @cached_property
     def owner(self) -> dict[str, int]:
@@ -84,6 +86,8 @@ class Job:
     @cached_property
     def of_one_model(self) -> list[str]:
         """The buffers that differ between models, and cannot be averaged nor derived anew."""
+        if len(self.states) == 1:
+            return []
         known = set(self.derived.names if self.derived else ()) | equal_names(self.states)
         names = not_averaged(self.program, self.own_buffers - known)
         if names:
@@ -219,8 +223,20 @@ def prepare(
             validate.check_heads(program, modules, states, call, names)
     data = replace(data, check=path) if data is not None else None
     buffers = frozenset(name for name, _ in (program.module if heads else modules[0]).named_buffers())
-    trunks = joined.trunks
-    return Job(joined.model, states, names, data, call, program, run.progress, seconds, buffers, heads, trunks)
+    return Job(
+        joined.model,
+        states,
+        names,
+        data,
+        call,
+        program,
+        run.progress,
+        seconds,
+        buffers,
+        heads,
+        joined.trunks,
+        frozenset(varying),
+    )
 
 
 def _same_path(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -17,11 +18,17 @@ from fxmerge.combine.batch_norm import batch_norm_statistics, by_batches_seen, r
 from fxmerge.combine.masks import masked, pruned, voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
-from fxmerge.evidence.activations import classes_along, similarities, units_along
+from fxmerge.emit.resize import CannotResizeError, resize, rewrite
+from fxmerge.errors import OptionError
+from fxmerge.evidence.activations import similarities
 from fxmerge.job import Job
 from fxmerge.matching.models import Matching, as_they_are, match_models, pairs_to_correlate
+from fxmerge.matching.room import Room, may_change, wanted
+from fxmerge.matching.zip_search import zipped_classes
 from fxmerge.notices import warn_of_outputs, warn_without_data
-from fxmerge.recipe import Average, Fit, Readout, Recipe, Repair, Run
+from fxmerge.program.capture import capture_ops
+from fxmerge.program.captured import Program
+from fxmerge.recipe import Average, Fit, Readout, Recipe, Repair, Run, Zip
 from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
@@ -33,7 +40,10 @@ from fxmerge.shared import staying, without_shared
 from fxmerge.symmetry.flow import Flow, flows, never_merged
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis, Propagation, propagate
+from fxmerge.symmetry.shown import classes_along, units_along
 from fxmerge.units.unit_map import UnitMap
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,7 @@ def match(
     assert not isinstance(part, str)
     if part is None:
         return as_they_are(group.symmetry, group.flow, len(states))
+    room = _room(group, part, len(states)) if isinstance(part, Zip) and part.width != 1 else None
     correlations = {}
     if job.data is not None and part.alpha != 1:
         pairs = pairs_to_correlate(part, len(states), reference)
@@ -153,6 +164,7 @@ def match(
             part,
             reference,
             one_to_one=group.one_to_one,
+            room=room,
             seed=run.seed,
             progress=run.progress,
         )
@@ -160,6 +172,57 @@ def match(
     return replace(
         found, alignment=replace(found.alignment, layout=layout), merged=replace(found.merged, layout=layout)
     )
+
+
+def _room(group: Prepared, part: Zip, models: int) -> Room:
+    """How many merged units there are to be of every class: as the recipe says, where the graph allows it.
+
+    Raises:
+        OptionError: if the recipe names a class for which it does not.
+    """
+    classes = zipped_classes(group.trunk, group.flow, group.one_to_one)
+    widths = wanted(part, group.trunk, models, *may_change(group.symmetry, group.flow, classes))
+    named = isinstance(part.width, Mapping)
+    with group.job.timed("resizing"):
+        while widths:
+            room = Room.of(group.symmetry, widths)
+            try:
+                _try(group, room)
+                return room
+            except CannotResizeError as error:
+                blamed = {n for n in widths if not error.classes.isdisjoint(k for k, _ in group.symmetry.views[n])}
+                names = ", ".join(repr(group.symmetry.names[n]) for n in sorted(blamed or widths))
+                if named:
+                    raise OptionError(f"Zip.width cannot be had for {names}: {error} Leave these at 1.") from error
+                logger.info("as many merged units as units: %s, since %s", names, error)
+                widths = {n: width for n, width in widths.items() if n not in (blamed or widths)}
+    return Room.of(group.symmetry)
+
+
+def _try(group: Prepared, room: Room) -> None:
+    """Looks whether the graph can be given the sizes that merged units need."""
+    symmetry = group.symmetry
+    maps = tuple(
+        np.minimum(np.searchsorted(k, np.arange(c.size)), len(k) - 1)
+        for k, c in zip(room.kept, symmetry.units, strict=True)
+    )
+    units = UnitMap(symmetry.names, symmetry.layout, frozenset(), (maps,), room.widths, room.kept)
+    state = {n: torch.empty(units.shape(n, t.shape), dtype=t.dtype) for n, t in group.job.states[0].items()}
+    resize(group.propagation, symmetry, units, state, group.job.example)
+
+
+def sized(group: Prepared, units: UnitMap, state: Mapping[str, Tensor]) -> Program:
+    """The program with the sizes of merged units; it is as it was if these are those of a model."""
+    job = group.job
+    if not units.resized:
+        return job.program
+    with job.timed("resizing"):
+        aten = resize(group.propagation, group.symmetry, units, state, job.example)
+        ops = capture_ops(job.model, *job.example, varying=set(job.varying))
+        rewrite(ops, job.program, group.propagation, group.symmetry, units)
+        program = replace(job.program, module=ops, aten=aten, route="torch.export")
+        validate.check_emitted(bake(program, state), program, state, job.example)
+        return program
 
 
 def combine(
@@ -204,23 +267,33 @@ def fit(
     group: Prepared,
     recipe: Recipe,
     run: Run,
+    into: Program,
     units: UnitMap,
     states: Sequence[Mapping[str, Tensor]],
     start: Mapping[str, Tensor],
     weights: Sequence[float],
     order: Sequence[int],
 ) -> Refitted:
-    """Fits the layers of the merged network to what the models compute. Errors are by the numbers of the job."""
+    """Fits the layers of the merged network, which is of the program `into`, to what the models compute. Errors are by
+    the numbers of the job."""
     job, part = group.job, recipe.fit
     assert isinstance(part, Fit)
-    program = written_out(group.propagation.program)
     with job.timed("fitting"):
+        program = written_out(group.propagation.program)
+        same = program is group.propagation.program
+        found = group.propagation if same or not units.moving else propagate(program)
+        if units.resized:
+            aten = into.aten if same else resize(found, group.symmetry, units, start, job.example)
+            into = replace(program, aten=aten)
+        else:
+            into = program
         refitted = refit(
-            program,
+            into,
             states,
             start,
             _lessons(job, weights, part.own, order),
-            teachers=None if not units.moving else _teachers(group, program, units, states),
+            parents_program=program,
+            teachers=None if not units.moving else _teachers(found, group.symmetry, units, states),
             only_last=isinstance(part, Readout),
             repair=isinstance(part, Repair),
             shared=group.shared,
@@ -243,22 +316,22 @@ def _lessons(job: Job, weights: Sequence[float], own: float, order: Sequence[int
         yield Lesson(call, tuple(shares[i] for i in order), 1.0 if owner is None else weights[owner], of)
 
 
-def _teachers(group: Prepared, program: Any, units: UnitMap, states: Sequence[Mapping[str, Tensor]]) -> list[Teacher]:
+def _teachers(
+    found: Propagation, symmetry: Symmetry, units: UnitMap, states: Sequence[Mapping[str, Tensor]]
+) -> list[Teacher]:
     """The models as the layers of a network with merged units learn from them."""
-    same = program is group.propagation.program
-    propagation = group.propagation if same else propagate(program)
-    classes, along = classes_along(propagation, group.symmetry), units_along(propagation, group.symmetry)
+    classes, along = classes_along(found, symmetry), units_along(found, symmetry)
     return [Teacher(*units.produce(state, m), Places(classes, along, units, m)) for m, state in enumerate(states)]
 
 
-def emit(group: Prepared, state: Mapping[str, Tensor], *, calibrate: bool) -> fx.GraphModule:
-    """A GraphModule with these parameters, its BatchNorm statistics re-estimated."""
+def emit(group: Prepared, program: Program, state: Mapping[str, Tensor], *, calibrate: bool) -> fx.GraphModule:
+    """A GraphModule of a program with these parameters, its BatchNorm statistics re-estimated."""
     job = group.job
     with job.timed("emitting"):
-        module = bake(job.program, state)
+        module = bake(program, state)
     if job.data is not None and calibrate:
         with job.timed("calibration"):
-            recalibrate(module, job.program, job.data, group.shared, job.owner)
+            recalibrate(module, program, job.data, group.shared, job.owner)
     return module
 
 

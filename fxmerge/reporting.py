@@ -11,6 +11,7 @@ from torch import fx, nn
 from fxmerge.errors import OptionError
 from fxmerge.refitting.output_error import OutputErrors
 from fxmerge.symmetry.group import Symmetry
+from fxmerge.units.unit_map import UnitMap
 
 KEY = "fxmerge"
 """The entry of a GraphModule's `meta` in which its report lies."""
@@ -47,6 +48,8 @@ class Report:
             mean of the models' outputs; empty where it was not measured.
         held_out: whether the error of the merged network is on data that its last layers were not fitted to.
         heads: where the networks have heads of their own, what `head` takes them out by.
+        widths: for every class of which there are more or fewer merged units than a model has units, both numbers: of a
+            model, and merged.
         shared: the names of tensors that are equal in all models and stayed as they are.
         classes: the classes of the symmetry, with their axes, and why anything is pinned.
         demoted: classes that failed verification.
@@ -70,6 +73,7 @@ class Report:
     errors: Mapping[str, Any] = field(default_factory=dict)
     held_out: bool = False
     heads: tuple[Mapping[str, Any], ...] = ()
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
     classes: tuple[Mapping[str, Any], ...] = ()
     demoted: tuple[str, ...] = ()
@@ -83,8 +87,9 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        kind = "aligned" if self.recipe is None else "merged"
-        lines = [f"{self.models} models, {kind}; captured by {self.route}"]
+        kind = "folded" if self.models == 1 else "aligned" if self.recipe is None else "merged"
+        models = "1 model" if self.models == 1 else f"{self.models} models"
+        lines = [f"{models}, {kind}; captured by {self.route}"]
         if self.heads:
             lines.append(f"one trunk, with the heads {', '.join(repr(head['name']) for head in self.heads)}")
         matched = [q for own in self.quality for q in own.values()]
@@ -94,13 +99,17 @@ class Report:
                 lines.append(f"matched units are alike by {sum(values) / len(values):.2f} in {space}, on average")
         if self.layers:
             lines.append(f"{len(self.layers)} layers fitted, {len(self.left)} parameters left as they were")
+        if self.widths:
+            before, after = (sum(pair[i] for pair in self.widths.values()) for i in (0, 1))
+            lines.append(f"{len(self.widths)} classes of another width, with {after} units in place of {before}")
         if self.errors:
             models = ", ".join(f"{error:.3g}" for error in self.errors["models"].values())
             where = "held-out data" if self.held_out else "the data of the fit"
             what = "each model's own outputs, as a share of their" if self.heads else "the ensemble, as a share of its"
+            what, name = ("the model, as a share of its outputs'", "folded") if self.models == 1 else (what, "merged")
             lines.append(
                 f"distance to {what} variance, on {where}: "
-                f"merged {self.errors['merged']:.3g}{f', models {models}' if models else ''}"
+                f"{name} {self.errors['merged']:.3g}{f', models {models}' if models and self.models > 1 else ''}"
             )
         if self.demoted:
             lines.append(f"failed verification: {', '.join(self.demoted)}")
@@ -143,6 +152,11 @@ def named_errors(errors: OutputErrors) -> dict[str, Any]:
     """
     models = {number: error for number, error in errors.items() if number is not None}
     return {"merged": errors[None], "models": dict(sorted(models.items()))} if errors else {}
+
+
+def widths_of(units: UnitMap) -> dict[str, tuple[int, int]]:
+    """Of the classes of other widths, the units of a model and the merged ones."""
+    return {units.names[n]: (len(units.maps[0][n]), units.widths[n]) for n in sorted(units.resized)}
 
 
 def classes_of(symmetry: Symmetry) -> tuple[dict[str, Any], ...]:

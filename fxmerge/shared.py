@@ -26,7 +26,7 @@ State = Mapping[str, Tensor]
 
 
 def equal_names(states: Sequence[State]) -> frozenset[str]:
-    """The names of the tensors that are equal, bit for bit, in all state dicts.
+    """The names of the tensors that are equal, bit for bit, in all of several state dicts; one shares none.
 
     Example:
         >>> one, two = ({"a": torch.ones(2), "b": torch.full((2,), b)} for b in (0.0, 1.0))
@@ -34,6 +34,8 @@ def equal_names(states: Sequence[State]) -> frozenset[str]:
         ['a']
     """
     first, *others = states
+    if not others:
+        return frozenset()
     return frozenset(name for name, own in first.items() if all(torch.equal(own, state[name]) for state in others))
 
 

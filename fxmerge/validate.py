@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.errors import ArchitectureMismatchError, LoaderError, NonFiniteError, OptionError
+from fxmerge.errors import ArchitectureMismatchError, CaptureError, LoaderError, NonFiniteError, OptionError
 from fxmerge.program import models
 from fxmerge.program.capture import Args, open_outputs
 from fxmerge.program.captured import Program
@@ -97,7 +97,7 @@ def check_reference(reference: int | None, count: int, based: bool) -> int | Non
     """The number of the model to whose units all are aligned: of two the first, unless another is asked for; None
     for units that all models share."""
     if reference is None:
-        return 0 if count == 2 and not based else None
+        return 0 if count <= 2 and not based else None
     if based:
         raise OptionError("With a base, all models are aligned to it; leave reference out of the recipe.")
     if reference >= count:
@@ -211,6 +211,23 @@ def check_heads(
                 f"itself ({different}). Share less: pass a Recipe whose share is an earlier module."
             )
         start += len(expected)
+
+
+def check_emitted(
+    module: fx.GraphModule, program: Program, state: Mapping[str, Tensor], call: tuple[Args, Mapping[str, Any]]
+) -> None:
+    """What is emitted must compute what the graph does that layers are fitted in.
+
+    Raises:
+        CaptureError: if it does not.
+    """
+    expected, got = Runner(program).outputs(state, *call), pytree.tree_leaves(models.run(module, *call))
+    different = _different(expected, got)
+    if different is not None:
+        raise CaptureError(
+            f"The graph to emit and the graph to analyse differ in what they compute at another width ({different}). "
+            "Leave the width at 1."
+        )
 
 
 def _different(expected: Sequence[Any], got: Sequence[Any]) -> str | None:

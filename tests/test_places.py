@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.combine.average import average
-from fxmerge.evidence.activations import classes_along, similarities, units_along
+from fxmerge.evidence.activations import similarities
 from fxmerge.job import prepare
 from fxmerge.matching.models import match_models, pairs_to_correlate
 from fxmerge.program.captured import Program
@@ -18,6 +18,7 @@ from fxmerge.refitting.gather import LayerFit, Teacher
 from fxmerge.refitting.layers import Use, find_layers
 from fxmerge.refitting.places import Places
 from fxmerge.symmetry.flow import flows
+from fxmerge.symmetry.shown import classes_along, units_along
 from tests.networks import Attentive, Convolutional, Mixing, pictures
 
 

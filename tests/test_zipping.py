@@ -242,7 +242,7 @@ def test_the_budget_of_groups_is_for_all_of_them_together() -> None:
         (lambda s: zip_units(s[:5], 2), r"shape \(5, 6\); it must be square"),
         (lambda s: zip_units(s, 4), "as many rows for each of 4 models"),
         (lambda s: zip_units(s[:0, :0], 2), r"shape \(0, 0\)"),
-        (lambda s: zip_units(s, 1), "at least 2"),
+        (lambda s: zip_units(s, 0), "at least 1"),
         (lambda s: zip_units(s, 2, budget=1.5), r"budget is 1.5; it must be in \[0, 1\]"),
         (lambda s: zip_units(s, 2, budget=float("nan")), "budget is nan"),
         (lambda s: zip_units(s, 2, damping=-0.1), "damping is -0.1"),

@@ -12,10 +12,12 @@ from fxmerge.program.emission import duplicate
 
 
 def bake(program: Program, state: Mapping[str, Tensor]) -> fx.GraphModule:
-    """A copy of the program's module that holds the tensors of a state dict."""
+    """A copy of the program's module that holds the tensors of a state dict, which may have other shapes."""
     module = duplicate(program.module).eval()
     own = module.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in state.items():
+            if own[name].shape != tensor.shape:
+                own[name].data = torch.empty_like(tensor, dtype=own[name].dtype)
             own[name].copy_(tensor)
     return module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +20,8 @@ from fxmerge.recipe import Similarity
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import AxisUnits, Propagation
-from fxmerge.symmetry.units import Ids
-from fxmerge.units.layout import AxisLayout
+from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.shown import once, places_of
 
 MAX_ROWS, MAX_ENTRIES = 4096, 2**20
 """Rows (samples times places) and entries (rows times units) taken of one activation in one batch; rows above
@@ -50,16 +49,16 @@ class Tap:
 
 def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
     """All activations that carry a class's units where a contraction consumes them."""
-    number, place = _places(found, symmetry)
+    number, place = places_of(found, symmetry)
     taps = []
     for node in _consumed(found.program):
         labels = found.labels.get(node.name)
         for column in labels.columns if labels is not None else ():
             dims = support(column)
-            once = _once(core(column, dims), [node.meta["val"].shape[d] for d in dims])
-            if once is None:
+            own = once(core(column, dims), [node.meta["val"].shape[d] for d in dims])
+            if own is None:
                 continue
-            ids = once.reshape(-1).numpy()
+            ids = own.reshape(-1).numpy()
             for n in np.unique(number[ids[number[ids] >= 0]]):
                 at = np.flatnonzero(number[ids] == n)
                 size = symmetry.units[n].size
@@ -70,107 +69,8 @@ def find_taps(found: Propagation, symmetry: Symmetry) -> list[Tap]:
                     for shown, units in views:
                         if shown == n:
                             where = torch.from_numpy(order[units].reshape(len(units), -1))
-                            taps.append(Tap(node, owner, dims, tuple(once.shape), where))
+                            taps.append(Tap(node, owner, dims, tuple(own.shape), where))
     return taps
-
-
-def classes_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, Collection[int]], set[int]]:
-    """Tells the classes whose units lie along some dimensions of a node's value, among others, by the node's name."""
-    number, place = _places(found, symmetry)
-
-    def along(node: str, dims: Collection[int]) -> set[int]:
-        labels = found.labels.get(node)
-        shown = [_shown(c, number, place) for c in (labels.columns if labels is not None else ())]
-        return {int(n) for c in shown if not set(c.dims).isdisjoint(dims) for n in np.unique(c.number)} - {-1}
-
-    return along
-
-
-def units_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, int], tuple[Ids, Ids] | None]:
-    """Tells the class, -1 for none, and the unit in it at every position along a dimension of a node's value, by the
-    node's name; if they repeat along a dimension of any size, at the first positions. None if no units lie there, or
-    if which ones depends on the size or on other dimensions too."""
-    number, place = _places(found, symmetry)
-    values = {node.name: node.meta.get("val") for node in found.program.graph.graph.nodes}
-
-    def along(node: str, dim: int) -> tuple[Ids, Ids] | None:
-        labels = found.labels.get(node)
-        shown = [_shown(c, number, place) for c in (labels.columns if labels is not None else ())]
-        shown = [c for c in shown if dim in c.dims]
-        if not shown or any(c.dims != (dim,) for c in shown):
-            return None
-        once = _once(torch.from_numpy(shown[0].code), [values[node].shape[dim]])
-        return None if once is None else (shown[0].number[: len(once)], shown[0].place[: len(once)])
-
-    return along
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """What a column shows: along the dimensions on which that depends, the class and the unit in it."""
-
-    dims: tuple[int, ...]
-    number: Ids
-    place: Ids
-
-    @property
-    def code(self) -> Ids:
-        """Equal where the class and the unit are."""
-        code: Ids = self.number * (int(self.place.max(initial=0)) + 1) + self.place
-        return code
-
-
-def _shown(column: Tensor, number: Ids, place: Ids) -> _Shown:
-    """What a column shows. Units that the walk tells apart may be one unit of a class: what repeats along a dimension
-    does not depend on it."""
-    dims = support(column)
-    ids = core(column, dims).numpy()
-    shown = _Shown(dims, number[ids], place[ids])
-    code = shown.code
-    still = [i for i in range(len(dims)) if bool((code == code.take([0], axis=i)).all())]
-    at = tuple(0 if i in still else slice(None) for i in range(len(dims)))
-    return _Shown(tuple(d for i, d in enumerate(dims) if i not in still), shown.number[at], shown.place[at])
-
-
-def _once(ids: Tensor, sizes: Sequence[int | torch.SymInt]) -> Tensor | None:
-    """The units along some dimensions, once where they repeat along a size that is only known to be a multiple of a
-    number; None where they lie otherwise along a size that is not fixed, and elsewhere if that is another."""
-    for dim, size in enumerate(sizes):
-        if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
-            parts = ids.unflatten(dim, (-1, max(int(size.node.expr.as_coeff_Mul()[0]), 1)))
-            ids = parts.select(dim, 0)
-            if not torch.equal(parts, ids.unsqueeze(dim).expand_as(parts)):
-                return None
-    return ids
-
-
-def _places(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
-    """For every unit of the walk the class that it is in, -1 if in none, and its place in it."""
-    number = np.full(found.units.size, -1)
-    place = np.zeros(found.units.size, np.int64)
-    for axis in symmetry.layout:
-        raw, slot = _slots(found.axes[axis.parameter, axis.dim], axis)
-        for n, slots in axis.roles:
-            unit = np.full(len(axis.index), -1)
-            unit[slots] = np.arange(len(slots))
-            own = unit[slot] >= 0
-            number[raw[own]], place[raw[own]] = n, unit[slot[own]]
-    return number, place
-
-
-def _slots(units: AxisUnits, axis: AxisLayout) -> tuple[Ids, Ids]:
-    """The units of the walk that lie in one slot of an axis, and these slots; the symmetry may keep other rows
-    apart than the walk, if it was read from a file."""
-    dims = sorted({*units.dims, *axis.dims})
-
-    def spread(array: Ids, own: tuple[int, ...]) -> Ids:
-        return np.expand_dims(array, [i for i, d in enumerate(dims) if d not in own])
-
-    code = np.unique(spread(units.ids, units.dims) * len(axis.index) + spread(axis.slot, axis.dims))
-    raw, slot = code // len(axis.index), code % len(axis.index)
-    _, inverse, count = np.unique(raw, return_inverse=True, return_counts=True)
-    one = count[inverse] == 1
-    return raw[one], slot[one]
 
 
 def _consumed(program: Program) -> list[fx.Node]:

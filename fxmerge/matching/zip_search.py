@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from fxmerge.evidence.weights import Slices
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
+from fxmerge.matching.room import Room, cells
 from fxmerge.matching.search import floats
 from fxmerge.matching.zipping import Zipped, zip_blocks
 from fxmerge.symmetry.flow import Flow
@@ -80,11 +82,16 @@ class _Problem:
     states: Sequence[Mapping[str, Tensor]]
     correlation: Mapping[int, Scores]
     mix: Mix
+    room: Room
     labels: list[list[Ids]] = field(init=False)
+    kept: list[Ids] = field(init=False)
+    widths: list[int] = field(init=False)
     value: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.labels = [[np.arange(c.size) for c in self.symmetry.units] for _ in self.states]
+        self.kept = [np.arange(c.size) for c in self.symmetry.units]
+        self.widths = [c.size for c in self.symmetry.units]
+        self.labels = [list(self.kept) for _ in self.states]
         self.value = {name: self._kept(name) for name in self.axes}
 
     @cached_property
@@ -104,6 +111,17 @@ class _Problem:
     @cached_property
     def slices(self) -> dict[int, list[Slices]]:
         return weights.slices(self.symmetry)
+
+    def into(self, axis: AxisLayout) -> AxisLayout:
+        """An axis in merged units, as far as they are merged."""
+        now = axis.parameter, axis.dim, tuple(self.widths[number] for number, _ in axis.roles)
+        if now not in self._into:
+            self._into[now] = axis.resized(self.widths, self.kept)
+        return self._into[now]
+
+    @cached_property
+    def _into(self) -> dict[tuple[Any, ...], AxisLayout]:
+        return {}
 
     def weight(self, number: int) -> float:
         return float(sum(s.entries for s in self.slices[number])) or 1.0
@@ -130,14 +148,16 @@ class _Problem:
         x = self.states[model][name]
         for axis in self.axes[name]:
             if axis is not without:
-                x = add_axis(x, axis, axis.target(self.labels[model])) * self._shrinkage(axis).to(x)
+                into = self.into(axis)
+                x = add_axis(x, axis, axis.target(self.labels[model], into), into.shape[axis.dim])
+                x = x * self._shrinkage(into).to(x)
         return x
 
     def _shrinkage(self, axis: AxisLayout) -> Tensor:
         factor = np.ones(len(axis.index))
         for number, slots in axis.roles:
             labels = np.concatenate([own[number] for own in self.labels])
-            sizes = np.bincount(labels, minlength=self.symmetry.units[number].size)
+            sizes = np.bincount(labels, minlength=self.widths[number])
             # Of what is the product of two classes, no model need have the two merged units that meet in one.
             factor[slots] = np.where(sizes > 0, 1 / np.sqrt(np.maximum(sizes, 1)), 0.0)
         return along_axis(torch.from_numpy(factor[axis.slot]), axis)
@@ -162,19 +182,32 @@ class _Problem:
         return total
 
     def take(self, number: int, zipped: Ids) -> None:
-        """Merges units of a class, and what only moves along with them."""
+        """Merges units of a class, and what only moves along with them.
+
+        Arguments:
+            number: of the class.
+            zipped: for every model and unit, the merged unit that it goes into, by the place where that stands.
+        """
         moved = {shown for shown, _ in self.symmetry.views[number]}
+        for n in moved:
+            self.kept[n], self.widths[n] = self.room.kept[n], self.room.widths[n]
         for own, labels in zip(self.labels, zipped, strict=True):
-            own[number] = labels
+            own[number] = self._numbered(number, labels)
             for shown in moved - {number}:
-                own[shown] = np.arange(self.symmetry.units[shown].size)
+                places = np.arange(self.symmetry.units[shown].size)
                 for owner, views in self.symmetry.views.items():
                     for units in (units for n, units in views if n == shown):
-                        step = np.arange(len(own[shown]))
-                        step[units] = units[own[owner]]
-                        own[shown] = step[own[shown]]
+                        step = np.arange(len(places))
+                        step[units] = units[self.kept[owner][own[owner]]]
+                        places = step[places]
+                own[shown] = self._numbered(shown, places)
         names = {a.parameter for a in self.symmetry.layout if any(n in moved for n, _ in a.roles)}
         self.value = self.value | {name: self._kept(name) for name in names}
+
+    def _numbered(self, number: int, places: Ids) -> Ids:
+        """The numbers of the merged units of a class that stand in some places."""
+        size = self.symmetry.units[number].size
+        return np.where(places < size, np.searchsorted(self.kept[number], places), places)
 
     def improve(self, number: int, zipped: Ids) -> float:
         """Merges units of a class if the objective rises by it, and returns the objective."""
@@ -197,6 +230,7 @@ def match_zip(
     budget: float,
     damping: float,
     one_to_one: Collection[int] = (),
+    room: Room | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> ZipMatch:
@@ -214,16 +248,20 @@ def match_zip(
         budget: share of the merges that may be within one model, see `zip_units`.
         damping: what the similarity of a merged unit is multiplied with, see `zip_units`.
         one_to_one: the numbers of classes of which no units of one model are merged.
+        room: how many merged units there are to be of each class; None is as many as one model has.
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
     """
-    problem = _Problem(symmetry, [floats(symmetry, s) for s in states], correlation, Mix.of(alpha, correlation))
+    room = Room.of(symmetry) if room is None else room
+    mix = Mix.of(alpha, correlation)
+    problem = _Problem(symmetry, [floats(symmetry, s) for s in states], correlation, mix, room)
     rng = np.random.default_rng(seed)
     classes = zipped_classes(symmetry, flow, one_to_one)
-    blocks = {n: np.broadcast_to(_cells(symmetry, n), (len(states), symmetry.units[n].size)) for n in classes}
+    blocks = {n: np.broadcast_to(cells(symmetry, n), (len(states), symmetry.units[n].size)) for n in classes}
 
     def zipped(number: int) -> Zipped:
-        return zip_blocks(problem.similarity(number), blocks[number], budget=budget, damping=damping)
+        width = room.widths[number]
+        return zip_blocks(problem.similarity(number), blocks[number], budget=budget, damping=damping, width=width)
 
     with tqdm(total=None, desc="zipping", disable=None if progress is None else not progress, leave=False) as bar:
         for n in rng.permutation(classes).tolist():
@@ -238,16 +276,11 @@ def match_zip(
             bar,
         )
     consumed = frozenset(axis for axis, kind in flow.items() if kind is Flow.CONSUMES)
-    widths = tuple(c.size for c in symmetry.units)
-    units = UnitMap(symmetry.names, symmetry.layout, consumed, tuple(map(tuple, problem.labels)), widths)
+    kept = room.kept if room.changed else ()
+    units = UnitMap(
+        symmetry.names, symmetry.layout, consumed, tuple(map(tuple, problem.labels)), tuple(problem.widths), kept
+    )
     return ZipMatch(units, trace, _within(symmetry, problem, classes))
-
-
-def _cells(symmetry: Symmetry, number: int) -> Ids:
-    """For every unit of a class, the number of the block in which it lies."""
-    c = symmetry.units[number]
-    key = np.stack([*(at for _, at in c.parents), c.fixed], axis=1)
-    return np.unique(key, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def _neighbours(symmetry: Symmetry, number: int, classes: Sequence[int]) -> set[int]:
@@ -262,6 +295,6 @@ def _neighbours(symmetry: Symmetry, number: int, classes: Sequence[int]) -> set[
 def _within(symmetry: Symmetry, problem: _Problem, classes: Sequence[int]) -> dict[str, int]:
     found = {}
     for n in classes:
-        several = [np.bincount(own[n], minlength=symmetry.units[n].size) > 1 for own in problem.labels]
+        several = [np.bincount(own[n], minlength=problem.widths[n]) > 1 for own in problem.labels]
         found[symmetry.names[n]] = int(np.any(several, axis=0).sum())
     return found

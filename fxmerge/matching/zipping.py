@@ -25,8 +25,8 @@ class Zipped:
     """Which units of several models are merged.
 
     Attributes:
-        labels: for every model and unit, the merged unit that it goes into; shape (models, units). There are
-            as many merged units as units of one model, and each has at least one member.
+        labels: for every model and unit, the merged unit that it goes into; shape (models, units). Unless another width
+            was asked for, there are as many merged units as units of one model. Each has at least one member.
         forced: how many merges the budget (or a damping of 0) did not allow, but were made because no allowed
             pair was left. Always 0 for two models.
     """
@@ -58,7 +58,9 @@ class Zipped:
         return merge
 
 
-def zip_units(similarity: Scores, models: int, *, budget: float = 1.0, damping: float = 0.5) -> Zipped:
+def zip_units(
+    similarity: Scores, models: int, *, budget: float = 1.0, damping: float = 0.5, width: int | None = None
+) -> Zipped:
     """Merges units of several models greedily (ZipIt!, arXiv 2305.03053, with the defaults of MuDSC's code).
 
     Of pairs that are equally similar, the one is merged first whose first unit comes first, and then the one
@@ -68,13 +70,14 @@ def zip_units(similarity: Scores, models: int, *, budget: float = 1.0, damping: 
     Arguments:
         similarity: of all pairs of units, model after model, shape (models * units, models * units). Only what is
             above the diagonal is read.
-        models: the number of models, at least 2.
-        budget: in [0, 1]; each model may have `int(budget * ((models - 1) * units // models))` merges of two
-            of its units, where a merged unit counts as one of the model of its first member. With 0, two models
-            are aligned, unit by unit.
+        models: the number of models. Of one, units are merged with each other only if `width` asks for fewer.
+        budget: in [0, 1]; each model may have `int(budget * (merges // models))` merges of two of its units, where a
+            merged unit counts as one of the model of its first member. With 0, two models are aligned, unit by unit.
         damping: in [0, 1]; what the similarities of a merged unit are multiplied with, anew for every merge, so
             that it is less likely to be merged again. 0 forbids a merged unit further merges with units of the
             models of the two that it is made of.
+        width: how many merged units there are to be, from 1 to all units of all models; None is as many as one model
+            has.
 
     Raises:
         OptionError: if the shape does not fit, or an option is outside of its range.
@@ -91,7 +94,7 @@ def zip_units(similarity: Scores, models: int, *, budget: float = 1.0, damping: 
         [[0, 1], [0, 1]]
     """
     one_block = np.zeros((models, _units(similarity, models)), np.int64)
-    return zip_blocks(similarity, one_block, budget=budget, damping=damping)
+    return zip_blocks(similarity, one_block, budget=budget, damping=damping, width=width)
 
 
 def zip_groups(
@@ -141,7 +144,9 @@ def zip_groups(
     return zip_blocks(similarity, np.stack(matched), budget=budget, damping=damping)
 
 
-def zip_blocks(similarity: Scores, blocks: Ids, *, budget: float = 1.0, damping: float = 0.5) -> Zipped:
+def zip_blocks(
+    similarity: Scores, blocks: Ids, *, budget: float = 1.0, damping: float = 0.5, width: int | None = None
+) -> Zipped:
     """Merges units greedily inside of blocks that are matched already.
 
     Arguments:
@@ -150,18 +155,26 @@ def zip_blocks(similarity: Scores, blocks: Ids, *, budget: float = 1.0, damping:
             may be merged. A block has as many units in every model.
         budget: as for `zip_groups`.
         damping: as for `zip_units`.
+        width: as for `zip_units`; of it, every block gets as much. More than a block has units is for one block.
+
+    Returns:
+        The merged units of a block have the numbers of the first units of the first model in it, and then those from
+        the number of its units on.
     """
     models, units = blocks.shape
-    _check(similarity, blocks, budget, damping)
-    allowed = np.full(models, _share((models - 1) * units, models, budget))
+    width = units if width is None else width
+    _check(similarity, blocks, budget, damping, width)
+    merges = models * units - width
+    allowed = np.full(models, _share(merges, models, budget))
     labels, forced = np.empty(models * units, np.int64), 0
     for block in np.unique(blocks):
         own = np.flatnonzero(blocks.reshape(-1) == block)
         model = own // units
-        places = own[model == 0]
-        limits = np.minimum(allowed, _share((models - 1) * len(places), models))
+        goal = (model == 0).sum() * width // units
+        places = np.concatenate([own[model == 0], np.arange(units, width)])[:goal]
+        limits = np.minimum(allowed, _share(len(own) - goal, models))
         inside = similarity if len(own) == len(similarity) else similarity[np.ix_(own, own)]
-        first, used, excess = _zip(inside, model, len(places), limits, damping)
+        first, used, excess = _zip(inside, model, goal, limits, damping)
         labels[own] = places[np.unique(first, return_inverse=True)[1]]
         allowed -= used
         forced += excess
@@ -197,8 +210,8 @@ def _share(total: int, parts: int, budget: float = 1.0) -> int:
 
 def _units(similarity: Scores, models: int) -> int:
     """The number of units of one model."""
-    if models < 2:
-        raise OptionError(f"models is {models}; at least 2 are needed to zip.")
+    if models < 1:
+        raise OptionError(f"models is {models}; at least 1 is needed to zip.")
     if similarity.ndim != 2 or len(set(similarity.shape)) > 1 or similarity.shape[0] % models or not similarity.size:
         raise OptionError(
             f"The similarity has shape {similarity.shape}; it must be square, with as many rows for each of "
@@ -207,13 +220,20 @@ def _units(similarity: Scores, models: int) -> int:
     return len(similarity) // models
 
 
-def _check(similarity: Scores, blocks: Ids, budget: float, damping: float) -> None:
+def _check(similarity: Scores, blocks: Ids, budget: float, damping: float, width: int) -> None:
     models, units = blocks.shape
     if units != _units(similarity, models):
         raise OptionError(f"The blocks have shape {blocks.shape}, and the similarity {similarity.shape}.")
     counts = [np.unique(row, return_counts=True) for row in blocks]
     if any(not (np.array_equal(n, counts[0][0]) and np.array_equal(c, counts[0][1])) for n, c in counts[1:]):
         raise OptionError("A block must have as many units in every model.")
+    count = len(counts[0][0])
+    most = models * units if count == 1 else units
+    if width != units and (not count <= width <= most or width % count or len(set(counts[0][1].tolist())) > 1):
+        raise OptionError(
+            f"width is {width}; it must be from {count} to {most}, and as much for each block; there are {count}, of "
+            f"{units} units."
+        )
     for name, value in (("budget", budget), ("damping", damping)):
         if not 0 <= value <= 1:
             raise OptionError(f"{name} is {value}; it must be in [0, 1].")

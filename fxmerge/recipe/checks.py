@@ -33,6 +33,15 @@ def check_alpha(part: Any) -> None:
         )
 
 
+def check_width(part: Any) -> None:
+    numbers = part.width.values() if isinstance(part.width, Mapping) else [part.width]
+    if not all(is_number(value) and value > 0 for value in numbers):
+        raise wrong(part, "width", "a positive number, or such numbers by the names or patterns of classes")
+    whole = isinstance(part.multiple_of, int) and not isinstance(part.multiple_of, bool)
+    if not whole or part.multiple_of < 1:
+        raise wrong(part, "multiple_of", "a whole number from 1 on")
+
+
 def check_word(part: object, name: str, words: Sequence[str]) -> None:
     if getattr(part, name) not in words:
         raise wrong(part, name, " or ".join(map(repr, words)))

@@ -12,12 +12,14 @@ from fxmerge.recipe.checks import (
     check_scale,
     check_share,
     check_weights,
+    check_width,
     check_word,
     is_number,
     wrong,
 )
 
 Alpha = float | Mapping[str, float]
+Width = float | Mapping[str, float]
 Similarity = Literal["pearson", "cosine"]
 
 DEFAULT_ALPHA = 0.5
@@ -73,13 +75,18 @@ class Zip:
             merged again.
         similarity: as for `Align`.
         reference: as for `Align`.
+        width: how many merged units there are, as a share of the units of one model: 1 is the size of one model, 0.5
+            half of it, 2 for two models is all of their units. A mapping gives shares, or as whole numbers above 1
+            the number of merged units, for classes by name or pattern such as "layer3.*"; of patterns that fit, the
+            first counts, and what none fits has width 1. Classes of which the graph allows no other number keep theirs.
+        multiple_of: what the number of merged units is rounded to a multiple of, where the width is not 1.
 
     Raises:
         OptionError: if a field is out of range.
 
     Example:
-        >>> Zip(budget=0.5)
-        Zip(alpha=0.5, budget=0.5, damping=0.5, similarity='pearson', reference=None)
+        >>> Zip(budget=0.5).budget
+        0.5
     """
 
     alpha: Alpha = DEFAULT_ALPHA
@@ -87,9 +94,12 @@ class Zip:
     damping: float = 0.5
     similarity: Similarity = "pearson"
     reference: int | None = None
+    width: Width = 1.0
+    multiple_of: int = 1
 
     def __post_init__(self) -> None:
         check_alpha(self)
+        check_width(self)
         check_share(self, "budget")
         check_share(self, "damping")
         check_word(self, "similarity", get_args(Similarity))

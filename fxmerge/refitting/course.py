@@ -115,12 +115,20 @@ class Course:
 
 
 class Lane(Runner):
-    """One network on its way through the stages."""
+    """One network on its way through the stages.
 
-    def __init__(self, program: Program, state: Mapping[str, Tensor]) -> None:
-        super().__init__(program)
-        self.number = {n: i for i, n in enumerate(program.graph.graph.nodes)}
-        self.derived = [n for n in program.graph.graph.nodes if n in program.derived]
+    Arguments:
+        program: the program whose nodes the stages are of.
+        state: the parameters.
+        own: the program of this network, if it is of other sizes; it has the same nodes by name.
+    """
+
+    def __init__(self, program: Program, state: Mapping[str, Tensor], own: Program | None = None) -> None:
+        super().__init__(own or program)
+        nodes = {n.name: n for n in self.program.graph.graph.nodes}
+        self.own = {n: nodes[n.name] for n in program.graph.graph.nodes}
+        self.number = {n: i for i, n in enumerate(nodes.values())}
+        self.derived = [n for n in nodes.values() if n in self.program.derived]
         self.known: dict[fx.Node, Any] = {}
         self.use(state)
 
@@ -138,16 +146,17 @@ class Lane(Runner):
 
     def advance(self, values: Mapping[fx.Node, Any], step: Step) -> Mapping[fx.Node, Any]:
         """What is known throughout, and what a stage shows and keeps; all else is let go of as soon as it was read."""
-        self.env = {**self.known, **values}
-        wanted = {*self.known, *step.show, *step.keep}
-        readers = Counter(n for node in step.run for n in node.all_input_nodes)
-        for node in step.run:
+        self.env = {**self.known, **{self.own[n]: value for n, value in values.items()}}
+        run = [self.own[n] for n in step.run]
+        wanted = {*self.known, *(self.own[n] for n in (*step.show, *step.keep))}
+        readers = Counter(n for node in run for n in node.all_input_nodes)
+        for node in run:
             self._compute(node)
             for n in node.all_input_nodes:
                 readers[n] -= 1
                 if not readers[n] and n not in wanted:
                     del self.env[n]
-        found, self.env = {n: self.env[n] for n in wanted}, {}
+        found, self.env = {n: self.env[own] for n, own in self.own.items() if own in wanted}, {}
         return found
 
     @torch.no_grad()

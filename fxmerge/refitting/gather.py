@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ class LayerFit:
         shown: the uses that learn from the teachers' outputs; others do from their coefficients, for chosen rows only.
         alike: how many batches there will be, by the shares of the parents in their targets.
         seed: seed of the choice of rows.
-        own: the coefficients of parents as they are, by number, whose errors are to be known.
+        own: the numbers of parents whose errors are to be known, none of whose outputs are in other units than the
+            layer's.
     """
 
     def __init__(
@@ -74,13 +75,11 @@ class LayerFit:
         shown: Collection[Use],
         alike: Mapping[Shares, int],
         seed: int,
-        own: Mapping[int, Tensor] | None = None,
+        own: Collection[int] = (),
     ) -> None:
         self.began = time.perf_counter()
         self.layer, self.teachers, self.summands, self.shown = layer, teachers, summands, shown
         self.centre = layer.read(state)
-        self.coefficients = [layer.read(teacher.state) for teacher in teachers]
-        self.members = [layer.read(teacher.members, missing=1.0).to(self.centre) for teacher in teachers]
         groups, features, outputs = self.centre.shape
         self.folds = NormalEquations.folds(groups, features, outputs, self.centre.device)
         self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // (sum(alike.values()) * len(layer.uses)) + 1
@@ -88,8 +87,18 @@ class LayerFit:
         self.seen: Counter[Shares] = Counter()
         self.parts: dict[tuple[int, Shares], Tensor] = {}
         self.generator = torch.Generator().manual_seed(seed)
-        self.own, self.missed = own or {}, dict.fromkeys(own or {}, 0.0)
+        self.missed = dict.fromkeys(own, 0.0)
         self.held_out = math.nan
+
+    @cached_property
+    def coefficients(self) -> list[Tensor]:
+        """Those of the teachers."""
+        return [self.layer.read(teacher.state) for teacher in self.teachers]
+
+    @cached_property
+    def members(self) -> list[Tensor]:
+        """How many members the outputs of each teacher's coefficients are sums of."""
+        return [self.layer.read(teacher.members, missing=1.0).to(self.centre) for teacher in self.teachers]
 
     def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
         """Takes in a batch.
@@ -110,8 +119,8 @@ class LayerFit:
             if use in self.summands:
                 summand = self.summands[use]
                 y = y + use.outputs(summand.placed(self._off(summand.node, values, taught, shares)), mine, chosen)
-            for j, coefficients in self.own.items():
-                given = use.features(arguments(use, taught[j]), chosen) @ coefficients.to(y)
+            for j in self.missed:
+                given = self._given(use, taught[j], j, chosen)
                 self.missed[j] += weight * float((y - given).square().sum(dtype=torch.float64))
             # The rows of one batch may be of the same inputs, and then tell little of each other's folds; inputs of one
             # task tell little of those of another.
@@ -127,6 +136,14 @@ class LayerFit:
             return use.outputs(self.mean(use.node, taught, shares), arguments(use, next(iter(taught.values()))), chosen)
         given = ((j, use.features(arguments(use, theirs), chosen)) for j, theirs in taught.items())
         return _sum(f @ self._taught(j, shares).to(f) for j, f in given)
+
+    def _given(self, use: Use, theirs: Values, number: int, chosen: Tensor | None) -> Tensor:
+        """What one parent gives at a use."""
+        own = arguments(use, theirs)
+        if use in self.shown:
+            return use.outputs(theirs[use.node], own, chosen)
+        features = use.features(own, chosen)
+        return features @ self.coefficients[number].to(features)
 
     def mean(self, node: fx.Node, taught: Mapping[int, Values], shares: Shares) -> Tensor:
         """What the parents compute at a node, in merged units."""

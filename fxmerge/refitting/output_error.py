@@ -28,19 +28,15 @@ def asked(shares: Shares) -> list[int]:
     return [j for j, share in enumerate(shares) if share > 0]
 
 
-def comparable(
-    program: Program,
-    last: Sequence[Layer],
-    chosen: Collection[Layer],
-    parents: Sequence[Mapping[str, Tensor]],
-    teachers: Sequence[Teacher],
-) -> bool:
+def comparable(program: Program, last: Sequence[Layer], chosen: Collection[Layer], teachers: Sequence[Teacher]) -> bool:
     """Whether the outputs of last layers tell how near networks are: there are some, all are fitted, and all other
     parameters come before them. What other layers give would be in units of a network's own, or is not the output."""
-    own_outputs = all(
-        torch.equal(layer.read(parent), layer.read(teacher.state))
+    own_outputs = not any(
+        teacher.places.moved(use.node, range(use.node.meta["val"].ndim))
         for layer in last
-        for parent, teacher in zip(parents, teachers, strict=True)
+        for use in layer.uses
+        for teacher in teachers
+        if teacher.places is not None
     )
     return own_outputs and bool(last) and all(layer in chosen for layer in last) and not used_elsewhere(program, last)
 

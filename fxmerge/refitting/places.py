@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxmerge.units.layout import Ids
+from fxmerge.units.layout import Ids, value_layout
 from fxmerge.units.unit_map import UnitMap
 
 
@@ -28,7 +28,7 @@ class Places:
     units: Callable[[str, int], tuple[Ids, Ids] | None]
     map: UnitMap
     model: int
-    _known: dict[fx.Node, dict[int, Ids | None]] = field(default_factory=dict)
+    _known: dict[str, dict[int, tuple[Ids, int] | None]] = field(default_factory=dict)
 
     def moved(self, node: fx.Node, dims: Collection[int]) -> bool:
         """Whether merged units lie along some dimensions of a node's value."""
@@ -49,29 +49,37 @@ class Places:
             ValueError: if it cannot be told what lies where.
         """
         members = value.new_ones([1] * value.ndim)
-        for dim, target in self._targets(node).items():
-            if target is None:
+        for dim, found in self._targets(node).items():
+            if found is None:
                 raise ValueError(f"It cannot be told what units lie along dimension {dim} of graph node {node.name!r}.")
+            target, size = found
             index = torch.from_numpy(target).to(value.device)
             parts = value.unflatten(dim, (-1, len(target)))  # The units may repeat.
-            value = torch.zeros_like(parts).index_add_(dim + 1, index, parts).flatten(dim, dim + 1)
-            counts = torch.from_numpy(np.bincount(target, minlength=len(target))).to(value).repeat(parts.shape[dim])
+            sums = parts.new_zeros([*parts.shape[: dim + 1], size, *parts.shape[dim + 2 :]])
+            value = sums.index_add_(dim + 1, index, parts).flatten(dim, dim + 1)
+            counts = torch.from_numpy(np.bincount(target, minlength=size)).to(value).repeat(parts.shape[dim])
             members = members * counts.reshape([-1 if d == dim else 1 for d in range(value.ndim)])
         return value, members
 
-    def _targets(self, node: fx.Node) -> dict[int, Ids | None]:
+    def _targets(self, node: fx.Node) -> dict[int, tuple[Ids, int] | None]:
         """For those dimensions of a node's value along which merged units lie, the position that the merged unit has
-        for every position; None if that cannot be told."""
-        if node not in self._known:
+        for every position, and how many positions there are then; None if that cannot be told."""
+        if node.name not in self._known:
             dims = [d for d in range(node.meta["val"].ndim) if self.moved(node, [d])]
-            self._known[node] = {d: self._target(node, d) for d in dims}
-        return self._known[node]
+            self._known[node.name] = {d: self._target(node, d) for d in dims}
+        return self._known[node.name]
 
-    def _target(self, node: fx.Node, dim: int) -> Ids | None:
+    def _target(self, node: fx.Node, dim: int) -> tuple[Ids, int] | None:
         units = self.units(node.name, dim)
         if units is None:
             return None
         number, unit = units
+        if not self.map.resized.isdisjoint(np.unique(number).tolist()):
+            layout = value_layout(number, unit, [len(own) for own in self.map.maps[self.model]])
+            if layout is None:
+                return None
+            into = self.map.into(layout)
+            return layout.target(self.map.maps[self.model], into), len(into.index)
         goal = unit.copy()
         for n in self.map.moving & set(np.unique(number).tolist()):
             own = number == n
@@ -82,4 +90,4 @@ class Places:
         target = order[np.minimum(np.searchsorted(at[order], wanted), len(order) - 1)]
         target = np.where(number >= 0, target, np.arange(len(target)))
         alone = len(np.unique(at[number >= 0])) == np.count_nonzero(number >= 0)
-        return target if alone and np.array_equal(at[target], wanted) else None
+        return (target, len(target)) if alone and np.array_equal(at[target], wanted) else None

@@ -64,6 +64,7 @@ def refit(
     start: Mapping[str, Tensor],
     lessons: Iterable[Lesson],
     *,
+    parents_program: Program | None = None,
     teachers: Sequence[Teacher] | None = None,
     only_last: bool = False,
     repair: bool = False,
@@ -84,6 +85,7 @@ def refit(
         parents: their state dicts, in units that match.
         start: the state dict to refit, such as the parents' average.
         lessons: the data.
+        parents_program: the program of the parents, if it is of other sizes; it has the same nodes by name.
         teachers: what the parents' layers give to learn from, where units are merged; by default the parents' own.
         only_last: whether to refit only layers that no other layer comes after.
         repair: whether to shift and scale the outputs of the layers, in place of fitting them.
@@ -102,6 +104,7 @@ def refit(
         NonFiniteError: if an activation is NaN or infinite.
     """
     program = written_out(program)
+    resized = parents_program is not None and parents_program is not program
     layers = find_layers(program)
     last = last_layers(program, layers)
     teachers = teachers or [Teacher(own, {}) for own in parents]
@@ -120,18 +123,21 @@ def refit(
                 if layer in last
                 else "it cannot be told where they are in its output"
             )
+        elif resized and not all(_shown(use, own) for use in layer.uses for own in places):
+            left[layer.name] = "it cannot be told where merged units are in its output"
         else:
             chosen.append(layer)
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
     owner = owner or {}
     only_parent = {layer: _only_parent(layer, owner) for layer in chosen}
-    by_layers = not repair and not owner and comparable(program, last, chosen, parents, teachers)
+    by_layers = not repair and not owner and comparable(program, last, chosen, teachers)
     distance = None if repair or by_layers or owner else OutputDistance(program)
     state, normal = dict(start), statistics_nodes(program)
     normal = {names: nodes for names, nodes in normal.items() if not alike(program, names, nodes, shared)}
-    stages = _plan(program, chosen, normal, towards_sums, places, to_the_end=distance is not None)
+    end = distance is not None
+    stages = _plan(program, chosen, normal, towards_sums, places, all_shown=resized, to_the_end=end)
     told: LayerReport = {}
-    merged, *lanes = (Lane(program, own) for own in (state, *parents))
+    merged, *lanes = Lane(program, state), *(Lane(program, own, parents_program) for own in parents)
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
         course = Course(kept, merged, lanes, lessons, all_parents=bool(owner))
@@ -153,7 +159,7 @@ def refit(
                         stage.shown,
                         course.alike(only_parent[layer]),
                         seed,
-                        {j: layer.read(parents[j]) for j in everywhere} if by_layers and layer in last else None,
+                        everywhere if by_layers and layer in last else (),
                     )
                     for layer in stage.layers
                 ]
@@ -249,10 +255,12 @@ def _plan(
     towards_sums: Collection[Layer],
     places: Sequence[Places],
     *,
+    all_shown: bool,
     to_the_end: bool,
 ) -> list[_Stage]:
     """The stages of a refit of some layers and statistics, of which some layers learn what the sums are to be
-    that their outputs go into; and the way from the last of them to the outputs, if that is asked for."""
+    that their outputs go into; and the way from the last of them to the outputs, if that is asked for. Where all are
+    shown, no layer learns from what follows from its parents' coefficients."""
     graph, derived = program.graph.graph, program.derived
     normal = list(statistics.items())
     sets = [[use.node for use in layer.uses] for layer in chosen] + [nodes for _, nodes in normal]
@@ -277,7 +285,7 @@ def _plan(
             summands[stage] |= beside
             read[stage] |= {one.node for one in beside.values()}
             taught[stage] |= {one.node for one in beside.values()}
-        apart = {use for use in layer.uses if any(_apart(use, p) for p in places)}
+        apart = {use for use in layer.uses if all_shown or any(_apart(use, p) for p in places)}
         shown[stage] |= apart
         taught[stage] |= {use.node for use in apart}
     ways = walk(graph, read, derived, final), walk(graph, taught, derived)

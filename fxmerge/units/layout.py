@@ -69,11 +69,16 @@ class AxisLayout:
         target: Ids = into.index[after[self.slot]]
         return target
 
-    def resized(self, widths: Sequence[int]) -> AxisLayout:
+    def resized(self, widths: Sequence[int], kept: Sequence[Ids] | None = None) -> AxisLayout:
         """The layout of the axis where each class has another number of units.
 
-        The axis keeps the units below the width of their class where they are. Units beyond those that it has come
-        after the last one of their stretch: the axis of a flattened image (channels, pixels) gets whole channels.
+        Units beyond those that the axis has come after the last one of their stretch: the axis of a flattened image
+        (channels, pixels) gets whole channels.
+
+        Arguments:
+            widths: the new number of units of every class.
+            kept: for every class, the units in whose places the first of the new ones stand, in ascending order; None
+                for those with the smallest numbers.
 
         Raises:
             UnitMapError: if rows of the parameter have units of their own along the axis, and a width changes.
@@ -85,13 +90,7 @@ class AxisLayout:
                 f"Axis {self.dim} of {self.parameter!r} has units of its own in every row: its width cannot change. "
                 f"Give the classes there {[len(slots) for _, slots in self.roles]} merged units."
             )
-        entries = [(int(self.index[slot]), 0, 0, 0, -1) for slot in _pinned(self)]
-        ends = _stretches([(number, self.index[slots]) for number, slots in self.roles])
-        for role, ((number, slots), (end, rank)) in enumerate(zip(self.roles, ends, strict=True)):
-            kept = min(len(slots), widths[number])
-            entries += [(int(self.index[slots[unit]]), 0, unit, 0, role) for unit in range(kept)]
-            entries += [(end, 1, unit, rank, role) for unit in range(kept, widths[number])]
-        entries.sort()
+        entries = self._entries(widths, kept)
         roles = [np.zeros(widths[number], np.int64) for number, _ in self.roles]
         for index, (_, _, unit, _, role) in enumerate(entries):
             if role >= 0:
@@ -99,6 +98,45 @@ class AxisLayout:
         shape = (*self.shape[: self.dim], len(entries), *self.shape[self.dim + 1 :])
         numbered = tuple((number, slots) for (number, _), slots in zip(self.roles, roles, strict=True))
         return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, np.arange(len(entries)), numbered)
+
+    def _entries(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> list[tuple[int, int, int, int, int]]:
+        """The indices of the resized axis in order: for each the index at which it stands or, with a 1, after which it
+        comes, its unit, the rank of its role in the stretch, and its role, -1 for what no class has."""
+        entries = [(int(self.index[slot]), 0, 0, 0, -1) for slot in _pinned(self)]
+        ends = _stretches([(number, self.index[slots]) for number, slots in self.roles])
+        for role, ((number, slots), (end, rank)) in enumerate(zip(self.roles, ends, strict=True)):
+            own = np.arange(min(len(slots), widths[number])) if kept is None else kept[number]
+            entries += [(int(self.index[slots[at]]), 0, unit, 0, role) for unit, at in enumerate(own.tolist())]
+            entries += [(end, 1, unit, rank, role) for unit in range(len(own), widths[number])]
+        return sorted(entries)
+
+    def boundary(self, index: int, widths: Sequence[int], kept: Sequence[Ids] | None = None) -> int:
+        """How many indices of the resized axis come before one of this axis, which may be its end."""
+        if all(widths[number] == len(slots) for number, slots in self.roles):
+            return index
+        return sum(at < index for at, *_ in self._entries(widths, kept))
+
+
+def value_layout(number: Ids, unit: Ids, sizes: Sequence[int]) -> AxisLayout | None:
+    """The layout of a dimension of a value, along which units lie as given.
+
+    Arguments:
+        number: for every position, the class of the unit there, -1 for none.
+        unit: its number in the class.
+        sizes: how many units each class has.
+
+    Returns:
+        None where a class does not show all of its units, each as often.
+    """
+    roles: list[tuple[int, Ids]] = []
+    for n in np.unique(number[number >= 0]).tolist():
+        at = np.flatnonzero(number == n)
+        order = at[np.argsort(unit[at], kind="stable")]
+        size = sizes[n]
+        if len(at) % size or not np.array_equal(np.repeat(np.arange(size), len(at) // size), unit[order]):
+            return None
+        roles += [(n, own) for own in order.reshape(size, -1).T]
+    return AxisLayout("", (), (len(number),), 0, (0,), np.arange(len(number)), tuple(roles))
 
 
 def _pinned(axis: AxisLayout) -> list[int]:

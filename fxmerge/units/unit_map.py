@@ -38,6 +38,8 @@ class UnitMap:
         consumed: the axes along which the network consumes units.
         maps: `maps[m][c][u]` is the merged unit into which unit `u` of class `c` of model `m` goes.
         widths: for every class, how many merged units there are.
+        kept: for every class of which there are fewer merged units than units of a model, the units in whose places the
+            merged ones stand, ascending; a model's units otherwise. () for those with the smallest numbers.
 
     Raises:
         UnitMapError: if the maps, widths and names do not fit each other.
@@ -59,6 +61,7 @@ class UnitMap:
     consumed: frozenset[Axis]
     maps: tuple[tuple[Ids, ...], ...]
     widths: tuple[int, ...]
+    kept: tuple[Ids, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.maps or any(len(own) != len(self.widths) for own in self.maps):
@@ -96,7 +99,7 @@ class UnitMap:
             tuple(sum(own[:m]) + np.arange(own[m]) for own in sizes)  # Behind those of the models before it.
             for m in range(len(self.maps))
         )
-        return replace(self, maps=maps, widths=tuple(sum(own) for own in sizes))
+        return replace(self, maps=maps, widths=tuple(sum(own) for own in sizes), kept=())
 
     def then(self, other: UnitMap) -> UnitMap:
         """First this map, then one of its merged units: of one model for all, or of as many models.
@@ -114,7 +117,7 @@ class UnitMap:
             tuple(b[a] for a, b in zip(own, next_own, strict=True))
             for own, next_own in zip(self.maps, after, strict=True)
         )
-        return replace(self, maps=maps, widths=other.widths)
+        return replace(self, maps=maps, widths=other.widths, kept=other.kept)
 
     def inverse(self) -> UnitMap:
         """The map back, from merged units to those of the models.
@@ -138,6 +141,15 @@ class UnitMap:
             all(len(own[c]) == width and bool((np.bincount(own[c], minlength=width) == 1).all()) for own in self.maps)
             for c, width in enumerate(self.widths)
         )
+
+    @cached_property
+    def resized(self) -> frozenset[int]:
+        """The numbers of the classes that have more or fewer merged units than a model has units."""
+        return frozenset(c for c, width in enumerate(self.widths) if any(len(own[c]) != width for own in self.maps))
+
+    def into(self, axis: AxisLayout) -> AxisLayout:
+        """The layout of an axis of a model, or of one of its values, in merged units."""
+        return axis.resized(self.widths, self.kept or None)
 
     @cached_property
     def moving(self) -> frozenset[int]:
@@ -225,6 +237,13 @@ class UnitMap:
             sums, count = self.gather(name, tensor.to(first.device, wide), m)
             total, counts = total + weight * sums, counts + weight * count
         return _ratio(torch.as_tensor(total), torch.as_tensor(counts)).to(first.dtype)
+
+    def shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a parameter with merged units, by that which it has in a model."""
+        sizes = list(shape)
+        for axis in self._axes.get(self._aliases.get(name, name), ()):
+            sizes[axis.dim] = self._into[axis.parameter, axis.dim].shape[axis.dim]
+        return tuple(sizes)
 
     def gather(self, name: str, tensor: Tensor, model: int, *, produced_only: bool = False) -> tuple[Tensor, Tensor]:
         """One parameter of one model, with the members of every merged unit added up.
@@ -314,6 +333,7 @@ class UnitMap:
                 "version": VERSION,
                 "names": self.names,
                 "widths": self.widths,
+                "kept": [units.tolist() for units in self.kept],
                 "maps": [[units.tolist() for units in own] for own in self.maps],
                 "consumed": sorted(self.consumed),
                 "layout": [
@@ -344,6 +364,7 @@ class UnitMap:
                 frozenset((name, dim) for name, dim in found["consumed"]),
                 tuple(tuple(np.array(units, np.int64) for units in own) for own in found["maps"]),
                 tuple(found["widths"]),
+                tuple(np.array(units, np.int64) for units in found.get("kept", ())),
             )
         except (KeyError, TypeError, ValueError, OSError) as error:
             if isinstance(error, UnitMapError):
@@ -369,7 +390,7 @@ class UnitMap:
     @cached_property
     def _into(self) -> dict[Axis, AxisLayout]:
         """The layout of every axis in merged units."""
-        found = {(axis.parameter, axis.dim): axis.resized(self.widths) for axis in self.layout}
+        found = {(axis.parameter, axis.dim): self.into(axis) for axis in self.layout}
         for axis in self.layout:
             rows = [d for d in axis.dims if d != axis.dim]
             if any((axis.parameter, d) in found and found[axis.parameter, d].shape[d] != axis.shape[d] for d in rows):

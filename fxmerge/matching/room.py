@@ -1,0 +1,128 @@
+"""How many merged units there are to be of every class, and in whose places they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from fxmerge.errors import OptionError
+from fxmerge.recipe import Zip
+from fxmerge.symmetry.flow import Flow
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.propagate import Axis
+from fxmerge.symmetry.units import Ids
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """How many merged units there are to be of every class.
+
+    Attributes:
+        widths: by the number of the class.
+        kept: for every class, the units of a model in whose places merged units stand, ascending. Where there are more
+            merged units than units, the others come after them.
+        changed: the numbers of the classes of which there are more or fewer than units of a model.
+    """
+
+    widths: tuple[int, ...]
+    kept: tuple[Ids, ...]
+    changed: frozenset[int] = frozenset()
+
+    @staticmethod
+    def of(symmetry: Symmetry, widths: Mapping[int, int] | None = None) -> Room:
+        """The room for some classes of other widths, and for what only moves along with them; all others have as many
+        merged units as units. Of every block, as many units are kept.
+
+        Arguments:
+            symmetry: the classes.
+            widths: for some classes by number, how many merged units there are to be, as `possible` allows.
+        """
+        sizes = [c.size for c in symmetry.units]
+        kept = [np.arange(size) for size in sizes]
+        for n, width in (widths or {}).items():
+            sizes[n] = width
+            if width < symmetry.units[n].size:
+                blocks = cells(symmetry, n)
+                rank = np.zeros(len(blocks), np.int64)
+                for block in np.unique(blocks):
+                    own = np.flatnonzero(blocks == block)
+                    rank[own] = np.arange(len(own))
+                kept[n] = np.flatnonzero(rank < width // len(np.unique(blocks)))
+                for shown, units in symmetry.views[n]:
+                    if shown != n:
+                        kept[shown] = np.sort(units[kept[n]].reshape(-1))
+                        sizes[shown] = len(kept[shown])
+        changed = (n for n, c in enumerate(symmetry.units) if sizes[n] != c.size)
+        return Room(tuple(sizes), tuple(kept), frozenset(changed))
+
+
+def cells(symmetry: Symmetry, number: int) -> Ids:
+    """For every unit of a class, the number of the block in which it lies."""
+    c = symmetry.units[number]
+    key = np.stack([*(at for _, at in c.parents), c.fixed], axis=1)
+    return np.unique(key, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def may_change(
+    symmetry: Symmetry, flow: Mapping[Axis, Flow], classes: Collection[int]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """The classes, of those whose units may be merged, of which there may be fewer and more merged units than units.
+
+    These are classes that some layer consumes: what it gives is then the sum over as many members as before, while a
+    product of two activations along merged units has fewer terms. Fewer means fewer in every block, so that the blocks
+    are of one size; more means more of what lies in no block.
+    """
+    fewer, more = set(), set()
+    for n in classes:
+        views = symmetry.views[n]
+        shown = {number for number, _ in views}
+        axes = [axis for axis in symmetry.layout if any(number in shown for number, _ in axis.roles)]
+        whole = all(units.size == symmetry.units[number].size for number, units in views)
+        alone = all(len(axis.dims) == 1 for axis in axes)
+        consumed = any(flow[axis.parameter, axis.dim] is Flow.CONSUMES for axis in axes)
+        sizes = np.bincount(cells(symmetry, n))
+        if whole and alone and consumed and len(set(sizes.tolist())) == 1:
+            fewer.add(n)
+            if len(sizes) == 1 and len(views) == 1:
+                more.add(n)
+    return frozenset(fewer), frozenset(more)
+
+
+def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], more: Collection[int]) -> dict[int, int]:
+    """How many merged units of some classes a recipe asks for, where that is not as many as a model has.
+
+    Arguments:
+        part: the recipe's.
+        symmetry: the classes.
+        models: how many models there are.
+        fewer: the classes of which there may be fewer merged units than units.
+        more: those of which there may be more.
+
+    Raises:
+        OptionError: if a class is named of which there can be no other number, or a pattern fits none.
+    """
+    if isinstance(part.width, Mapping):
+        for pattern in part.width:
+            if not any(fnmatchcase(name, pattern) for name in symmetry.names):
+                raise OptionError(f"Zip.width names {pattern!r}, which is no class; there are {_some(symmetry.names)}.")
+    found = {}
+    for n in sorted({*fewer, *more}):
+        name, size = symmetry.names[n], symmetry.units[n].size
+        share = part.width
+        if isinstance(share, Mapping):
+            share = next((own for pattern, own in share.items() if fnmatchcase(name, pattern)), 1.0)
+        asked = share if isinstance(share, int) and share > 1 else share * size
+        blocks = int(cells(symmetry, n).max()) + 1
+        step = blocks * part.multiple_of
+        width = max(round(asked / step) * step, step)
+        if share != 1 and (n in more if width > size else n in fewer and width < size):
+            found[n] = min(width, models * size)
+    return found
+
+
+def _some(names: tuple[str, ...]) -> str:
+    """A list of names that is not too long."""
+    return ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
