@@ -17,7 +17,7 @@ from fxmerge.job import prepare, readable_again
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_nearer_parent
 from fxmerge.ordering import error_of
-from fxmerge.pipeline import Prepared, combine, emit, fit, match, renumbered, sized
+from fxmerge.pipeline import Prepared, combine, emit, fit, match, nothing_merged, renumbered, sized
 from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
@@ -173,12 +173,13 @@ def _merged(
     state = combine(group, recipe, matching.merged, aligned, counts, order)
     program = sized(group, matching.merged, state)
     refitted = Refitted(state, {}, {}, {}, held_out=False)
-    if recipe.fit is not None:
+    settled = nothing_merged(group, matching.merged)
+    if recipe.fit is not None and not settled:
         refitted = fit(group, recipe, run, program, matching.merged, aligned, state, weights, order)
         warn_of_few_rows(refitted.layers)
         if len(models) > 1:
             warn_of_nearer_parent(refitted.errors, job.names)
-    merged = emit(group, program, refitted.state, calibrate=recipe.fit is None)
+    merged = emit(group, program, refitted.state, calibrate=recipe.fit is None and not settled)
     back = sorted(range(len(order)), key=order.__getitem__)
     maps = [matching.units.maps[i] for i in back][-len(models) :]
     told = replace(

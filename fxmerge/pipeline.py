@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxmerge import validate
 from fxmerge.combine.average import average
@@ -18,16 +19,17 @@ from fxmerge.combine.batch_norm import batch_norm_statistics, by_batches_seen, r
 from fxmerge.combine.masks import masked, pruned, voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
-from fxmerge.emit.resize import CannotResizeError, resize, rewrite
+from fxmerge.emit.resize import CannotResizeError, resize, rewritten, write
 from fxmerge.errors import OptionError
 from fxmerge.evidence.activations import similarities
 from fxmerge.job import Job
 from fxmerge.matching.models import Matching, as_they_are, match_models, pairs_to_correlate
-from fxmerge.matching.room import Room, may_change, wanted
+from fxmerge.matching.room import Room, alike, may_change, wanted
 from fxmerge.matching.zip_search import zipped_classes
 from fxmerge.notices import warn_of_outputs, warn_without_data
 from fxmerge.program.capture import capture_ops
 from fxmerge.program.captured import Program
+from fxmerge.program.run import Runner
 from fxmerge.recipe import Average, Fit, Readout, Recipe, Repair, Run, Zip
 from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.folding import folded
@@ -109,6 +111,12 @@ class Prepared:
                 numbers |= {number for number, _ in axis.roles}
         return frozenset(numbers)
 
+    @cached_property
+    def ops(self) -> fx.GraphModule:
+        """The model as a graph of ops, in which sizes can be changed."""
+        job = self.job
+        return capture_ops(job.model, *job.example, varying=set(job.varying))
+
     def images(self, own: Sequence[np.ndarray[Any, Any]]) -> dict[str, list[int]]:
         """For every class by name, the merged unit that each unit of one model goes into."""
         moved = iter(own)
@@ -146,7 +154,7 @@ def match(
     assert not isinstance(part, str)
     if part is None:
         return as_they_are(group.symmetry, group.flow, len(states))
-    room = _room(group, part, len(states)) if isinstance(part, Zip) and part.width != 1 else None
+    room = _room(group, part, run, len(states)) if isinstance(part, Zip) and part.width != 1 else None
     correlations = {}
     if job.data is not None and part.alpha != 1:
         pairs = pairs_to_correlate(part, len(states), reference)
@@ -174,29 +182,67 @@ def match(
     )
 
 
-def _room(group: Prepared, part: Zip, models: int) -> Room:
+def _room(group: Prepared, part: Zip, run: Run, models: int) -> Room:
     """How many merged units there are to be of every class: as the recipe says, where the graph allows it.
 
     Raises:
         OptionError: if the recipe names a class for which it does not.
     """
+    symmetry = group.symmetry
     classes = zipped_classes(group.trunk, group.flow, group.one_to_one)
-    widths = wanted(part, group.trunk, models, *may_change(group.symmetry, group.flow, classes))
-    named = isinstance(part.width, Mapping)
+    widths = wanted(part, group.trunk, models, *may_change(symmetry, group.flow, classes))
+
+    def leave(numbers: Collection[int], why: str) -> None:
+        names = ", ".join(repr(symmetry.names[n]) for n in sorted(numbers))
+        if isinstance(part.width, Mapping):
+            raise OptionError(f"Zip.width cannot be had for {names}: {why} Leave these at 1.")
+        logger.info("as many merged units as units: %s, since %s", names, why)
+        for n in numbers:
+            del widths[n]
+
     with group.job.timed("resizing"):
         while widths:
-            room = Room.of(group.symmetry, widths)
             try:
-                _try(group, room)
-                return room
+                _try(group, Room.of(symmetry, widths))
+                break
             except CannotResizeError as error:
-                blamed = {n for n in widths if not error.classes.isdisjoint(k for k, _ in group.symmetry.views[n])}
-                names = ", ".join(repr(group.symmetry.names[n]) for n in sorted(blamed or widths))
-                if named:
-                    raise OptionError(f"Zip.width cannot be had for {names}: {error} Leave these at 1.") from error
-                logger.info("as many merged units as units: %s, since %s", names, error)
-                widths = {n: width for n, width in widths.items() if n not in (blamed or widths)}
-    return Room.of(group.symmetry)
+                leave(_blamed(symmetry, widths, error), str(error))
+        counted = _counted(group, sorted(widths)) if run.verify else []
+        if counted:
+            leave(counted, "the network is another one when equal units become one, as if an op counted them.")
+    return Room.of(symmetry, widths)
+
+
+def _blamed(symmetry: Symmetry, numbers: Collection[int], error: CannotResizeError) -> list[int]:
+    """The classes of some that an error is about; all if it is about none."""
+    found = [n for n in numbers if not error.classes.isdisjoint(shown for shown, _ in symmetry.views[n])]
+    return found or list(numbers)
+
+
+def _counted(group: Prepared, numbers: Sequence[int]) -> list[int]:
+    """The classes of some of which the network is not the same when equal units become one: what counts them is no
+    layer that reads them, as a softmax along them."""
+    symmetry, job = group.symmetry, group.job
+    if not numbers:
+        return []
+    consumed = frozenset(axis for axis, kind in group.flow.items() if kind is Flow.CONSUMES)
+    units = alike(symmetry, numbers, consumed)
+    small = units.apply(_in_double(job.states[0]))
+    try:
+        into = _resized(group, group.propagation.program, group.propagation, units, small)
+    except CannotResizeError as error:  # In pairs they cannot be looked at.
+        return _counted(group, [n for n in numbers if n not in _blamed(symmetry, numbers, error)])
+    call = pytree.tree_map(lambda v: _in_double({"": v})[""] if isinstance(v, Tensor) else v, job.example)
+    expected = Runner(group.propagation.program).outputs(units.spread(small), *call)
+    if validate.agree(expected, Runner(into).outputs(small, *call)):
+        return []
+    half = len(numbers) // 2
+    return list(numbers) if not half else [*_counted(group, numbers[:half]), *_counted(group, numbers[half:])]
+
+
+def _in_double(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in which rounding does not hide that networks differ."""
+    return {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
 
 
 def _try(group: Prepared, room: Room) -> None:
@@ -209,6 +255,7 @@ def _try(group: Prepared, room: Room) -> None:
     units = UnitMap(symmetry.names, symmetry.layout, frozenset(), (maps,), room.widths, room.kept)
     state = {n: torch.empty(units.shape(n, t.shape), dtype=t.dtype) for n, t in group.job.states[0].items()}
     resize(group.propagation, symmetry, units, state, group.job.example)
+    rewritten(group.ops, group.job.program, group.propagation, symmetry, units)
 
 
 def sized(group: Prepared, units: UnitMap, state: Mapping[str, Tensor]) -> Program:
@@ -217,12 +264,32 @@ def sized(group: Prepared, units: UnitMap, state: Mapping[str, Tensor]) -> Progr
     if not units.resized:
         return job.program
     with job.timed("resizing"):
-        aten = resize(group.propagation, group.symmetry, units, state, job.example)
-        ops = capture_ops(job.model, *job.example, varying=set(job.varying))
-        rewrite(ops, job.program, group.propagation, group.symmetry, units)
-        program = replace(job.program, module=ops, aten=aten, route="torch.export")
+        ops = group.ops
+        for node, changes in rewritten(ops, job.program, group.propagation, group.symmetry, units).items():
+            write(node, changes)
+        ops.recompile()
+        resized = _resized(group, job.program, group.propagation, units, state)
+        program = replace(resized, module=ops, route="torch.export")
         validate.check_emitted(bake(program, state), program, state, job.example)
         return program
+
+
+def _resized(
+    group: Prepared, program: Program, found: Propagation, units: UnitMap, state: Mapping[str, Tensor]
+) -> Program:
+    """A labelled program with the sizes of merged units; the same one if these are those of a model."""
+    if not units.resized:
+        return program
+    return replace(program, aten=resize(found, group.symmetry, units, state, group.job.example))
+
+
+def nothing_merged(group: Prepared, units: UnitMap) -> bool:
+    """Whether every unit of every model is there by itself, and all parameters of the trunk give units: then the result
+    computes what each model does, and there is nothing to fit or to estimate."""
+    if not units.widths or any(sum(len(own[n]) for own in units.maps) != w for n, w in enumerate(units.widths)):
+        return False
+    gives = {a.parameter for a in units.layout if group.flow[a.parameter, a.dim] is not Flow.CONSUMES}
+    return gives.issuperset(group.job.program.parameters.keys() - group.job.owner.keys() - group.shared)
 
 
 def combine(
@@ -236,7 +303,8 @@ def combine(
     """One state dict from those of aligned models, which come in an order; a base comes first."""
     job, part = group.job, recipe.combine
     statistics = batch_norm_statistics(job.program)
-    if job.data is None and statistics and recipe.match is not None:
+    unknown = job.data is None and bool(statistics) and recipe.match is not None and not nothing_merged(group, units)
+    if unknown:
         warn_without_data(states, statistics)
     with job.timed("combining"):
         if isinstance(part, Average):
@@ -244,9 +312,10 @@ def combine(
             if recipe.match is None and job.data is None:
                 special = by_batches_seen(statistics, states, weights) | special
             state = voted(average(units, states, weights, statistics, special), job.masks)
-            if job.data is None and statistics and recipe.match is not None:
+            if unknown:
                 again = partial(average, units, weights=weights, statistics=(), special=special)
-                state = folded(job.program, states, state, again)
+                into = _resized(group, job.program, group.propagation, units, state)
+                state = folded(job.program, states, into, state, units, again)
             return _rederived(job, state, states, weights)
         assert not isinstance(part, str)
         base, *tuned = states
@@ -282,11 +351,7 @@ def fit(
         program = written_out(group.propagation.program)
         same = program is group.propagation.program
         found = group.propagation if same or not units.moving else propagate(program)
-        if units.resized:
-            aten = into.aten if same else resize(found, group.symmetry, units, start, job.example)
-            into = replace(program, aten=aten)
-        else:
-            into = program
+        into = into if same and units.resized else _resized(group, program, found, units, start)
         refitted = refit(
             into,
             states,

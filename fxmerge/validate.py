@@ -230,6 +230,16 @@ def check_emitted(
         )
 
 
+def agree(expected: Sequence[Any], got: Sequence[Any], tolerance: float = 1e-5) -> bool:
+    """Whether outputs are the same but for rounding, as a share of the largest value of each."""
+    for a, b in zip(expected, got, strict=True):
+        if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()):
+            scale = float(a.abs().max()) or 1.0
+            if not torch.allclose(a / scale, b / scale, rtol=0, atol=tolerance, equal_nan=True):
+                return False
+    return True
+
+
 def _different(expected: Sequence[Any], got: Sequence[Any]) -> str | None:
     """What is other than expected; None if nothing is."""
     if len(expected) != len(got):

@@ -20,6 +20,7 @@ from fxmerge.refitting.forms import bind
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.rules import elementwise, find_rule
 from fxmerge.symmetry.shown import Shown, places_of, shown_by
 from fxmerge.units.layout import AxisLayout, value_layout
 from fxmerge.units.unit_map import UnitMap
@@ -218,23 +219,26 @@ def resize(found: Propagation, symmetry: Symmetry, units: UnitMap, state: Mappin
     return resized
 
 
-def rewrite(module: fx.GraphModule, program: Program, found: Propagation, symmetry: Symmetry, units: UnitMap) -> None:
-    """Makes the same changes in the graph that a captured program was made of, as `capture_ops` gives it.
+def rewritten(
+    module: fx.GraphModule, program: Program, found: Propagation, symmetry: Symmetry, units: UnitMap
+) -> dict[fx.Node, Changes]:
+    """What changes likewise in the graph that a captured program was made of, as `capture_ops` gives it.
 
     Arguments:
-        module: the graph, which is changed.
+        module: the graph.
         program: the captured program.
         found: the labelled program, which is it or has some of its ops written out.
         symmetry, units: as for `resize`.
+
+    Raises:
+        CannotResizeError: as for `resize`.
     """
     twins = _twins(module, program)
     if found.program is not program:
         further = _made_of(found.program.graph)
         twins = {node: further.get(twin.name, twin) for node, twin in twins.items()}
     sizes = Sizes(found, symmetry, units, twins)
-    for node in module.graph.nodes:
-        write(node, changes_of(node, sizes))
-    module.recompile()
+    return {node: changes_of(node, sizes) for node in module.graph.nodes}
 
 
 def _twins(module: fx.GraphModule, program: Program) -> dict[fx.Node, fx.Node]:
@@ -318,30 +322,26 @@ Rule = Callable[[fx.Node, dict[str, Any], Sizes], Changes]
 R = TypeVar("R", bound=Rule)
 _RULES: dict[str, Rule] = {}
 
-_FREE = frozenset(
-    f"aten::{name}"
-    for name in (
-        # What moves entries by dimensions, or copies them.
-        *("alias", "clone", "contiguous", "detach", "detach_", "flatten", "lift_fresh_copy", "movedim", "permute"),
-        *("squeeze", "stack", "swapaxes", "t", "transpose", "unbind", "unsqueeze", "cat", "concat", "numpy_T", "mT"),
-        *("sym_size", "sym_numel", "to", "_to_copy", "type_as", "expand_as", "view_as", "zeros_like", "ones_like"),
-        *("empty_like", "full_like", "rand_like", "randn_like", "broadcast_tensors", "bernoulli"),
-        # Products, whose sizes are those of their operands.
-        *("addmm", "baddbmm", "bilinear", "bmm", "dot", "einsum", "linear", "matmul", "mm", "mv", "embedding"),
-        # What goes along other dimensions, or over all entries of one alike.
-        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d"),
-        *("_adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-        *("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d"),
-        *("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices"),
-        *("upsample_bilinear2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
-        *("upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "grid_sampler", "grid_sampler_2d"),
-        *("softmax", "_softmax", "log_softmax", "_log_softmax", "dropout", "feature_dropout", "native_dropout"),
-        *("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm", "glu", "cumsum"),
-        *("mean", "sum", "amax", "amin", "max", "min", "any", "all", "var", "var_mean", "std", "std_mean", "norm"),
-        *("linalg_vector_norm", "logsumexp", "prod", "argmax", "pixel_shuffle", "pixel_unshuffle", "prelu"),
-    )
-)
-"""The ops that say nothing of the sizes of what they read."""
+_FREE_NAMES = """
+    alias clone contiguous detach detach_ flatten lift_fresh_copy movedim permute squeeze stack swapaxes t transpose
+    unbind unsqueeze cat concat numpy_T mT sym_size sym_numel expand_as view_as reshape_as empty_like full_like
+    randn_like broadcast_tensors bernoulli
+    addmm baddbmm bilinear bmm dot einsum linear matmul mm mv embedding
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d
+    max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices upsample_bilinear2d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bicubic2d upsample_linear1d upsample_trilinear3d
+    grid_sampler grid_sampler_2d pixel_shuffle pixel_unshuffle
+    softmax _softmax log_softmax _log_softmax _safe_softmax dropout feature_dropout native_dropout glu batch_norm
+    _native_batch_norm_legit_no_training _native_batch_norm_legit native_batch_norm cudnn_batch_norm instance_norm
+    _weight_norm _weight_norm_interface
+    mean sum amax amin max min any all var var_mean std std_mean norm linalg_vector_norm logsumexp prod nansum nanmean
+"""
+
+_FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split())
+"""The ops that say nothing of the sizes of what they read, beside those that go entry by entry."""
+
+_POINTWISE = (elementwise.pointwise, elementwise.identity, elementwise.prelu, elementwise.copy, elementwise.filled)
 
 
 def rule(*names: str) -> Callable[[R], R]:
@@ -368,7 +368,7 @@ def changes_of(node: fx.Node, sizes: Sizes) -> Changes:
     if schema.name in _RULES:
         call = bind(node)
         return {name: new for name, new in _RULES[schema.name](node, call, sizes).items() if new != call[name]}
-    if schema.name in _FREE or torch.Tag.pointwise in node.target.tags:  # type: ignore[union-attr]
+    if schema.name in _FREE or find_rule(node.target) in _POINTWISE:
         return {}
     raise sizes.cannot(node, f"is a call of {schema.name}, which is not known to allow other sizes")
 
@@ -499,6 +499,28 @@ def _pad(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     for i in range(len(pad) // 2):
         if any(pad[2 * i : 2 * i + 2]) and sizes.size(x, -1 - i) is not None:
             raise sizes.cannot(node, "adds to a dimension along which units lie")
+    return {}
+
+
+@rule(
+    "roll", "flip", "gather", "index_select", "take_along_dim", "sort", "topk", "argmax", "argmin", "cumsum", "unfold"
+)
+def _along(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
+    """What looks at a dimension by position: it must not be one of those that change."""
+    x = call["self"]
+    dims = next((call[name] for name in ("dims", "dim", "dimension") if name in call), None)
+    dims = [dims] if isinstance(dims, int) else dims
+    for d in dims or range(len(sizes.shape(x))):
+        if sizes.size(x, d) is not None:
+            raise sizes.cannot(node, "looks at units by their places")
+    return {}
+
+
+@rule("index", "_unsafe_index", "index_put", "_unsafe_index_put")
+def _index(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
+    for d, index in enumerate(call["indices"]):
+        if index is not None and (sizes.size(call["self"], d) is not None or sizes.changes(index)):
+            raise sizes.cannot(node, "looks at units by their places")
     return {}
 
 

@@ -14,6 +14,7 @@ from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.unit_map import UnitMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,29 @@ class Room:
         return Room(tuple(sizes), tuple(kept), frozenset(changed))
 
 
+def alike(symmetry: Symmetry, classes: Collection[int], consumed: frozenset[Axis]) -> UnitMap:
+    """The map of one model of which, in every block of some classes, as few units as possible are merged, all with as
+    many: pairs, where there is an even number of units."""
+    widths = {}
+    for n in classes:
+        block = int((cells(symmetry, n) == 0).sum())
+        step = next(k for k in range(2, block + 1) if block % k == 0)
+        widths[n] = symmetry.units[n].size // step
+    room = Room.of(symmetry, widths)
+    maps = [np.arange(c.size) for c in symmetry.units]
+    for n in classes:
+        place, blocks = np.zeros(symmetry.units[n].size, np.int64), cells(symmetry, n)
+        for block in np.unique(blocks):
+            own = np.flatnonzero(blocks == block)
+            left = np.intersect1d(own, room.kept[n])
+            place[own] = left[np.arange(len(own)) % len(left)]
+        for shown, view in symmetry.views[n]:
+            places = np.arange(symmetry.units[shown].size)
+            places[view] = view[place]
+            maps[shown] = np.searchsorted(room.kept[shown], places)
+    return UnitMap(symmetry.names, symmetry.layout, consumed, (tuple(maps),), room.widths, room.kept)
+
+
 def cells(symmetry: Symmetry, number: int) -> Ids:
     """For every unit of a class, the number of the block in which it lies."""
     c = symmetry.units[number]
@@ -76,12 +100,14 @@ def may_change(
     are of one size; more means more of what lies in no block.
     """
     fewer, more = set(), set()
+    rows = {(axis.parameter, d) for axis in symmetry.layout if len(axis.dims) > 1 for d in axis.dims}
     for n in classes:
         views = symmetry.views[n]
         shown = {number for number, _ in views}
         axes = [axis for axis in symmetry.layout if any(number in shown for number, _ in axis.roles)]
-        whole = all(units.size == symmetry.units[number].size for number, units in views)
-        alone = all(len(axis.dims) == 1 for axis in axes)
+        many = np.bincount(cells(symmetry, n)).min() > 1
+        whole = many and all(units.size == symmetry.units[number].size for number, units in views)
+        alone = rows.isdisjoint((axis.parameter, axis.dim) for axis in axes)
         consumed = any(flow[axis.parameter, axis.dim] is Flow.CONSUMES for axis in axes)
         sizes = np.bincount(cells(symmetry, n))
         if whole and alone and consumed and len(set(sizes.tolist())) == 1:
@@ -106,14 +132,14 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
     """
     if isinstance(part.width, Mapping):
         for pattern in part.width:
-            if not any(fnmatchcase(name, pattern) for name in symmetry.names):
+            if not any(_fits(name, pattern) for name in symmetry.names):
                 raise OptionError(f"Zip.width names {pattern!r}, which is no class; there are {_some(symmetry.names)}.")
     found = {}
     for n in sorted({*fewer, *more}):
         name, size = symmetry.names[n], symmetry.units[n].size
         share = part.width
         if isinstance(share, Mapping):
-            share = next((own for pattern, own in share.items() if fnmatchcase(name, pattern)), 1.0)
+            share = next((own for pattern, own in share.items() if _fits(name, pattern)), 1.0)
         asked = share if isinstance(share, int) and share > 1 else share * size
         blocks = int(cells(symmetry, n).max()) + 1
         step = blocks * part.multiple_of
@@ -121,6 +147,11 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
         if share != 1 and (n in more if width > size else n in fewer and width < size):
             found[n] = min(width, models * size)
     return found
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a pattern fits a name, in which brackets are no pattern."""
+    return name == pattern or fnmatchcase(name, pattern.replace("[", "[[]"))
 
 
 def _some(names: tuple[str, ...]) -> str:

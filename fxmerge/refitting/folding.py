@@ -13,6 +13,7 @@ from fxmerge.combine.batch_norm import statistics_nodes
 from fxmerge.program.captured import Program
 from fxmerge.refitting.forms import Form, bind, form_of
 from fxmerge.refitting.layers import operand
+from fxmerge.units.unit_map import UnitMap
 
 State = Mapping[str, Tensor]
 
@@ -23,7 +24,9 @@ SAME = 1e-4
 def folded(
     program: Program,
     states: Sequence[State],
+    into: Program,
     merged: State,
+    units: UnitMap,
     combine: Callable[[Sequence[State]], State],
 ) -> dict[str, Tensor]:
     """Scales the running variances behind layers as the averaging of their weights has scaled the outputs.
@@ -33,32 +36,44 @@ def folded(
     does for the merged channels of one network. The estimate is right for inputs that vary alike and independently:
     of these, a weighted sum has a variance in proportion to the sum of the squares of the weights. The variance of the
     models' means is one of their weights, and left out; but where all have the same weights, it is one of their data.
+    Inputs that become one merged unit are taken to be the same.
 
     Arguments:
         program: the captured program.
         states: the state dicts that were merged, in units that match.
+        into: the program of the merged network.
         merged: what was made of them, with variances that are pooled.
+        units: where the units of the models go.
         combine: merges state dicts in the same way, but for running variances the mean is taken.
 
     Returns:
         `merged` with other variances, for every normalization of what a layer gives.
     """
-    known = {
+    known, same = _normalized(program), _normalized(into)
+    read = [units.consume(state, m) for m, state in enumerate(states)]
+    squares = [
+        {name: layer.squares(own).to(s[name]) for name, layer in known.items()}
+        for s, own in zip(states, read, strict=True)
+    ]
+    theirs = combine([{**s, **own} for s, own in zip(states, squares, strict=True)])
+    means = combine(states)
+    found = dict(merged)
+    for name, layer in same.items():
+        expected = theirs[name].double()
+        shrunk = torch.where(expected > 0, layer.squares(merged).to(expected) / expected, 1.0)
+        unchanged = (shrunk - 1).abs() < SAME
+        estimated = torch.where(unchanged, merged[name].double(), means[name].double() * shrunk)
+        found[name] = estimated.to(merged[name])
+    return found
+
+
+def _normalized(program: Program) -> dict[str, _Layer]:
+    """The layers whose outputs are normalized, by the names of the running variances."""
+    return {
         variance: layer
         for (_, variance), nodes in statistics_nodes(program).items()
         if len(nodes) == 1 and (layer := _layer(program, nodes[0].args[0])) is not None
     }
-    squares = [{name: layer.squares(s).to(s[name]) for name, layer in known.items()} for s in states]
-    theirs = combine([{**s, **own} for s, own in zip(states, squares, strict=True)])
-    means = combine(states)
-    found = dict(merged)
-    for name, layer in known.items():
-        expected = theirs[name].double()
-        shrunk = torch.where(expected > 0, layer.squares(merged).to(expected) / expected, 1.0)
-        same = (shrunk - 1).abs() < SAME
-        estimated = torch.where(same, merged[name].double(), means[name].double() * shrunk)
-        found[name] = estimated.to(merged[name])
-    return found
 
 
 @dataclass(frozen=True)

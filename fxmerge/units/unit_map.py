@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -245,14 +245,16 @@ class UnitMap:
             sizes[axis.dim] = self._into[axis.parameter, axis.dim].shape[axis.dim]
         return tuple(sizes)
 
-    def gather(self, name: str, tensor: Tensor, model: int, *, produced_only: bool = False) -> tuple[Tensor, Tensor]:
+    def gather(
+        self, name: str, tensor: Tensor, model: int, *, only: Literal["produced", "consumed"] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One parameter of one model, with the members of every merged unit added up.
 
         Arguments:
             name: of the parameter.
             tensor: its values.
             model: the number of the model.
-            produced_only: whether to leave the axes that consume units as they are.
+            only: the axes along which units are added up: those that consume units, or the others; None for all.
 
         Returns:
             The sums, and the number of members along producing axes that each entry is a sum of, which broadcasts.
@@ -260,7 +262,7 @@ class UnitMap:
         count = torch.ones((), dtype=tensor.dtype.to_real(), device=tensor.device)
         for axis in self._axes.get(name, ()):
             consumes = (name, axis.dim) in self.consumed
-            if produced_only and consumes:
+            if only == ("produced" if consumes else "consumed"):
                 continue
             into = self._into[axis.parameter, axis.dim]
             target = axis.target(self.maps[model], into)
@@ -279,11 +281,46 @@ class UnitMap:
         for name, axes in self._axes.items():
             if state[name].is_floating_point() or state[name].is_complex():
                 wide = torch.promote_types(state[name].dtype, torch.float32)
-                sums[name], count = self.gather(name, state[name].to(wide), model, produced_only=True)
+                sums[name], count = self.gather(name, state[name].to(wide), model, only="produced")
                 counts[name] = count.expand(sums[name].shape)
                 for alias in axes[0].aliases:
                     sums[alias], counts[alias] = sums[name], counts[name]
         return sums, counts
+
+    def consume(self, state: Mapping[str, Tensor], model: int) -> dict[str, Tensor]:
+        """One model that reads merged units, and gives units of its own."""
+        read = dict(state)
+        for name, axes in self._axes.items():
+            if state[name].is_floating_point() or state[name].is_complex():
+                wide = torch.promote_types(state[name].dtype, torch.float32)
+                read[name] = self.gather(name, state[name].to(wide), model, only="consumed")[0]
+                read.update(dict.fromkeys(axes[0].aliases, read[name]))
+        return read
+
+    def spread(self, state: Mapping[str, Tensor], model: int = 0) -> dict[str, Tensor]:
+        """One model in whose own units the merged network's function is the same, as long as no op counts units: all
+        members of a merged unit give what it gives, and what reads it is shared out among them.
+
+        Arguments:
+            state: parameters in merged units.
+            model: the number of the model.
+
+        Returns:
+            Parameters in units of the model, of which `apply` makes `state` again.
+        """
+        wide = dict(state)
+        for name, axes in self._axes.items():
+            for axis in reversed(axes):
+                into = self._into[axis.parameter, axis.dim]
+                target = axis.target(self.maps[model], into)
+                wide[name] = move_axis(wide[name], axis if len(axis.dims) > 1 else into, target)
+                if (name, axis.dim) in self.consumed:
+                    members = _members(wide[name].new_ones(axis.slot.shape), axis, target, into)
+                    index = torch.from_numpy(target).to(members.device)
+                    members = torch.take_along_dim(members, index, axis.dims.index(axis.dim))
+                    wide[name] = wide[name] / along_axis(members, axis)
+            wide.update(dict.fromkeys(axes[0].aliases, wide[name]))
+        return wide
 
     # ---------------------------------------------------------------------- activations
 

@@ -1,0 +1,263 @@
+"""Graphs with another number of units: what they compute, where they are refused, and folds of planted duplicates."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fxmerge
+from fxmerge.matching.room import alike
+from fxmerge.program.capture import capture_program
+from fxmerge.program.captured import Program
+from fxmerge.symmetry.flow import Flow, flows
+from fxmerge.symmetry.group import analyse
+from tests.networks import Attentive, Convolutional, mlp, pictures, vectors
+from tests.oracle.architectures import CASES
+from tests.oracle.generator import build, random_recipe
+
+
+def double(args: Any) -> Any:
+    return pytree.tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, args)
+
+
+def error(expected: Any, got: Any) -> float:
+    """The largest difference of two lists of outputs, as a share of the largest value of each."""
+    found = [0.0]
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
+        if a.is_floating_point():
+            a, b = a.detach(), b.detach()
+            found.append(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)))
+    return max(found)
+
+
+def check(model: nn.Module, args: Any) -> dict[str, tuple[int, int]]:
+    """A fold of a model in which units are equal computes what it does. Returns the widths of a fold by half."""
+    model, args = model.double().eval(), double(args)
+    example: dict[str, Any] = {"example": args, "inputs": lambda given: (given, {})}
+    widths = dict(fxmerge.report(fxmerge.fold(model, width=0.5, **example)).widths)
+    program = capture_program(model, args)
+    found, symmetry = analyse(program)
+    consumed = frozenset(axis for axis, kind in flows(found).items() if kind is Flow.CONSUMES)
+    units = alike(symmetry, [n for n in symmetry.choices if symmetry.names[n] in widths], consumed)
+    state = units.spread(units.apply(positive(program)))
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.copy_(state[name])
+    if widths:
+        fewer = {
+            symmetry.names[n]: units.widths[n] / symmetry.units[n].size for n in units.resized & set(symmetry.choices)
+        }
+        folded = fxmerge.fold(model, width=fewer, **example)
+        assert set(fxmerge.report(folded).widths) >= set(fewer)
+        assert error(model(*args), folded(*args)) < 1e-9
+    return widths
+
+
+def positive(program: Program) -> dict[str, Tensor]:
+    """Parameters none of which is negative, as variances must not be."""
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.rand(t.shape, generator=generator, dtype=t.dtype) / 2 + 0.5 if t.is_floating_point() else t
+        for name, t in program.aten.state.items()
+    }
+    return state | {name: state[first] for name, first in program.aliases.items()}
+
+
+UNUSUAL = {"units written between constants", "a convolution padded more at one end"}
+"""Architectures that cannot be brought to float64, or of which torch warns."""
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - UNUSUAL))
+def test_equal_units_of_an_architecture_are_one(name: str) -> None:
+    check(*CASES[name]())
+
+
+@pytest.mark.parametrize("seed", range(1000, 1016))
+def test_equal_units_of_a_random_architecture_are_one(seed: int) -> None:
+    check(*build(random_recipe(Random(seed))))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "VGG",
+        "conv, BatchNorm, flatten",
+        "residual CNN, projection shortcut",
+        "inverted residual, squeeze-excite",
+        "DenseNet",
+        "U-Net",
+        "grouped queries",
+        "ConvNeXt block",
+        "SwiGLU, packed",
+        "ViT",
+        "MLP-Mixer",
+    ],
+)
+def test_these_can_be_halved(name: str) -> None:
+    """The tests above do not pass for want of anything to resize."""
+    assert check(*CASES[name]())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("LSTM", "is a call of aten::lstm, which is not known to allow other sizes"),
+        ("places of channels", "looks at units by their places"),
+        ("residual CNN, padded shortcut", "adds to a dimension along which units lie"),
+    ],
+)
+def test_what_cannot_be_resized_is_named(name: str, reason: str) -> None:
+    model, args = CASES[name]()
+    example: dict[str, Any] = {"example": args, "inputs": lambda given: (given, {})}
+    with pytest.raises(fxmerge.OptionError, match=reason):
+        fxmerge.fold(model, width={"*": 0.5}, **example)
+    assert len(fxmerge.report(fxmerge.fold(model, width=0.5, **example)).widths) < len(find_classes(model, args))
+
+
+def find_classes(model: nn.Module, args: Any) -> tuple[str, ...]:
+    return fxmerge.find_symmetry(model, args).names
+
+
+# ------------------------------------------------------------------------------------ fold
+
+
+class Weighed(nn.Module):
+    """Units weighed against each other: how much each counts depends on how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(x).softmax(-1))
+        return out
+
+
+def test_units_that_an_op_counts_stay() -> None:
+    torch.manual_seed(0)
+    model, x = Weighed(), torch.randn(5, 4)
+    assert not fxmerge.report(fxmerge.fold(model, width=0.5, example=x)).widths
+    with pytest.raises(fxmerge.OptionError, match="as if an op counted them"):
+        fxmerge.fold(model, width={"*": 0.5}, example=x)
+
+
+@pytest.fixture(scope="module")
+def folded() -> tuple[nn.Module, fxmerge.Report, nn.Module]:
+    torch.manual_seed(0)
+    model = Convolutional(0).eval()
+    made = fxmerge.fold(model, pictures(), 0.5)
+    return model, fxmerge.report(made), made
+
+
+def test_a_fold_is_smaller_and_runs_on_other_batches(folded: tuple[nn.Module, fxmerge.Report, nn.Module]) -> None:
+    model, report, made = folded
+    assert report.widths and all(after * 2 == before for before, after in report.widths.values())
+    assert sum(p.numel() for p in made.parameters()) < sum(p.numel() for p in model.parameters())
+    x = pictures()[0]
+    assert made(x[:3]).shape == model(x[:3]).shape
+    assert str(report).startswith("1 model, folded")
+    assert report.held_out and 0 < report.errors["merged"] < 1
+
+
+def test_a_fold_goes_on_its_way(folded: tuple[nn.Module, fxmerge.Report, nn.Module]) -> None:
+    """It is checked, pickled, copied, exported, its symmetry inferred and verified, folded again and merged."""
+    _, _, made = folded
+    x = pictures()[0]
+    made.graph.lint()  # type: ignore[operator, union-attr]
+    assert torch.equal(pickle.loads(pickle.dumps(made))(x), made(x))
+    assert torch.equal(copy.deepcopy(made)(x), made(x))
+    exported = torch.export.export(made, (x,)).module()
+    torch.testing.assert_close(exported(x), made(x))
+    symmetry = fxmerge.find_symmetry(made, (x,)).verify(made, (x,))
+    assert symmetry.units and not symmetry.demoted
+    again = fxmerge.fold(made, pictures(), 0.5)
+    assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in made.parameters())
+    other = fxmerge.fold(made, pictures(), 1.0)
+    assert fxmerge.merge(made, other, pictures())(x).shape == made(x).shape
+
+
+def test_a_fit_makes_a_fold_nearer() -> None:
+    torch.manual_seed(0)
+    model = mlp(0)
+    x = torch.cat(vectors())
+    with torch.no_grad():
+        distance = {
+            fit: float((fxmerge.fold(model, vectors(), 0.5, fxmerge.Recipe(fit=fit))(x) - model(x)).square().sum())
+            for fit in (None, fxmerge.LeastSquares())
+        }
+    assert distance[fxmerge.LeastSquares()] < 0.6 * distance[None]
+
+
+def test_width_one_changes_nothing() -> None:
+    model, x = mlp(0), vectors()[0]
+    assert torch.equal(fxmerge.fold(model, width=1.0, example=x)(x), model(x))
+
+
+def test_widths_by_name_and_multiple() -> None:
+    model, x = mlp(0), vectors()[0]
+    made = fxmerge.fold(model, width={"1.*": 9, "3.*": 0.75}, example=x)
+    widths = fxmerge.report(made).widths
+    assert widths == {"1.weight[0]": (20, 9), "3.weight[0]": (20, 15)}
+    match = fxmerge.Zip(multiple_of=8)
+    made = fxmerge.fold(model, None, 0.5, fxmerge.Recipe(match=match), example=x)
+    assert {after for _, after in fxmerge.report(made).widths.values()} == {8}
+    with pytest.raises(fxmerge.OptionError, match="names 'nothing', which is no class"):
+        fxmerge.fold(model, width={"nothing": 0.5}, example=x)
+
+
+def test_a_recipe_that_does_not_fold_is_refused() -> None:
+    model, x = mlp(0), vectors()[0]
+    with pytest.raises(fxmerge.OptionError, match="fold merges units"):
+        fxmerge.fold(model, recipe=fxmerge.Recipe(match=fxmerge.Align()), example=x)
+    with pytest.raises(fxmerge.OptionError, match="of several networks"):
+        fxmerge.fold(model, recipe=fxmerge.Recipe(share="trunk"), example=x)
+    with pytest.raises(fxmerge.OptionError, match="width is -1"):
+        fxmerge.fold(model, width=-1, example=x)
+
+
+# ------------------------------------------------------------------------------------ merges of other widths
+
+
+def cnn(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = (nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU())
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
+    return nn.Sequential(*layers, *head).double().eval()
+
+
+def test_with_all_units_apart_nothing_is_lost() -> None:
+    a, b = cnn(0), cnn(1)
+    data = [x.double() for x in pictures()]
+    recipe = fxmerge.Recipe(match=fxmerge.Zip(width=2.0), share="trunk")
+    merged = fxmerge.merge(a, b, data, recipe)
+    for own, model in zip(merged(data[0]), (a, b), strict=True):
+        assert error(model(data[0]), own) < 1e-9
+    report = fxmerge.report(merged)
+    assert {after // before for before, after in report.widths.values()} == {2}
+
+
+def test_a_wider_merge_is_nearer() -> None:
+    a, b = cnn(0), cnn(1)
+    data = [x.double() for x in pictures()]
+    errors = []
+    for width in (1.0, 1.5):
+        match = fxmerge.Zip(width=width)
+        merged = fxmerge.merge(a, b, data, fxmerge.Recipe(match=match, share="trunk"))
+        errors.append(fxmerge.report(merged).errors["merged"])
+    assert errors[1] < errors[0]
+
+
+def test_networks_with_attention_become_wider() -> None:
+    a, b = (Attentive(seed).eval() for seed in (0, 1))
+    merged = fxmerge.merge(a, b, pictures(), fxmerge.Recipe(match=fxmerge.Zip(width=1.5)))
+    report = fxmerge.report(merged)
+    assert report.widths and all(after == before * 3 // 2 for before, after in report.widths.values())
+    x = pictures()[0][:3]
+    assert merged(x).shape == a(x).shape
