@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.errors import UnitMapError
-from fxmerge.units.layout import AxisLayout, add_axis, move_axis
+from fxmerge.units.layout import AxisLayout, add_axis, move_axis, value_layout
 
 
 def axis(length: int, roles: list[tuple[int, list[int]]]) -> AxisLayout:
@@ -93,3 +93,28 @@ def test_units_of_every_row_keep_their_number() -> None:
     tensor = torch.arange(6.0).reshape(2, 3)
     assert add_axis(tensor, layout, moved).tolist() == [[1.0, 0.0, 2.0], [5.0, 4.0, 3.0]]
     assert move_axis(tensor, layout, moved).tolist() == [[1.0, 0.0, 2.0], [5.0, 4.0, 3.0]]
+
+
+# ------------------------------------------------------------------------------------ other widths
+
+
+def test_an_index_has_a_place_on_a_resized_axis() -> None:
+    """Two pinned indices, four channels of two places, and a pinned one."""
+    slots = np.arange(2, 10).reshape(4, 2)
+    axis = AxisLayout("w", (), (11,), 0, (0,), np.arange(11), ((0, slots[:, 0]), (0, slots[:, 1])))
+    kept = [np.array([1, 3])]
+    assert axis.resized([2], kept).shape == (7,)
+    assert [axis.boundary(i, [2], kept) for i in range(12)] == [0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 7]
+    assert [axis.boundary(i, [5]) for i in (0, 2, 9, 10, 11)] == [0, 2, 9, 12, 13]
+    assert [axis.boundary(i, [4]) for i in (0, 5, 11)] == [0, 5, 11]
+    into = axis.resized([2], kept)
+    assert axis.target([np.array([0, 0, 1, 1])], into).tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6]
+
+
+def test_units_along_a_value_have_a_layout() -> None:
+    number, unit = np.array([-1, 0, 0, 1, 0, 0]), np.array([0, 1, 0, 0, 0, 1])
+    layout = value_layout(number, unit, [2, 1])
+    assert layout is not None
+    assert [(n, slots.tolist()) for n, slots in layout.roles] == [(0, [2, 1]), (0, [4, 5]), (1, [3])]
+    assert value_layout(number, unit, [3, 1]) is None  # One unit of three is not there.
+    assert value_layout(number[:-1], unit[:-1], [2, 1]) is None  # One is there twice, and the other once.

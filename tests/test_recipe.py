@@ -24,6 +24,7 @@ WEIGHTS = "it must be one number per model, none negative and at least one posit
 REFERENCE = "it must be the number of a model, from 0, or None."
 SIMILARITY = "it must be 'pearson' or 'cosine'."
 SCALE = "it must be a finite number."
+WIDTH = "it must be a positive number, or such numbers by the names or patterns of classes."
 DENSITY = "it must be a number above 0, up to 1 (keep every entry)."
 
 NO_SHARES: list[Any] = [-0.1, 1.1, NAN, INF, "half", None, True]
@@ -36,6 +37,8 @@ WRONG: list[tuple[type, str, list[Any], str]] = [
     *((kind, "similarity", ["dot", None, 1, "covariance"], SIMILARITY) for kind in (Align, Zip)),
     *((kind, "reference", NO_REFERENCES, REFERENCE) for kind in (Align, Zip)),
     *((Zip, name, NO_SHARES, SHARE) for name in ("budget", "damping")),
+    (Zip, "width", [0, -0.5, NAN, "half", None, True, {"a": 0}], WIDTH),
+    (Zip, "multiple_of", [0, 1.5, None, True], "it must be a whole number from 1 on."),
     *((kind, "own", NO_SHARES, SHARE) for kind in (LeastSquares, Readout, Repair)),
     *((kind, "weights", NO_WEIGHTS, WEIGHTS) for kind in (Average, TaskArithmetic, Ties)),
     *((kind, "scale", [NAN, INF, "full", None, True], SCALE) for kind in (TaskArithmetic, Ties)),

@@ -74,6 +74,7 @@ UNUSUAL = {"units written between constants", "a convolution padded more at one 
 """Architectures that cannot be brought to float64, or of which torch warns."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(CASES) - UNUSUAL))
 def test_equal_units_of_an_architecture_are_one(name: str) -> None:
     check(*CASES[name]())
