@@ -17,7 +17,7 @@ from fxmerge.job import prepare, readable_again
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_nearer_parent
 from fxmerge.ordering import error_of
-from fxmerge.pipeline import Prepared, combine, emit, fit, match, nothing_merged, renumbered, sized
+from fxmerge.pipeline import Prepared, combine, configured, emit, fit, match, nothing_merged, renumbered, sized
 from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
@@ -191,6 +191,7 @@ def _merged(
         images=tuple(group.images(own) for own in maps),
         heads=tuple(asdict(head) for head in job.heads),
         widths=widths_of(matching.units),
+        config=configured(group, matching.merged, merged),
         quality=renumbered(matching.quality, back if home is None else ()),
         objective=matching.objectives,
         zip_objective=matching.zip_objective,

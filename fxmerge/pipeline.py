@@ -19,6 +19,7 @@ from fxmerge.combine.batch_norm import batch_norm_statistics, by_batches_seen, r
 from fxmerge.combine.masks import masked, pruned, voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
+from fxmerge.emit.config import config_for
 from fxmerge.emit.resize import CannotResizeError, resize, rewritten, write
 from fxmerge.errors import OptionError
 from fxmerge.evidence.activations import similarities
@@ -189,6 +190,11 @@ def _room(group: Prepared, part: Zip, run: Run, models: int) -> Room:
         OptionError: if the recipe names a class for which it does not.
     """
     symmetry = group.symmetry
+    if group.job.program.follows_path:
+        raise OptionError(
+            "Another width than 1 needs a model that torch.export can capture, and this one it cannot: "
+            f"{group.job.program.why_fixed}. Leave the width at 1."
+        )
     classes = zipped_classes(group.trunk, group.flow, group.one_to_one)
     widths = wanted(part, group.trunk, models, *may_change(symmetry, group.flow, classes))
 
@@ -253,7 +259,7 @@ def _try(group: Prepared, room: Room) -> None:
         for k, c in zip(room.kept, symmetry.units, strict=True)
     )
     units = UnitMap(symmetry.names, symmetry.layout, frozenset(), (maps,), room.widths, room.kept)
-    state = {n: torch.empty(units.shape(n, t.shape), dtype=t.dtype) for n, t in group.job.states[0].items()}
+    state = {n: t.new_empty(units.shape(n, t.shape)) for n, t in group.job.states[0].items()}
     resize(group.propagation, symmetry, units, state, group.job.example)
     rewritten(group.ops, group.job.program, group.propagation, symmetry, units)
 
@@ -398,6 +404,14 @@ def emit(group: Prepared, program: Program, state: Mapping[str, Tensor], *, cali
         with job.timed("calibration"):
             recalibrate(module, program, job.data, group.shared, job.owner)
     return module
+
+
+def configured(group: Prepared, units: UnitMap, result: fx.GraphModule) -> dict[str, int] | None:
+    """What to change in the configuration of the model's class for the sizes of the result."""
+    if not units.resized or group.job.heads:
+        return None
+    widths = dict.fromkeys((len(units.maps[0][n]), units.widths[n]) for n in sorted(units.resized))
+    return config_for(group.job.model, {name: tuple(t.shape) for name, t in result.state_dict().items()}, widths)
 
 
 def renumbered(quality: Sequence[Mapping[str, Mapping[str, float]]], order: Collection[int]) -> tuple[Any, ...]:

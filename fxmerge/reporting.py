@@ -50,6 +50,8 @@ class Report:
         heads: where the networks have heads of their own, what `head` takes them out by.
         widths: for every class of which there are more or fewer merged units than a model has units, both numbers: of a
             model, and merged.
+        config: where the class of the first model is built from a `config`, as in transformers, and can have these
+            widths: what to change in it. The state dict then loads into a new instance.
         shared: the names of tensors that are equal in all models and stayed as they are.
         classes: the classes of the symmetry, with their axes, and why anything is pinned.
         demoted: classes that failed verification.
@@ -74,6 +76,7 @@ class Report:
     held_out: bool = False
     heads: tuple[Mapping[str, Any], ...] = ()
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    config: Mapping[str, int] | None = None
     shared: tuple[str, ...] = ()
     classes: tuple[Mapping[str, Any], ...] = ()
     demoted: tuple[str, ...] = ()
