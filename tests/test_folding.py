@@ -60,7 +60,7 @@ def test_the_variance_of_a_mean_of_weights_is_estimated(match: fxmerge.Align | f
     torch.testing.assert_close(estimated["norm1.running_var"], real["norm1"], rtol=0.1, atol=0)
     theirs = {n: sum(m.state_dict()[f"{n}.running_var"].mean() for m in (a, b)) / 2 for n in ("norm1", "norm2")}
     assert real["norm1"].mean() < 0.8 * theirs["norm1"]
-    assert real["norm2"].mean() < estimated["norm2.running_var"].mean() < 0.8 * theirs["norm2"]
+    assert 0.9 * real["norm2"].mean() < estimated["norm2.running_var"].mean() < 0.8 * theirs["norm2"]
     assert estimated["norm2.running_var"].mean() < 2 * real["norm2"].mean()
 
 

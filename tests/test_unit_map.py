@@ -210,7 +210,7 @@ def test_sums_and_members(name: str, change: int, produced_only: bool) -> None:
     case = Case(name, change)
     for m, state in enumerate(case.states):
         for key, value in state.items():
-            sums, count = case.units.gather(key, value, m, produced_only=produced_only)
+            sums, count = case.units.gather(key, value, m, only="produced" if produced_only else None)
             expected, members = case.sums(key, value, m, produced_only)
             torch.testing.assert_close(sums, expected)
             torch.testing.assert_close(count.expand(sums.shape), members)
