@@ -17,11 +17,13 @@ from fxmerge.job import prepare, readable_again
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_nearer_parent
 from fxmerge.ordering import error_of
-from fxmerge.pipeline import Prepared, combine, configured, emit, fit, match, nothing_merged, renumbered, sized
+from fxmerge.pipeline import combine, emit, fit, match, renumbered
+from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import attach, named_errors, report, widths_of
+from fxmerge.sizing import configured, nothing_merged, sized
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
 

@@ -61,6 +61,8 @@ def test_what_a_recipe_asks_for(flat: tuple[Symmetry, dict[tuple[str, int], Flow
     assert asked(Zip(width={"2.weight[0]": 0.25, "*": 0.5})) == {"0.weight[0]": 3, "2.weight[0]": 2}
     with pytest.raises(OptionError, match=r"names '7\.\*', which is no class; there are '0.weight"):
         asked(Zip(width={"7.*": 0.5}))
+    with pytest.raises(OptionError, match=r"no class that it fits can have another width\. These can: '0.weight"):
+        asked(Zip(width={"2.weight[1]": 0.5}))
 
 
 def test_equal_units_are_spread_and_put_together_again(flat: tuple[Symmetry, dict[tuple[str, int], Flow]]) -> None:

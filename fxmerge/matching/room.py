@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -131,9 +131,15 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
         OptionError: if a class is named of which there can be no other number, or a pattern fits none.
     """
     if isinstance(part.width, Mapping):
+        free = [symmetry.names[n] for n in sorted({*fewer, *more})]
         for pattern in part.width:
             if not any(_fits(name, pattern) for name in symmetry.names):
                 raise OptionError(f"Zip.width names {pattern!r}, which is no class; there are {_some(symmetry.names)}.")
+            if not any(_fits(name, pattern) for name in free):
+                raise OptionError(
+                    f"Zip.width names {pattern!r}, but no class that it fits can have another width. These can: "
+                    f"{_some(free) or 'none'}."
+                )
     found = {}
     for n in sorted({*fewer, *more}):
         name, size = symmetry.names[n], symmetry.units[n].size
@@ -154,6 +160,6 @@ def _fits(name: str, pattern: str) -> bool:
     return name == pattern or fnmatchcase(name, pattern.replace("[", "[[]"))
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _some(names: Sequence[str]) -> str:
     """A list of names that is not too long."""
     return ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")

@@ -1,0 +1,153 @@
+"""The sizes that the values of a graph have with merged units, by the units that lie along them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor, fx
+
+from fxmerge.errors import FxmergeError
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.labels import Labels
+from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.shown import Shown, places_of, shown_by
+from fxmerge.units.layout import AxisLayout, value_layout
+from fxmerge.units.unit_map import UnitMap
+
+
+class CannotResizeError(FxmergeError):
+    """A node cannot have another size.
+
+    Attributes:
+        node: its name.
+        classes: the numbers of the classes to blame.
+        why: the reason, as the end of a sentence.
+    """
+
+    def __init__(self, node: str, classes: frozenset[int], why: str) -> None:
+        super().__init__(f"Graph node {node!r} {why}.")
+        self.node, self.classes, self.why = node, classes, why
+
+
+class Sizes:
+    """The sizes of a graph's values with merged units.
+
+    Arguments:
+        found: the labelled program.
+        symmetry: its classes.
+        units: where units go, and how many merged ones there are.
+        twins: for nodes of another graph of the model, the node of the labelled one with the same value.
+    """
+
+    def __init__(
+        self,
+        found: Propagation,
+        symmetry: Symmetry,
+        units: UnitMap,
+        twins: Mapping[fx.Node, fx.Node] | None = None,
+    ) -> None:
+        self.found, self.units, self.twins = found, units, twins or {}
+        self.counts = [c.size for c in symmetry.units]
+        self.number, self.place = places_of(found, symmetry)
+        self.dims: dict[str, dict[int, tuple[AxisLayout, AxisLayout] | int]] = {}
+
+    def of(self, node: fx.Node) -> dict[int, tuple[AxisLayout, AxisLayout] | int]:
+        """For every dimension of a node's value of which the size changes, where what lies before and after; or just
+        the new size, where that depends on other dimensions too.
+
+        Raises:
+            CannotResizeError: if units lie so that they are no tensor of another size.
+        """
+        node = self.twins.get(node, node)
+        if node.name not in self.dims:
+            labels = self._labels(node)
+            changed: dict[int, tuple[AxisLayout, AxisLayout] | int] = {}
+            for column in labels.columns if labels is not None else ():
+                shown = shown_by(column, self.number, self.place)
+                if not self.units.resized.isdisjoint(np.unique(shown.number).tolist()):
+                    for dim, size in self._resized(node, shown).items():
+                        if dim in changed and _size(changed[dim]) != _size(size):
+                            raise self.cannot(node, "has units of several sizes along one dimension")
+                        changed[dim] = size
+            self.dims[node.name] = changed
+        return self.dims[node.name]
+
+    def _labels(self, node: fx.Node) -> Labels | None:
+        """What is known of a node of the labelled graph."""
+        return self.found.labels.get(node.name) if node.graph is self.found.program.graph.graph else None
+
+    def shape(self, node: fx.Node) -> Sequence[int]:
+        """The shape of a node's value before."""
+        shape: Sequence[int] = self.twins.get(node, node).meta["val"].shape
+        return shape
+
+    def _resized(self, node: fx.Node, shown: Shown) -> dict[int, tuple[AxisLayout, AxisLayout] | int]:
+        if any(not isinstance(node.meta["val"].shape[d], int) for d in shown.dims):
+            raise self.cannot(node, "has units along a dimension of any size")
+        if len(shown.dims) == 1:
+            before = value_layout(shown.number, shown.place, self.counts)
+            if before is None:
+                raise self.cannot(node, "has some units of a class, and not all, along a dimension")
+            return {shown.dims[0]: (before, self.units.into(before))}
+        alive = np.ones(shown.number.shape, bool)
+        for n in self.units.resized & set(np.unique(shown.number).tolist()):
+            if self.units.widths[n] > self.counts[n]:
+                raise self.cannot(node, "has units along several dimensions, so that there cannot be more of them")
+            alive[shown.number == n] = np.isin(shown.place[shown.number == n], self.units.kept[n])
+        left = [alive.any(axis=tuple(a for a in range(alive.ndim) if a != at)) for at in range(alive.ndim)]
+        if alive.sum() != math.prod(int(own.sum()) for own in left):
+            raise self.cannot(node, "has units along several dimensions, of which other numbers would be left")
+        return {dim: int(own.sum()) for dim, own in zip(shown.dims, left, strict=True) if not own.all()}
+
+    def size(self, node: fx.Node, dim: int) -> int | None:
+        """The new size of a dimension; None if it stays."""
+        sizes = self.of(node)
+        found = sizes.get(dim % len(self.shape(node))) if sizes else None
+        return None if found is None else _size(found)
+
+    def boundary(self, node: fx.Node, dim: int, index: int) -> int:
+        """The new place of what comes before an index along a dimension of a node's value."""
+        size = self.shape(node)[dim]
+        found = self.of(node).get(dim % len(self.shape(node)))
+        if found is None or not isinstance(size, int):
+            return index
+        index = min(index + size if index < 0 else index, size)
+        if isinstance(found, tuple):
+            return found[0].boundary(index, self.units.widths, self.units.kept or None)
+        if index not in (0, size):
+            raise self.cannot(node, "is cut inside of units that lie along several dimensions")
+        return found if index else 0
+
+    def groups(self, node: fx.Node, dim: int, groups: int) -> int:
+        """The new number of groups into which a dimension of a node's value is cut."""
+        new = self.size(node, dim)
+        if new is None or groups == 1:
+            return groups
+        size = self.shape(node)[dim]
+        if groups == size:
+            return new
+        ends = [self.boundary(node, dim, i * size // groups) for i in range(groups + 1)]
+        sizes = {b - a for a, b in itertools.pairwise(ends)} - {0}
+        if len(sizes) > 1:
+            raise self.cannot(node, f"is cut into {groups} groups, which would differ in size")
+        return new // sizes.pop()
+
+    def changes(self, node: fx.Node) -> bool:
+        """Whether the size of a node's value changes."""
+        return isinstance(self.twins.get(node, node).meta.get("val"), Tensor) and bool(self.of(node))
+
+    def cannot(self, node: fx.Node, why: str) -> CannotResizeError:
+        """The error for a node: to blame are the classes of other widths along it and what it reads."""
+        found: set[int] = set()
+        for one in (node, *node.all_input_nodes):
+            labels = self._labels(self.twins.get(one, one))
+            for column in labels.columns if labels is not None else ():
+                found |= set(np.unique(shown_by(column, self.number, self.place).number).tolist())
+        return CannotResizeError(node.name, self.units.resized & found or self.units.resized, why)
+
+
+def _size(found: tuple[AxisLayout, AxisLayout] | int) -> int:
+    return found if isinstance(found, int) else len(found[1].index)

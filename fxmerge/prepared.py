@@ -1,0 +1,117 @@
+"""What a job is prepared into: its models, ready to be matched, and their symmetry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxmerge import validate
+from fxmerge.combine.masks import masked, pruned
+from fxmerge.job import Job
+from fxmerge.notices import warn_of_outputs
+from fxmerge.program.capture import capture_ops
+from fxmerge.recipe import Recipe, Run
+from fxmerge.refitting.outputs import standardized
+from fxmerge.reporting import Report, classes_of
+from fxmerge.shared import staying, without_shared
+from fxmerge.symmetry.flow import Flow, flows, never_merged
+from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.propagate import Axis, Propagation
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The symmetry of the models of a job.
+
+    Attributes:
+        job: the checked models and data.
+        propagation: what the label calculus found.
+        whole: all classes of the symmetry.
+        symmetry: the symmetry without classes whose units are the same in all models.
+        still: the names of these classes.
+        flow: what every parameter axis does with its units.
+    """
+
+    job: Job
+    propagation: Propagation
+    whole: Symmetry
+    symmetry: Symmetry
+    still: frozenset[str]
+    flow: Mapping[Axis, Flow]
+
+    @staticmethod
+    def of(job: Job, recipe: Recipe, run: Run, given: Symmetry | None) -> Prepared:
+        """The symmetry that is given or else inferred; and the job with states that are ready to be matched."""
+        propagation, whole = job.symmetry(given, recipe.free, verify=run.verify)
+        assert not isinstance(recipe.match, str)
+        flow = flows(propagation)
+        if recipe.match is not None:
+            validate.check_class_names(recipe.match.alpha, whole)
+            warn_of_outputs(propagation, whole, flow)
+        if recipe.targets == "standardized" and job.data is not None:
+            with job.timed("standardizing"):
+                job = replace(job, states=standardized(job.program, job.states, job.data))
+        cut = masked(job.program, job.masks)
+        symmetry, still = without_shared(whole, flow, job.states, cut.values(), job.owner)
+        return Prepared(replace(job, states=pruned(job.states, cut)), propagation, whole, symmetry, still, flow)
+
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """The names of the tensors that are equal in all models, and on which no unit moves."""
+        return staying(self.symmetry, self.job.states).difference(self.job.owner)
+
+    @cached_property
+    def trunk(self) -> Symmetry:
+        """The symmetry as it is on what the models share: by this, units are matched."""
+        layout = tuple(axis for axis in self.symmetry.layout if axis.parameter not in self.job.owner)
+        return replace(self.symmetry, layout=layout)
+
+    @cached_property
+    def one_to_one(self) -> frozenset[int]:
+        """The classes of which no two units of a model are merged.
+
+        These are the classes whose units stay apart. With heads apart they are also those that no layer of the trunk
+        has, and those whose units a head writes: so each head stays as it is but for the order of its units.
+        """
+        apart, owner = never_merged(self.propagation), self.job.owner
+        numbers = set(range(len(self.symmetry.units))) if owner else set()
+        numbers -= {number for axis in self.trunk.layout for number, _ in axis.roles}
+        for axis in self.symmetry.layout:
+            place = axis.parameter, axis.dim
+            if place in apart or (axis.parameter in owner and self.flow[place] is not Flow.CONSUMES):
+                numbers |= {number for number, _ in axis.roles}
+        return frozenset(numbers)
+
+    @cached_property
+    def ops(self) -> fx.GraphModule:
+        """The model as a graph of ops, in which sizes can be changed."""
+        job = self.job
+        return capture_ops(job.model, *job.example, varying=set(job.varying))
+
+    def images(self, own: Sequence[np.ndarray[Any, Any]]) -> dict[str, list[int]]:
+        """For every class by name, the merged unit that each unit of one model goes into."""
+        moved = iter(own)
+        return {
+            name: (np.arange(c.size) if name in self.still else next(moved)).tolist()
+            for name, c in zip(self.whole.names, self.whole.units, strict=True)
+        }
+
+    def report(self, result: fx.GraphModule) -> Report:
+        """What is told of any result."""
+        first, after = self.job.states[0], result.state_dict()
+        return Report(
+            models=len(self.job.states),
+            shared=tuple(n for n, own in first.items() if n in self.shared and torch.equal(own, after[n])),
+            classes=classes_of(self.symmetry),
+            demoted=self.symmetry.demoted,
+            unknown_ops=dict(self.symmetry.unknown),
+            verification_error=self.symmetry.error,
+            route="torch.export" if self.job.heads else self.job.program.route,
+            seconds=dict(self.job.seconds),
+        )
