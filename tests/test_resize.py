@@ -219,6 +219,10 @@ def test_a_recipe_that_does_not_fold_is_refused() -> None:
         fxmerge.fold(model, recipe=fxmerge.Recipe(match=fxmerge.Align()), example=x)
     with pytest.raises(fxmerge.OptionError, match="of several networks"):
         fxmerge.fold(model, recipe=fxmerge.Recipe(share="trunk"), example=x)
+    with pytest.raises(fxmerge.OptionError, match="width is 3, and fold makes a network smaller"):
+        fxmerge.fold(model, width=3, example=x)
+    with pytest.raises(fxmerge.OptionError, match="Repair, which compares units one by one"):
+        fxmerge.fold(model, [x], recipe=fxmerge.Recipe(fit=fxmerge.Repair()))
     with pytest.raises(fxmerge.OptionError, match="width is -1"):
         fxmerge.fold(model, width=-1, example=x)
 

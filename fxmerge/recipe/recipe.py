@@ -102,6 +102,11 @@ class Recipe:
         check_word(self, "targets", get_args(Targets))
         check_word(self, "outputs", get_args(Outputs))
         self._check_heads()
+        if isinstance(self.match, Zip) and self.match.width != 1 and isinstance(self.fit, Repair):
+            raise OptionError(
+                "Recipe.fit is Repair, which compares units one by one, and Zip.width is not 1: pass LeastSquares(), "
+                "Readout() or None."
+            )
         if isinstance(self.free, Sequence) and not isinstance(self.free, str):
             object.__setattr__(self, "free", tuple(self.free))
         names = (self.free,) if isinstance(self.free, str) else self.free
