@@ -252,11 +252,11 @@ def fold(
     recipe = recipe.settled(data=loader is not None, base=False)
     if not isinstance(recipe.match, Zip):
         raise OptionError("Recipe.match is not Zip, and fold merges units: pass Zip(...), or leave it out.")
-    if not isinstance(width, Mapping) and width > 1:
-        raise OptionError(f"width is {width}, and fold makes a network smaller: pass a share up to 1, such as 0.7.")
     if recipe.share != AUTO:
         raise OptionError("Recipe.share is of several networks: leave it at 'auto' to fold one.")
     recipe = replace(recipe, match=replace(recipe.match, width=width, reference=None))
+    if not isinstance(width, Mapping) and width > 1:
+        raise OptionError(f"width is {width}, and fold makes a network smaller: pass a share up to 1, such as 0.7.")
     return _merged((model,), loader, recipe, example=example, inputs=inputs, run=run)
 
 
