@@ -1,10 +1,11 @@
 """Networks of different classes, each with a head of its own: what is left of them on one trunk.
 
 One parent learns the first five classes of Fashion-MNIST and the other the last five, as in `benchmarks/tasks.py`; here
-each has a head with five outputs. Every row is one network of about the size of a parent, but for the first. Accuracy
-is on test images, each task by its own head. Where BatchNorm statistics or layers are estimated, it is over the same
-2,000 unlabelled training images of both tasks. With `--partial`, the trunk ends at each module in turn that all goes
-through, and the accuracy is told beside the share of a parent's parameters that the trunk has.
+each has a head with five outputs. Every row is one network of about the size of a parent, but for the first, and for
+those of another width. Accuracy is on test images, each task by its own head. Where BatchNorm statistics or layers are
+estimated, it is over the same 2,000 unlabelled training images of both tasks. With `--partial`, the trunk ends at each
+module in turn that all goes through, and the accuracy is told beside the share of a parent's parameters that the trunk
+has.
 
     python benchmarks/heads.py [--short] [--partial] [--networks NAME ...] [--seeds 3] [--cache FOLDER]
         [--markdown FILE]
@@ -35,7 +36,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxmerge
-from fxmerge import Align, Average, Readout, Recipe, Run
+from fxmerge import Align, Average, Readout, Recipe, Run, Zip
 from fxmerge.demo import count_parameters, recalibrated
 
 LONG = ("resnet20-1-bn", "resnet20-1-gn", "vit-fused")
@@ -129,6 +130,8 @@ METHODS: dict[str, Callable[[nn.Module, nn.Module, list[Tensor]], Networks]] = {
     "trunk of B, two new heads": forked(control((0, 1))),
     "MuDSC's zip, two heads": forked(Recipe(fit=None, share="trunk")),
     "fxmerge, two heads": forked(Recipe(share="trunk")),
+    "fxmerge, two heads, width 1.25": forked(Recipe(match=Zip(width=1.25), share="trunk")),
+    "fxmerge, two heads, width 1.5": forked(Recipe(match=Zip(width=1.5), share="trunk")),
 }
 
 
