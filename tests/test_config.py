@@ -27,7 +27,9 @@ def gpt2() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("build", "expected"), [(llama, {"intermediate_size": 12}), (gpt2, {"n_inner": 32})], ids=["llama", "gpt2"]
+    ("build", "expected"),
+    [(llama, {"hidden_size": 8, "intermediate_size": 12}), (gpt2, {"n_inner": 32})],
+    ids=["llama", "gpt2"],
 )
 def test_a_fold_loads_into_its_class(build: Any, expected: dict[str, int]) -> None:
     torch.manual_seed(0)

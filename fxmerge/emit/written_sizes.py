@@ -223,6 +223,13 @@ def _index(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     return {}
 
 
+@rule("_assert_tensor_metadata")
+def _metadata(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
+    if call["size"] is not None or call["stride"] is not None:
+        raise sizes.cannot(node, "compares a size with a constant")
+    return {}
+
+
 @rule("scaled_dot_product_attention")
 def _attention(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     if call["scale"] is not None or sizes.size(call["query"], -1) is None:
