@@ -45,14 +45,55 @@ def test_a_fold_loads_into_its_class(build: Any, expected: dict[str, int]) -> No
 
 
 def test_other_models_have_none() -> None:
-    model = nn.Linear(2, 3)
-    assert config_for(model, {"weight": (2, 2), "bias": (2,)}, [(3, 2)]) is None
+    model, other, call = nn.Linear(2, 3), nn.Linear(2, 2), ((torch.zeros(1, 2),), dict[str, Any]())
+    assert config_for(model, other, call, [(3, 2)]) is None
     model.config = 3  # type: ignore[assignment]
-    assert config_for(model, {"weight": (2, 2), "bias": (2,)}, [(3, 2)]) is None
+    assert config_for(model, other, call, [(3, 2)]) is None
+
+
+class Config:
+    """Of a network whose inputs are scaled by its width."""
+
+    def __init__(self) -> None:
+        self.width = 8
+
+
+class Scaled(nn.Module):
+    """Built from a configuration, of which it computes a scale too."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, self.scale = config, config.width**0.5
+        self.first, self.last = nn.Linear(4, config.width), nn.Linear(config.width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(self.first(x * self.scale).relu())
+        return out
+
+
+def test_a_class_that_would_compute_something_else_has_none() -> None:
+    torch.manual_seed(0)
+    folded = fxmerge.fold(Scaled(Config()), width=0.5, example=torch.randn(5, 4))
+    assert fxmerge.report(folded).widths == {"first.weight[0]": (8, 4)}
+    assert fxmerge.report(folded).config is None
+
+
+def test_a_configuration_is_found_without_a_trace() -> None:
+    """Neither the model's configuration nor random numbers drawn later change."""
+    torch.manual_seed(0)
+    model = llama()
+    torch.manual_seed(1)
+    fxmerge.fold(model, width=0.5, example={"input_ids": torch.zeros(2, 8, dtype=torch.long)})
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after)
+    assert model.config.intermediate_size == 24
 
 
 def test_sizes_that_no_configuration_has_give_none() -> None:
     torch.manual_seed(0)
     model = llama()
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    assert config_for(model, shapes | {"model.layers.0.mlp.up_proj.weight": (12, 16)}, [(24, 12)]) is None
+    example = {"input_ids": torch.zeros(2, 8, dtype=torch.long)}
+    folded = fxmerge.fold(model, width={"model.layers.0.mlp.gate_proj.weight[0]": 0.5}, example=example)
+    assert fxmerge.report(folded).widths
+    assert fxmerge.report(folded).config is None

@@ -8,27 +8,37 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils import _pytree as pytree
 
+from fxmerge.program import models
+from fxmerge.program.capture import Args
 from fxmerge.program.captured import quiet
+from fxmerge.program.models import evaluating
+from fxmerge.validate import agree
 
 Changes = dict[str, int]
+
+TOLERANCE = 1e-3
+"""How much outputs of one function may differ by rounding, as a share of the largest."""
 
 TOGETHER = 2
 """How many entries of a configuration are changed together at most."""
 
 
 def config_for(
-    model: Any, shapes: Mapping[str, tuple[int, ...]], widths: Collection[tuple[int, int]]
+    model: Any, result: nn.Module, call: tuple[Args, Mapping[str, Any]], widths: Collection[tuple[int, int]]
 ) -> Changes | None:
-    """What to change in the configuration of a model, so that a fresh instance of its class has given shapes.
+    """What to change in the configuration of a model, so that its class makes a network of other sizes.
 
     It is for classes that are built from an object `config` alone, as those of transformers are. Which entries have to
-    change is found by trial, on instances without values: entries that hold an old size, and one that holds None.
+    change is found by trial, on instances without values: entries that hold an old size, and one that holds None. The
+    first with the right shapes must compute what the network does, since a class may also compute with its sizes.
 
     Arguments:
         model: the model.
-        shapes: of all tensors of the state dict that the instance is to have.
+        result: the network of other sizes.
+        call: (args, kwargs) to run both on.
         widths: the sizes that change: old and new.
 
     Returns:
@@ -37,17 +47,26 @@ def config_for(
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or config is None or not hasattr(config, "__dict__"):
         return None
+    state = result.state_dict()
     for changes in _candidates(vars(config), widths):
         other = copy.deepcopy(config)
         try:
             for name, value in changes.items():
                 setattr(other, name, value)
             with torch.device("meta"), quiet():
-                made = type(model)(other)
+                shapes = {name: tensor.shape for name, tensor in type(model)(other).state_dict().items()}
+            if shapes != {name: tensor.shape for name, tensor in state.items()}:
+                continue
+            with torch.random.fork_rng(devices=[]), quiet():
+                made = type(model)(other).to(next(iter(state.values())))
+            made.load_state_dict(state)
+            with evaluating(made):
+                outputs = models.run(made, *call)
         except Exception:  # Whatever a class raises for sizes that do not go together.
             continue
-        if {name: tuple(t.shape) for name, t in made.state_dict().items() if isinstance(t, Tensor)} == dict(shapes):
-            return changes
+        expected = models.run(result, *call)
+        same = agree(pytree.tree_leaves(expected), pytree.tree_leaves(outputs), TOLERANCE)
+        return changes if same else None
     return None
 
 
