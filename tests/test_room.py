@@ -57,6 +57,9 @@ def test_what_a_recipe_asks_for(flat: tuple[Symmetry, dict[tuple[str, int], Flow
     assert asked(Zip(width=5.0)) == {"2.weight[0]": 16}
     assert asked(Zip(width=0.01)) == {"0.weight[0]": 1, "2.weight[0]": 1}
     assert asked(Zip(width=0.6, multiple_of=4)) == {"0.weight[0]": 4, "2.weight[0]": 4}
+    assert asked(Zip(width=2)) == asked(Zip(width=2.0)) == {"2.weight[0]": 16}
+    assert asked(Zip(width=0.5, multiple_of=16)) == {}
+    assert asked(Zip(width=1.5, multiple_of=16)) == {"2.weight[0]": 16}
     assert asked(Zip(width={"2.*": 3})) == {"2.weight[0]": 3}
     assert asked(Zip(width={"2.weight[0]": 0.25, "*": 0.5})) == {"0.weight[0]": 3, "2.weight[0]": 2}
     with pytest.raises(OptionError, match=r"names '7\.\*', which is no class; there are '0.weight"):

@@ -39,7 +39,7 @@ class Room:
 
         Arguments:
             symmetry: the classes.
-            widths: for some classes by number, how many merged units there are to be, as `possible` allows.
+            widths: for some classes by number, how many merged units there are to be, as `may_change` allows.
         """
         sizes = [c.size for c in symmetry.units]
         kept = [np.arange(size) for size in sizes]
@@ -143,16 +143,20 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
     found = {}
     for n in sorted({*fewer, *more}):
         name, size = symmetry.names[n], symmetry.units[n].size
-        share = part.width
-        if isinstance(share, Mapping):
-            share = next((own for pattern, own in share.items() if _fits(name, pattern)), 1.0)
-        asked = share if isinstance(share, int) and share > 1 else share * size
-        blocks = int(cells(symmetry, n).max()) + 1
-        step = blocks * part.multiple_of
+        asked = part.width * size if not isinstance(part.width, Mapping) else _asked(part.width, name, size)
+        step = (int(cells(symmetry, n).max()) + 1) * part.multiple_of
         width = max(round(asked / step) * step, step)
-        if share != 1 and (n in more if width > size else n in fewer and width < size):
-            found[n] = min(width, models * size)
+        # Rounding does not turn fewer units into more.
+        width = min(width, size) if asked <= size else max(min(width, models * size), size)
+        if asked != size and (n in more if width > size else n in fewer and width < size):
+            found[n] = width
     return found
+
+
+def _asked(widths: Mapping[str, float], name: str, size: int) -> float:
+    """How many merged units a mapping asks for of one class: as a share, or as a whole number above 1."""
+    share = next((own for pattern, own in widths.items() if _fits(name, pattern)), 1.0)
+    return share if isinstance(share, int) and share > 1 else share * size
 
 
 def _fits(name: str, pattern: str) -> bool:
