@@ -23,7 +23,7 @@ from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import attach, named_errors, report, widths_of
-from fxmerge.sizing import configured, nothing_merged, sized
+from fxmerge.sizing import configured, nothing_lost, sized
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
 
@@ -175,7 +175,7 @@ def _merged(
     state = combine(group, recipe, matching.merged, aligned, counts, order)
     program = sized(group, matching.merged, state)
     refitted = Refitted(state, {}, {}, {}, held_out=False)
-    settled = nothing_merged(group, matching.merged)
+    settled = nothing_lost(group, program, matching.merged, state)
     if recipe.fit is not None and not settled:
         refitted = fit(group, recipe, run, program, matching.merged, aligned, state, weights, order)
         warn_of_few_rows(refitted.layers)

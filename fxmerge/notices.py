@@ -127,3 +127,12 @@ def warn_of_nearer_parent(errors: OutputErrors, names: Sequence[str]) -> None:
             models[nearest],
             errors[None],
         )
+
+
+def warn_of_width(reasons: Sequence[str]) -> None:
+    """Warns that a network keeps its size, though another was asked for.
+
+    Arguments:
+        reasons: for some classes, why they keep their number of units.
+    """
+    logger.warning("No class of units has another width, so that the network keeps its size: %s", " ".join(reasons))

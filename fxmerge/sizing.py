@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
@@ -18,10 +19,12 @@ from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
 from fxmerge.matching.room import Room, alike, may_change, wanted
 from fxmerge.matching.zip_search import zipped_classes
+from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
 from fxmerge.program.run import Runner
 from fxmerge.recipe import Run, Zip
+from fxmerge.symmetry.double import InDouble, in_double
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation
@@ -45,11 +48,14 @@ def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room:
     classes = zipped_classes(group.trunk, group.flow, group.one_to_one)
     widths = wanted(part, group.trunk, models, *may_change(symmetry, group.flow, classes))
 
+    asked, reasons = bool(widths), list[str]()
+
     def leave(numbers: Collection[int], why: str) -> None:
         names = ", ".join(repr(symmetry.names[n]) for n in sorted(numbers))
         if isinstance(part.width, Mapping):
             raise OptionError(f"Zip.width cannot be had for {names}: {why} Leave these at 1.")
         logger.info("as many merged units as units: %s, since %s", names, why)
+        reasons.append(f"{names}: {why}")
         for n in numbers:
             del widths[n]
 
@@ -63,6 +69,8 @@ def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room:
         counted = _counted(group, sorted(widths)) if run.verify else []
         if counted:
             leave(counted, "the network is another one when equal units become one, as if an op counted them.")
+    if asked and not widths:
+        warn_of_width(reasons)
     return Room.of(symmetry, widths)
 
 
@@ -80,22 +88,25 @@ def _counted(group: Prepared, numbers: Sequence[int]) -> list[int]:
         return []
     consumed = frozenset(axis for axis, kind in group.flow.items() if kind is Flow.CONSUMES)
     units = alike(symmetry, numbers, consumed)
-    small = units.apply(_in_double(job.states[0]))
     try:
+        small = units.apply(job.states[0])
         into = resized(group, group.propagation.program, group.propagation, units, small)
-    except CannotResizeError as error:  # In pairs they cannot be looked at.
-        return _counted(group, [n for n in numbers if n not in _blamed(symmetry, numbers, error)])
-    call = pytree.tree_map(lambda v: _in_double({"": v})[""] if isinstance(v, Tensor) else v, job.example)
-    expected = Runner(group.propagation.program).outputs(units.spread(small), *call)
-    if validate.agree(expected, Runner(into).outputs(small, *call)):
+    except CannotResizeError as error:  # Of these it cannot be tried.
+        left = _blamed(symmetry, numbers, error)
+        return [*left, *_counted(group, [n for n in numbers if n not in left])]
+    program, small = group.propagation.program, {name: in_double(tensor) for name, tensor in small.items()}
+    if validate.agree(_outputs(program, units.spread(small), job.example), _outputs(into, small, job.example)):
         return []
     half = len(numbers) // 2
     return list(numbers) if not half else [*_counted(group, numbers[:half]), *_counted(group, numbers[half:])]
 
 
-def _in_double(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in which rounding does not hide that networks differ."""
-    return {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
+def _outputs(program: Program, state: Mapping[str, Tensor], call: Any) -> list[Any]:
+    """What a program computes, in float64 throughout, so that rounding does not hide that networks differ."""
+    args, kwargs = pytree.tree_map(in_double, call)
+    wide = {name: in_double(tensor) for name, tensor in {**program.constants, **state}.items()}
+    with InDouble():  # type: ignore[no-untyped-call]
+        return Runner(program).outputs(wide, args, kwargs)
 
 
 def _try(group: Prepared, room: Room) -> None:
@@ -137,12 +148,38 @@ def resized(
 
 
 def nothing_merged(group: Prepared, units: UnitMap) -> bool:
-    """Whether every unit of every model is there by itself, and all parameters of the trunk give units: then the result
-    computes what each model does, and there is nothing to fit or to estimate."""
+    """Whether every unit of every model is there by itself, and all parameters of the trunk give units."""
     if not units.widths or any(sum(len(own[n]) for own in units.maps) != w for n, w in enumerate(units.widths)):
         return False
     gives = {a.parameter for a in units.layout if group.flow[a.parameter, a.dim] is not Flow.CONSUMES}
     return gives.issuperset(group.job.program.parameters.keys() - group.job.owner.keys() - group.shared)
+
+
+def nothing_lost(group: Prepared, program: Program, units: UnitMap, state: Mapping[str, Tensor]) -> bool:
+    """Whether the result computes what each model does, so that there is nothing to fit or to estimate: no unit was
+    merged, and no norm goes over the units of several models. It is tried on the example.
+
+    Arguments:
+        group: the models.
+        program: of the result.
+        units: where units went.
+        state: the parameters of the result.
+    """
+    job = group.job
+    if not nothing_merged(group, units):
+        return False
+    if len(job.states) == 1:
+        return True
+    outputs = program.aten.out
+    assert outputs is not None  # Of several models, each with a head.
+    of_each = pytree.tree_unflatten(range(outputs.num_leaves), outputs)
+    of_each = list(of_each.values()) if isinstance(of_each, dict) else of_each
+    merged = _outputs(program, state, job.example)
+    for own, numbers in zip(job.states, of_each, strict=True):
+        model, places = _outputs(job.program, own, job.example), pytree.tree_leaves(numbers)
+        if not validate.agree([model[i] for i in places], [merged[i] for i in places]):
+            return False
+    return True
 
 
 def configured(group: Prepared, units: UnitMap, result: fx.GraphModule) -> dict[str, int] | None:
@@ -150,4 +187,4 @@ def configured(group: Prepared, units: UnitMap, result: fx.GraphModule) -> dict[
     if not units.resized or group.job.heads:
         return None
     widths = dict.fromkeys((len(units.maps[0][n]), units.widths[n]) for n in sorted(units.resized))
-    return config_for(group.job.model, {name: tuple(t.shape) for name, t in result.state_dict().items()}, widths)
+    return config_for(group.job.model, result, group.job.example, widths)

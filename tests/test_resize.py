@@ -266,3 +266,51 @@ def test_networks_with_attention_become_wider() -> None:
     assert report.widths and all(after == before * 3 // 2 for before, after in report.widths.values())
     x = pictures()[0][:3]
     assert merged(x).shape == a(x).shape
+
+
+class Streamed(nn.Module):
+    """A LayerNorm over all units, so that units of another network beside them change what it gives."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.norm(self.first(x)).relu())
+        return out
+
+
+def test_layers_are_fitted_where_a_norm_sees_the_units_of_all_models() -> None:
+    a, b, x = Streamed(0).eval(), Streamed(1).eval(), torch.randn(256, 4)
+    recipe = fxmerge.Recipe(match=fxmerge.Zip(width=2.0), share="trunk")
+    report = fxmerge.report(fxmerge.merge(a, b, [x], recipe))
+    assert report.widths == {"first.weight[0]": (8, 16)}
+    assert report.layers
+
+
+class CastInside(nn.Module):
+    """Computes in single precision, whatever its inputs are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv1d(4, 8, 1), nn.Conv1d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(x.float()).softmax(1).to(torch.float32))
+        return out
+
+
+def test_units_are_counted_in_a_model_that_casts() -> None:
+    x = torch.randn(3, 4, 5)
+    assert not fxmerge.report(fxmerge.fold(CastInside().eval(), width=0.5, example=x)).widths
+
+
+def test_a_network_of_which_nothing_can_change_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    folded = fxmerge.fold(Weighed(), width=0.5, example=torch.randn(5, 4))
+    assert not fxmerge.report(folded).widths
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning.startswith(
+        "No class of units has another width, so that the network keeps its size: 'first.weight[0]'"
+    )

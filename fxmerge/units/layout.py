@@ -90,31 +90,35 @@ class AxisLayout:
                 f"Axis {self.dim} of {self.parameter!r} has units of its own in every row: its width cannot change. "
                 f"Give the classes there {[len(slots) for _, slots in self.roles]} merged units."
             )
-        entries = self._entries(widths, kept)
+        _, _, unit, _, role = self._entries(widths, kept)
         roles = [np.zeros(widths[number], np.int64) for number, _ in self.roles]
-        for index, (_, _, unit, _, role) in enumerate(entries):
-            if role >= 0:
-                roles[role][unit] = index
-        shape = (*self.shape[: self.dim], len(entries), *self.shape[self.dim + 1 :])
+        for r, own in enumerate(roles):
+            own[unit[role == r]] = np.flatnonzero(role == r)
+        shape = (*self.shape[: self.dim], len(role), *self.shape[self.dim + 1 :])
         numbered = tuple((number, slots) for (number, _), slots in zip(self.roles, roles, strict=True))
-        return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, np.arange(len(entries)), numbered)
+        return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, np.arange(len(role)), numbered)
 
-    def _entries(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> list[tuple[int, int, int, int, int]]:
-        """The indices of the resized axis in order: for each the index at which it stands or, with a 1, after which it
-        comes, its unit, the rank of its role in the stretch, and its role, -1 for what no class has."""
-        entries = [(int(self.index[slot]), 0, 0, 0, -1) for slot in _pinned(self)]
+    def _entries(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> Ids:
+        """The indices of the resized axis in order, shape (5, indices): for each the index at which it stands or, with
+        a 1, after which it comes; its unit; the rank of its role in the stretch; its role, -1 for what no class has."""
+        pinned = self.index[_pinned(self)]
+        parts = [np.stack([pinned, *np.zeros((3, len(pinned)), np.int64), np.full(len(pinned), -1)])]
         ends = _stretches([(number, self.index[slots]) for number, slots in self.roles])
         for role, ((number, slots), (end, rank)) in enumerate(zip(self.roles, ends, strict=True)):
             own = np.arange(min(len(slots), widths[number])) if kept is None else kept[number]
-            entries += [(int(self.index[slots[at]]), 0, unit, 0, role) for unit, at in enumerate(own.tolist())]
-            entries += [(end, 1, unit, rank, role) for unit in range(len(own), widths[number])]
-        return sorted(entries)
+            units = np.arange(widths[number])
+            after = units >= len(own)
+            at = np.concatenate([self.index[slots[own]], np.full(int(after.sum()), end)])
+            parts.append(np.stack([at, after, units, np.where(after, rank, 0), np.full(len(units), role)]))
+        entries = np.concatenate(parts, axis=1)
+        ordered: Ids = entries[:, np.lexsort(entries[::-1])]
+        return ordered
 
     def boundary(self, index: int, widths: Sequence[int], kept: Sequence[Ids] | None = None) -> int:
         """How many indices of the resized axis come before one of this axis, which may be its end."""
         if all(widths[number] == len(slots) for number, slots in self.roles):
             return index
-        return sum(at < index for at, *_ in self._entries(widths, kept))
+        return int((self._entries(widths, kept)[0] < index).sum())
 
 
 def value_layout(number: Ids, unit: Ids, sizes: Sequence[int]) -> AxisLayout | None:
