@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fxmerge.errors import UnitMapError
+from fxmerge.units import written
 from fxmerge.units.layout import AxisLayout, Ids, add_axis, along_axis, move_axis
 from fxmerge.units.permutation import Permutation
-
-VERSION = 1
 
 Axis = tuple[str, int]
 """A parameter and one of its dimensions."""
@@ -365,20 +363,7 @@ class UnitMap:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The map as a JSON text, with all that is needed to apply it; also written to `path` if one is given."""
-        text = json.dumps(
-            {
-                "version": VERSION,
-                "names": self.names,
-                "widths": self.widths,
-                "kept": [units.tolist() for units in self.kept],
-                "maps": [[units.tolist() for units in own] for own in self.maps],
-                "consumed": sorted(self.consumed),
-                "layout": [
-                    asdict(axis) | {"slot": axis.slot.tolist(), "roles": [[n, s.tolist()] for n, s in axis.roles]}
-                    for axis in self.layout
-                ],
-            }
-        )
+        text = written.to_json({field.name: getattr(self, field.name) for field in fields(self)})
         if path is not None:
             Path(path).write_text(text)
         return text
@@ -390,23 +375,7 @@ class UnitMap:
         Raises:
             UnitMapError: if it is no such text.
         """
-        try:
-            text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
-            found = json.loads(text)
-            if found["version"] != VERSION:
-                raise UnitMapError(f"The map has version {found['version']}; this fxmerge reads version {VERSION}.")
-            return UnitMap(
-                tuple(found["names"]),
-                tuple(map(_axis, found["layout"])),
-                frozenset((name, dim) for name, dim in found["consumed"]),
-                tuple(tuple(np.array(units, np.int64) for units in own) for own in found["maps"]),
-                tuple(found["widths"]),
-                tuple(np.array(units, np.int64) for units in found.get("kept", ())),
-            )
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            if isinstance(error, UnitMapError):
-                raise
-            raise UnitMapError(f"This is no map of units that fxmerge wrote: {error!r}.") from error
+        return UnitMap(**written.from_json(source))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, UnitMap) and self.to_json() == other.to_json()
@@ -494,15 +463,3 @@ def _members(ones: Tensor, axis: AxisLayout, target: Ids, into: AxisLayout) -> T
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
     """The mean over members; 0 where there are none."""
     return torch.where(count > 0, total / count, 0.0)
-
-
-def _axis(found: Mapping[str, Any]) -> AxisLayout:
-    return AxisLayout(
-        found["parameter"],
-        tuple(found["aliases"]),
-        tuple(found["shape"]),
-        found["dim"],
-        tuple(found["dims"]),
-        np.array(found["slot"], np.int64),
-        tuple((number, np.array(slots, np.int64)) for number, slots in found["roles"]),
-    )
