@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -96,7 +95,10 @@ def combine(
                 special = by_batches_seen(statistics, states, weights) | special
             state = voted(average(units, states, weights, statistics, special), job.masks)
             if unknown:
-                again = partial(average, units, weights=weights, statistics=(), special=special)
+
+                def again(name: str, tensors: Sequence[Mapping[str, Tensor]]) -> Tensor:
+                    return units.merge_tensor(name, tensors, special.get(name, weights))
+
                 into = resized(group, job.program, group.propagation, units, state)
                 state = folded(job.program, states, into, state, units, again)
             return _rederived(job, state, states, weights)

@@ -27,7 +27,7 @@ def folded(
     into: Program,
     merged: State,
     units: UnitMap,
-    combine: Callable[[Sequence[State]], State],
+    combine: Callable[[str, Sequence[State]], Tensor],
 ) -> dict[str, Tensor]:
     """Scales the running variances behind layers as the averaging of their weights has scaled the outputs.
 
@@ -44,27 +44,30 @@ def folded(
         into: the program of the merged network.
         merged: what was made of them, with variances that are pooled.
         units: where the units of the models go.
-        combine: merges state dicts in the same way, but for running variances the mean is taken.
+        combine: merges the tensors of one name in the same way, but for running variances the mean is taken.
 
     Returns:
         `merged` with other variances, for every normalization of what a layer gives.
     """
     known, same = _normalized(program), _normalized(into)
-    read = [units.consume(state, m) for m, state in enumerate(states)]
-    squares = [
-        {name: layer.squares(own).to(s[name]) for name, layer in known.items()}
-        for s, own in zip(states, read, strict=True)
-    ]
-    theirs = combine([{**s, **own} for s, own in zip(states, squares, strict=True)])
-    means = combine(states)
     found = dict(merged)
     for name, layer in same.items():
-        expected = theirs[name].double()
-        shrunk = torch.where(expected > 0, layer.squares(merged).to(expected) / expected, 1.0)
+        squares = [
+            {name: known[name].squares(_read(known[name], own, units, m)).to(own[name])} for m, own in enumerate(states)
+        ]
+        expected = combine(name, squares).double()
+        shrunk = torch.where(expected > 0, layer.squares(merged[layer.parameter]).to(expected) / expected, 1.0)
         unchanged = (shrunk - 1).abs() < SAME
-        estimated = torch.where(unchanged, merged[name].double(), means[name].double() * shrunk)
+        estimated = torch.where(unchanged, merged[name].double(), combine(name, states).double() * shrunk)
         found[name] = estimated.to(merged[name])
     return found
+
+
+def _read(layer: _Layer, state: State, units: UnitMap, model: int) -> Tensor:
+    """The weights of a layer of one model that reads merged units, and gives units of its own."""
+    weights = state[layer.parameter]
+    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    return units.gather(layer.parameter, wide, model, only="consumed")[0]
 
 
 def _normalized(program: Program) -> dict[str, _Layer]:
@@ -85,10 +88,10 @@ class _Layer:
     at: int
     call: Mapping[str, Any]
 
-    def squares(self, state: State) -> Tensor:
+    def squares(self, parameter: Tensor) -> Tensor:
         """The sum of the squares of the weights of every output."""
         term, out = self.form.terms[self.at], self.form.terms[2]
-        weights = self.form.view(self.form.operands[self.at], state[self.parameter], self.call)
+        weights = self.form.view(self.form.operands[self.at], parameter, self.call)
         kept = [c for c in out if c in term]
         summed = [d for d, c in enumerate(term) if c not in out]
         squares = weights.square().sum(summed, dtype=torch.float64) if summed else weights.double().square()
