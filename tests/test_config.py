@@ -14,14 +14,16 @@ transformers = pytest.importorskip("transformers")
 SMALL = {"vocab_size": 40, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
-def llama() -> nn.Module:
+def llama(layers: int = 1) -> nn.Module:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=2, **SMALL))
+    model: nn.Module = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_hidden_layers=layers, **SMALL)
+    )
     return model.eval()
 
 
 def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(n_embd=16, n_head=4, n_layer=2, n_positions=16, **SMALL)
+    config = transformers.GPT2Config(n_embd=16, n_head=4, n_layer=1, n_positions=16, **SMALL)
     model: nn.Module = transformers.GPT2LMHeadModel(config)
     return model.eval()
 
@@ -92,7 +94,7 @@ def test_a_configuration_is_found_without_a_trace() -> None:
 
 def test_sizes_that_no_configuration_has_give_none() -> None:
     torch.manual_seed(0)
-    model = llama()
+    model = llama(layers=2)
     example = {"input_ids": torch.zeros(2, 8, dtype=torch.long)}
     folded = fxmerge.fold(model, width={"model.layers.0.mlp.gate_proj.weight[0]": 0.5}, example=example)
     assert fxmerge.report(folded).widths

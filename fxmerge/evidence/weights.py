@@ -18,6 +18,10 @@ ROOM = 2**30
 """Bytes of similarities, and of the parameters that they are of, which a search keeps."""
 
 
+BLOCK = 512
+"""Rows of which inner products with the rows after them are taken together."""
+
+
 @dataclass(frozen=True, eq=False)
 class Slices:
     """Where the parameter slices of a class's units lie on one axis: `slots` has shape (units, slices per unit)."""
@@ -108,6 +112,21 @@ def similarity(
     if total is None:
         raise ValueError("a class without parameter slices has no weight similarity")
     return total
+
+
+def add_products(total: Tensor, x: Tensor, scale: float) -> None:
+    """Adds the scaled inner products of all pairs of rows, in place, on the diagonal and above.
+
+    They are taken by blocks, of which those below the diagonal are left out.
+
+    Arguments:
+        total: shape (rows, rows).
+        x: shape (rows, entries).
+        scale: what the products are multiplied with.
+    """
+    for start in range(0, len(x), BLOCK):
+        end = start + BLOCK
+        total[start:end, start:].addmm_(x[start:end], x[start:].T, alpha=scale)
 
 
 @dataclass(frozen=True)

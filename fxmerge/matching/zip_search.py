@@ -164,22 +164,29 @@ class _Problem:
 
     def similarity(self, number: int) -> Scores:
         """alpha * cosines of the units' weights + (1 - alpha) * correlations of their activations (MuDSC, equation 5),
-        of all pairs of units of all models."""
-        size = self.symmetry.units[number].size * len(self.states)
-        alpha, total = self.mix.alpha(number), np.zeros((size, size))
-        if alpha > 0 and self.slices[number]:
-            gram = torch.zeros(size, size)
-            for s in self.slices[number]:
-                name = s.axis.parameter
-                rows = [s.of(self.expressed(name, m, s.axis)) for m in range(len(self.states))]
-                x = torch.cat(rows).float().cpu()
-                gram += x @ x.T * self.scales[name]
-            norms = gram.diagonal().clamp(min=0).sqrt()
-            inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-            total += alpha * (gram * inverse[:, None] * inverse).double().numpy()
+        of all pairs of units of all models, above the diagonal."""
+        alpha, total = self.mix.alpha(number), self._cosines(number)
         if alpha < 1:
+            total *= alpha
             total += (1 - alpha) * self.correlation[number]
         return total
+
+    def _cosines(self, number: int) -> Scores:
+        """The cosines of the units' weights, above the diagonal; 0 where they are not needed."""
+        size = self.symmetry.units[number].size * len(self.states)
+        if self.mix.alpha(number) == 0 or not self.slices[number]:
+            return np.zeros((size, size))
+        gram: Tensor | None = None
+        for s in self.slices[number]:
+            name = s.axis.parameter
+            x = torch.cat([s.of(self.expressed(name, m, s.axis)) for m in range(len(self.states))]).float()
+            gram = x.new_zeros(size, size) if gram is None else gram
+            weights.add_products(gram, x, self.scales[name])
+        assert gram is not None
+        norms = gram.diagonal().clamp(min=0).sqrt()
+        inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+        cosines: Scores = gram.mul_(inverse[:, None]).mul_(inverse).cpu().double().numpy()
+        return cosines
 
     def take(self, number: int, zipped: Ids) -> None:
         """Merges units of a class, and what only moves along with them.
