@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -114,7 +114,7 @@ def set_up() -> None:
     Tensor.data_ptr, Tensor.__deepcopy__ = data_ptr, deep_copy  # type: ignore[method-assign]
 
 
-Merge = Callable[[Sequence[nn.Module], list[Tensor]], nn.Module]
+Merge = Callable[[Sequence[nn.Module], list[Tensor]], fx.GraphModule]
 
 WAYS: dict[str, Merge] = {
     "zip, refitted": lambda models, data: fxmerge.merge(*models[:2], data),
@@ -137,8 +137,9 @@ WAYS: dict[str, Merge] = {
 }
 
 
-def compare(name: str, way: str, data_there: bool = True) -> Mapping[str, Any]:
-    """Merges models of an architecture on both devices; where `data_there` is not set, the data stay on the CPU."""
+def compare(name: str, way: str, data_there: bool = True, device: str = NAME) -> Mapping[str, Any]:
+    """Merges models of an architecture on the CPU and on a device; where `data_there` is not set, the data stay on the
+    CPU."""
     torch.manual_seed(0)
     models, size = [], ()
     for _ in range(3):
@@ -146,15 +147,17 @@ def compare(name: str, way: str, data_there: bool = True) -> Mapping[str, Any]:
         models.append(model.double().eval())
         size = example.shape[1:]
     data = [torch.randn(8, *size, dtype=torch.float64) for _ in range(4)]
-    there = [deepcopy(model).to(NAME) for model in models]
-    expected = WAYS[way](models, data).state_dict()
-    found = WAYS[way](there, [x.to(NAME) for x in data] if data_there else data).state_dict()
+    there = [deepcopy(model).to(device) for model in models]
+    merged = WAYS[way](models, data)
+    merged_there = WAYS[way](there, [x.to(device) for x in data] if data_there else data)
+    expected, found = merged.state_dict(), merged_there.state_dict()
     apart = [float((found[n].cpu() - x).abs().max() / x.abs().max().clamp(min=1)) for n, x in expected.items()]
     return {
         "case": name,
         "way": way,
         "devices": sorted({x.device.type for x in found.values()}),
         "apart": float(torch.tensor(apart).max()),
+        "same units": fxmerge.report(merged).images == fxmerge.report(merged_there).images,
     }
 
 

@@ -33,5 +33,5 @@ def test_models_on_another_device_are_merged_there_as_on_the_cpu(cases: list[str
     assert {result["case"] for result in results} == set(cases)
     assert len({result["way"] for result in results if result["case"] == cases[0]}) > 1
     for result in results:
-        assert result["devices"] == ["elsewhere"], result
+        assert result["devices"] == ["elsewhere"] and result["same units"], result
         assert result["apart"] == pytest.approx(0, abs=1e-9), result

@@ -37,6 +37,10 @@ class Match:
     quality: Mapping[str, Mapping[str, float]]
 
 
+Position = tuple[dict[str, Tensor], tuple[Ids, ...], dict[str, float], dict[int, float]]
+"""The permuted parameters of a problem, where units are, and what parameters and activations give to the objective."""
+
+
 @dataclass
 class Problem:
     """The objective, and the model as it is permuted so far.
@@ -57,6 +61,7 @@ class Problem:
         scales: for every parameter, how much an inner product counts.
         slices: the parameter slices of every class.
         value: for every parameter, its part of the objective.
+        shown: for every class with activations, how much the matched units agree: the sum of their correlations.
         similarities: of the units' weights, kept from one visit of a class to the next.
     """
 
@@ -69,11 +74,13 @@ class Problem:
     scales: Mapping[str, float]
     slices: Mapping[int, list[Slices]]
     value: dict[str, float] = field(init=False)
+    shown: dict[int, float] = field(init=False)
     similarities: Similarities = field(init=False)
 
     def __post_init__(self) -> None:
         self.similarities = Similarities(self.a, self.scales)
         self.value = {n: self._match(n, self.b) for n in self.scales}
+        self.shown = {n: float(self.agreement(n).sum()) for n in self.correlation}
 
     def _match(self, name: str, b: Mapping[str, Tensor]) -> float:
         return weights.inner(self.a[name], b[name]) * self.scales[name]
@@ -84,8 +91,8 @@ class Problem:
 
     def objective(self) -> float:
         agreed = sum(self.value.values()) * self.mix.weights
-        for number in self.correlation:
-            agreed += self.mix.activations[number] * self.weight(number) * float(self.agreement(number).sum())
+        for number, shown in self.shown.items():
+            agreed += self.mix.activations[number] * self.weight(number) * shown
         return float(agreed)
 
     def agreement(self, number: int) -> Tensor:
@@ -118,6 +125,7 @@ class Problem:
         self.value = self.value | {name: self._match(name, b) for name in b}
         self.b = self.b | b
         self.images = tuple(s[i] for s, i in zip(step, self.images, strict=True))
+        self.shown = self.shown | {n: float(self.agreement(n).sum()) for n in moved & self.shown.keys()}
 
     def improve(self, step: Sequence[Ids]) -> float:
         """Moves the units of b if the objective rises by it, and returns the objective."""
@@ -130,13 +138,13 @@ class Problem:
         return before
 
     @property
-    def position(self) -> tuple[dict[str, Tensor], tuple[Ids, ...], dict[str, float]]:
+    def position(self) -> Position:
         """Where the units of b are, to come back to."""
-        return self.b, self.images, self.value
+        return self.b, self.images, self.value, self.shown
 
     @position.setter
-    def position(self, at: tuple[dict[str, Tensor], tuple[Ids, ...], dict[str, float]]) -> None:
-        self.b, self.images, self.value = at
+    def position(self, at: Position) -> None:
+        self.b, self.images, self.value, self.shown = at
 
 
 def match(

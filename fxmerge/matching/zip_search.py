@@ -87,12 +87,14 @@ class _Problem:
     kept: list[Ids] = field(init=False)
     widths: list[int] = field(init=False)
     value: dict[str, float] = field(init=False)
+    shown: dict[int, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.kept = [np.arange(c.size) for c in self.symmetry.units]
         self.widths = [c.size for c in self.symmetry.units]
         self.labels = [list(self.kept) for _ in self.states]
         self.value = {name: self._kept(name) for name in self.axes}
+        self.shown = {n: self._shown(n) for n in self.mix.activations}
 
     @cached_property
     def axes(self) -> dict[str, list[AxisLayout]]:
@@ -128,15 +130,20 @@ class _Problem:
 
     def objective(self) -> float:
         kept = sum(self.value.values()) * self.mix.weights
-        return kept + sum(factor * self.weight(n) * self._shown(n) for n, factor in self.mix.activations.items())
+        return kept + sum(factor * self.weight(n) * self.shown[n] for n, factor in self.mix.activations.items())
 
     def _shown(self, number: int) -> float:
-        labels = np.concatenate([own[number] for own in self.labels])
-        order = np.argsort(labels, kind="stable")
-        starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
-        sums = np.add.reduceat(self.correlation[number][order][:, order], starts, axis=0)
-        inside = np.add.reduceat(sums, starts, axis=1).diagonal()
-        return float((inside / np.bincount(labels)).sum())
+        """The trace of T' correlations T: for every merged unit, the correlations of its members with each other, added
+        up, over their number."""
+        labels, correlation = np.concatenate([own[number] for own in self.labels]), self.correlation[number]
+        order, sizes = np.argsort(labels, kind="stable"), np.bincount(labels)
+        by_label = labels[order]
+        total = np.bincount(by_label, correlation[order, order])
+        for apart in range(1, int(sizes.max())):
+            same = np.flatnonzero(by_label[apart:] == by_label[:-apart])
+            pairs = correlation[order[same], order[same + apart]]
+            total += 2 * np.bincount(by_label[same], pairs, minlength=len(total))
+        return float((total / np.maximum(sizes, 1)).sum())
 
     def _kept(self, name: str) -> float:
         total = sum(self.expressed(name, m) for m in range(len(self.states)))
@@ -210,6 +217,7 @@ class _Problem:
                 own[shown] = self._numbered(shown, places)
         names = {a.parameter for a in self.symmetry.layout if any(n in moved for n, _ in a.roles)}
         self.value = self.value | {name: self._kept(name) for name in names}
+        self.shown = self.shown | {n: self._shown(n) for n in moved & self.mix.activations.keys()}
 
     def _numbered(self, number: int, places: Ids) -> Ids:
         """The numbers of the merged units of a class that stand in some places."""
@@ -218,12 +226,12 @@ class _Problem:
 
     def improve(self, number: int, zipped: Ids) -> float:
         """Merges units of a class if the objective rises by it, and returns the objective."""
-        before, at = self.objective(), ([list(own) for own in self.labels], self.value)
+        before, at = self.objective(), ([list(own) for own in self.labels], self.value, self.shown)
         self.take(number, zipped)
         after = self.objective()
         if rises(before, after):
             return after
-        self.labels, self.value = at
+        self.labels, self.value, self.shown = at
         return before
 
 
