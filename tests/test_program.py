@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fxmerge
 from fxmerge.program.capture import capture_program
 from fxmerge.program.captured import Program
 from fxmerge.symmetry import rules
@@ -50,6 +51,26 @@ def test_nothing_is_written_out_where_torch_can_write_none_out() -> None:
     assert aten.decompose([PRELU]) is None
     assert aten.decompose([torch.ops.aten.linear.default.overloadpacket.out]) is None
     assert aten.decompose([]) is None
+
+
+def test_an_op_that_checks_its_result_is_not_written_out() -> None:
+    """That would take a token of effects, which no model is given."""
+
+    class Whitened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h @ torch.linalg.cholesky(h.mT @ h + torch.eye(4)))  # type: ignore[no-any-return]
+
+    model, x = Whitened(), torch.randn(5, 3)
+    assert capture_program(model, (x,)).aten.decompose([torch.ops.aten.linalg_cholesky.default]) is None
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    assert {str(op) for op in symmetry.probed} | {str(op) for op in symmetry.unknown} == {
+        "aten.linalg_cholesky.default"
+    }
 
 
 @pytest.mark.parametrize("hidden", [{PRELU}, {PRELU, SWISH}])

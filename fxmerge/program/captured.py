@@ -222,7 +222,9 @@ def _run_decompositions(program: ExportedProgram, table: Mapping[Any, Any]) -> E
     try:
         with quiet():
             simpler: ExportedProgram = program.run_decompositions(dict(table))
-            return simpler
+            # An op that checks its result takes a token, which is no input: better that it stays as it is.
+            kinds = {spec.kind for spec in simpler.graph_signature.input_specs}
+            return None if InputKind.TOKEN in kinds else simpler
     except Exception:
         logger.debug("torch cannot write out %s", ", ".join(map(str, table)), exc_info=True)
         return None

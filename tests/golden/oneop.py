@@ -15,10 +15,12 @@ labels it, and what is found is printed with a letter for every class of units:
 | `a+b` | one after the other |
 | `{a b}` | these, in some other arrangement |
 | `a@01` | units along the dimensions 0 and 1 together |
+| `a&b` | units of both at each position |
 | `!` | units that do not move |
 | `.` | no units, but positions differ; `.[0 1 0]` where some are alike |
 | `_` | all positions alike |
 | `(a => b)` | numbers along `a` that name units of `b` |
+| `-` | an output that is not read |
 """
 
 from __future__ import annotations

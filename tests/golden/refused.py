@@ -113,6 +113,10 @@ hidden("values of data in order", lambda h: h.masked_scatter(h < 1, h.abs()))
 hidden("values of data put in order", lambda h: h.index_put((h > -9,), h.reshape(-1).sin()))
 hidden("units written over by their neighbours", lambda h: h.index_copy(1, torch.tensor([0, 1, 2]), h[:, 1:]))
 hidden("units transformed two by two", lambda h: torch.fft.fft(h.reshape(2, 2, 2)).abs().flatten(1))
+hidden(
+    "matrix exponential of units and their neighbours",
+    lambda h: torch.linalg.matrix_exp(h[:, :, None] * h[:, None].roll(1, -1)).sum(-1),
+)
 hidden("units are the output", lambda h: h, outputs=4)
 hidden("groups and halves overlap", lambda h: F.group_norm(h, 3) + F.group_norm(h, 2).relu(), units=6)
 hidden("pairs against neighbours", lambda h: h.reshape(2, 2, 2).softmax(-1).reshape(2, 4) * h.roll(1, -1))

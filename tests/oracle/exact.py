@@ -172,6 +172,13 @@ def _matmul(s: Scalars, a: Operand, b: Operand) -> Grid:
     return product[..., 0] if right.ndim == 1 else product
 
 
+@_op("linalg_matrix_exp")
+def _matrix_exponential(s: Scalars, x: Grid) -> Grid:
+    """The first terms of the series: what leaves these unchanged leaves all of it unchanged."""
+    square = _matmul(s, x, x)
+    return s.add(torch.eye(x.shape[-1]), x, s.multiply(square, 1 / 2), s.multiply(_matmul(s, square, x), 1 / 6))
+
+
 @_op("addmm", "baddbmm")
 def _addmm(s: Scalars, bias: Operand, a: Operand, b: Operand) -> Grid:
     return s.add(_matmul(s, a, b), bias)
@@ -363,38 +370,6 @@ def _extreme_and_place(s: Scalars, x: Grid, dim: int, keepdim: bool = False) -> 
     return [values, places] if keepdim else [values.squeeze(dim), places.squeeze(dim)]
 
 
-@_op("scatter")
-def _scatter(s: Scalars, x: Operand, dim: int, places: Tensor, source: Operand) -> Grid:
-    return _written(s, x, dim, places, np.broadcast_to(s.grid(source), tuple(places.shape)), adds=False)
-
-
-@_op("scatter_add")
-def _scatter_add(s: Scalars, x: Operand, dim: int, places: Tensor, source: Operand) -> Grid:
-    return _written(s, x, dim, places, s.grid(source), adds=True)
-
-
-def _written(s: Scalars, x: Operand, dim: int, places: Tensor, source: Grid, *, adds: bool) -> Grid:
-    out, dim = s.grid(x).copy(), dim % places.ndim
-    for at in np.ndindex(*places.shape):
-        to = (*at[:dim], int(places[at]), *at[dim + 1 :])
-        out[to] = s.sum([int(out[to]), int(source[at])]) if adds else source[at]
-    return out
-
-
-@_op("index_add")
-def _index_add(s: Scalars, x: Operand, dim: int, places: Tensor, source: Grid) -> Grid:
-    shape = [-1 if d == dim else 1 for d in range(source.ndim)]
-    return _written(s, x, dim, places.reshape(shape).expand(source.shape), source, adds=True)
-
-
-@_op("index_put")
-def _index_put(s: Scalars, x: Operand, places: Sequence[Tensor], source: Operand, accumulate: bool = False) -> Grid:
-    (rows,) = places
-    source = np.broadcast_to(s.grid(source), (len(rows), *s.grid(x).shape[1:]))
-    wide = rows.reshape(-1, *(1,) * (source.ndim - 1)).expand(source.shape)
-    return _written(s, x, 0, wide, source, adds=accumulate)
-
-
 @_op("_grouped_mm")
 def _grouped_product(s: Scalars, rows: Grid, stack: Grid, ends: Tensor, *args: Any) -> Grid:
     edges = pairwise([0, *ends.tolist()])
@@ -457,6 +432,13 @@ def _written(s: Scalars, x: Grid, places: Any, values: Grid, combine: Callable[[
     for place, entries in lists.items():
         out[place] = entries[-1] if combine is None else combine([int(out[place]), *entries])
     return out.reshape(x.shape)
+
+
+@_op("index_add")
+def _index_add(s: Scalars, x: Operand, dim: int, index: Tensor, source: Operand) -> Grid:
+    grid = s.grid(x)
+    places = torch.arange(grid.size).reshape(grid.shape).index_select(dim, index).numpy()
+    return _written(s, grid, places, s.grid(source), s.sum)
 
 
 @_op("full_like")

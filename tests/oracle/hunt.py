@@ -1,6 +1,7 @@
 """Holds random recipes against the oracle, and cuts those that fail down to short ones.
 
-`python -m tests.oracle.hunt 5000 --start 0` prints a short recipe for every failure among the recipes of 5000 seeds.
+`python -m tests.oracle.hunt 5000 --start 0` prints a short recipe for every failure among the recipes of 5000 seeds. With
+`--op NAME` it looks at those with one op alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 import fxmerge
 from tests.oracle.exact import exact_log_order
-from tests.oracle.generator import LIMIT, Recipe, Step, build, cost, has_unused_entries, random_recipe
+from tests.oracle.generator import _PROPOSE, LIMIT, Recipe, Step, build, cost, has_unused_entries, random_recipe
 
 EXACT, INCOMPLETE, UNSOUND, UNUSED, CRASH = "exact", "incomplete", "unsound", "unused", "crash"
 """What a recipe can come out as. `UNUSED`: more is found than the oracle counts, but there are parameter entries on
@@ -153,11 +154,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int)
     parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--op", choices=list(_PROPOSE), help="only recipes with this op")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     states: Counter[str] = Counter()
     for seed in range(options.start, options.start + options.count):
         recipe = random_recipe(random.Random(seed))
+        if options.op and all(op != options.op for op, _, _ in recipe.steps):
+            continue
         finding = examine(recipe)
         excused = finding.state == UNUSED or (finding.state == INCOMPLETE and excuses(recipe))
         states[f"{finding.state}, excused" if excused else finding.state] += 1

@@ -126,6 +126,16 @@ def addmm(at: Site, bias: Operand, a: Operand, b: Operand, **kwargs: Any) -> Lab
     return at.join(matmul(at, a, b), bias)
 
 
+@rule("linalg_matrix_exp", "matrix_exp", "linalg_inv")
+def matrix_function(at: Site, x: Labels) -> Labels:
+    """A sum of powers, the identity among them, also for an inverse: rows and columns move alike."""
+    batch = string.ascii_lowercase[: x.ndim - 2]
+    powers = at.join(x, torch.eye(x.shape[-1]))
+    for _ in range(2):
+        powers = at.join(powers, contract(at, [powers, x], [batch + "MK", batch + "KN"], batch + "MN"))
+    return powers
+
+
 @rule("bilinear", contracts=True, adds="bias")
 def bilinear(at: Site, x: Operand, y: Operand, weight: Operand, bias: Operand | None = None) -> Labels:
     batch = string.ascii_lowercase[: len(x.shape) - 1]
