@@ -1,7 +1,7 @@
 """Holds random recipes against the oracle, and cuts those that fail down to short ones.
 
-`python -m tests.oracle.hunt 5000 --start 0` prints a short recipe for every failure among the recipes of 5000 seeds. With
-`--op NAME` it looks at those with one op alone.
+`python -m tests.oracle.hunt 5000 --start 0` prints a short recipe for every failure among the recipes of 5000 seeds.
+With `--op NAME` it looks at those with one op alone.
 """
 
 from __future__ import annotations
