@@ -15,7 +15,7 @@ from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare, readable_again
 from fxmerge.matching.universe import canonical_order
-from fxmerge.notices import warn_of_few_rows, warn_of_nearer_parent
+from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of_nearer_parent
 from fxmerge.ordering import error_of
 from fxmerge.pipeline import combine, emit, fit, match, renumbered
 from fxmerge.prepared import Prepared
@@ -23,7 +23,7 @@ from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import attach, named_errors, report, widths_of
-from fxmerge.sizing import configured, nothing_lost, sized
+from fxmerge.sizing import configured, nothing_lost, same_on_example, sized
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.validate import Model
 
@@ -182,6 +182,8 @@ def _merged(
         if len(models) > 1:
             warn_of_nearer_parent(refitted.errors, job.names)
     merged = emit(group, program, refitted.state, calibrate=recipe.fit is None and not settled)
+    if len(models) == 1 and job.data is None and not same_on_example(group, program, state):
+        warn_of_fold_without_data()
     back = sorted(range(len(order)), key=order.__getitem__)
     maps = [matching.units.maps[i] for i in back][-len(models) :]
     told = replace(

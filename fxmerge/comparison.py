@@ -283,7 +283,8 @@ def _check_shapes(name: str, own: Sequence[Tensor], means: Sequence[Tensor]) -> 
     if [v.shape for v in own] != [v.shape for v in means]:
         raise ArchitectureMismatchError(
             f"Network {name!r} gives outputs of shapes {[tuple(v.shape) for v in own]}, and the models of shapes "
-            f"{[tuple(v.shape) for v in means]}. Compare networks with the models that they are made of."
+            f"{[tuple(v.shape) for v in means]}. Compare networks with the models that they are made of; "
+            "where equal heads were kept apart, pass share='trunk' here too."
         )
 
 

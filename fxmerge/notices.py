@@ -114,6 +114,14 @@ def warn_without_data(states: Sequence[Mapping[str, Tensor]], statistics: Sequen
         )
 
 
+def warn_of_fold_without_data() -> None:
+    """Warns that a folded network computes something else, and was not fitted."""
+    logger.warning(
+        "Without data no layer of the folded network is fitted to what the network computes, and its outputs on the "
+        "example have changed: it may be near chance. Pass a loader with a few batches of inputs, which need no labels."
+    )
+
+
 def warn_of_nearer_parent(errors: OutputErrors, names: Sequence[str]) -> None:
     """Warns if one of the models alone is nearer to the mean of all models' outputs than the merged network is."""
     models = {number: error for number, error in errors.items() if number is not None}

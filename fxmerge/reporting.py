@@ -95,13 +95,15 @@ class Report:
         lines = [f"{models}, {kind}; captured by {self.route}"]
         if self.heads:
             lines.append(f"one trunk, with the heads {', '.join(repr(head['name']) for head in self.heads)}")
+        elif self.recipe is not None and self.models > 1 and self.recipe["combine"]["kind"] == "Average":
+            lines.append("one output for all models; Recipe(share='trunk') keeps their last layers apart")
         matched = [q for own in self.quality for q in own.values()]
         for space in ("weights", "activations"):
             values = [q[space] for q in matched if space in q]
             if values:
                 lines.append(f"matched units are alike by {sum(values) / len(values):.2f} in {space}, on average")
         if self.layers:
-            lines.append(f"{len(self.layers)} layers fitted, {len(self.left)} parameters left as they were")
+            lines.append(f"{len(self.layers)} layers fitted, {len(self.left)} parameters not fitted")
         if self.widths:
             before, after = (sum(pair[i] for pair in self.widths.values()) for i in (0, 1))
             lines.append(f"{len(self.widths)} classes of another width, with {after} units in place of {before}")
@@ -140,8 +142,8 @@ def report(module: nn.Module) -> Report:
     found = getattr(module, "meta", {}).get(KEY) or getattr(module, PICKLED, None)
     if not isinstance(found, Mapping) or {f.name for f in fields(Report)} != set(found):
         raise OptionError(
-            f"The {type(module).__name__} has no report of this version of fxmerge; pass what merge, merge_many or "
-            "align returned."
+            f"The {type(module).__name__} has no report, or one of another version of fxmerge; pass what merge, "
+            "merge_many, fold or align returned."
         )
     return Report(**found)
 

@@ -182,6 +182,16 @@ def nothing_lost(group: Prepared, program: Program, units: UnitMap, state: Mappi
     return True
 
 
+def same_on_example(group: Prepared, program: Program, state: Mapping[str, Tensor]) -> bool:
+    """Whether a folded network gives what the network gives on the example, but for rounding in its own precision."""
+    job = group.job
+    args, kwargs = job.example
+    model, folded = (
+        Runner(p).outputs(own, args, kwargs) for p, own in ((job.program, job.states[0]), (program, state))
+    )
+    return validate.agree(model, folded, tolerance=1e-2)
+
+
 def configured(group: Prepared, units: UnitMap, result: fx.GraphModule) -> dict[str, int] | None:
     """What to change in the configuration of the model's class for the sizes of the result."""
     if not units.resized or group.job.heads:

@@ -110,7 +110,11 @@ def check_recipe(recipe: Any, run: Any) -> tuple[Recipe, Run]:
     for value, kind in ((recipe, Recipe), (run, Run)):
         if value is not None and not isinstance(value, kind):
             name = kind.__name__
-            raise OptionError(f"{name.lower()} is a {type(value).__name__}; give a fxmerge.{name}(...), or None.")
+            several = " Several models go into merge_many([...]), and a loader for each into loaders=[...]."
+            raise OptionError(
+                f"{name.lower()} is a {type(value).__name__}; give a fxmerge.{name}(...), or None."
+                + several * isinstance(value, (list, tuple, torch.nn.Module))
+            )
     return recipe or Recipe(), run or Run()
 
 

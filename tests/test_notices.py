@@ -89,6 +89,22 @@ def test_statistics_without_data_are_told(match: fxmerge.Align | fxmerge.Zip, ca
     assert warnings_of(caplog) == []
 
 
+def test_a_fold_without_data_is_told_of_where_it_changes_what_is_computed(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 4)
+    fxmerge.fold(model, [torch.randn(64, 4)], width=0.5)
+    assert warnings_of(caplog) == []
+    fxmerge.fold(model, width=0.5, example=x)
+    (text,) = warnings_of(caplog)
+    assert "its outputs on the example have changed: it may be near chance. Pass a loader" in text
+    caplog.clear()
+    with torch.no_grad():  # Every unit twice.
+        for tensor in (model[0].weight, model[0].bias):
+            tensor[4:] = tensor[:4]
+    assert fxmerge.report(fxmerge.fold(model, width=0.5, example=x)).widths == {"0.weight[0]": (8, 4)}
+    assert warnings_of(caplog) == []
+
+
 def test_every_stage_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     models = [nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)) for _ in range(2)]

@@ -46,10 +46,10 @@ def trunk_of(
     if isinstance(share, str):
         wanted = {n for n in graph.nodes if n.name == share or _within(n, share)}
         if not wanted:
-            known = [n.name for n in graph.nodes if n.op in CALLS] + _modules(graph)
+            known = ["auto", "trunk", *(n.name for n in graph.nodes if n.op in CALLS), *_modules(graph)]
             near = difflib.get_close_matches(share, known, n=3, cutoff=0.0)
             raise OptionError(
-                f"Recipe.share is {share!r}, which is no module or node of {called[0]}. "
+                f"Recipe.share is {share!r}, which is no module or node of {called[0]}, nor 'auto' or 'trunk'. "
                 f"Near it are {', '.join(map(repr, near))}."
             )
         if not wanted <= set(common):
