@@ -1269,7 +1269,7 @@ between(
     lambda h: F.pad(h, (0, 2))[:, torch.tensor([[0, 1, 4, 4], [2, 3, 2, 3], [0, 1, 0, 1]])].sum(-1).sin(),
     after=3,
 )
-between("matrix exponential over units", lambda h: torch.linalg.matrix_exp(h.T @ h))
+between("matrix exponential over units", lambda h: torch.linalg.matrix_exp(h.T @ h).sum(0, keepdim=True))
 between("matrix exponential over tokens", lambda h: torch.linalg.matrix_exp(h @ h.mT) @ h, dims=3)
 between("negative units set to zero", negative_ones_cut)
 between("rows written over where data say so", rows_replaced)
