@@ -9,7 +9,11 @@ import fxmerge
 from fxmerge.combine.average import average
 from fxmerge.demo import ViT
 from fxmerge.evidence.activations import similarities, whole
-from fxmerge.matching.zip_search import match_zip, zipped_classes
+from fxmerge.evidence.weights import slices
+from fxmerge.matching.mix import Mix
+from fxmerge.matching.room import Room
+from fxmerge.matching.search import Problem, floats
+from fxmerge.matching.zip_search import _Problem, match_zip, zipped_classes
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Data, batch_inputs
 from fxmerge.symmetry.flow import Flow, flows
@@ -168,3 +172,36 @@ def test_units_that_may_only_be_reversed_are_not_merged_with_their_mirror_images
     with torch.no_grad():
         torch.testing.assert_close(turned(x), a(x))
         torch.testing.assert_close(fxmerge.merge(a, turned, [x])(x), a(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_activations_give_is_a_trace_however_units_are_merged() -> None:
+    """The trace of T' correlations T, with T as in the docstring of `_Problem`; also of the search for permutations."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    symmetry = fxmerge.find_symmetry(model, (torch.randn(2, 3),))
+    states = [floats(symmetry, model.state_dict()) for _ in range(3)]
+    rng = np.random.default_rng(0)
+    features = {n: rng.normal(size=(3 * symmetry.units[n].size, 7)) for n in symmetry.choices}
+    correlation = {n: np.corrcoef(x) for n, x in features.items()}
+    problem = _Problem(symmetry, states, correlation, Mix.of(0.5, correlation), Room.of(symmetry))
+    for _ in range(20):
+        number = int(rng.choice(symmetry.choices))
+        size = symmetry.units[number].size
+        labels = rng.permutation(np.concatenate([np.arange(size), rng.integers(size, size=2 * size)]))
+        problem.take(number, labels.reshape(3, size))
+        for n in symmetry.choices:
+            merged = np.concatenate([own[n] for own in problem.labels])
+            t = np.eye(symmetry.units[n].size)[merged]
+            t /= np.sqrt(t.sum(0))
+            assert problem.shown[n] == pytest.approx(np.trace(t.T @ correlation[n] @ t))
+
+    scales, identity = dict.fromkeys(states[0], 1.0), symmetry.identity().images
+    pairs = {
+        n: torch.from_numpy(c[: symmetry.units[n].size, symmetry.units[n].size :][:, : symmetry.units[n].size])
+        for n, c in correlation.items()
+    }
+    moved = Problem(symmetry, states[0], states[1], pairs, Mix.of(0.5, pairs), identity, scales, slices(symmetry))
+    for seed in range(5):
+        moved.take(symmetry.sample(torch.Generator().manual_seed(seed)).images)
+        for n, c in pairs.items():
+            assert moved.shown[n] == pytest.approx(float(c[torch.arange(len(c)), np.argsort(moved.images[n])].sum()))
