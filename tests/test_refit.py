@@ -336,6 +336,7 @@ def test_a_zip_leaves_a_last_layer_over_tokens_and_an_alignment_fits_it() -> Non
 
 def test_one_batch_of_each_models_own_data_is_enough_to_choose_a_ridge() -> None:
     apart = [[torch.randn(400, 1, 8, 8, generator=torch.Generator().manual_seed(k))] for k in range(2)]
-    _, *later = fxmerge.report(fxmerge.merge(mlp(0), mlp(1), loaders=apart)).layers.values()
+    recipe = fxmerge.Recipe(fit=fxmerge.LeastSquares(own=0.5))
+    _, *later = fxmerge.report(fxmerge.merge(mlp(0), mlp(1), recipe=recipe, loaders=apart)).layers.values()
     assert len(later) == 2
     assert all(told["ridge"] < 1 and told["after"] < 0.9 * told["before"] for told in later)

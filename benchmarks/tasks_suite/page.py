@@ -83,8 +83,8 @@ SECTIONS: tuple[Section, ...] = (
     ),
     (
         "Refitting on data of each parent's own: accuracy per task",
-        "The same inputs, but it is known which task each is of, and half of what is learnt is what the parent of that "
-        "task gives.",
+        "The same inputs, but it is known which task each is of, and three quarters of what is learnt are what the "
+        "parent of that task gives.",
         lambda r: accuracies(r, "disjoint", "per_task", APART),
     ),
     (

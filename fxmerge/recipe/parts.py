@@ -183,8 +183,9 @@ class Ties:
 
 # -------------------------------------------------------------------------- fitting
 
-OWN = 0.5
-"""Where every model has data of its own, the share of its own outputs in what is to be learnt on these data."""
+OWN = 0.75
+"""Where every model has data of its own, the share of its own outputs in what is to be learnt on these data. On eleven
+networks (`benchmarks/own.py`) it is within 0.3 points of the best, for each task alone and for all outputs together."""
 
 
 @dataclass(frozen=True)
