@@ -18,7 +18,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """What all modules have imported stays: searching it for garbage, again and again, took an eighth of the time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(100_000, 20, 20)
 
 
 class ByParameters(LoadScopeScheduling):

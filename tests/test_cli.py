@@ -25,7 +25,7 @@ def table(request: pytest.FixtureRequest) -> demo.Table:
     recipe = replace(demo.TRAININGS["cnn"], build=partial(demo.CNN, request.param))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(demo.TRAININGS, "cnn", recipe)
-        return demo.run("cnn", seed=0, epochs=6, progress=False)
+        return demo.run("cnn", seed=0, epochs=8, progress=False)
 
 
 def test_every_row_and_column_is_there(table: demo.Table) -> None:

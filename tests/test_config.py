@@ -8,6 +8,7 @@ from torch import nn
 
 import fxmerge
 from fxmerge.emit.config import config_for
+from tests.slow import slow
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,7 +31,7 @@ def gpt2() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("build", "expected"),
-    [(llama, {"hidden_size": 8, "intermediate_size": 12}), (gpt2, {"n_inner": 32})],
+    [(llama, {"hidden_size": 8, "intermediate_size": 12}), slow((gpt2, {"n_inner": 32}))],
     ids=["llama", "gpt2"],
 )
 def test_a_fold_loads_into_its_class(build: Any, expected: dict[str, int]) -> None:
