@@ -15,11 +15,9 @@ transformers = pytest.importorskip("transformers")
 SMALL = {"vocab_size": 40, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
-def llama(layers: int = 1) -> nn.Module:
+def llama() -> nn.Module:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model: nn.Module = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, num_hidden_layers=layers, **SMALL)
-    )
+    model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=1, **SMALL))
     return model.eval()
 
 
@@ -84,10 +82,23 @@ def test_a_class_that_would_compute_something_else_has_none() -> None:
     assert fxmerge.report(folded).config is None
 
 
+class Twice(nn.Module):
+    """Built from a configuration with one width for two layers."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.first, self.other = nn.Linear(4, config.width), nn.Linear(4, config.width)
+        self.last, self.end = nn.Linear(config.width, 2), nn.Linear(config.width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(self.first(x).relu()) + self.end(self.other(x).relu())
+        return out
+
+
 def test_sizes_that_no_configuration_has_give_none() -> None:
     torch.manual_seed(0)
-    model = llama(layers=2)
-    example = {"input_ids": torch.zeros(2, 8, dtype=torch.long)}
-    folded = fxmerge.fold(model, width={"model.layers.0.mlp.gate_proj.weight[0]": 0.5}, example=example)
-    assert fxmerge.report(folded).widths
-    assert fxmerge.report(folded).config is None
+    for width, config in ((0.5, {"width": 4}), ({"first.weight[0]": 0.5}, None)):
+        folded = fxmerge.fold(Twice(Config()), width=width, example=torch.randn(5, 4))
+        assert fxmerge.report(folded).widths
+        assert fxmerge.report(folded).config == config
