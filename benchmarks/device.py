@@ -33,25 +33,12 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge import Align, Recipe, Run
 from fxmerge.demo import recalibrated
-from tests.accelerator import WAYS, compare
+from tests.accelerator import ALIKE, WAYS, compare
 
 NOISE = 0.01
 """The standard deviation of the noise on a parameter, as a share of the parameter's own."""
 
-EQUAL = (
-    "conv, BatchNorm, flatten",
-    "residual CNN, projection shortcut",
-    "inverted residual, squeeze-excite",
-    "transposed convolutions",
-    "GroupNorm",
-    "ConvNeXt block",
-    "encoder layer, pre-norm",
-    "grouped queries",
-    "experts by bmm",
-    "SwiGLU, packed",
-    "LSTM",
-    "packed attention, written out",
-)
+EQUAL = (*ALIKE, "inverted residual, squeeze-excite", "LSTM", "packed attention, written out")
 """The tests' networks that are merged."""
 
 

@@ -182,7 +182,7 @@ def _merged(
         if len(models) > 1:
             warn_of_nearer_parent(refitted.errors, job.names)
     merged = emit(group, program, refitted.state, calibrate=recipe.fit is None and not settled)
-    if len(models) == 1 and job.data is None and not same_on_example(group, program, state):
+    if len(models) == 1 and job.data is None and not settled and not same_on_example(group, program, state):
         warn_of_fold_without_data()
     back = sorted(range(len(order)), key=order.__getitem__)
     maps = [matching.units.maps[i] for i in back][-len(models) :]

@@ -96,7 +96,7 @@ class Report:
         if self.heads:
             lines.append(f"one trunk, with the heads {', '.join(repr(head['name']) for head in self.heads)}")
         elif self.recipe is not None and self.models > 1 and self.recipe["combine"]["kind"] == "Average":
-            lines.append("one output for all models; Recipe(share='trunk') keeps their last layers apart")
+            lines.append("the outputs stand for all models; Recipe(share='trunk') keeps their last layers apart")
         matched = [q for own in self.quality for q in own.values()]
         for space in ("weights", "activations"):
             values = [q[space] for q in matched if space in q]

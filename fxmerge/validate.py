@@ -110,11 +110,13 @@ def check_recipe(recipe: Any, run: Any) -> tuple[Recipe, Run]:
     for value, kind in ((recipe, Recipe), (run, Run)):
         if value is not None and not isinstance(value, kind):
             name = kind.__name__
-            several = " Several models go into merge_many([...]), and a loader for each into loaders=[...]."
-            raise OptionError(
-                f"{name.lower()} is a {type(value).__name__}; give a fxmerge.{name}(...), or None."
-                + several * isinstance(value, (list, tuple, torch.nn.Module))
+            several = isinstance(value, (list, tuple, nn.Module))
+            hint = (
+                " Several models go into merge_many([...]), and a loader for each into loaders=[...]."
+                if several
+                else ""
             )
+            raise OptionError(f"{name.lower()} is a {type(value).__name__}; give a fxmerge.{name}(...), or None.{hint}")
     return recipe or Recipe(), run or Run()
 
 

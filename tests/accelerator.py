@@ -114,6 +114,20 @@ def set_up() -> None:
     Tensor.data_ptr, Tensor.__deepcopy__ = data_ptr, deep_copy  # type: ignore[method-assign]
 
 
+ALIKE = [
+    "conv, BatchNorm, flatten",
+    "residual CNN, projection shortcut",
+    "transposed convolutions",
+    "GroupNorm",
+    "ConvNeXt block",
+    "encoder layer, pre-norm",
+    "grouped queries",
+    "experts by bmm",
+    "SwiGLU, packed",
+]
+"""Architectures of which torch makes much the same graph for either device; it takes some other ops apart for a device
+that it does not know."""
+
 Merge = Callable[[Sequence[nn.Module], list[Tensor]], fx.GraphModule]
 
 WAYS: dict[str, Merge] = {

@@ -22,7 +22,7 @@ def llama() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(n_embd=16, n_head=4, n_layer=1, n_positions=16, **SMALL)
+    config = transformers.GPT2Config(n_embd=16, n_head=4, n_layer=2, n_positions=16, **SMALL)
     model: nn.Module = transformers.GPT2LMHeadModel(config)
     return model.eval()
 

@@ -4,23 +4,11 @@ import sys
 
 import pytest
 
-CASES = [
-    "conv, BatchNorm, flatten",
-    "residual CNN, projection shortcut",
-    "transposed convolutions",
-    "GroupNorm",
-    "ConvNeXt block",
-    "encoder layer, pre-norm",
-    "grouped queries",
-    "experts by bmm",
-    "SwiGLU, packed",
-]
-"""Architectures of which torch makes much the same graph for either device; it takes some other ops apart for a device
-that it does not know."""
+from tests.accelerator import ALIKE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [CASES[:1], CASES], ids=["one", "all"])
+@pytest.mark.parametrize("cases", [ALIKE[:1], ALIKE], ids=["one", "all"])
 def test_models_on_another_device_are_merged_there_as_on_the_cpu(cases: list[str]) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "tests.accelerator", *["--quick"] * (len(cases) == 1), *cases],

@@ -225,15 +225,16 @@ def size(model: nn.Module) -> int:
 def test_a_budget_finds_the_shortest_trunk_that_is_within_it() -> None:
     def net(seed: int, classes: int) -> nn.Module:
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, classes))
+        inner = [layer for _ in range(2) for layer in (nn.Linear(6, 6), nn.ReLU())]
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), *inner, nn.Linear(6, classes))
 
     narrow, sizes = (net(0, 2), net(1, 3)), {}
-    for times in (1.3, 1.8):
+    for times in (1.2, 1.6, 5.0):
         recipe = Recipe(share=Budget(parameters=times), fit=None)
         merged = fxmerge.merge(*narrow, recipe=recipe, example=torch.randn(2, 4))
         sizes[times] = size(merged) / size(narrow[0])
         assert sizes[times] <= times
-    assert sorted(sizes.values()) == list(sizes.values()) and len(set(sizes.values())) == 2
+    assert sorted(sizes.values()) == list(sizes.values()) and len(set(sizes.values())) == 3
     a, b = Convolutional(3, 0).eval(), Convolutional(4, 1).eval()
     # By operations it is the first convolutions, on large images, that are worth sharing.
     merged = fxmerge.merge(a, b, recipe=Recipe(share=Budget(flops=1.4), fit=None), example=IMAGES)

@@ -81,7 +81,7 @@ def test_it_is_printed_in_sentences(merged: nn.Module) -> None:
     lines = str(report).splitlines()
     assert lines[0] == "2 models, merged; captured by symbolic_trace"
     weights = report.quality[0]["0.weight[0]"]["weights"]
-    assert lines[1] == "one output for all models; Recipe(share='trunk') keeps their last layers apart"
+    assert lines[1] == "the outputs stand for all models; Recipe(share='trunk') keeps their last layers apart"
     assert lines[2] == f"matched units are alike by {weights:.2f} in weights, on average"
     assert lines[3].startswith("matched units are alike by") and "in activations" in lines[3]
     assert lines[4] == "2 layers fitted, 0 parameters not fitted"

@@ -1,5 +1,6 @@
 """Small networks on which earlier versions claimed permutations that were none: kept so that they stay caught."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -185,3 +186,17 @@ def test_nothing_is_claimed_that_is_no_symmetry(name: str) -> None:
     symmetry = fxmerge.find_symmetry(model, (x,))
     assert symmetry.verify(model, (x,), trials=8).demoted == ()
     assert symmetry.log_order() <= exact_log_order(model, (x,)) + 1e-9
+
+
+@pytest.mark.parametrize("function", [torch.linalg.inv, torch.linalg.matrix_exp])
+def test_functions_of_a_matrix_hold_at_full_size(function: Callable[[Tensor], Tensor]) -> None:
+    def forward(s: Net, x: Tensor) -> object:
+        h = s.a(x)
+        return s.b(h @ function(h.mT @ h / len(h) + torch.eye(256, dtype=h.dtype)))
+
+    torch.manual_seed(0)
+    model, x = Net(forward, a=nn.Linear(32, 256), b=nn.Linear(256, 4)), torch.randn(64, 32)
+    symmetry = fxmerge.find_symmetry(model, (x,))
+    assert symmetry.log_order() == pytest.approx(math.lgamma(257))
+    verified = symmetry.verify(model, (x,), trials=3)
+    assert not verified.demoted and verified.error is not None and verified.error < 1e-9

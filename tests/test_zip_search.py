@@ -193,7 +193,7 @@ def test_what_activations_give_is_a_trace_however_units_are_merged() -> None:
             merged = np.concatenate([own[n] for own in problem.labels])
             t = np.eye(symmetry.units[n].size)[merged]
             t /= np.sqrt(t.sum(0))
-            assert problem.shown[n] == pytest.approx(np.trace(t.T @ correlation[n] @ t))
+            assert problem.agreed[n] == pytest.approx(np.trace(t.T @ correlation[n] @ t))
 
     scales, identity = dict.fromkeys(states[0], 1.0), symmetry.identity().images
     pairs = {
@@ -204,4 +204,4 @@ def test_what_activations_give_is_a_trace_however_units_are_merged() -> None:
     for seed in range(5):
         moved.take(symmetry.sample(torch.Generator().manual_seed(seed)).images)
         for n, c in pairs.items():
-            assert moved.shown[n] == pytest.approx(float(c[torch.arange(len(c)), np.argsort(moved.images[n])].sum()))
+            assert moved.agreed[n] == pytest.approx(float(c[torch.arange(len(c)), np.argsort(moved.images[n])].sum()))

@@ -61,7 +61,7 @@ class Problem:
         scales: for every parameter, how much an inner product counts.
         slices: the parameter slices of every class.
         value: for every parameter, its part of the objective.
-        shown: for every class with activations, how much the matched units agree: the sum of their correlations.
+        agreed: for every class with activations, how much the matched units agree: the sum of their correlations.
         similarities: of the units' weights, kept from one visit of a class to the next.
     """
 
@@ -74,13 +74,13 @@ class Problem:
     scales: Mapping[str, float]
     slices: Mapping[int, list[Slices]]
     value: dict[str, float] = field(init=False)
-    shown: dict[int, float] = field(init=False)
+    agreed: dict[int, float] = field(init=False)
     similarities: Similarities = field(init=False)
 
     def __post_init__(self) -> None:
         self.similarities = Similarities(self.a, self.scales)
         self.value = {n: self._match(n, self.b) for n in self.scales}
-        self.shown = {n: float(self.agreement(n).sum()) for n in self.correlation}
+        self.agreed = {n: float(self.agreement(n).sum()) for n in self.correlation}
 
     def _match(self, name: str, b: Mapping[str, Tensor]) -> float:
         return weights.inner(self.a[name], b[name]) * self.scales[name]
@@ -90,10 +90,10 @@ class Problem:
         return float(sum(s.entries for s in self.slices[number])) or 1.0
 
     def objective(self) -> float:
-        agreed = sum(self.value.values()) * self.mix.weights
-        for number, shown in self.shown.items():
-            agreed += self.mix.activations[number] * self.weight(number) * shown
-        return float(agreed)
+        total = sum(self.value.values()) * self.mix.weights
+        for number, own in self.agreed.items():
+            total += self.mix.activations[number] * self.weight(number) * own
+        return float(total)
 
     def agreement(self, number: int) -> Tensor:
         """For every unit of a, its correlation with the unit of b that is in its place now."""
@@ -125,7 +125,7 @@ class Problem:
         self.value = self.value | {name: self._match(name, b) for name in b}
         self.b = self.b | b
         self.images = tuple(s[i] for s, i in zip(step, self.images, strict=True))
-        self.shown = self.shown | {n: float(self.agreement(n).sum()) for n in moved & self.shown.keys()}
+        self.agreed = self.agreed | {n: float(self.agreement(n).sum()) for n in moved & self.agreed.keys()}
 
     def improve(self, step: Sequence[Ids]) -> float:
         """Moves the units of b if the objective rises by it, and returns the objective."""
@@ -140,11 +140,11 @@ class Problem:
     @property
     def position(self) -> Position:
         """Where the units of b are, to come back to."""
-        return self.b, self.images, self.value, self.shown
+        return self.b, self.images, self.value, self.agreed
 
     @position.setter
     def position(self, at: Position) -> None:
-        self.b, self.images, self.value, self.shown = at
+        self.b, self.images, self.value, self.agreed = at
 
 
 def match(

@@ -87,14 +87,14 @@ class _Problem:
     kept: list[Ids] = field(init=False)
     widths: list[int] = field(init=False)
     value: dict[str, float] = field(init=False)
-    shown: dict[int, float] = field(init=False)
+    agreed: dict[int, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.kept = [np.arange(c.size) for c in self.symmetry.units]
         self.widths = [c.size for c in self.symmetry.units]
         self.labels = [list(self.kept) for _ in self.states]
         self.value = {name: self._kept(name) for name in self.axes}
-        self.shown = {n: self._shown(n) for n in self.mix.activations}
+        self.agreed = {n: self._agreement(n) for n in self.mix.activations}
 
     @cached_property
     def axes(self) -> dict[str, list[AxisLayout]]:
@@ -130,9 +130,9 @@ class _Problem:
 
     def objective(self) -> float:
         kept = sum(self.value.values()) * self.mix.weights
-        return kept + sum(factor * self.weight(n) * self.shown[n] for n, factor in self.mix.activations.items())
+        return kept + sum(factor * self.weight(n) * self.agreed[n] for n, factor in self.mix.activations.items())
 
-    def _shown(self, number: int) -> float:
+    def _agreement(self, number: int) -> float:
         """The trace of T' correlations T: for every merged unit, the correlations of its members with each other, added
         up, over their number."""
         labels, correlation = np.concatenate([own[number] for own in self.labels]), self.correlation[number]
@@ -217,7 +217,7 @@ class _Problem:
                 own[shown] = self._numbered(shown, places)
         names = {a.parameter for a in self.symmetry.layout if any(n in moved for n, _ in a.roles)}
         self.value = self.value | {name: self._kept(name) for name in names}
-        self.shown = self.shown | {n: self._shown(n) for n in moved & self.mix.activations.keys()}
+        self.agreed = self.agreed | {n: self._agreement(n) for n in moved & self.mix.activations.keys()}
 
     def _numbered(self, number: int, places: Ids) -> Ids:
         """The numbers of the merged units of a class that stand in some places."""
@@ -226,12 +226,12 @@ class _Problem:
 
     def improve(self, number: int, zipped: Ids) -> float:
         """Merges units of a class if the objective rises by it, and returns the objective."""
-        before, at = self.objective(), ([list(own) for own in self.labels], self.value, self.shown)
+        before, at = self.objective(), ([list(own) for own in self.labels], self.value, self.agreed)
         self.take(number, zipped)
         after = self.objective()
         if rises(before, after):
             return after
-        self.labels, self.value, self.shown = at
+        self.labels, self.value, self.agreed = at
         return before
 
 

@@ -222,7 +222,7 @@ def _run_decompositions(program: ExportedProgram, table: Mapping[Any, Any]) -> E
     try:
         with quiet():
             simpler: ExportedProgram = program.run_decompositions(dict(table))
-            # An op that checks its result takes a token, which is no input: better that it stays as it is.
+            # Written out, an op that checks its result takes a token of effects. No model is given one.
             kinds = {spec.kind for spec in simpler.graph_signature.input_specs}
             return None if InputKind.TOKEN in kinds else simpler
     except Exception:

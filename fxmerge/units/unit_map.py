@@ -218,7 +218,7 @@ class UnitMap:
     def merge_tensor(self, name: str, states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensor:
         """One tensor of `merge`."""
         tensors = [self._checked(name, state) for state in states]
-        first, numbers = tensors[0], {n for axis in self._of(name) for n, _ in axis.roles}
+        first, numbers = tensors[0], {n for axis in self._axes_of(name) for n, _ in axis.roles}
         if not (first.is_floating_point() or first.is_complex()):
             return first.clone()
         one_to_one = all(self._bijective[n] for n in numbers)
@@ -239,7 +239,7 @@ class UnitMap:
     def shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of a parameter with merged units, by that which it has in a model."""
         sizes = list(shape)
-        for axis in self._of(name):
+        for axis in self._axes_of(name):
             sizes[axis.dim] = self._into[axis.parameter, axis.dim].shape[axis.dim]
         return tuple(sizes)
 
@@ -258,7 +258,7 @@ class UnitMap:
             The sums, and the number of members along producing axes that each entry is a sum of, which broadcasts.
         """
         count = torch.ones((), dtype=tensor.dtype.to_real(), device=tensor.device)
-        for axis in self._of(name):
+        for axis in self._axes_of(name):
             consumes = (axis.parameter, axis.dim) in self.consumed
             if only == ("produced" if consumes else "consumed"):
                 continue
@@ -330,7 +330,7 @@ class UnitMap:
 
     def unmerge_tensor(self, name: str, merged: Tensor, model: int) -> Tensor:
         """A merged parameter that produces units, in one model's units."""
-        for axis in self._of(name):
+        for axis in self._axes_of(name):
             source = axis.target(self.maps[model], self._into[axis.parameter, axis.dim])
             merged = move_axis(merged, axis, source)
         return merged
@@ -396,7 +396,7 @@ class UnitMap:
                 )
         return found
 
-    def _of(self, name: str) -> Sequence[AxisLayout]:
+    def _axes_of(self, name: str) -> Sequence[AxisLayout]:
         """The axes of a parameter, by any of its names."""
         return self._axes.get(self._aliases.get(name, name), ())
 
@@ -425,7 +425,7 @@ class UnitMap:
             raise UnitMapError(
                 f"A state dict has no tensor {name!r}; give the state dicts of models of one architecture."
             )
-        tensor, axes = state[name], self._of(name)
+        tensor, axes = state[name], self._axes_of(name)
         if axes and tuple(tensor.shape) != axes[0].shape:
             raise UnitMapError(
                 f"Parameter {name!r} has shape {tuple(tensor.shape)}, but the map is of shape {axes[0].shape}."
@@ -434,7 +434,7 @@ class UnitMap:
 
     def _placed(self, name: str, tensor: Tensor, model: int) -> Tensor:
         """One parameter of one model in merged units; the same tensor if no unit moves."""
-        axes = self._of(name)
+        axes = self._axes_of(name)
         if all(self._bijective[n] for axis in axes for n, _ in axis.roles):
             for axis in reversed(axes):
                 source = axis.source(self.maps[model])

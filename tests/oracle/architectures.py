@@ -1270,6 +1270,7 @@ between(
     after=3,
 )
 between("matrix exponential over units", lambda h: torch.linalg.matrix_exp(h.T @ h).sum(0, keepdim=True))
+between("inverse over units", lambda h: torch.linalg.inv(h.T @ h + torch.eye(4)).sum(0, keepdim=True))
 between("matrix exponential over tokens", lambda h: torch.linalg.matrix_exp(h @ h.mT) @ h, dims=3)
 between("negative units set to zero", negative_ones_cut)
 between("rows written over where data say so", rows_replaced)

@@ -744,6 +744,9 @@ def cell(net: Network, x: Tensor, name: str, hidden: int, kind: str) -> Tensor:
 
 # ------------------------------------------------------------------------------------ drawing
 
+OPS = tuple(_PROPOSE)
+"""The names of the ops that recipes are made of."""
+
 LIMIT = 1000
 """The largest cost of a recipe that is drawn."""
 

@@ -19,7 +19,7 @@ import torch
 
 import fxmerge
 from tests.oracle.exact import exact_log_order
-from tests.oracle.generator import _PROPOSE, LIMIT, Recipe, Step, build, cost, has_unused_entries, random_recipe
+from tests.oracle.generator import LIMIT, OPS, Recipe, Step, build, cost, has_unused_entries, random_recipe
 
 EXACT, INCOMPLETE, UNSOUND, UNUSED, CRASH = "exact", "incomplete", "unsound", "unused", "crash"
 """What a recipe can come out as. `UNUSED`: more is found than the oracle counts, but there are parameter entries on
@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int)
     parser.add_argument("--start", type=int, default=0)
-    parser.add_argument("--op", choices=list(_PROPOSE), help="only recipes with this op")
+    parser.add_argument("--op", choices=OPS, help="only recipes with this op")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     states: Counter[str] = Counter()

@@ -128,7 +128,8 @@ def addmm(at: Site, bias: Operand, a: Operand, b: Operand, **kwargs: Any) -> Lab
 
 @rule("linalg_matrix_exp", "matrix_exp", "linalg_inv")
 def matrix_function(at: Site, x: Labels) -> Labels:
-    """A sum of powers, the identity among them, also for an inverse: rows and columns move alike."""
+    """Sums of powers, the identity among them. By the theorem of Cayley and Hamilton an inverse is one too, whose
+    coefficients stay where rows and columns move alike."""
     batch = string.ascii_lowercase[: x.ndim - 2]
     powers = at.join(x, torch.eye(x.shape[-1]))
     for _ in range(2):
