@@ -142,9 +142,9 @@ SECTIONS: tuple[Section, ...] = (
     ),
     (
         "Without data",
-        "Accuracy per task of what weights alone give, for the networks with BatchNorm: with statistics that are "
-        "pooled; with variances corrected for what averaging takes from the weights, as fxmerge does without a loader; "
-        "and with statistics estimated over the 2,000 images.",
+        "Accuracy per task of what weights alone give, for the networks with BatchNorm. Without data, variances are "
+        "corrected for what averaging takes from the weights, as in fxmerge without a loader, or they are pooled. The "
+        "others have statistics that are estimated over the 2,000 images.",
         without_data,
     ),
     (
