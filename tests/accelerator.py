@@ -83,14 +83,15 @@ def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
     return pytree.tree_map(given, result)
 
 
-LIBRARIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+LIBRARIES: list[torch.library.Library] = []
 """What torch knows of the device, for as long as these are kept."""
 
 
 def set_up() -> None:
     """Makes the device known to torch."""
     _setup_privateuseone_for_python_backend(NAME)
-    anything, own = LIBRARIES
+    anything, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    LIBRARIES.extend((anything, own))
     anything.fallback(compute, "PrivateUse1")
     own.impl("convolution_overrideable", partial(compute, aten.convolution.default), "PrivateUse1")
     # What torch itself makes of these would write into tensors of another size, or ask for strides.
