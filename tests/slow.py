@@ -1,7 +1,8 @@
 """Which cases of a test every run tries, and which only `pytest -m slow` does.
 
 Slow are further cases of what every run checks on some: more random architectures, larger networks, more language
-models. A case of a kind of its own is not slow, and neither is a message of an error.
+models; and whole scenarios that take seconds, whose parts every run checks. A case of a kind of its own is not slow,
+and neither is a message of an error.
 """
 
 import os

@@ -16,10 +16,10 @@ import fxmerge
 from fxmerge import OptionError, cli, demo, sources
 from fxmerge.inspection import free_entries
 from fxmerge.program.capture import capture_program
-from tests.slow import but_slow
+from tests.slow import slow
 
 
-@pytest.fixture(scope="module", params=but_slow([16, 64]), ids="width {}".format)
+@pytest.fixture(scope="module", params=[slow(16), slow(64)], ids="width {}".format)
 def table(request: pytest.FixtureRequest) -> demo.Table:
     """What the demo shows of its residual network, and, most of the time, of a narrow one."""
     recipe = replace(demo.TRAININGS["cnn"], build=partial(demo.CNN, request.param))
