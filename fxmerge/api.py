@@ -17,7 +17,7 @@ from fxmerge.job import prepare, readable_again
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of_nearer_parent
 from fxmerge.ordering import error_of
-from fxmerge.pipeline import combine, emit, fit, match, renumbered
+from fxmerge.pipeline import calibrated, combine, emit, fit, match, renumbered
 from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
@@ -181,7 +181,9 @@ def _merged(
         warn_of_few_rows(refitted.layers)
         if len(models) > 1:
             warn_of_nearer_parent(refitted.errors, job.names)
-    merged = emit(group, program, refitted.state, calibrate=recipe.fit is None and not settled)
+    if recipe.fit is None and not settled:
+        refitted = replace(refitted, state=dict(calibrated(group, run, program, state)))
+    merged = emit(group, program, refitted.state)
     if len(models) == 1 and job.data is None and not settled and not same_on_example(group, program, state):
         warn_of_fold_without_data()
     back = sorted(range(len(order)), key=order.__getitem__)
@@ -328,7 +330,7 @@ def align(
     matching = match(group, recipe, run, job.states, job.names, 0)
     with job.timed("combining"):
         state = matching.alignment.apply(job.states[1], 1)
-    aligned = emit(group, job.program, state, calibrate=False)
+    aligned = emit(group, job.program, state)
     told = replace(
         group.report(aligned),
         models=2,

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge import validate
 from fxmerge.combine.average import average
-from fxmerge.combine.batch_norm import batch_norm_statistics, recalibrate
+from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.emit.bake import bake
 from fxmerge.errors import ArchitectureMismatchError, LoaderError, OptionError
 from fxmerge.evidence.moments import Moments
@@ -29,7 +29,7 @@ from fxmerge.program.run import Data, Inputs
 from fxmerge.recipe import AUTO, Recipe, Run
 from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.output_error import feature_rows
-from fxmerge.refitting.refit import refit, written_out
+from fxmerge.refitting.refit import refit, with_statistics, written_out
 from fxmerge.units.unit_map import UnitMap
 from fxmerge.validate import Model
 
@@ -234,10 +234,11 @@ def _plain_average(job: Job, shares: Sequence[float], data: Data | None) -> fx.G
     """The mean of all parameters, nothing matched; BatchNorm statistics are those of calibration data if given."""
     statistics = batch_norm_statistics(job.program)
     special = {name: [float(j == number) for j in range(len(shares))] for name, number in job.owner.items()}
-    module = bake(job.program, average(UnitMap.still(len(job.states)), job.states, shares, statistics, special))
+    state = average(UnitMap.still(len(job.states)), job.states, shares, statistics, special)
     if data is not None:
-        recalibrate(module, job.program, data)
-    return module
+        lessons = (Lesson(call, (), 1.0) for call in data.batches("BatchNorm statistics"))
+        state = with_statistics(job.program, state, lessons)
+    return bake(job.program, state)
 
 
 def _check_networks(networks: Mapping[str, nn.Module], taken: Sequence[str]) -> None:

@@ -192,6 +192,9 @@ def prepare(
             call = surveyed
         elif pytree.tree_structure(surveyed) != pytree.tree_structure(call):
             shapes = {}
+        # A graph that was captured with other strides has guards on them, which a second capture does not pass.
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, call)
+        call = args, kwargs
         varying = _varying(shapes)
         join = partial(_join, models, states, names, call, varying, recipe or Recipe(), based=base is not None)
         path: SamePath | None = None

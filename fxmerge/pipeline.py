@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxmerge.combine.average import average
-from fxmerge.combine.batch_norm import batch_norm_statistics, by_batches_seen, recalibrate
+from fxmerge.combine.batch_norm import batch_norm_statistics, by_batches_seen
 from fxmerge.combine.masks import voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
@@ -24,7 +24,7 @@ from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.places import Places
-from fxmerge.refitting.refit import Refitted, refit, written_out
+from fxmerge.refitting.refit import Refitted, refit, with_statistics, written_out
 from fxmerge.sizing import nothing_merged, resized, room_for
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation, propagate
@@ -174,18 +174,23 @@ def _teachers(
     return [Teacher(*units.produce(state, m), Places(classes, along, units, m)) for m, state in enumerate(states)]
 
 
-def emit(group: Prepared, program: Program, state: Mapping[str, Tensor], *, calibrate: bool) -> fx.GraphModule:
-    """A GraphModule of a program with these parameters, its BatchNorm statistics re-estimated."""
+def calibrated(group: Prepared, run: Run, program: Program, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Parameters of a program with BatchNorm statistics of the data; as they are if there are none."""
     job = group.job
-    with job.timed("emitting"):
-        module = bake(program, state)
-    if job.data is not None and calibrate:
-        with job.timed("calibration"):
-            recalibrate(module, program, job.data, group.shared, job.owner)
-    return module
+    if job.data is None:
+        return state
+    with job.timed("calibration"):
+        lessons = (Lesson(call, (), 1.0, owner) for owner, call in job.data.owned("BatchNorm statistics"))
+        return with_statistics(program, state, lessons, shared=group.shared, owner=job.owner, max_memory=run.memory)
+
+
+def emit(group: Prepared, program: Program, state: Mapping[str, Tensor]) -> fx.GraphModule:
+    """A GraphModule of a program with these parameters."""
+    with group.job.timed("emitting"):
+        return bake(program, state)
 
 
 def renumbered(quality: Sequence[Mapping[str, Mapping[str, float]]], order: Collection[int]) -> tuple[Any, ...]:
     """What is told of every matched model as plain data, in another order if one is given."""
     plain = [{name: dict(own) for name, own in each.items()} for each in quality]
-    return tuple(plain[i] for i in order) if order else tuple(plain)
+    return tuple(plain[i] for i in order) if order and plain else tuple(plain)

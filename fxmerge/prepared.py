@@ -81,7 +81,8 @@ class Prepared:
         """
         apart, owner = never_merged(self.propagation), self.job.owner
         numbers = set(range(len(self.symmetry.units))) if owner else set()
-        numbers -= {number for axis in self.trunk.layout for number, _ in axis.roles}
+        on_trunk = {number for axis in self.trunk.layout for number, _ in axis.roles}
+        numbers -= on_trunk.union(*map(self.symmetry.ancestors, on_trunk))
         for axis in self.symmetry.layout:
             place = axis.parameter, axis.dim
             if place in apart or (axis.parameter in owner and self.flow[place] is not Flow.CONSUMES):

@@ -17,8 +17,9 @@ from fxmerge.emit.config import config_for
 from fxmerge.emit.resize import resize, rewritten, write
 from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
+from fxmerge.matching.assignment import descendants
 from fxmerge.matching.room import Room, alike, may_change, wanted
-from fxmerge.matching.zip_search import zipped_classes
+from fxmerge.matching.zip_search import mergeable
 from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
@@ -45,7 +46,7 @@ def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room:
             "Another width than 1 needs a model that torch.export can capture, and this one it cannot: "
             f"{group.job.program.why_fixed}. Leave the width at 1."
         )
-    classes = zipped_classes(group.trunk, group.flow, group.one_to_one)
+    classes = mergeable(group.trunk, group.flow, group.one_to_one)
     widths = wanted(part, group.trunk, models, *may_change(symmetry, group.flow, classes))
 
     asked, reasons = bool(widths), list[str]()
@@ -76,7 +77,7 @@ def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room:
 
 def _blamed(symmetry: Symmetry, numbers: Collection[int], error: CannotResizeError) -> list[int]:
     """The classes of some that an error is about; all if it is about none."""
-    found = [n for n in numbers if not error.classes.isdisjoint(shown for shown, _ in symmetry.views[n])]
+    found = [n for n in numbers if not error.classes.isdisjoint(descendants(symmetry, n))]
     return found or list(numbers)
 
 

@@ -742,3 +742,13 @@ def test_runs_do_not_change_the_result() -> None:
     a, b = Grouped(3, 0), Grouped(4, 1)
     one, two = (fxmerge.merge(a, b, [IMAGES], run=Run(memory=m)) for m in (2.0, 1e-5))
     same([*one.state_dict().values()], [*two.state_dict().values()], 1e-6)
+
+
+def test_data_of_any_strides() -> None:
+    data = torch.randn(20, 1, 8, 8)
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    merged = fxmerge.merge(network(), network(), [data[::2], data.transpose(2, 3)], Recipe(share="trunk"))
+    torch.testing.assert_close(merged(data[::2])[0], merged(data[::2].contiguous())[0])

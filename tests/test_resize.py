@@ -46,14 +46,17 @@ def check(model: nn.Module, args: Any) -> dict[str, tuple[int, int]]:
     program = capture_program(model, args)
     found, symmetry = analyse(program)
     consumed = frozenset(axis for axis, kind in flows(found).items() if kind is Flow.CONSUMES)
-    units = alike(symmetry, [n for n in symmetry.choices if symmetry.names[n] in widths], consumed)
+    changed = {n for n in symmetry.choices if symmetry.names[n] in widths}
+    units = alike(symmetry, [n for n in changed if symmetry.ancestors(n).isdisjoint(changed)], consumed)
     state = units.spread(units.apply(positive(program)))
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             tensor.copy_(state[name])
     if widths:
         fewer = {
-            symmetry.names[n]: units.widths[n] / symmetry.units[n].size for n in units.resized & set(symmetry.choices)
+            symmetry.names[n]: units.widths[n] / symmetry.units[n].size
+            for n in units.resized & set(symmetry.choices)
+            if symmetry.ancestors(n).isdisjoint(changed)
         }
         folded = fxmerge.fold(model, width=fewer, **example)
         assert set(fxmerge.report(folded).widths) >= set(fewer)

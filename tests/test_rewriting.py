@@ -1,14 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.combine.average import average
-from fxmerge.combine.batch_norm import batch_norm_statistics, recalibrate
+from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.emit.bake import bake
 from fxmerge.program.capture import capture_program
-from fxmerge.program.run import Data, batch_inputs
+from fxmerge.refitting.course import Lesson
+from fxmerge.refitting.refit import with_statistics
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import analyse
 from fxmerge.units.unit_map import UnitMap
@@ -21,40 +22,36 @@ def bn_net() -> nn.Sequential:
     )
 
 
-def test_recalibration_equals_batch_norm_in_train_mode() -> None:
-    model = bn_net().eval()
-    batches = [torch.randn(4, 3, 7, 7) * 3 + 1 for _ in range(3)]
+def estimated(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
     program = capture_program(model, (batches[0],))
-    merged = bake(program, model.state_dict())
-    assert recalibrate(merged, program, Data(batches, batch_inputs(model))) == 2
-    for m in model:
-        if isinstance(m, nn.BatchNorm2d):
-            m.reset_running_stats()
-            m.momentum = None
-            m.train()
+    lessons = [Lesson(((x,), {}), (), 1.0) for x in batches]
+    return with_statistics(program, program.aten.state, lessons)
+
+
+def test_statistics_are_those_of_all_data_however_it_comes() -> None:
+    """Batches that differ in their mean, such as those of several domains, have more variance together."""
+    model = bn_net().eval().double()
+    batches = [torch.randn(4, 3, 7, 7, dtype=torch.float64) * 3 + shift for shift in (-5, 1, 9)]
+    state = estimated(model, batches)
+    assert state.keys() == model.state_dict().keys()
+    model.load_state_dict(state)
+    x = torch.cat(batches)
     with torch.no_grad():
-        for x in batches:
-            model(x)
-    expected = model.state_dict()
-    for name, value in merged.state_dict().items():
-        if "running" in name:
-            torch.testing.assert_close(value, expected[name])
-    assert not any(m.training for m in merged.modules())
+        for layer in model:
+            if isinstance(layer, nn.BatchNorm2d):
+                torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
+                torch.testing.assert_close(layer.running_var, x.var((0, 2, 3), correction=0))
+            x = layer(x)
+    for name, value in estimated(model, [torch.cat(batches)]).items():
+        torch.testing.assert_close(value, state[name])
 
 
-def test_recalibration_of_a_model_that_was_exported() -> None:
+def test_statistics_of_a_model_that_was_exported() -> None:
     model = bn_net().eval()
-    exported = torch.export.export(model, (torch.randn(4, 3, 7, 7),))
     batches = [torch.randn(4, 3, 7, 7) * 3 + 1 for _ in range(2)]
-    results = []
-    for source in (model, exported):
-        program = capture_program(source, (batches[0],))
-        merged = bake(program, model.state_dict())
-        recalibrate(merged, program, Data(batches, batch_inputs(model)))
-        results.append(merged.state_dict())
-    for name, value in results[0].items():
-        if "running" in name:
-            torch.testing.assert_close(value, results[1][name])
+    exported = estimated(torch.export.export(model, (batches[0],)), batches)
+    for name, value in estimated(model, batches).items():
+        torch.testing.assert_close(value, exported[name])
 
 
 def test_pooled_moments_are_those_of_the_pooled_data() -> None:
@@ -106,12 +103,11 @@ def test_batch_norm_statistics_are_found_in_the_graph() -> None:
     assert names == [("1.running_mean", "1.running_var"), ("4.running_mean", "4.running_var")]
 
 
-def test_one_value_per_channel_cannot_be_estimated() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
-    program = capture_program(model, (torch.randn(2, 3),))
-    merged = bake(program, model.state_dict())
-    with pytest.raises(fxmerge.LoaderError, match="use larger batches"):
-        recalibrate(merged, program, Data([torch.randn(1, 3)], batch_inputs(model)))
+def test_one_value_per_channel_has_no_variance() -> None:
+    model, other = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval() for _ in range(2))
+    with pytest.raises(fxmerge.LoaderError, match=r"'1\.running_mean' and '1\.running_var' cannot be estimated"):
+        fxmerge.merge(model, other, [torch.randn(1, 3)], fxmerge.Recipe(fit=None))
+    estimated(model, [torch.randn(1, 3), torch.randn(1, 3)])
 
 
 def test_parameters_that_the_graph_does_not_use_are_kept() -> None:

@@ -188,7 +188,7 @@ def test_what_activations_give_is_a_trace_however_units_are_merged() -> None:
         number = int(rng.choice(symmetry.choices))
         size = symmetry.units[number].size
         labels = rng.permutation(np.concatenate([np.arange(size), rng.integers(size, size=2 * size)]))
-        problem.take(number, labels.reshape(3, size))
+        problem.take([{number: own} for own in labels.reshape(3, size)])
         for n in symmetry.choices:
             merged = np.concatenate([own[n] for own in problem.labels])
             t = np.eye(symmetry.units[n].size)[merged]

@@ -13,8 +13,8 @@ from fxmerge.errors import FxmergeError
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.propagate import Propagation
-from fxmerge.symmetry.shown import Shown, places_of, shown_by
-from fxmerge.units.layout import AxisLayout, value_layout
+from fxmerge.symmetry.shown import Shown, places_and_blocks, shown_by
+from fxmerge.units.layout import AxisLayout, Ids, value_layout
 from fxmerge.units.unit_map import UnitMap
 
 
@@ -49,9 +49,9 @@ class Sizes:
         units: UnitMap,
         twins: Mapping[fx.Node, fx.Node] | None = None,
     ) -> None:
-        self.found, self.units, self.twins = found, units, twins or {}
+        self.found, self.symmetry, self.units, self.twins = found, symmetry, units, twins or {}
         self.counts = [c.size for c in symmetry.units]
-        self.number, self.place = places_of(found, symmetry)
+        self.number, self.place = places_and_blocks(found, symmetry)
         self.dims: dict[str, dict[int, tuple[AxisLayout, AxisLayout] | int]] = {}
 
     def of(self, node: fx.Node) -> dict[int, tuple[AxisLayout, AxisLayout] | int]:
@@ -92,15 +92,37 @@ class Sizes:
             if before is None:
                 raise self.cannot(node, "has some units of a class, and not all, along a dimension")
             return {shown.dims[0]: (before, self.units.into(before))}
+        if all(self.units.widths[n] >= self.counts[n] for n in np.unique(shown.number)):
+            return self._grown(node, shown)
         alive = np.ones(shown.number.shape, bool)
         for n in self.units.resized & set(np.unique(shown.number).tolist()):
             if self.units.widths[n] > self.counts[n]:
-                raise self.cannot(node, "has units along several dimensions, so that there cannot be more of them")
+                raise self.cannot(node, "has more and fewer units along several dimensions")
             alive[shown.number == n] = np.isin(shown.place[shown.number == n], self.units.kept[n])
         left = [alive.any(axis=tuple(a for a in range(alive.ndim) if a != at)) for at in range(alive.ndim)]
         if alive.sum() != math.prod(int(own.sum()) for own in left):
             raise self.cannot(node, "has units along several dimensions, of which other numbers would be left")
         return {dim: int(own.sum()) for dim, own in zip(shown.dims, left, strict=True) if not own.all()}
+
+    def _grown(self, node: fx.Node, shown: Shown) -> dict[int, tuple[AxisLayout, AxisLayout] | int]:
+        """The size of the dimension along which there are more blocks, such as heads."""
+        found: dict[int, tuple[AxisLayout, AxisLayout] | int] = {}
+        for n in self.units.resized & set(np.unique(shown.number).tolist()):
+            block, size = self.root(n)[shown.place], shown.number.shape
+            dims = [i for i in range(block.ndim) if (block != block.take([0], axis=i)).any()]
+            new, rest = divmod(size[dims[0]] * self.units.widths[n], self.counts[n])
+            if len(dims) > 1 or (shown.number != n).any() or rest:
+                raise self.cannot(node, "has units along several dimensions, so that there cannot be more of them")
+            found[shown.dims[dims[0]]] = new
+        return found
+
+    def root(self, number: int) -> Ids:
+        """For every unit of a class of another width, the outermost unit that it lies in of which there are more."""
+        unit = np.arange(self.counts[number])
+        while (parents := self.symmetry.units[number].parents) and parents[0][0] in self.units.resized:
+            number, at = parents[0]
+            unit = at[unit]
+        return unit
 
     def size(self, node: fx.Node, dim: int) -> int | None:
         """The new size of a dimension; None if it stays."""
@@ -131,6 +153,8 @@ class Sizes:
             return new
         ends = [self.boundary(node, dim, i * size // groups) for i in range(groups + 1)]
         sizes = {b - a for a, b in itertools.pairwise(ends)} - {0}
+        if len(sizes) == 2 and new > size and max(sizes) % min(sizes) == 0:  # Whole groups come after the last one.
+            sizes = {min(sizes)}
         if len(sizes) > 1:
             raise self.cannot(node, f"is cut into {groups} groups, which would differ in size")
         return new // sizes.pop()

@@ -110,6 +110,15 @@ def _repeat(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     return {"repeats" if "repeats" in call else "dims": times}
 
 
+@rule("repeat_interleave")
+def _repeat_interleave(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
+    x, dim = call["self"], call["dim"]
+    if dim is None or not isinstance(call["repeats"], int):
+        raise sizes.cannot(node, "repeats units by their places")
+    old = sizes.size(x, dim) or sizes.shape(x)[dim]
+    return {"repeats": (sizes.size(node, dim) or sizes.shape(node)[dim]) // old}
+
+
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
 def _normalized(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     shape, ndim = call["normalized_shape"], len(sizes.shape(call["input"]))

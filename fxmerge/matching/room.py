@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from fxmerge.errors import OptionError
+from fxmerge.matching.assignment import descendants
+from fxmerge.matching.nested import carry, whole_blocks
 from fxmerge.recipe import Zip
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
@@ -34,28 +36,26 @@ class Room:
 
     @staticmethod
     def of(symmetry: Symmetry, widths: Mapping[int, int] | None = None) -> Room:
-        """The room for some classes of other widths, and for what only moves along with them; all others have as many
-        merged units as units. Of every block, as many units are kept.
+        """The room for some classes of other widths, and for what is nested in them; all others have as many merged
+        units as units. Of every block, as many units are kept.
 
         Arguments:
             symmetry: the classes.
             widths: for some classes by number, how many merged units there are to be, as `may_change` allows.
         """
-        sizes = [c.size for c in symmetry.units]
-        kept = [np.arange(size) for size in sizes]
-        for n, width in (widths or {}).items():
-            sizes[n] = width
-            if width < symmetry.units[n].size:
-                blocks = cells(symmetry, n)
-                rank = np.zeros(len(blocks), np.int64)
-                for block in np.unique(blocks):
-                    own = np.flatnonzero(blocks == block)
-                    rank[own] = np.arange(len(own))
-                kept[n] = np.flatnonzero(rank < width // len(np.unique(blocks)))
-                for shown, units in symmetry.views[n]:
-                    if shown != n:
-                        kept[shown] = np.sort(units[kept[n]].reshape(-1))
-                        sizes[shown] = len(kept[shown])
+        sizes, kept = list[int](), list[Ids]()
+        for n, c in enumerate(symmetry.units):
+            width = (widths or {}).get(n, c.size)
+            left = np.ones(c.size, bool)
+            for parent, at in c.parents:
+                left &= np.isin(at, kept[parent])
+                if sizes[parent] > symmetry.units[parent].size:
+                    width = c.size // symmetry.units[parent].size * sizes[parent]
+            if width < c.size:
+                rank, blocks = _ranked(cells(symmetry, n))
+                left &= rank < width // blocks
+            kept.append(np.flatnonzero(left))
+            sizes.append(max(width, c.size) if left.all() else len(kept[n]))
         changed = (n for n, c in enumerate(symmetry.units) if sizes[n] != c.size)
         return Room(tuple(sizes), tuple(kept), frozenset(changed))
 
@@ -69,18 +69,17 @@ def alike(symmetry: Symmetry, classes: Collection[int], consumed: frozenset[Axis
         step = next(k for k in range(2, block + 1) if block % k == 0)
         widths[n] = symmetry.units[n].size // step
     room = Room.of(symmetry, widths)
-    maps = [np.arange(c.size) for c in symmetry.units]
+    places = [np.arange(c.size) for c in symmetry.units]
     for n in classes:
-        place, blocks = np.zeros(symmetry.units[n].size, np.int64), cells(symmetry, n)
+        place, blocks = places[n].copy(), cells(symmetry, n)
         for block in np.unique(blocks):
             own = np.flatnonzero(blocks == block)
             left = np.intersect1d(own, room.kept[n])
             place[own] = left[np.arange(len(own)) % len(left)]
-        for shown, view in symmetry.views[n]:
-            places = np.arange(symmetry.units[shown].size)
-            places[view] = view[place]
-            maps[shown] = np.searchsorted(room.kept[shown], places)
-    return UnitMap(symmetry.names, symmetry.layout, consumed, (tuple(maps),), room.widths, room.kept)
+        for nested, own in carry(symmetry, n, place, places).items():
+            places[nested] = own
+    maps = tuple(np.searchsorted(kept, own) for kept, own in zip(room.kept, places, strict=True))
+    return UnitMap(symmetry.names, symmetry.layout, consumed, (maps,), room.widths, room.kept)
 
 
 def cells(symmetry: Symmetry, number: int) -> Ids:
@@ -90,6 +89,15 @@ def cells(symmetry: Symmetry, number: int) -> Ids:
     return np.unique(key, axis=0, return_inverse=True)[1].reshape(-1)
 
 
+def _ranked(blocks: Ids) -> tuple[Ids, int]:
+    """The rank of every unit in its block, and how many blocks there are."""
+    order = np.argsort(blocks, kind="stable")
+    starts = np.flatnonzero(np.diff(blocks[order], prepend=-1))
+    rank = np.empty(len(blocks), np.int64)
+    rank[order] = np.arange(len(blocks)) - np.repeat(starts, np.diff(starts, append=len(blocks)))
+    return rank, len(starts)
+
+
 def may_change(
     symmetry: Symmetry, flow: Mapping[Axis, Flow], classes: Collection[int]
 ) -> tuple[frozenset[int], frozenset[int]]:
@@ -97,22 +105,19 @@ def may_change(
 
     These are classes that some layer consumes: what it gives is then the sum over as many members as before, while a
     product of two activations along merged units has fewer terms. Fewer means fewer in every block, so that the blocks
-    are of one size; more means more of what lies in no block.
+    are of one size; more means more of what lies in no block. A class of blocks has fewer or more whole blocks.
     """
     fewer, more = set(), set()
     rows = {(axis.parameter, d) for axis in symmetry.layout if len(axis.dims) > 1 for d in axis.dims}
     for n in classes:
-        views = symmetry.views[n]
-        shown = {number for number, _ in views}
-        axes = [axis for axis in symmetry.layout if any(number in shown for number, _ in axis.roles)]
-        many = np.bincount(cells(symmetry, n)).min() > 1
-        whole = many and all(units.size == symmetry.units[number].size for number, units in views)
+        tree = set(descendants(symmetry, n))
+        axes = [axis for axis in symmetry.layout if any(number in tree for number, _ in axis.roles)]
+        sizes = np.bincount(cells(symmetry, n))
         alone = rows.isdisjoint((axis.parameter, axis.dim) for axis in axes)
         consumed = any(flow[axis.parameter, axis.dim] is Flow.CONSUMES for axis in axes)
-        sizes = np.bincount(cells(symmetry, n))
-        if whole and alone and consumed and len(set(sizes.tolist())) == 1:
+        if sizes.min() > 1 and alone and consumed and len(set(sizes.tolist())) == 1:
             fewer.add(n)
-            if len(sizes) == 1 and len(views) == 1:
+            if len(sizes) == 1 and whole_blocks(symmetry, n):
                 more.add(n)
     return frozenset(fewer), frozenset(more)
 
@@ -150,13 +155,45 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
         width = min(width, size) if asked <= size else max(min(width, models * size), size)
         if asked != size and (n in more if width > size else n in fewer and width < size):
             found[n] = width
-    return found
+    return _whole_or_inside(part, symmetry, found)
+
+
+def _whole_or_inside(part: Zip, symmetry: Symmetry, widths: dict[int, int]) -> dict[int, int]:
+    """The widths of blocks, or of what lies in them: of blocks, unless all units in them have another number.
+
+    Raises:
+        OptionError: if a mapping asks for both, each by a name of its own.
+    """
+    left = dict(widths)
+    for n in widths:
+        nested = set(descendants(symmetry, n)[1:])
+        inside = nested & set(symmetry.choices)
+        both = nested & left.keys()
+        if n not in left or not both:
+            continue
+        named = (
+            {_pattern(part.width, symmetry.names[k]) for k in (n, *both)} if isinstance(part.width, Mapping) else {""}
+        )
+        if len(named) > 1:
+            raise OptionError(
+                f"Zip.width names {symmetry.names[n]!r}, which are blocks, and {symmetry.names[min(both)]!r}, which "
+                "lies in them: give one of the two another width, and leave out the other."
+            )
+        leaves = {k for k in inside if inside.isdisjoint(descendants(symmetry, k)[1:])}
+        for k in [n] if leaves <= left.keys() else both:
+            del left[k]
+    return left
 
 
 def _asked(widths: Mapping[str, float], name: str, size: int) -> float:
     """How many merged units a mapping asks for of one class: as a share, or as a whole number above 1."""
-    share = next((own for pattern, own in widths.items() if _fits(name, pattern)), 1.0)
+    share = widths.get(_pattern(widths, name), 1.0)
     return share if isinstance(share, int) and share > 1 else share * size
+
+
+def _pattern(widths: Mapping[str, float], name: str) -> str:
+    """The first pattern of a mapping that fits a name; "" if none does."""
+    return next((pattern for pattern in widths if _fits(name, pattern)), "")
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -21,9 +21,10 @@ from fxmerge.evidence.weights import Slices
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
+from fxmerge.matching.nested import merge_blocks, similar_blocks
 from fxmerge.matching.room import Room, cells
 from fxmerge.matching.search import floats
-from fxmerge.matching.zipping import Zipped, zip_blocks
+from fxmerge.matching.zipping import zip_blocks
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis
@@ -47,23 +48,37 @@ class ZipMatch:
     within: Mapping[str, int]
 
 
-def zipped_classes(symmetry: Symmetry, flow: Mapping[Axis, Flow], one_to_one: Collection[int] = ()) -> list[int]:
-    """The classes whose units may be merged inside of one model.
+def mergeable(symmetry: Symmetry, flow: Mapping[Axis, Flow], one_to_one: Collection[int] = ()) -> list[int]:
+    """The classes whose units may be merged inside of one model, with all that lies in them.
 
-    Not those that are to be matched one to one, nor those with a choice below them, since the blocks of a model are
-    never merged with each other, nor those on an axis that both produces and consumes, for which mean and sum cannot
-    both be right, nor those along a free output, since who reads it does not know what is merged.
+    Not those that are to be matched one to one, nor those on an axis that both produces and consumes, for which mean
+    and sum cannot both be right, nor those along a free output, since who reads it does not know what is merged.
     """
     found = []
     seen = {n for output in symmetry.free for n in output.classes.tolist()}.union(one_to_one)
     for n in symmetry.choices:
-        shown = {number for number, _ in symmetry.views[n]}
-        axes = [(a.parameter, a.dim) for a in symmetry.layout if any(number in shown for number, _ in a.roles)]
-        above = set(descendants(symmetry, n)) - {n}
-        alone = shown.isdisjoint(seen) and above.isdisjoint(symmetry.choices)
-        if alone and all(flow[axis] is not Flow.BOTH for axis in axes):
+        tree = set(descendants(symmetry, n))
+        axes = [(a.parameter, a.dim) for a in symmetry.layout if any(number in tree for number, _ in a.roles)]
+        if tree.isdisjoint(seen) and all(flow[axis] is not Flow.BOTH for axis in axes):
             found.append(n)
     return found
+
+
+def is_block(symmetry: Symmetry, number: int) -> bool:
+    """Whether the units of a class are blocks, such as heads, in which others have a choice of their own."""
+    return not set(descendants(symmetry, number)[1:]).isdisjoint(symmetry.choices)
+
+
+def zipped_classes(
+    symmetry: Symmetry, flow: Mapping[Axis, Flow], one_to_one: Collection[int] = (), resized: Collection[int] = ()
+) -> list[int]:
+    """Those classes of `mergeable` that a zip goes over: units that are no blocks. But of blocks of which there are to
+    be more or fewer, the blocks, and then not what lies in them."""
+    return [
+        n
+        for n in mergeable(symmetry, flow, one_to_one)
+        if (n in resized or not is_block(symmetry, n)) and symmetry.ancestors(n).isdisjoint(resized)
+    ]
 
 
 @dataclass
@@ -83,6 +98,7 @@ class _Problem:
     correlation: Mapping[int, Scores]
     mix: Mix
     room: Room
+    places: list[list[Ids]] = field(init=False)
     labels: list[list[Ids]] = field(init=False)
     kept: list[Ids] = field(init=False)
     widths: list[int] = field(init=False)
@@ -92,6 +108,7 @@ class _Problem:
     def __post_init__(self) -> None:
         self.kept = [np.arange(c.size) for c in self.symmetry.units]
         self.widths = [c.size for c in self.symmetry.units]
+        self.places = [list(self.kept) for _ in self.states]
         self.labels = [list(self.kept) for _ in self.states]
         self.value = {name: self._kept(name) for name in self.axes}
         self.agreed = {n: self._agreement(n) for n in self.mix.activations}
@@ -178,6 +195,12 @@ class _Problem:
             total += (1 - alpha) * self.correlation[number]
         return total
 
+    def _gain(self, number: int) -> Scores:
+        """The same of all pairs, each as much as the entries of a unit."""
+        above = np.triu(self.similarity(number), 1)
+        gain: Scores = self.weight(number) * (above + above.T + np.eye(len(above)))
+        return gain
+
     def _cosines(self, number: int) -> Scores:
         """The cosines of the units' weights, above the diagonal; 0 where they are not needed."""
         size = self.symmetry.units[number].size * len(self.states)
@@ -195,26 +218,34 @@ class _Problem:
         cosines: Scores = gram.mul_(inverse[:, None]).mul_(inverse).cpu().double().numpy()
         return cosines
 
-    def take(self, number: int, zipped: Ids) -> None:
-        """Merges units of a class, and what only moves along with them.
+    def zipped(self, number: int, budget: float, damping: float) -> list[dict[int, Ids]]:
+        """What to merge of a class: for every model, the places of its units and of all that is nested in it."""
+        size, models = self.symmetry.units[number].size, len(self.states)
+        blocks = np.broadcast_to(cells(self.symmetry, number), (models, size))
+        gains = dict[int, Scores]()
+        if is_block(self.symmetry, number):
+            known = {n for n, slices in self.slices.items() if slices or n in self.correlation}
+            known &= set(descendants(self.symmetry, number))
+            gains = similar_blocks(self.symmetry, number, models, {n: self._gain(n) for n in known})
+            similarity = gains[number] / sum(self.weight(n) * self.symmetry.units[n].size / size for n in known)
+        else:
+            similarity = self.similarity(number)
+        width = self.room.widths[number]
+        zipped = zip_blocks(similarity, blocks, budget=budget, damping=damping, width=width)
+        return merge_blocks(self.symmetry, number, zipped.labels, self.places, gains)
+
+    def take(self, places: Sequence[Mapping[int, Ids]]) -> None:
+        """Merges units.
 
         Arguments:
-            number: of the class.
-            zipped: for every model and unit, the merged unit that it goes into, by the place where that stands.
+            places: for every model and class that moves, the place of each of its units.
         """
-        moved = {shown for shown, _ in self.symmetry.views[number]}
+        moved = set(places[0])
         for n in moved:
             self.kept[n], self.widths[n] = self.room.kept[n], self.room.widths[n]
-        for own, labels in zip(self.labels, zipped, strict=True):
-            own[number] = self._numbered(number, labels)
-            for shown in moved - {number}:
-                places = np.arange(self.symmetry.units[shown].size)
-                for owner, views in self.symmetry.views.items():
-                    for units in (units for n, units in views if n == shown):
-                        step = np.arange(len(places))
-                        step[units] = units[self.kept[owner][own[owner]]]
-                        places = step[places]
-                own[shown] = self._numbered(shown, places)
+        for own, labels, of_model in zip(self.places, self.labels, places, strict=True):
+            for n, place in of_model.items():
+                own[n], labels[n] = place, self._numbered(n, place)
         names = {a.parameter for a in self.symmetry.layout if any(n in moved for n, _ in a.roles)}
         self.value = self.value | {name: self._kept(name) for name in names}
         self.agreed = self.agreed | {n: self._agreement(n) for n in moved & self.mix.activations.keys()}
@@ -224,14 +255,15 @@ class _Problem:
         size = self.symmetry.units[number].size
         return np.where(places < size, np.searchsorted(self.kept[number], places), places)
 
-    def improve(self, number: int, zipped: Ids) -> float:
-        """Merges units of a class if the objective rises by it, and returns the objective."""
-        before, at = self.objective(), ([list(own) for own in self.labels], self.value, self.agreed)
-        self.take(number, zipped)
+    def improve(self, places: Sequence[Mapping[int, Ids]]) -> float:
+        """Merges units if the objective rises by it, and returns the objective."""
+        before = self.objective()
+        at = [list(own) for own in self.places], [list(own) for own in self.labels], self.value, self.agreed
+        self.take(places)
         after = self.objective()
         if rises(before, after):
             return after
-        self.labels, self.value, self.agreed = at
+        self.places, self.labels, self.value, self.agreed = at
         return before
 
 
@@ -271,21 +303,15 @@ def match_zip(
     mix = Mix.of(alpha, correlation)
     problem = _Problem(symmetry, [floats(symmetry, s) for s in states], correlation, mix, room)
     rng = np.random.default_rng(seed)
-    classes = zipped_classes(symmetry, flow, one_to_one)
-    blocks = {n: np.broadcast_to(cells(symmetry, n), (len(states), symmetry.units[n].size)) for n in classes}
-
-    def zipped(number: int) -> Zipped:
-        width = room.widths[number]
-        return zip_blocks(problem.similarity(number), blocks[number], budget=budget, damping=damping, width=width)
-
+    classes = zipped_classes(symmetry, flow, one_to_one, room.changed)
     with tqdm(total=None, desc="zipping", disable=None if progress is None else not progress, leave=False) as bar:
         for n in rng.permutation(classes).tolist():
-            problem.take(n, zipped(n).labels)
+            problem.take(problem.zipped(n, budget, damping))
             bar.update()
         trace = descend(
             classes if problem.mix.weights > 0 else (),
             problem.objective(),
-            lambda n: problem.improve(n, zipped(n).labels),
+            lambda n: problem.improve(problem.zipped(n, budget, damping)),
             lambda n: _neighbours(symmetry, n, classes),
             rng,
             bar,
@@ -301,7 +327,7 @@ def match_zip(
 def _neighbours(symmetry: Symmetry, number: int, classes: Sequence[int]) -> set[int]:
     """The classes (itself included) that share a parameter with a class."""
     on: dict[int, set[str]] = {
-        n: {a.parameter for a in symmetry.layout for m, _ in symmetry.views[n] if any(k == m for k, _ in a.roles)}
+        n: {a.parameter for a in symmetry.layout for m in descendants(symmetry, n) if any(k == m for k, _ in a.roles)}
         for n in classes
     }
     return {n for n in classes if not on[n].isdisjoint(on[number])}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.errors import NonFiniteError
+from fxmerge.errors import LoaderError, NonFiniteError
 from fxmerge.evidence.moments import Moments
 from fxmerge.refitting.forms import bind
 from fxmerge.refitting.layers import Layer, Use
@@ -232,6 +232,15 @@ class Statistics:
             self.moments += Moments.of(x, weight)
 
     def settle(self, state: dict[str, Tensor]) -> None:
-        """Puts the mean and the variance into a state dict."""
+        """Puts the mean and the variance into a state dict.
+
+        Raises:
+            LoaderError: if the data have one value for each channel, which has no variance.
+        """
+        if self.moments.rows < 2:
+            raise LoaderError(
+                f"The statistics {self.names[0]!r} and {self.names[1]!r} cannot be estimated from one value for each "
+                "channel: pass larger batches, or more of them."
+            )
         for name, value in zip(self.names, (self.moments.mean, self.moments.variance), strict=True):
             state[name] = value.to(state[name])

@@ -16,7 +16,7 @@ from fxmerge.progress import Ticker
 from fxmerge.refitting.boundaries import Boundaries
 from fxmerge.refitting.course import Course, Lane, Lesson
 from fxmerge.refitting.forms import bind, form_of
-from fxmerge.refitting.gather import LayerFit, Statistics, Teacher
+from fxmerge.refitting.gather import LayerFit, Statistics, Teacher, Values
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers, operand
 from fxmerge.refitting.output_error import OutputDistance, OutputErrors, asked, comparable, of_last_layers
 from fxmerge.refitting.places import Places
@@ -132,8 +132,7 @@ def refit(
     only_parent = {layer: _only_parent(layer, owner) for layer in chosen}
     by_layers = not repair and not owner and comparable(program, last, chosen, teachers)
     distance = None if repair or by_layers or owner else OutputDistance(program)
-    state, normal = dict(start), statistics_nodes(program)
-    normal = {names: nodes for names, nodes in normal.items() if not alike(program, names, nodes, shared)}
+    state, normal = dict(start), _statistics(program, shared)
     end = distance is not None
     stages = _plan(program, chosen, normal, towards_sums, places, all_shown=resized, to_the_end=end)
     told: LayerReport = {}
@@ -169,10 +168,7 @@ def refit(
                         if told_by is not None:
                             own = {j: theirs for j, theirs in taught.items() if told_by[0][j] > 0}
                             fit.add(values, own, *told_by)
-                    for one in () if again else statistics:
-                        told_by = course.lesson(number, owner.get(one.names[0]))
-                        if told_by is not None:
-                            one.add(values, told_by[1])
+                    _add(() if again else statistics, course, number, values, owner)
                     if distance and stage is stages[-1]:
                         told_by = course.lesson(number, None)
                         assert told_by is not None
@@ -197,6 +193,68 @@ def refit(
     if all(map(math.isnan, errors.values())):  # No output varies.
         errors = {}
     return Refitted(state, told, left, errors, held_out=distance is None and bool(errors))
+
+
+def with_statistics(
+    program: Program,
+    state: Mapping[str, Tensor],
+    lessons: Iterable[Lesson],
+    *,
+    shared: Collection[str] = (),
+    owner: Mapping[str, int] | None = None,
+    max_memory: float = math.inf,
+) -> dict[str, Tensor]:
+    """Re-estimates the statistics of BatchNorm over data: the mean and variance of all that the network computes there,
+    with the layers before it as they are when their own statistics are known.
+
+    Arguments:
+        program: the captured program.
+        state: its parameters.
+        lessons: the data.
+        shared: names of tensors that are equal in all models. Statistics among them stay, if all parameters before
+            them are, too.
+        owner: for statistics that are of one model alone, its number: of data that are of one model, they count its
+            own only.
+        max_memory: as for `refit`.
+
+    Returns:
+        The state dict with new statistics.
+
+    Raises:
+        LoaderError: if the data have no more than one value for each channel.
+    """
+    normal = _statistics(program, shared)
+    state = dict(state)
+    if not normal:
+        return state
+    merged = Lane(program, state)
+    with Boundaries(max_memory * 2**30) as kept:
+        course = Course(kept, merged, (), lessons)
+        for stage in _plan(program, (), normal, (), (), all_shown=False, to_the_end=False):
+            statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
+            for number, values, _ in course.batches(stage.mine, stage.theirs, onward=True):
+                _add(statistics, course, number, values, owner or {})
+                del values
+            for one in statistics:
+                one.settle(state)
+            merged.use(state)
+    return state
+
+
+def _statistics(program: Program, shared: Collection[str]) -> dict[tuple[str, str], list[fx.Node]]:
+    """The statistics that are not the same in all models, by their names, and the nodes that use them."""
+    found = statistics_nodes(program)
+    return {names: nodes for names, nodes in found.items() if not alike(program, names, nodes, shared)}
+
+
+def _add(
+    statistics: Sequence[Statistics], course: Course, number: int, values: Values, owner: Mapping[str, int]
+) -> None:
+    """Takes a batch into statistics; into those of one model only if it is of its data."""
+    for one in statistics:
+        told_by = course.lesson(number, owner.get(one.names[0]))
+        if told_by is not None:
+            one.add(values, told_by[1])
 
 
 def written_out(program: Program) -> Program:

@@ -18,7 +18,7 @@ from fxmerge.units.layout import AxisLayout
 
 def classes_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, Collection[int]], set[int]]:
     """Tells the classes whose units lie along some dimensions of a node's value, among others, by the node's name."""
-    number, place = places_of(found, symmetry)
+    number, place = places_and_blocks(found, symmetry)
 
     def along(node: str, dims: Collection[int]) -> set[int]:
         labels = found.labels.get(node)
@@ -32,7 +32,7 @@ def units_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, int], 
     """Tells the class, -1 for none, and the unit in it at every position along a dimension of a node's value, by the
     node's name; if they repeat along a dimension of any size, at the first positions. None if no units lie there, or
     if which ones depends on the size or on other dimensions too."""
-    number, place = places_of(found, symmetry)
+    number, place = places_and_blocks(found, symmetry)
     values = {node.name: node.meta.get("val") for node in found.program.graph.graph.nodes}
 
     def along(node: str, dim: int) -> tuple[Ids, Ids] | None:
@@ -97,6 +97,24 @@ def places_of(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
             unit[slots] = np.arange(len(slots))
             own = unit[slot] >= 0
             number[raw[own]], place[raw[own]] = n, unit[slot[own]]
+    return number, place
+
+
+def places_and_blocks(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
+    """`places_of`, and the same for blocks, such as heads, of which it is clear what lies in them."""
+    number, place = places_of(found, symmetry)
+    child, parent = (
+        (np.concatenate(ids) for ids in zip(*found.units.member, strict=True)) if found.units.member else ((), ())
+    )
+    for n, c in reversed(list(enumerate(symmetry.units))):
+        if len(c.parents) == 1:
+            ((p, at),) = c.parents
+            own = number[child] == n
+            block, unit = parent[own], at[place[child[own]]]
+            pairs = np.unique(np.stack([block, unit]), axis=1)
+            raw, count = np.unique(pairs[0], return_counts=True)
+            clear = pairs[:, np.isin(pairs[0], raw[(count == 1) & (number[raw] < 0)])]
+            number[clear[0]], place[clear[0]] = p, clear[1]
     return number, place
 
 
