@@ -214,7 +214,7 @@ def _merged(
 def fold(
     model: Model,
     loader: Iterable[Any] | None = None,
-    width: float | Mapping[str, float] = 0.7,
+    width: float | Mapping[str, float] | Budget = 0.7,
     recipe: Recipe | None = None,
     *,
     example: Any = None,
@@ -231,8 +231,8 @@ def fold(
         model: any nn.Module, GraphModule or ExportedProgram; it is not modified.
         loader: calibration data, unlabelled, as for `merge`. Without it, units are compared by their weights alone, and
             running variances are estimated from the weights.
-        width: the share of its units that each class keeps, or shares or numbers for classes by name or pattern: see
-            `Zip.width`.
+        width: the share of its units that each class keeps, or shares or numbers for classes by name or pattern, or a
+            `Budget` from which they follow: see `Zip.width`.
         recipe: how to match and fit; None is `Recipe()`. Its `match` has to be a `Zip`, whose width this one replaces.
         example, inputs, run: as for `merge`.
 
@@ -259,7 +259,7 @@ def fold(
     if recipe.share != AUTO:
         raise OptionError("Recipe.share is of several networks: leave it at 'auto' to fold one.")
     recipe = replace(recipe, match=replace(recipe.match, width=width, reference=None))
-    if not isinstance(width, Mapping) and width > 1:
+    if isinstance(width, int | float) and width > 1:
         raise OptionError(f"width is {width}, and fold makes a network smaller: pass a share up to 1, such as 0.7.")
     return _merged((model,), loader, recipe, example=example, inputs=inputs, run=run)
 

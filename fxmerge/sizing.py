@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,17 +15,19 @@ from torch.utils import _pytree as pytree
 from fxmerge import validate
 from fxmerge.emit.bake import bake
 from fxmerge.emit.config import config_for
+from fxmerge.emit.costs import flops_of
 from fxmerge.emit.resize import resize, rewritten, write
 from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
+from fxmerge.matching.allot import Allotment, widths_to_try
 from fxmerge.matching.assignment import descendants
-from fxmerge.matching.room import Room, alike, may_change, wanted
+from fxmerge.matching.room import Room, alike, may_change, wanted, whole_or_inside
 from fxmerge.matching.zip_search import mergeable
 from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
 from fxmerge.program.run import Runner
-from fxmerge.recipe import Run, Zip
+from fxmerge.recipe import Budget, Run, Zip
 from fxmerge.symmetry.double import InDouble, in_double
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
@@ -34,8 +37,9 @@ from fxmerge.units.unit_map import UnitMap
 logger = logging.getLogger(__name__)
 
 
-def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room:
-    """How many merged units there are to be of every class: as the recipe says, where the graph allows it.
+def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room | Allotment:
+    """How many merged units there are to be of every class, where the graph allows it: as the recipe says, or what
+    that is chosen from within its budget.
 
     Raises:
         OptionError: if the recipe names a class for which it does not.
@@ -47,32 +51,85 @@ def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room:
             f"{group.job.program.why_fixed}. Leave the width at 1."
         )
     classes = mergeable(group.trunk, group.flow, group.one_to_one)
-    widths = wanted(part, group.trunk, models, *may_change(symmetry, group.flow, classes))
+    fewer, more = may_change(symmetry, group.flow, classes)
+    if isinstance(part.width, Budget):
+        return _allotment(group, part, part.width, run, models, fewer, more)
+    widths = wanted(part, group.trunk, models, fewer, more)
+    found, reasons = _possible(group, widths, run)
+    if reasons and isinstance(part.width, Mapping):
+        raise OptionError(f"Zip.width cannot be had for {reasons[0]} Leave these at 1.")
+    if widths and not found:
+        warn_of_width(reasons)
+    return Room.of(symmetry, found)
 
-    asked, reasons = bool(widths), list[str]()
+
+def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dict[int, int], list[str]]:
+    """Those of some widths that the graph allows together, and why it does not allow the others."""
+    symmetry, found, reasons = group.symmetry, dict(widths), list[str]()
 
     def leave(numbers: Collection[int], why: str) -> None:
         names = ", ".join(repr(symmetry.names[n]) for n in sorted(numbers))
-        if isinstance(part.width, Mapping):
-            raise OptionError(f"Zip.width cannot be had for {names}: {why} Leave these at 1.")
         logger.info("as many merged units as units: %s, since %s", names, why)
         reasons.append(f"{names}: {why}")
         for n in numbers:
-            del widths[n]
+            del found[n]
 
     with group.job.timed("resizing"):
-        while widths:
+        while found:
             try:
-                _try(group, Room.of(symmetry, widths))
+                _try(group, Room.of(symmetry, found))
                 break
             except CannotResizeError as error:
-                leave(_blamed(symmetry, widths, error), str(error))
-        counted = _counted(group, sorted(widths)) if run.verify else []
+                leave(_blamed(symmetry, found, error), str(error))
+        counted = _counted(group, sorted(found)) if run.verify else []
         if counted:
             leave(counted, "the network is another one when equal units become one, as if an op counted them.")
-    if asked and not widths:
+    return found, reasons
+
+
+def _allotment(
+    group: Prepared, part: Zip, budget: Budget, run: Run, models: int, fewer: Collection[int], more: Collection[int]
+) -> Allotment:
+    """What widths within a budget are chosen from: of several models from all their units on, of one from its own."""
+    symmetry, job = group.symmetry, group.job
+    larger = set(more) if models > 1 else set()
+    smaller = set(whole_or_inside(symmetry, dict.fromkeys(fewer, 0)))
+    tried = {
+        n: widths_to_try(symmetry, n, models, fewer=n in smaller, more=n in larger, step=part.multiple_of)
+        for n in sorted({*smaller, *larger})
+    }
+    small, reasons = _possible(group, {n: tried[n][-1] for n in smaller}, run)
+    large, _ = _possible(group, {n: tried[n][0] for n in larger}, run)
+    steps = {}
+    for n, widths in tried.items():
+        size = symmetry.units[n].size
+        steps[n] = tuple(w for w in widths if w == size or n in (small if w < size else large))
+    if not {*small, *large}:
         warn_of_width(reasons)
-    return Room.of(symmetry, widths)
+    parameters = {
+        n: t.numel() for n, t in job.states[0].items() if n in job.program.parameters and n not in job.buffers
+    }
+    first = sum(count for name, count in parameters.items() if not job.owner.get(name, 0))
+    work = flops_of(job.program, job.states[0], job.example) if budget.flops is not None else {}
+    price = dict.fromkeys(parameters, 1 / first) if budget.parameters is not None else {}
+    total = sum(own for name, own in work.items() if not job.owner.get(name, 0))
+    for name, own in work.items():
+        if name in parameters:
+            price[name] = price.get(name, 0.0) + own / (total * parameters[name])
+
+    def fits(widths: Mapping[int, int]) -> bool:
+        room = Room.of(symmetry, {n: w for n, w in widths.items() if w != symmetry.units[n].size})
+        units = _any_map(symmetry, room)
+        count = sum(math.prod(units.shape(n, job.states[0][n].shape)) for n in parameters)
+        if budget.parameters is not None and count > budget.parameters * first:
+            return False
+        if budget.flops is None:
+            return True
+        state = {n: t.new_zeros(units.shape(n, t.shape)) for n, t in job.states[0].items()}
+        into = resized(group, job.program, group.propagation, units, state)
+        return sum(flops_of(into, state, job.example).values()) <= budget.flops * total
+
+    return Allotment(steps, price, fits, str(budget))
 
 
 def _blamed(symmetry: Symmetry, numbers: Collection[int], error: CannotResizeError) -> list[int]:
@@ -113,14 +170,19 @@ def _outputs(program: Program, state: Mapping[str, Tensor], call: Any) -> list[A
 def _try(group: Prepared, room: Room) -> None:
     """Looks whether the graph can be given the sizes that merged units need."""
     symmetry = group.symmetry
+    units = _any_map(symmetry, room)
+    state = {n: t.new_empty(units.shape(n, t.shape)) for n, t in group.job.states[0].items()}
+    resize(group.propagation, symmetry, units, state, group.job.example)
+    rewritten(group.ops, group.job.program, group.propagation, symmetry, units)
+
+
+def _any_map(symmetry: Symmetry, room: Room) -> UnitMap:
+    """A map of one model into a room, for the sizes that it gives."""
     maps = tuple(
         np.minimum(np.searchsorted(k, np.arange(c.size)), len(k) - 1)
         for k, c in zip(room.kept, symmetry.units, strict=True)
     )
-    units = UnitMap(symmetry.names, symmetry.layout, frozenset(), (maps,), room.widths, room.kept)
-    state = {n: t.new_empty(units.shape(n, t.shape)) for n, t in group.job.states[0].items()}
-    resize(group.propagation, symmetry, units, state, group.job.example)
-    rewritten(group.ops, group.job.program, group.propagation, symmetry, units)
+    return UnitMap(symmetry.names, symmetry.layout, frozenset(), (maps,), room.widths, room.kept)
 
 
 def sized(group: Prepared, units: UnitMap, state: Mapping[str, Tensor]) -> Program:

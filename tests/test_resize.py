@@ -38,11 +38,11 @@ def error(expected: Any, got: Any) -> float:
     return max(found)
 
 
-def check(model: nn.Module, args: Any) -> dict[str, tuple[int, int]]:
-    """A fold of a model in which units are equal computes what it does. Returns the widths of a fold by half."""
+def check(model: nn.Module, args: Any, width: float | dict[str, float] = 0.5) -> dict[str, tuple[int, int]]:
+    """A fold of a model in which units are equal computes what it does. Returns the widths of a fold, by half."""
     model, args = model.double().eval(), double(args)
     example: dict[str, Any] = {"example": args, "inputs": lambda given: (given, {})}
-    widths = dict(fxmerge.report(fxmerge.fold(model, width=0.5, **example)).widths)
+    widths = dict(fxmerge.report(fxmerge.fold(model, width=width, **example)).widths)
     program = capture_program(model, args)
     found, symmetry = analyse(program)
     consumed = frozenset(axis for axis, kind in flows(found).items() if kind is Flow.CONSUMES)
@@ -99,6 +99,84 @@ HALVED = [
 def test_these_can_be_halved(name: str) -> None:
     """The tests above do not pass for want of anything to resize."""
     assert check(*CASES[name]())
+
+
+BLOCKS = {
+    "ViT": ("blocks of *", (2, 1)),
+    "GroupNorm": ("blocks of *", (3, 2)),
+    "grouped queries": ("blocks of *", (4, 2)),
+    "grouped queries, native": ("blocks of *", (4, 2)),
+    "rotary attention": ("blocks of *", (2, 1)),
+    "shifted windows": ("table*", (2, 1)),
+    "cross-covariance attention": ("temperature*", (2, 1)),
+    "maxout": ("2.*", (3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", but_slow(BLOCKS, 3))
+def test_equal_blocks_are_one(name: str) -> None:
+    """Heads with their queries, keys and values, and groups with their channels."""
+    pattern, width = BLOCKS[name]
+    widths = check(*CASES[name](), {pattern: 0.5})
+    assert width in widths.values()
+
+
+def test_blocks_keep_their_number_unless_they_are_named() -> None:
+    model, args = CASES["ViT"]()
+    widths = fxmerge.report(fxmerge.fold(model, width=0.5, example=args, inputs=lambda given: (given, {}))).widths
+    assert set(widths) == {"token[2]", "mlp.1.weight[0]"}
+
+
+def test_blocks_or_what_lies_in_them() -> None:
+    """Groups, if they are named alone; else channels, of which there may be fewer in every group."""
+    model, args = CASES["GroupNorm"]()
+    example: dict[str, Any] = {"example": args, "inputs": lambda given: (given, {})}
+
+    def widths(width: dict[str, float]) -> dict[str, tuple[int, int]]:
+        return dict(fxmerge.report(fxmerge.fold(model, width=width, **example)).widths)
+
+    first = "blocks of 0.weight[0]", "0.weight[0]"
+    assert widths({first[0]: 0.5}) == {first[0]: (3, 2), first[1]: (6, 4)}
+    assert widths({first[1]: 0.5}) == widths({"*0.weight[0]": 0.5}) == {first[1]: (6, 3)}
+    with pytest.raises(fxmerge.OptionError, match=r"are blocks, and '0\.weight\[0\]', which lies in them"):
+        widths(dict.fromkeys(first, 0.5))
+
+
+class Grouped(nn.Module):
+    """Convolutions with GroupNorm, then attention with two heads."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        layers = (
+            nn.Conv2d(3, 6, 3),
+            nn.GroupNorm(3, 6),
+            nn.ReLU(),
+            nn.Conv2d(6, 4, 3),
+            nn.GroupNorm(2, 4),
+            nn.Flatten(2),
+        )
+        self.layers, self.qkv = nn.Sequential(*layers), nn.Linear(4, 12)
+        self.out, self.head = nn.Linear(4, 5), nn.Linear(5, classes)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.layers(x).mT).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4).unbind()
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(self.out(y).relu().mean(1))  # type: ignore[no-any-return]
+
+
+def test_more_blocks() -> None:
+    """Of full width, no group and no head is merged with another, and nothing is lost."""
+    a, b, x = Grouped(2), Grouped(3), torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    wide = fxmerge.merge(a, b, recipe=fxmerge.Recipe(match=fxmerge.Zip(width=2.0)), example=x)
+    widths = fxmerge.report(wide).widths
+    assert widths["blocks of layers.0.weight[0]"] == (3, 6)
+    assert widths["blocks of layers.3.weight[0]"] == widths["blocks of qkv.weight[0]"] == (2, 4)
+    assert error((a(x), b(x)), wide(x)) < 1e-9
+    match = fxmerge.Zip(width={"blocks of qkv*": 1.5})
+    some = fxmerge.merge(a, b, [x], fxmerge.Recipe(match=match))
+    assert fxmerge.report(some).widths["blocks of qkv.weight[0]"] == (2, 3)
+    assert [y.shape[1] for y in some(x[:3])] == [2, 3]
 
 
 FIXED = {

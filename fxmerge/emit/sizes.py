@@ -92,7 +92,7 @@ class Sizes:
             if before is None:
                 raise self.cannot(node, "has some units of a class, and not all, along a dimension")
             return {shown.dims[0]: (before, self.units.into(before))}
-        if all(self.units.widths[n] >= self.counts[n] for n in np.unique(shown.number)):
+        if all(n >= 0 and self.units.widths[n] > self.counts[n] for n in np.unique(shown.number)):
             return self._grown(node, shown)
         alive = np.ones(shown.number.shape, bool)
         for n in self.units.resized & set(np.unique(shown.number).tolist()):
@@ -106,15 +106,16 @@ class Sizes:
 
     def _grown(self, node: fx.Node, shown: Shown) -> dict[int, tuple[AxisLayout, AxisLayout] | int]:
         """The size of the dimension along which there are more blocks, such as heads."""
-        found: dict[int, tuple[AxisLayout, AxisLayout] | int] = {}
-        for n in self.units.resized & set(np.unique(shown.number).tolist()):
-            block, size = self.root(n)[shown.place], shown.number.shape
-            dims = [i for i in range(block.ndim) if (block != block.take([0], axis=i)).any()]
-            new, rest = divmod(size[dims[0]] * self.units.widths[n], self.counts[n])
-            if len(dims) > 1 or (shown.number != n).any() or rest:
-                raise self.cannot(node, "has units along several dimensions, so that there cannot be more of them")
-            found[shown.dims[dims[0]]] = new
-        return found
+        numbers, block, size = np.unique(shown.number), np.zeros_like(shown.place), shown.number.shape
+        for n in set(numbers.tolist()) & self.units.resized:
+            own = shown.number == n
+            block[own] = self.root(n)[shown.place[own]]
+        dims = [i for i in range(block.ndim) if (block != block.take([0], axis=i)).any()]
+        grown = {(self.units.widths[n], self.counts[n]) for n in numbers.tolist()}
+        sizes = {size[dims[0]] * width / count for width, count in grown} if len(dims) == 1 else set()
+        if len(sizes) != 1 or not (new := sizes.pop()).is_integer():
+            raise self.cannot(node, "has units along several dimensions, so that there cannot be more of them")
+        return {shown.dims[dims[0]]: int(new)}
 
     def root(self, number: int) -> Ids:
         """For every unit of a class of another width, the outermost unit that it lies in of which there are more."""

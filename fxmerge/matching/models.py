@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.evidence.activations import Pair, whole
+from fxmerge.matching.allot import Allotment
 from fxmerge.matching.room import Room
 from fxmerge.matching.search import match
 from fxmerge.matching.universe import Alignment, find_universe, to_reference
@@ -77,7 +78,7 @@ def match_models(
     reference: int | None,
     *,
     one_to_one: Collection[int] = (),
-    room: Room | None = None,
+    room: Room | Allotment | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Matching:
@@ -92,7 +93,8 @@ def match_models(
         reference: the number of the model to whose units each of the others is matched; None matches all with each
             other.
         one_to_one: the numbers of classes of which no units of one model are merged.
-        room: how many merged units there are to be of each class; None is as many as one model has.
+        room: how many merged units there are to be of each class, or what that is chosen from; None is as many as one
+            model has.
         seed: seed of the random order of the searches.
         progress: whether to show progress bars.
     """

@@ -14,6 +14,11 @@ Choose = Callable[[int, Ids, Ids], Ids]
 """(class, units of one block, places they may take) -> the place of each unit."""
 
 
+def is_block(symmetry: Symmetry, number: int) -> bool:
+    """Whether the units of a class are blocks, such as heads, in which others have a choice of their own."""
+    return not set(descendants(symmetry, number)[1:]).isdisjoint(symmetry.choices)
+
+
 def carry(
     symmetry: Symmetry,
     number: int,

@@ -10,8 +10,8 @@ import numpy as np
 
 from fxmerge.errors import OptionError
 from fxmerge.matching.assignment import descendants
-from fxmerge.matching.nested import carry, whole_blocks
-from fxmerge.recipe import Zip
+from fxmerge.matching.nested import carry, is_block, whole_blocks
+from fxmerge.recipe import Budget, Zip
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis
@@ -135,6 +135,7 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
     Raises:
         OptionError: if a class is named of which there can be no other number, or a pattern fits none.
     """
+    assert not isinstance(part.width, Budget)
     if isinstance(part.width, Mapping):
         free = [symmetry.names[n] for n in sorted({*fewer, *more})]
         for pattern in part.width:
@@ -146,6 +147,10 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
                     f"{_some(free) or 'none'}."
                 )
     found = {}
+    if not isinstance(
+        part.width, Mapping
+    ):  # Blocks are merged only where they are named: a head costs more than units.
+        fewer = {n for n in fewer if not is_block(symmetry, n)}
     for n in sorted({*fewer, *more}):
         name, size = symmetry.names[n], symmetry.units[n].size
         asked = part.width * size if not isinstance(part.width, Mapping) else _asked(part.width, name, size)
@@ -155,14 +160,21 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
         width = min(width, size) if asked <= size else max(min(width, models * size), size)
         if asked != size and (n in more if width > size else n in fewer and width < size):
             found[n] = width
-    return _whole_or_inside(part, symmetry, found)
+    return whole_or_inside(symmetry, found, part.width if isinstance(part.width, Mapping) else None)
 
 
-def _whole_or_inside(part: Zip, symmetry: Symmetry, widths: dict[int, int]) -> dict[int, int]:
+def whole_or_inside(
+    symmetry: Symmetry, widths: Mapping[int, int], named: Mapping[str, float] | None = None
+) -> dict[int, int]:
     """The widths of blocks, or of what lies in them: of blocks, unless all units in them have another number.
 
+    Arguments:
+        symmetry: the classes.
+        widths: of some classes by number.
+        named: what the recipe names.
+
     Raises:
-        OptionError: if a mapping asks for both, each by a name of its own.
+        OptionError: if that is both, each by a name of its own.
     """
     left = dict(widths)
     for n in widths:
@@ -171,10 +183,7 @@ def _whole_or_inside(part: Zip, symmetry: Symmetry, widths: dict[int, int]) -> d
         both = nested & left.keys()
         if n not in left or not both:
             continue
-        named = (
-            {_pattern(part.width, symmetry.names[k]) for k in (n, *both)} if isinstance(part.width, Mapping) else {""}
-        )
-        if len(named) > 1:
+        if len({_pattern(named or {}, symmetry.names[k]) for k in (n, *both)}) > 1:
             raise OptionError(
                 f"Zip.width names {symmetry.names[n]!r}, which are blocks, and {symmetry.names[min(both)]!r}, which "
                 "lies in them: give one of the two another width, and leave out the other."

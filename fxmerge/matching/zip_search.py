@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from fxmerge.evidence import weights
 from fxmerge.evidence.weights import Slices
+from fxmerge.matching.allot import Allotment, losses
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.nested import merge_blocks, similar_blocks
+from fxmerge.matching.nested import is_block, merge_blocks, similar_blocks
 from fxmerge.matching.room import Room, cells
 from fxmerge.matching.search import floats
 from fxmerge.matching.zipping import zip_blocks
@@ -62,11 +63,6 @@ def mergeable(symmetry: Symmetry, flow: Mapping[Axis, Flow], one_to_one: Collect
         if tree.isdisjoint(seen) and all(flow[axis] is not Flow.BOTH for axis in axes):
             found.append(n)
     return found
-
-
-def is_block(symmetry: Symmetry, number: int) -> bool:
-    """Whether the units of a class are blocks, such as heads, in which others have a choice of their own."""
-    return not set(descendants(symmetry, number)[1:]).isdisjoint(symmetry.choices)
 
 
 def zipped_classes(
@@ -218,20 +214,35 @@ class _Problem:
         cosines: Scores = gram.mul_(inverse[:, None]).mul_(inverse).cpu().double().numpy()
         return cosines
 
+    def pairs(self, number: int) -> tuple[Scores, dict[int, Scores]]:
+        """How similar all units of a class are; and for blocks, what those gain that lie in them."""
+        if not is_block(self.symmetry, number):
+            return self.similarity(number), {}
+        known = {n for n, slices in self.slices.items() if slices or n in self.correlation}
+        known &= set(descendants(self.symmetry, number))
+        gains = similar_blocks(self.symmetry, number, len(self.states), {n: self._gain(n) for n in known})
+        return gains[number] / sum(self._entries(n, number) for n in known), gains
+
+    def _entries(self, nested: int, number: int) -> float:
+        """How many entries what is nested in one unit of a class has."""
+        return self.weight(nested) * self.symmetry.units[nested].size / self.symmetry.units[number].size
+
+    def lost(self, number: int, widths: Sequence[int], budget: float, damping: float) -> list[float]:
+        """What the objective loses when the units of a class are zipped to some widths, about."""
+        tree = [n for n in descendants(self.symmetry, number) if n in self.slices]
+        factor = sum(self._entries(n, number) for n in tree)
+        similarity, _ = self.pairs(number)
+        return [factor * own for own in losses(similarity, self.blocks(number), widths, budget, damping)]
+
+    def blocks(self, number: int) -> Ids:
+        """For every model and unit of a class, the block in which it lies."""
+        return np.broadcast_to(cells(self.symmetry, number), (len(self.states), self.symmetry.units[number].size))
+
     def zipped(self, number: int, budget: float, damping: float) -> list[dict[int, Ids]]:
         """What to merge of a class: for every model, the places of its units and of all that is nested in it."""
-        size, models = self.symmetry.units[number].size, len(self.states)
-        blocks = np.broadcast_to(cells(self.symmetry, number), (models, size))
-        gains = dict[int, Scores]()
-        if is_block(self.symmetry, number):
-            known = {n for n, slices in self.slices.items() if slices or n in self.correlation}
-            known &= set(descendants(self.symmetry, number))
-            gains = similar_blocks(self.symmetry, number, models, {n: self._gain(n) for n in known})
-            similarity = gains[number] / sum(self.weight(n) * self.symmetry.units[n].size / size for n in known)
-        else:
-            similarity = self.similarity(number)
+        similarity, gains = self.pairs(number)
         width = self.room.widths[number]
-        zipped = zip_blocks(similarity, blocks, budget=budget, damping=damping, width=width)
+        zipped = zip_blocks(similarity, self.blocks(number), budget=budget, damping=damping, width=width)
         return merge_blocks(self.symmetry, number, zipped.labels, self.places, gains)
 
     def take(self, places: Sequence[Mapping[int, Ids]]) -> None:
@@ -277,7 +288,7 @@ def match_zip(
     budget: float,
     damping: float,
     one_to_one: Collection[int] = (),
-    room: Room | None = None,
+    room: Room | Allotment | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> ZipMatch:
@@ -295,13 +306,16 @@ def match_zip(
         budget: share of the merges that may be within one model, see `zip_units`.
         damping: what the similarity of a merged unit is multiplied with, see `zip_units`.
         one_to_one: the numbers of classes of which no units of one model are merged.
-        room: how many merged units there are to be of each class; None is as many as one model has.
+        room: how many merged units there are to be of each class, or what that is chosen from; None is as many as one
+            model has.
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
     """
-    room = Room.of(symmetry) if room is None else room
-    mix = Mix.of(alpha, correlation)
-    problem = _Problem(symmetry, [floats(symmetry, s) for s in states], correlation, mix, room)
+    chosen = room if isinstance(room, Room) else Room.of(symmetry)
+    problem = _Problem(symmetry, [floats(symmetry, s) for s in states], correlation, Mix.of(alpha, correlation), chosen)
+    if isinstance(room, Allotment):
+        problem.room = room.room(symmetry, lambda n, widths: problem.lost(n, widths, budget, damping))
+    room = problem.room
     rng = np.random.default_rng(seed)
     classes = zipped_classes(symmetry, flow, one_to_one, room.changed)
     with tqdm(total=None, desc="zipping", disable=None if progress is None else not progress, leave=False) as bar:

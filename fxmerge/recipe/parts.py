@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fxmerge.errors import OptionError
 from fxmerge.recipe.checks import (
     check_alpha,
     check_reference,
@@ -19,10 +20,53 @@ from fxmerge.recipe.checks import (
 )
 
 Alpha = float | Mapping[str, float]
-Width = float | Mapping[str, float]
 Similarity = Literal["pearson", "cosine"]
 
 DEFAULT_ALPHA = 0.5
+
+
+# -------------------------------------------------------------------------- costs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the result may cost, or how far from the networks it may be.
+
+    As `Recipe.share`, where the trunk of networks with heads of their own ends follows from it: one of the places
+    through which all goes that depends on parameters. As `Zip.width`, how many units each class has: classes have fewer
+    where that loses least for what it saves.
+
+    Attributes:
+        parameters: how many parameters the result may have, as a multiple of those of the first network.
+        flops: how many floating-point operations it may take on the example, as a multiple likewise.
+        distance: how far its outputs may be from those of the networks, as a share of their variance, on held-out data:
+            `report(merged).errors["merged"]`. It needs data and a fit. Of a width, there is none.
+
+    With a distance, the longest trunk is taken that is within it and, if these are given, within the other two. Without
+    one, it is the shortest within these, since the less is shared, the nearer the result is to its networks.
+
+    Raises:
+        OptionError: if none is given, or one is not positive.
+
+    Example:
+        >>> Budget(parameters=1.5)
+        Budget(parameters=1.5, flops=None, distance=None)
+    """
+
+    parameters: float | None = None
+    flops: float | None = None
+    distance: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("parameters", "flops", "distance")}
+        for name, value in given.items():
+            if value is not None and not (is_number(value) and value > 0):
+                raise wrong(self, name, "a positive number, or None")
+        if all(value is None for value in given.values()):
+            raise wrong(self, "parameters", "a positive number where flops and distance are None")
+
+
+Width = float | Mapping[str, float] | Budget
 
 
 # -------------------------------------------------------------------------- matching
@@ -78,7 +122,8 @@ class Zip:
         width: how many merged units there are, as a share of the units of one model: 1 is the size of one model, 0.5
             half of it, 2 for two models is all of their units. A mapping gives shares, or as whole numbers above 1
             the number of merged units, for classes by name or pattern such as "layer3.*"; of patterns that fit, the
-            first counts, and what none fits has width 1. Classes of which the graph allows no other number keep theirs.
+            first counts, and what none fits has width 1. Classes of which the graph allows no other number keep theirs,
+            and so do blocks, such as heads, where one number below 1 is for all. A `Budget` chooses the widths.
         multiple_of: what the number of merged units is rounded to a multiple of, where the width is not 1.
 
     Raises:
@@ -99,7 +144,11 @@ class Zip:
 
     def __post_init__(self) -> None:
         check_alpha(self)
-        check_width(self)
+        check_width(self, budget=isinstance(self.width, Budget))
+        if isinstance(self.width, Budget) and self.width.distance is not None:
+            raise OptionError(
+                "Zip.width is a Budget with a distance: give parameters or flops only, and compare results."
+            )
         check_share(self, "budget")
         check_share(self, "damping")
         check_word(self, "similarity", get_args(Similarity))
@@ -228,46 +277,6 @@ class Repair(Fit):
 
     Its attribute `own` is that of `Fit`.
     """
-
-
-# -------------------------------------------------------------------------- sharing
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What networks with heads of their own may cost together, or how far from them the result may be. Where their
-    trunk ends follows from it.
-
-    The places considered are those through which all goes that depends on parameters.
-
-    Attributes:
-        parameters: how many parameters the result may have, as a multiple of those of the first network.
-        flops: how many floating-point operations it may take on the example, as a multiple likewise.
-        distance: how far its outputs may be from those of the networks, as a share of their variance, on held-out data:
-            `report(merged).errors["merged"]`. It needs data and a fit.
-
-    With a distance, the longest trunk is taken that is within it and, if these are given, within the other two. Without
-    one, it is the shortest within these, since the less is shared, the nearer the result is to its networks.
-
-    Raises:
-        OptionError: if none is given, or one is not positive.
-
-    Example:
-        >>> Budget(parameters=1.5)
-        Budget(parameters=1.5, flops=None, distance=None)
-    """
-
-    parameters: float | None = None
-    flops: float | None = None
-    distance: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in ("parameters", "flops", "distance")}
-        for name, value in given.items():
-            if value is not None and not (is_number(value) and value > 0):
-                raise wrong(self, name, "a positive number, or None")
-        if all(value is None for value in given.values()):
-            raise wrong(self, "parameters", "a positive number where flops and distance are None")
 
 
 Match = Zip | Align

@@ -199,7 +199,7 @@ class Recipe:
         for field in fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                found[field.name] = _plain(value) if dataclasses.is_dataclass(value) else _listed(value)
+                found[field.name] = _listed(value)
         return found
 
     @staticmethod
@@ -265,6 +265,8 @@ class Recipe:
 
 
 def _listed(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _plain(value)
     return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
 
 
@@ -284,6 +286,8 @@ def _part(path: str, data: Mapping[str, Any], kinds: Sequence[type]) -> Any:
     _check_names(path, given, [field.name for field in fields(chosen)])
     if isinstance(given.get("weights"), list):
         given["weights"] = tuple(given["weights"])
+    if chosen is Zip and isinstance(given.get("width"), Mapping) and "kind" in given["width"]:
+        given["width"] = _part(f"{path}.width", given["width"], (Budget,))
     try:
         return chosen(**given)
     except OptionError as error:

@@ -1,0 +1,48 @@
+"""What a network costs to run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxmerge.program.capture import Args
+from fxmerge.program.captured import Program
+from fxmerge.program.run import Runner
+
+
+def flops_of(program: Program, state: Mapping[str, Tensor], call: tuple[Args, Mapping[str, Any]]) -> Counter[str]:
+    """How many floating-point operations a program takes on some inputs, as torch counts them, by the parameter that
+    they multiply with; those of none, such as queries with keys, under "".
+
+    Arguments:
+        program: the program.
+        state: its parameters.
+        call: (args, kwargs).
+    """
+    counter = _Counter(program)
+    with torch.no_grad():
+        counter.outputs(state, *call)
+    return counter.found
+
+
+class _Counter(Runner):
+    """Counts the operations of every node."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.found: Counter[str] = Counter()
+        self.reads: dict[fx.Node, str] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counted:
+            value = super().run_node(n)
+        kind, name = self.program.sources.get(n, ("", ""))
+        read = next((self.reads[a] for a in n.all_input_nodes if a in self.program.derived and self.reads[a]), "")
+        self.reads[n] = name if kind == "parameter" else read if n in self.program.derived else ""
+        self.found[read] += counted.get_total_flops()
+        return value
