@@ -7,6 +7,10 @@ last class comes the first. The scaled performance of a network on a task is its
 parent of that task. All but the parents saw the same unlabelled training images, 167 of each task. With `loaders`, each
 parent has those of its own task; else they are mixed. BatchNorm statistics are estimated anew on these images.
 
+The control is the trunk of one parent as it is, with new last layers that are fitted to the outputs of all parents. Its
+rows are the mean over all parents' trunks, and the trunk that is best on the test images. All controls are made by one
+call, and each counts an equal part of its seconds.
+
     python benchmarks/twelve.py [--short] [--seed 0] [--cache FOLDER] [--markdown FILE]
 
 Needs what `benchmarks/tasks.py` needs.
@@ -269,8 +273,9 @@ def _of_controls(
     ]
     mean = [statistics.fmean(values) for values in zip(*(one.accuracies for one in each), strict=True)]
     best = max(each, key=lambda one: statistics.fmean(one.scaled(own)))
-    return replace(each[0], name="one trunk, new heads: mean", accuracies=mean), replace(
-        best, name=f"{best.name}: best"
+    return (
+        replace(each[0], name="one trunk, new heads: mean", accuracies=mean),
+        replace(best, name=f"{best.name}: best"),
     )
 
 
