@@ -31,7 +31,7 @@ from tasks import default_cache
 from tasks_suite import images
 from tasks_suite.images import EMBEDDING, ImageProblem
 from tasks_suite.problem import CHUNK
-from tasks_suite.suite import NETWORKS, PROBLEMS
+from tasks_suite.suite import NETWORKS, PROBLEMS, Entry
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -45,37 +45,61 @@ CLASSES = 5
 """Of each task."""
 QUIET = Run(progress=False)
 
+Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+"""Draws random inputs and their classes."""
+
 
 # ------------------------------------------------------------------------------------ parents
 
 
-def with_head(network: str, seed: int) -> nn.Module:
-    """A network of the suite with random weights, whose last layer gives the scores of five classes."""
+def with_head(network: str, seed: int, classes: int = CLASSES) -> nn.Module:
+    """A network of the suite with random weights, whose last layer gives the scores of some classes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = NETWORKS[network].build()
         (name, last) = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
         assert last.out_features == EMBEDDING
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Linear(last.in_features, CLASSES))
+        setattr(model.get_submodule(parent), leaf, nn.Linear(last.in_features, classes))
     return model
 
 
 def train(network: str, task: int, seed: int, problem: ImageProblem, cache: Path) -> nn.Module:
     """A parent that has learnt one of the two tasks, trained once and kept."""
-    entry, model = NETWORKS[network], with_head(network, 2 * seed + task)
+    entry = NETWORKS[network]
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        inputs, labels = problem.batch("ab"[task], entry.batch, generator)  # type: ignore[arg-type]
+        return inputs, labels - CLASSES * task
+
+    number = 2 * seed + task
+    return trained(with_head(network, number), entry, draw, number, cache, f"heads-{network}", f"{task}-{seed}")
+
+
+def trained(model: nn.Module, entry: Entry, draw: Draw, seed: int, cache: Path, prefix: str, suffix: str) -> nn.Module:
+    """A network that has learnt to tell classes apart, trained in place once and kept in a file.
+
+    Arguments:
+        model: the network, with random weights.
+        entry: how it is trained.
+        draw: gives random inputs and their classes, counted from 0.
+        seed: of what is drawn.
+        cache: the folder of the file.
+        prefix: how the name of the file begins; what tells one way of training from another comes after it.
+        suffix: how the name of the file ends.
+    """
     recipe = (entry.data, entry.steps, entry.learning_rate, entry.batch, entry.weight_decay, str(model))
-    path = cache / f"heads-{network}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}-{task}-{seed}.pt"
+    path = cache / f"{prefix}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}-{suffix}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
-    generator = torch.Generator().manual_seed(2 * seed + task)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), entry.learning_rate, weight_decay=entry.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, entry.learning_rate, entry.steps)
     model.train()
     for _ in range(entry.steps):
-        inputs, labels = problem.batch("ab"[task], entry.batch, generator)  # type: ignore[arg-type]
-        loss = F.cross_entropy(model(inputs), labels - CLASSES * task)
+        inputs, labels = draw(generator)
+        loss = F.cross_entropy(model(inputs), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -88,8 +112,8 @@ def train(network: str, task: int, seed: int, problem: ImageProblem, cache: Path
 # ------------------------------------------------------------------------------------ what is made of them
 
 Row = dict[str, str]
-Networks = tuple[nn.Module, nn.Module]
-"""The network that does task A, and the one that does task B."""
+Networks = Sequence[nn.Module]
+"""The network that does each task."""
 
 
 def heads(merged: fx.GraphModule) -> Networks:
@@ -105,16 +129,20 @@ def common(a: nn.Module, b: nn.Module, batches: list[Tensor]) -> Networks:
     return merged, merged
 
 
-def plain(a: nn.Module, b: nn.Module, batches: list[Tensor]) -> Networks:
-    """The mean of both trunks, with the head of each."""
-    states, last = (a.state_dict(), b.state_dict()), [name for name, _ in a.named_parameters()][-2:]
-    mean = {name: (own + states[1][name]) / 2 if own.is_floating_point() else own for name, own in states[0].items()}
+def plain(networks: Networks, batches: list[Tensor]) -> Networks:
+    """The mean of all trunks, with the head of each."""
+    states, last = [n.state_dict() for n in networks], [name for name, _ in networks[0].named_parameters()][-2:]
+    trunk = {
+        name: torch.stack([state[name] for state in states]).mean(0) if own.is_floating_point() else own
+        for name, own in states[0].items()
+        if name not in last
+    }
     made = []
-    for own in states:
-        model = copy.deepcopy(a)
-        model.load_state_dict(mean | {name: own[name] for name in last})
+    for network, own in zip(networks, states, strict=True):
+        model = copy.deepcopy(network)
+        model.load_state_dict(own | trunk)
         made.append(recalibrated(model, batches))
-    return made[0], made[1]
+    return made
 
 
 def control(weights: tuple[float, float]) -> Recipe:
@@ -124,7 +152,7 @@ def control(weights: tuple[float, float]) -> Recipe:
 
 METHODS: dict[str, Callable[[nn.Module, nn.Module, list[Tensor]], Networks]] = {
     "both parents (two networks)": lambda a, b, batches: (a, b),
-    "plain average, two heads": plain,
+    "plain average, two heads": lambda a, b, batches: plain((a, b), batches),
     "one common head": common,
     "trunk of A, two new heads": forked(control((1, 0))),
     "trunk of B, two new heads": forked(control((0, 1))),
@@ -135,15 +163,20 @@ METHODS: dict[str, Callable[[nn.Module, nn.Module, list[Tensor]], Networks]] = {
 }
 
 
-@torch.no_grad()
 def accuracies(networks: Networks, problem: ImageProblem) -> tuple[float, float]:
     """The accuracy on each task, among its five classes."""
     found = []
     for task, network in enumerate(networks):
         mine = (problem.test.labels >= CLASSES * task) & (problem.test.labels < CLASSES * (task + 1))
-        scores = torch.cat([network(chunk) for chunk in problem.test.images[mine].split(CHUNK)])
-        found.append(float((scores.argmax(1) + CLASSES * task == problem.test.labels[mine]).double().mean()))
+        found.append(accuracy(network, problem.test.images[mine], problem.test.labels[mine] - CLASSES * task))
     return found[0], found[1]
+
+
+@torch.no_grad()
+def accuracy(network: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> float:
+    """How often the largest output is that of the class."""
+    best = torch.cat([network(chunk).argmax(1) for chunk in inputs.split(CHUNK)])
+    return float((best == labels).double().mean())
 
 
 SHARES = (*(tenth / 10 for tenth in range(1, 10)), "trunk")
