@@ -27,11 +27,11 @@ from pathlib import Path
 
 import torch
 from invariance import machine, table
-from tasks import default_cache
 from tasks_suite import images
 from tasks_suite.images import EMBEDDING, ImageProblem
 from tasks_suite.problem import CHUNK
 from tasks_suite.suite import NETWORKS, PROBLEMS
+from tasks_suite.training import default_cache
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -135,15 +135,17 @@ METHODS: dict[str, Callable[[nn.Module, nn.Module, list[Tensor]], Networks]] = {
 }
 
 
-@torch.no_grad()
 def accuracies(networks: Networks, problem: ImageProblem) -> tuple[float, float]:
     """The accuracy on each task, among its five classes."""
-    found = []
-    for task, network in enumerate(networks):
-        mine = (problem.test.labels >= CLASSES * task) & (problem.test.labels < CLASSES * (task + 1))
-        scores = torch.cat([network(chunk) for chunk in problem.test.images[mine].split(CHUNK)])
-        found.append(float((scores.argmax(1) + CLASSES * task == problem.test.labels[mine]).double().mean()))
-    return found[0], found[1]
+    return accuracy(networks[0], 0, problem), accuracy(networks[1], 1, problem)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, task: int, problem: ImageProblem) -> float:
+    """The accuracy on one task, among its five classes."""
+    mine = (problem.test.labels >= CLASSES * task) & (problem.test.labels < CLASSES * (task + 1))
+    scores = torch.cat([network(chunk) for chunk in problem.test.images[mine].split(CHUNK)])
+    return float((scores.argmax(1) + CLASSES * task == problem.test.labels[mine]).double().mean())
 
 
 SHARES = (*(tenth / 10 for tenth in range(1, 10)), "trunk")

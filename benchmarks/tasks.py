@@ -20,7 +20,6 @@ method adds one JSON line to the results file; those that have a line are skippe
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -43,6 +42,7 @@ from tasks_suite.methods import (
 from tasks_suite.page import page
 from tasks_suite.report import VARIANTS, key, summary
 from tasks_suite.suite import LONG, NETWORKS, SHORT
+from tasks_suite.training import default_cache
 
 SHORT_METHODS = ("ensemble", PLAIN, "Git Re-Basin", DEFAULTS)
 PLANES = ("mlp", "resnet20-1-bn")
@@ -63,11 +63,6 @@ FOR_MAPS = {*METHODS} - {*GRID, *APART, *STANDARD, *SEARCHES} | {BY_ALPHA[0.5], 
 """The methods of networks that give maps: all data are of both tasks there, and outputs are not compared."""
 
 PRELOAD = ("sklearn.datasets", "sklearn.model_selection", "tasks_suite.judging", "tasks_suite.training")
-
-
-def default_cache() -> Path:
-    """Where trained parents are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxmerge" / "tasks"
 
 
 def pairs(networks: Iterable[str], settings: Sequence[str], seeds: int | None) -> list[tuple[str, str, int]]:
