@@ -11,8 +11,8 @@ images, 20 of each class, and 26 windows of text in place of 256; `fewest` is it
     python benchmarks/tasks.py [--short] [--networks NAME ...] [--settings NAME ...] [--methods NAME ...]
         [--seeds N] [--train] [--report] [--again METHOD ... | failed] [--results FILE] [--cache FOLDER] [--jobs 2]
         [--timeout 1800] [--memory 6] [--markdown FILE] [--plots FOLDER]
-    python benchmarks/tasks.py --partial [--short] [--networks NAME ...] [--cache FOLDER] [--markdown FILE]
-        [--plots FOLDER]
+    python benchmarks/tasks.py --partial [--short] [--networks NAME ...] [--depths SHARE ...] [--cache FOLDER]
+        [--markdown FILE] [--plots FOLDER]
 
 The second form takes the networks that classify images, in the pairs of `benchmarks/heads.py`: each parent has a head
 of five classes. Both are merged to one trunk with two heads, over how many of the layers and parameters the trunk has.
@@ -166,6 +166,7 @@ def main() -> int:
     parser.add_argument("--train", action="store_true", help="only train the parents")
     parser.add_argument("--report", action="store_true", help="run nothing, only report on the results file")
     parser.add_argument("--partial", action="store_true", help="over where a common trunk ends, in place of all else")
+    parser.add_argument("--depths", nargs="+", type=float, default=list(partial.DEPTHS), help="with --partial")
     parser.add_argument("--again", nargs="+", default=[], help="run these methods again; `failed` for all failures")
     parser.add_argument("--results", type=Path, default=Path("tasks.jsonl"), help="one JSON line for each result")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained parents")
@@ -191,7 +192,7 @@ def run_partial(options: argparse.Namespace) -> int:
         images.check_installed()
     options.cache.mkdir(parents=True, exist_ok=True)
     points = []
-    for point in partial.measure(networks, options.cache):
+    for point in partial.measure(networks, options.depths, options.cache):
         print(", ".join(point.row().values()), flush=True)
         points.append(point)
     text = table([point.row() for point in points])

@@ -285,7 +285,7 @@ def test_a_network_learns_what_the_mean_of_all_answers() -> None:
 def test_shares_are_of_the_parameters_of_whole_layers() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 5))
     of_one, of_two = 9 / 50, 25 / 50
-    assert partial.shares(model) == [0, of_one, of_one, of_two, of_two, "trunk"]
+    assert partial.shares(model, partial.DEPTHS) == [0, of_one, of_one, of_two, of_two, "trunk"]
 
 
 def test_heads_are_named_for_all_projections_but_the_last() -> None:

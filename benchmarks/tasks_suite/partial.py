@@ -22,7 +22,7 @@ from tasks_suite.images import ImageProblem
 from tasks_suite.suite import NETWORKS, PROBLEMS
 
 DEPTHS = tuple(sixth / 6 for sixth in range(1, 6))
-"""Up to which shares of its layers a network goes into the trunk, before all but its last layers do."""
+"""Up to which shares of its layers a network goes into the trunk. In the end all but its last layers do."""
 
 IMAGES = ("fashion", "digits")
 """The data that are classified."""
@@ -56,7 +56,7 @@ class Point:
         }
 
 
-def measure(networks: Sequence[str], cache: Path) -> Iterator[Point]:
+def measure(networks: Sequence[str], depths: Sequence[float], cache: Path) -> Iterator[Point]:
     """The parents of each network, and then one trunk after the other, from short to long."""
     for network in networks:
         problem = PROBLEMS[NETWORKS[network].data]()
@@ -65,7 +65,7 @@ def measure(networks: Sequence[str], cache: Path) -> Iterator[Point]:
         parents = _mean((a, b), problem)
         yield Point(network, 0.0, 0.0, parents, parents)
         seen = set()
-        for share in shares(a):
+        for share in shares(a, depths):
             try:
                 merged = fxmerge.merge(a, b, problem.calibration(), Recipe(share=share), run=QUIET)
             except fxmerge.OptionError:
@@ -78,12 +78,13 @@ def measure(networks: Sequence[str], cache: Path) -> Iterator[Point]:
             yield Point(network, *in_trunk, _mean(heads(merged), problem), _mean(heads(apart), problem))
 
 
-def shares(model: nn.Module) -> list[float | str]:
-    """The share of the parameters that lies before each of `DEPTHS`, and in the end all but the last layers."""
+def shares(model: nn.Module, depths: Sequence[float]) -> list[float | str]:
+    """The share of the parameters that lies before each share of the layers, and in the end all but the last layers."""
     counts = [p.numel() for p in model.parameters()]
-    depths = list(accumulate(p.ndim > 1 for p in model.parameters()))
+    numbers = list(accumulate(p.ndim > 1 for p in model.parameters()))
     before = [
-        sum(count for count, at in zip(counts, depths, strict=True) if at <= depth * depths[-1]) for depth in DEPTHS
+        sum(count for count, number in zip(counts, numbers, strict=True) if number <= depth * numbers[-1])
+        for depth in depths
     ]
     return [*(count / sum(counts) for count in before), "trunk"]
 
