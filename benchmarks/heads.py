@@ -3,12 +3,10 @@
 One parent learns the first five classes of Fashion-MNIST and the other the last five, as in `benchmarks/tasks.py`; here
 each has a head with five outputs. Every row is one network of about the size of a parent, but for the first, and for
 those of another width. Accuracy is on test images, each task by its own head. Where BatchNorm statistics or layers are
-estimated, it is over the same 2,000 unlabelled training images of both tasks. With `--partial`, the trunk ends at each
-module in turn that all goes through, and the accuracy is told beside the share of a parent's parameters that the trunk
-has.
+estimated, it is over the same 2,000 unlabelled training images of both tasks. `benchmarks/tasks.py --partial` measures
+the same pairs over where the trunk ends.
 
-    python benchmarks/heads.py [--short] [--partial] [--networks NAME ...] [--seeds 3] [--cache FOLDER]
-        [--markdown FILE]
+    python benchmarks/heads.py [--short] [--networks NAME ...] [--seeds 3] [--cache FOLDER] [--markdown FILE]
 
 Needs what `benchmarks/tasks.py` needs.
 """
@@ -27,17 +25,17 @@ from pathlib import Path
 
 import torch
 from invariance import machine, table
-from tasks import default_cache
 from tasks_suite import images
 from tasks_suite.images import EMBEDDING, ImageProblem
 from tasks_suite.problem import CHUNK
 from tasks_suite.suite import NETWORKS, PROBLEMS, Entry
+from tasks_suite.training import default_cache
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxmerge
 from fxmerge import Align, Average, Readout, Recipe, Run, Zip
-from fxmerge.demo import count_parameters, recalibrated
+from fxmerge.demo import recalibrated
 
 LONG = ("resnet20-1-bn", "resnet20-1-gn", "vit-fused")
 SHORT = ("digits-vgg-bn",)
@@ -165,11 +163,13 @@ METHODS: dict[str, Callable[[nn.Module, nn.Module, list[Tensor]], Networks]] = {
 
 def accuracies(networks: Networks, problem: ImageProblem) -> tuple[float, float]:
     """The accuracy on each task, among its five classes."""
-    found = []
-    for task, network in enumerate(networks):
-        mine = (problem.test.labels >= CLASSES * task) & (problem.test.labels < CLASSES * (task + 1))
-        found.append(accuracy(network, problem.test.images[mine], problem.test.labels[mine] - CLASSES * task))
-    return found[0], found[1]
+    return of_task(networks[0], 0, problem), of_task(networks[1], 1, problem)
+
+
+def of_task(network: Callable[[Tensor], Tensor], task: int, problem: ImageProblem) -> float:
+    """The accuracy on one task, among its five classes."""
+    mine = (problem.test.labels >= CLASSES * task) & (problem.test.labels < CLASSES * (task + 1))
+    return accuracy(network, problem.test.images[mine], problem.test.labels[mine] - CLASSES * task)
 
 
 @torch.no_grad()
@@ -177,15 +177,6 @@ def accuracy(network: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor
     """How often the largest output is that of the class."""
     best = torch.cat([network(chunk).argmax(1) for chunk in inputs.split(CHUNK)])
     return float((best == labels).double().mean())
-
-
-SHARES = (*(tenth / 10 for tenth in range(1, 10)), "trunk")
-"""Up to which share of the parameters a trunk is taken with `--partial`; in the end all but the last layers."""
-
-
-def trunk(merged: nn.Module) -> int:
-    """How many parameters the trunk has."""
-    return sum(p.numel() for name, p in merged.named_parameters() if not name.startswith("heads."))
 
 
 # ------------------------------------------------------------------------------------ tables
@@ -218,28 +209,6 @@ def by_method(networks: Sequence[str], seeds: int, cache: Path) -> list[Row]:
     return rows
 
 
-def by_depth(networks: Sequence[str], cache: Path) -> list[Row]:
-    rows = []
-    for network in networks:
-        problem = PROBLEMS[NETWORKS[network].data]()
-        assert isinstance(problem, ImageProblem)
-        a, b = (train(network, task, 0, problem, cache) for task in range(2))
-        seen = set()
-        for share in SHARES:
-            try:
-                merged = fxmerge.merge(a, b, problem.calibration(), Recipe(share=share), run=QUIET)
-            except fxmerge.OptionError:
-                continue  # The first layers have more parameters.
-            if trunk(merged) in seen:
-                continue
-            seen.add(trunk(merged))
-            value_a, value_b = accuracies(heads(merged), problem)
-            part = trunk(merged) / count_parameters(a)
-            rows.append({"network": network, "in the trunk": f"{part:.0%}", **_told([value_a], [value_b])})
-            print(", ".join(rows[-1].values()), flush=True)
-    return rows
-
-
 def _told(of_a: Sequence[float], of_b: Sequence[float]) -> Row:
     mean = [(a + b) / 2 for a, b in zip(of_a, of_b, strict=True)]
     return {"task A": percent(of_a), "task B": percent(of_b), "mean": percent(mean)}
@@ -248,7 +217,6 @@ def _told(of_a: Sequence[float], of_b: Sequence[float]) -> Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help=f"only {', '.join(SHORT)}, one seed, and nothing is kept")
-    parser.add_argument("--partial", action="store_true", help="over where the trunk ends, in place of over methods")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), help="only these")
     parser.add_argument("--seeds", type=int, default=3, help="how many pairs of each network")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained parents")
@@ -261,7 +229,7 @@ def main() -> int:
         cache = Path(scratch) if options.short else options.cache
         cache.mkdir(parents=True, exist_ok=True)
         seeds = 1 if options.short else options.seeds
-        text = table(by_depth(networks, cache) if options.partial else by_method(networks, seeds, cache))
+        text = table(by_method(networks, seeds, cache))
     print(text)
     if options.markdown:
         options.markdown.write_text(f"{machine()}\n\n{text}\n")

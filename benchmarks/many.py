@@ -27,13 +27,13 @@ from pathlib import Path
 import torch
 from invariance import machine, table
 from models.processes import Row, run_all
-from tasks import PRELOAD, default_cache
+from tasks import PRELOAD
 from tasks_suite import training
 from tasks_suite.images import SHARES
 from tasks_suite.methods import with_state_of
 from tasks_suite.problem import Learnt, Problem
 from tasks_suite.suite import NETWORKS, PROBLEMS
-from tasks_suite.training import Parent
+from tasks_suite.training import Parent, default_cache
 from torch import Tensor, nn
 
 import fxmerge

@@ -11,6 +11,12 @@ images, 20 of each class, and 26 windows of text in place of 256; `fewest` is it
     python benchmarks/tasks.py [--short] [--networks NAME ...] [--settings NAME ...] [--methods NAME ...]
         [--seeds N] [--train] [--report] [--again METHOD ... | failed] [--results FILE] [--cache FOLDER] [--jobs 2]
         [--timeout 1800] [--memory 6] [--markdown FILE] [--plots FOLDER]
+    python benchmarks/tasks.py --partial [--short] [--networks NAME ...] [--depths SHARE ...] [--cache FOLDER]
+        [--markdown FILE] [--plots FOLDER]
+
+The second form takes the networks that classify images, in the pairs of `benchmarks/heads.py`: each parent has a head
+of five classes. Both are merged to one trunk with two heads, over how many of the layers and parameters the trunk has.
+Each merge is made with one loader of images of both tasks, and with the images of its own task for each parent.
 
 Needs the files of Debian's package dataset-fashion-mnist (apt-get install dataset-fashion-mnist) and
 `pip install -e '.[tasks]'`. Parents are trained once and kept in the cache folder; every network, setting, seed and
@@ -20,14 +26,14 @@ method adds one JSON line to the results file; those that have a line are skippe
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from invariance import machine, table
 from models.processes import Row, append_row, read_rows, run_all
-from tasks_suite import images, judging, training
+from tasks_suite import images, judging, partial, training
 from tasks_suite.methods import (
     APART,
     BY_ALPHA,
@@ -43,6 +49,7 @@ from tasks_suite.methods import (
 from tasks_suite.page import page
 from tasks_suite.report import VARIANTS, key, summary
 from tasks_suite.suite import LONG, NETWORKS, SHORT
+from tasks_suite.training import default_cache
 
 SHORT_METHODS = ("ensemble", PLAIN, "Git Re-Basin", DEFAULTS)
 PLANES = ("mlp", "resnet20-1-bn")
@@ -63,11 +70,6 @@ FOR_MAPS = {*METHODS} - {*GRID, *APART, *STANDARD, *SEARCHES} | {BY_ALPHA[0.5], 
 """The methods of networks that give maps: all data are of both tasks there, and outputs are not compared."""
 
 PRELOAD = ("sklearn.datasets", "sklearn.model_selection", "tasks_suite.judging", "tasks_suite.training")
-
-
-def default_cache() -> Path:
-    """Where trained parents are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxmerge" / "tasks"
 
 
 def pairs(networks: Iterable[str], settings: Sequence[str], seeds: int | None) -> list[tuple[str, str, int]]:
@@ -163,6 +165,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, help="at most so many pairs of each network and setting")
     parser.add_argument("--train", action="store_true", help="only train the parents")
     parser.add_argument("--report", action="store_true", help="run nothing, only report on the results file")
+    parser.add_argument("--partial", action="store_true", help="over where a common trunk ends, in place of all else")
+    parser.add_argument("--depths", nargs="+", type=float, default=list(partial.DEPTHS), help="with --partial")
     parser.add_argument("--again", nargs="+", default=[], help="run these methods again; `failed` for all failures")
     parser.add_argument("--results", type=Path, default=Path("tasks.jsonl"), help="one JSON line for each result")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained parents")
@@ -175,7 +179,32 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         if options.short:
             options.cache, options.results = Path(scratch), Path(scratch) / "tasks.jsonl"
-        return run(options)
+        return run_partial(options) if options.partial else run(options)
+
+
+def run_partial(options: argparse.Namespace) -> int:
+    """Measures and draws accuracy over where the trunk of two networks ends."""
+    asked = options.networks or (SHORT if options.short else LONG)
+    networks = [network for network in asked if NETWORKS[network].data in partial.IMAGES]
+    if not networks:
+        raise SystemExit(f"None of {', '.join(asked)} classifies images.")
+    if any(NETWORKS[network].data == "fashion" for network in networks):
+        images.check_installed()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    points = []
+    for point in partial.measure(networks, options.depths, options.cache):
+        print(", ".join(point.row().values()), flush=True)
+        points.append(point)
+    text = table([point.row() for point in points])
+    print(text)
+    if options.plots:
+        from tasks_suite.plots import draw_partial
+
+        options.plots.mkdir(parents=True, exist_ok=True)
+        draw_partial(points, options.plots)
+    if options.markdown:
+        options.markdown.write_text(f"{machine()}\n\n{text}\n")
+    return 0
 
 
 def run(options: argparse.Namespace) -> int:

@@ -30,11 +30,11 @@ from pathlib import Path
 import torch
 from heads import QUIET, Row, accuracy, percent, plain, trained, with_head
 from invariance import machine, table
-from tasks import default_cache
 from tasks_suite import images
 from tasks_suite.images import CLASSES
 from tasks_suite.problem import CHUNK
 from tasks_suite.suite import NETWORKS
+from tasks_suite.training import default_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 

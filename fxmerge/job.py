@@ -36,6 +36,7 @@ from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
 from fxmerge.validate import Model
+from fxmerge.widening import of_equal_width
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,12 @@ def prepare(
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, call)
         call = args, kwargs
         varying = _varying(shapes)
+        if recipe is not None and base is None:
+            with timed(logger, seconds, "capture"):
+                wide = of_equal_width(originals, names, call, varying)
+            if any(new is not old for new, old in zip(wide, originals, strict=True)):
+                models = modules = wide
+                states = tuple(tensors(module) for module in wide)
         join = partial(_join, models, states, names, call, varying, recipe or Recipe(), based=base is not None)
         path: SamePath | None = None
         with timed(logger, seconds, "capture"):

@@ -83,6 +83,9 @@ class Prepared:
         numbers = set(range(len(self.symmetry.units))) if owner else set()
         on_trunk = {number for axis in self.trunk.layout for number, _ in axis.roles}
         numbers -= on_trunk.union(*map(self.symmetry.ancestors, on_trunk))
+        # What only moves along with units of the trunk, as the pixels of a channel do, is where they are.
+        for n in sorted(numbers.difference(self.symmetry.choices)):
+            numbers -= {n} if all(parent not in numbers for parent, _ in self.symmetry.units[n].parents) else set()
         for axis in self.symmetry.layout:
             place = axis.parameter, axis.dim
             if place in apart or (axis.parameter in owner and self.flow[place] is not Flow.CONSUMES):

@@ -21,7 +21,8 @@ from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
 from fxmerge.matching.allot import Allotment, widths_to_try
 from fxmerge.matching.assignment import descendants
-from fxmerge.matching.room import Room, alike, may_change, wanted, whole_or_inside
+from fxmerge.matching.nested import is_block
+from fxmerge.matching.room import Room, alike, may_change, wanted
 from fxmerge.matching.zip_search import mergeable
 from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
@@ -93,7 +94,7 @@ def _allotment(
     """What widths within a budget are chosen from: of several models from all their units on, of one from its own."""
     symmetry, job = group.symmetry, group.job
     larger = set(more) if models > 1 else set()
-    smaller = set(whole_or_inside(symmetry, dict.fromkeys(fewer, 0)))
+    smaller = {n for n in fewer if not is_block(symmetry, n)}
     tried = {
         n: widths_to_try(symmetry, n, models, fewer=n in smaller, more=n in larger, step=part.multiple_of)
         for n in sorted({*smaller, *larger})

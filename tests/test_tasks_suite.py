@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import compression
 import limits
 import pytest
 import torch
-from tasks_suite import dense, images, judging, report, text, training
+from tasks_suite import dense, images, judging, partial, report, text, training
 from tasks_suite.methods import BY_ALPHA, METHODS, Pair, result
 from tasks_suite.suite import NETWORKS, PROBLEMS
 from torch import nn
@@ -276,3 +277,42 @@ def test_a_network_learns_what_the_mean_of_all_answers() -> None:
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * miss(network)
     assert torch.equal(network.weight, before)
+
+
+# ---------------------------------------------------------------------- trunks, and networks made smaller
+
+
+def test_shares_are_of_the_parameters_of_whole_layers() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 5))
+    of_one, of_two = 9 / 50, 25 / 50
+    assert partial.shares(model, partial.DEPTHS) == [0, of_one, of_one, of_two, of_two, "trunk"]
+
+
+def test_heads_are_named_for_all_projections_but_the_last() -> None:
+    for name, projections in (("vit-fused", 1), ("vit-separate", 3), ("mlp", 0)):
+        model = training.build(name, 0)
+        heads = compression.heads_of(model)
+        assert len(heads) == 3 * projections
+        assert set(heads.values()) <= {4}
+
+
+def test_means_are_over_networks_for_which_every_method_is_possible() -> None:
+    whole, half, quarter = (compression.Measured(1, 1, accuracy, accuracy, 0) for accuracy in (0.8, 0.4, 0.2))
+    made = {
+        ("one", compression.WHOLE): whole,
+        ("one", "fold"): half,
+        ("one", "pruning"): None,
+        ("one", "pruning" + compression.HEADS_NAMED): quarter,
+        ("two", compression.WHOLE): whole,
+        ("two", "fold"): whole,
+        ("two", "pruning"): None,
+    }
+    results = [
+        compression.Result(network, 0, 1 if method == compression.WHOLE else 0.5, method, measured)
+        for (network, method), measured in made.items()
+    ]
+    rows = compression.means(results)
+    assert [(row[""], row["networks"], row["accuracy"]) for row in rows] == [
+        ("fold", "1 of 2", "50.0%"),
+        ("pruning", "1 of 2", "25.0%"),
+    ]

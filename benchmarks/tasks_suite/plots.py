@@ -1,4 +1,7 @@
-"""Pictures of what was measured: accuracy over alpha, loss between parents and on a plane, one task for another."""
+"""Pictures of what was measured: accuracy over alpha, loss between parents and on a plane, one task for another.
+
+And accuracy over the share of the parameters that the trunk of two networks has.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,10 @@ from models.processes import Row
 
 from tasks_suite.methods import BY_ALPHA, DEFAULTS, PLAIN, WEIGHTED
 from tasks_suite.page import PICTURES
+from tasks_suite.partial import Point
 from tasks_suite.report import Results
 
+PARTIAL = "tasks-partial.svg"
 COLUMNS = 4
 LEVELS = 14
 LINES = {PLAIN: "tab:gray", "Git Re-Basin": "tab:orange", "activation align": "tab:green", BY_ALPHA[0.5]: "tab:blue"}
@@ -27,16 +32,37 @@ LINES = {PLAIN: "tab:gray", "Git Re-Basin": "tab:orange", "activation align": "t
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
     """Draws all pictures of which there are numbers; others are left as they are."""
-    matplotlib.rcParams["svg.hashsalt"] = "fxmerge"  # The same numbers give the same file.
     results = Results(rows)
     planes = [row for row in rows if row["measure"] == "plane" and row["stage"] == "done"]
     trades = [row for row in rows if row["measure"] == "tradeoff" and row["stage"] == "done"]
     figures = (_alpha(results), _barrier(results), _planes(planes), _tradeoffs(results, trades))
     for figure, (_, name) in zip(figures, PICTURES, strict=True):
         if figure is not None:
-            metadata = {"Date": None} if name.endswith("svg") else {}
-            figure.savefig(folder / name, dpi=110, bbox_inches="tight", metadata=metadata)
-            plt.close(figure)
+            _save(figure, folder / name)
+
+
+def draw_partial(points: Sequence[Point], folder: Path) -> None:
+    """Draws accuracy over the trunk's share of the parameters, with a mark for the parents of each network."""
+    figure, panel = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for name in dict.fromkeys(point.network for point in points):
+        parents, *merged = (point for point in points if point.network == name)
+        shares = [100 * point.parameters for point in merged]
+        (line,) = panel.plot(shares, [100 * point.own_data for point in merged], "o-", label=name, markersize=3)
+        panel.plot(shares, [100 * point.one_loader for point in merged], ":", color=line.get_color())
+        panel.plot(0, 100 * parents.own_data, "_", color=line.get_color(), markersize=14, markeredgewidth=2)
+    for style, label in (("o-", "data of their own"), (":", "one loader"), ("_", "parents")):
+        panel.plot([], [], style, color="black", label=label, markersize=3 if style == "o-" else 10)
+    panel.set_xlabel("share of a parent's parameters in the trunk, %")
+    panel.set_ylabel("mean accuracy of both tasks, %")
+    panel.legend(fontsize=8, ncols=2)
+    _save(figure, folder / PARTIAL)
+
+
+def _save(figure: Any, path: Path) -> None:
+    matplotlib.rcParams["svg.hashsalt"] = "fxmerge"  # The same numbers give the same file.
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata=metadata)
+    plt.close(figure)
 
 
 def _panels(names: Sequence[str], y: str, x: str) -> Iterator[tuple[str, Any]]:

@@ -36,6 +36,11 @@ def parents_of(network: str, setting: str, seed: int) -> tuple[Parent, Parent]:
     return (network, part_a, 2 * seed), (network, part_b, 2 * seed + 1)
 
 
+def default_cache() -> Path:
+    """Where trained parents are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxmerge" / "tasks"
+
+
 def path_of(parent: Parent, cache: Path) -> Path:
     """Where a parent is kept; it changes with the network and with how it is trained."""
     network, part, seed = parent

@@ -17,6 +17,9 @@ from fxmerge.symmetry.units import Ids
 FINE = 8
 """In how many steps a class goes from the units of one model to none; the last is not taken."""
 
+TINY = 1e-12
+"""What is kept at least, where all members of units are opposites of each other."""
+
 
 @dataclass(frozen=True)
 class Allotment:
@@ -37,12 +40,13 @@ class Allotment:
     def room(self, symmetry: Symmetry, lost: Callable[[int, Sequence[int]], Sequence[float]]) -> Room:
         """The room at the widths that are chosen.
 
-        From all units on, the class is narrowed by a step, again and again, that loses least of the objective for what
-        it saves (the greedy form of what PLeaS solves as a program, arXiv 2407.02447, section 3.3).
+        From all units on, the class is narrowed by a step, again and again, that loses least for what it saves. What is
+        left of the budget then goes to those classes of which a step still fits, whose loss is largest first. To give
+        layers widths within a budget is PLeaS's idea (arXiv 2407.02447), which solves a program for it.
 
         Arguments:
             symmetry: the classes.
-            lost: what the objective loses in one class at each of some widths, if no other class has fewer units.
+            lost: what is lost of a class at each of some widths.
 
         Raises:
             OptionError: if the result is not within the budget at the smallest widths either.
@@ -65,7 +69,10 @@ class Allotment:
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if self.fits(path[middle]) else (middle + 1, high)
-        return Room.of(symmetry, {n: w for n, w in path[low].items() if w != symmetry.units[n].size})
+        at = {n: self.steps[n].index(width) for n, width in path[low].items()}
+        while wider := [n for n in at if at[n] and self.fits(self._widths({**at, n: at[n] - 1}))]:
+            at[max(wider, key=lambda n: losses[n][at[n]] - losses[n][at[n] - 1])] -= 1
+        return Room.of(symmetry, {n: w for n, w in self._widths(at).items() if w != symmetry.units[n].size})
 
     def _widths(self, at: Mapping[int, int]) -> dict[int, int]:
         return {n: self.steps[n][i] for n, i in at.items()}
@@ -100,9 +107,18 @@ def widths_to_try(symmetry: Symmetry, number: int, models: int, *, fewer: bool, 
     return sorted(widths, reverse=True)
 
 
-def losses(similarity: Scores, blocks: Ids, widths: Sequence[int], budget: float, damping: float) -> list[float]:
-    """How much of what units have in common with themselves is lost when they are zipped to some widths: of every
-    merged unit, the similarities of its members to each other, added up, over their number."""
+def lost(similarity: Scores, blocks: Ids, widths: Sequence[int], budget: float, damping: float) -> list[float]:
+    """How much of a class is lost when its units are zipped to some widths, over how much is kept: as noise stands to
+    the signal. What many layers add, one after the other, is about the sum of such ratios.
+
+    Of every merged unit, the similarities of its members to each other, added up, over their number are kept: all of
+    what one unit has in common with itself, half of what two have that are not alike.
+
+    Arguments:
+        similarity: of all pairs of units of all models, above the diagonal.
+        blocks, budget, damping: as for `zip_blocks`.
+        widths: the numbers of merged units.
+    """
     above = np.triu(similarity, 1)
     whole, found = above + above.T + np.eye(len(above)), []
     for width in widths:
@@ -112,5 +128,5 @@ def losses(similarity: Scores, blocks: Ids, widths: Sequence[int], budget: float
         rows = np.add.reduceat(whole[order][:, order], starts, axis=0)
         sizes = np.diff(starts, append=len(labels))
         kept = sum(rows[i, s : s + n].sum() / n for i, (s, n) in enumerate(zip(starts, sizes, strict=True)))
-        found.append(float(len(labels) - kept))
+        found.append(len(labels) / max(float(kept), TINY) - 1)
     return found

@@ -47,9 +47,10 @@ def carry(
         image = np.empty(c.size, np.int64)
         for own, goal in zip(members, goals.tolist(), strict=True):
             free = at.get(tuple(goal))
-            if free is None:  # A new block, behind all others.
+            if free is None:  # In a new block, behind all others.
                 blocks = symmetry.units[c.parents[0][0]].size
-                free = c.size + (goal[0] - blocks) * members.shape[1] + np.arange(members.shape[1])
+                each = c.size // blocks
+                free = c.size + (goal[0] - blocks) * each + own % each
             image[own] = choose(n, own, free)
         found[n] = image
     return found
@@ -64,7 +65,7 @@ def whole_blocks(symmetry: Symmetry, number: int) -> bool:
     root = {number: np.arange(symmetry.units[number].size)}
     for n in descendants(symmetry, number)[1:]:
         c = symmetry.units[n]
-        if len(c.parents) > 1 or c.fixed.any():
+        if len(c.parents) > 1:
             return False
         ((parent, at),) = c.parents
         root[n] = root[parent][at]

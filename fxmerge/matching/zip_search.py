@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from fxmerge.evidence import weights
 from fxmerge.evidence.weights import Slices
-from fxmerge.matching.allot import Allotment, losses
+from fxmerge.matching.allot import Allotment, lost
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
@@ -221,18 +221,8 @@ class _Problem:
         known = {n for n, slices in self.slices.items() if slices or n in self.correlation}
         known &= set(descendants(self.symmetry, number))
         gains = similar_blocks(self.symmetry, number, len(self.states), {n: self._gain(n) for n in known})
-        return gains[number] / sum(self._entries(n, number) for n in known), gains
-
-    def _entries(self, nested: int, number: int) -> float:
-        """How many entries what is nested in one unit of a class has."""
-        return self.weight(nested) * self.symmetry.units[nested].size / self.symmetry.units[number].size
-
-    def lost(self, number: int, widths: Sequence[int], budget: float, damping: float) -> list[float]:
-        """What the objective loses when the units of a class are zipped to some widths, about."""
-        tree = [n for n in descendants(self.symmetry, number) if n in self.slices]
-        factor = sum(self._entries(n, number) for n in tree)
-        similarity, _ = self.pairs(number)
-        return [factor * own for own in losses(similarity, self.blocks(number), widths, budget, damping)]
+        size = self.symmetry.units[number].size
+        return gains[number] / sum(self.weight(n) * self.symmetry.units[n].size / size for n in known), gains
 
     def blocks(self, number: int) -> Ids:
         """For every model and unit of a class, the block in which it lies."""
@@ -314,7 +304,12 @@ def match_zip(
     chosen = room if isinstance(room, Room) else Room.of(symmetry)
     problem = _Problem(symmetry, [floats(symmetry, s) for s in states], correlation, Mix.of(alpha, correlation), chosen)
     if isinstance(room, Allotment):
-        problem.room = room.room(symmetry, lambda n, widths: problem.lost(n, widths, budget, damping))
+
+        def lost_of(number: int, widths: Sequence[int]) -> list[float]:
+            similarity, blocks = problem.pairs(number)[0], problem.blocks(number)
+            return [_reads(symmetry, flow, number) * own for own in lost(similarity, blocks, widths, budget, damping)]
+
+        problem.room = room.room(symmetry, lost_of)
     room = problem.room
     rng = np.random.default_rng(seed)
     classes = zipped_classes(symmetry, flow, one_to_one, room.changed)
@@ -336,6 +331,13 @@ def match_zip(
         symmetry.names, symmetry.layout, consumed, tuple(map(tuple, problem.labels)), tuple(problem.widths), kept
     )
     return ZipMatch(units, trace, _within(symmetry, problem, classes))
+
+
+def _reads(symmetry: Symmetry, flow: Mapping[Axis, Flow], number: int) -> int:
+    """How many layers read the units of a class."""
+    tree = set(descendants(symmetry, number))
+    axes = {(a.parameter, a.dim) for a in symmetry.layout if any(n in tree for n, _ in a.roles)}
+    return sum(flow[axis] is Flow.CONSUMES for axis in axes)
 
 
 def _neighbours(symmetry: Symmetry, number: int, classes: Sequence[int]) -> set[int]:

@@ -1,0 +1,146 @@
+"""Networks that differ in the numbers of their units only: the narrower ones with more units, and the same function."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxmerge.emit.bake import bake
+from fxmerge.emit.resize import rewritten, write
+from fxmerge.emit.sizes import CannotResizeError
+from fxmerge.errors import ArchitectureMismatchError, CaptureError
+from fxmerge.matching.assignment import descendants
+from fxmerge.matching.room import Room, may_change
+from fxmerge.program import models
+from fxmerge.program.capture import Args, capture_ops, capture_program
+from fxmerge.program.captured import Program
+from fxmerge.symmetry.flow import Flow, flows
+from fxmerge.symmetry.group import Symmetry, analyse
+from fxmerge.symmetry.propagate import Propagation
+from fxmerge.units.layout import Ids
+from fxmerge.units.unit_map import UnitMap
+from fxmerge.validate import agree
+
+logger = logging.getLogger(__name__)
+
+Call = tuple[Args, dict[str, Any]]
+
+
+TOLERANCE = 1e-3
+"""How much outputs of one function may differ by rounding, as a share of the largest."""
+
+
+def of_equal_width(
+    given: Sequence[nn.Module], names: Sequence[str], call: Call, varying: Collection[tuple[int, int]]
+) -> tuple[nn.Module, ...]:
+    """Models of which each class has as many units as in the model that has most; as they are, if they have already.
+
+    A unit becomes several that give the same, and what reads them is shared out among them (Net2WiderNet, arXiv
+    1511.05641), so that the function stays the same.
+
+    Arguments:
+        given: the models.
+        names: what they are called in messages.
+        call: (args, kwargs) of all.
+        varying: dimensions of inputs that may have several sizes.
+
+    Raises:
+        ArchitectureMismatchError: if a model cannot have as many units.
+    """
+    shapes = [{name: tuple(t.shape) for name, t in models.tensors(model).items()} for model in given]
+    if any(own.keys() != shapes[0].keys() for own in shapes) or not any(_inputs_differ(shapes[0], s) for s in shapes):
+        return tuple(given)
+    try:
+        programs = [capture_program(model, *call, varying=set(varying)) for model in given]
+    except CaptureError:
+        return tuple(given)
+    found = [analyse(program) for program in programs]
+    symmetries = [symmetry for _, symmetry in found]
+    if any(symmetry.names != symmetries[0].names or not symmetry.names for symmetry in symmetries):
+        return tuple(given)
+    most = [max(c.size for c in same) for same in zip(*(s.units for s in symmetries), strict=True)]
+    made = list[nn.Module]()
+    for model, name, program, (propagation, symmetry) in zip(given, names, programs, found, strict=True):
+        if all(c.size == size for c, size in zip(symmetry.units, most, strict=True)):
+            made.append(model)
+            continue
+        try:
+            made.append(_widened(model, program, propagation, symmetry, most, call, varying))
+        except (CannotResizeError, ArchitectureMismatchError) as error:
+            n = next(n for n, c in enumerate(symmetry.units) if c.size != most[n])
+            raise ArchitectureMismatchError(
+                f"{name} has {symmetry.units[n].size} units of class {symmetry.names[n]!r}, where another network has "
+                f"{most[n]}, and cannot be given as many: {error} Merge networks of equal widths."
+            ) from error
+        logger.info("%s has more units, each several times, so that all networks have as many", name)
+    return tuple(made)
+
+
+def _inputs_differ(first: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether tensors differ in another size than the first one, which is that of a layer's outputs."""
+    return any(len(a) == len(b) and a[1:] != b[1:] for a, b in ((first[name], other[name]) for name in first))
+
+
+def _widened(
+    model: nn.Module,
+    program: Program,
+    found: Propagation,
+    symmetry: Symmetry,
+    sizes: Sequence[int],
+    call: Call,
+    varying: Collection[tuple[int, int]],
+) -> fx.GraphModule:
+    """A model with more units of each class, and the same function.
+
+    Raises:
+        CannotResizeError: if the graph does not allow these sizes.
+        ArchitectureMismatchError: if the function does not stay the same.
+    """
+    flow = flows(found)
+    grown = {n: size for n, size in enumerate(sizes) if size > symmetry.units[n].size}
+    roots = {n: size for n, size in grown.items() if symmetry.ancestors(n).isdisjoint(grown)}
+    _, more = may_change(symmetry, flow, list(roots))
+    room = Room.of(symmetry, roots)
+    if set(roots) - more or list(room.widths) != list(sizes):
+        raise ArchitectureMismatchError("they lie in blocks, such as heads or groups, or no layer reads them.")
+    several = UnitMap(
+        symmetry.names, symmetry.layout, frozenset(), (tuple(np.arange(c.size) for c in symmetry.units),), room.widths
+    )
+    ops = capture_ops(model, *call, varying=set(varying))
+    for node, changes in rewritten(ops, program, found, symmetry, several).items():
+        write(node, changes)
+    ops.recompile()
+    maps = [np.arange(size) for size in sizes]
+    for n in roots:
+        _repeat(symmetry, n, sizes, maps)
+    units = UnitMap(
+        symmetry.names,
+        tuple(several.into(axis) for axis in symmetry.layout),
+        frozenset(axis for axis, kind in flow.items() if kind is Flow.CONSUMES),
+        (tuple(maps),),
+        tuple(c.size for c in symmetry.units),
+    )
+    wide = bake(replace(program, module=ops), units.spread(models.tensors(model)))
+    with models.evaluating(model):
+        expected = pytree.tree_leaves(models.run(model, *call))
+    if not agree(expected, pytree.tree_leaves(models.run(wide, *call)), TOLERANCE):
+        raise ArchitectureMismatchError("the network is then another one, as if an op counted units.")
+    return wide
+
+
+def _repeat(symmetry: Symmetry, number: int, sizes: Sequence[int], maps: list[Ids]) -> None:
+    """Sets, for the units of a larger class and for what is nested in them, which unit each is a copy of."""
+    copied = {number: np.arange(sizes[number]) % symmetry.units[number].size}
+    for n in descendants(symmetry, number):
+        if n != number:
+            ((parent, _),) = symmetry.units[n].parents
+            each = symmetry.units[n].size // symmetry.units[parent].size
+            units = np.arange(sizes[n])
+            copied[n] = copied[parent][units // each] * each + units % each
+        maps[n] = copied[n]
