@@ -8,7 +8,8 @@ running statistics of BatchNorm pooled as moments. Rows with data see 300 unlabe
 the mean intersection over union of the classes, on scenes of test images. In a second part of the table, networks are
 merged that learnt the same targets from random weights of their own.
 
-    python benchmarks/adaptation.py [--short] [--targets NAME ...] [--seeds 1] [--cache FOLDER] [--markdown FILE]
+    python benchmarks/adaptation.py [--short] [--targets NAME ...] [--gaps 0.25 1] [--seeds 1] [--cache FOLDER]
+        [--markdown FILE]
 
 Needs what `benchmarks/tasks.py` needs. With `--short`, the images are scikit-learn's digits.
 """
@@ -89,6 +90,8 @@ def textured(canvas: Tensor, ground: Tensor, generator: torch.Generator) -> Tens
 SOURCE = "clear"
 APPEARANCES: dict[str, Appearance] = {f.__name__: f for f in (clear, night, fog, textured, inverted)}
 TARGETS = ("night", "fog", "textured")
+GAPS = (0.25, 1.0)
+"""How far targets are from the source; networks from random weights learn them at the first gap only."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,13 @@ class Scenes:
         images: what the scenes are made of.
         size: of the canvas.
         domains: names of appearances.
+        gap: how far the domains are from the source: 0 is the source, 1 the appearance, between them a blend.
     """
 
     images: Split
     size: int
     domains: tuple[str, ...]
+    gap: float
 
     def batch(self, part: Part, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Scenes, (n, 1, size, size), and the class of every pixel, (n, size, size); 0 is the ground."""
@@ -111,7 +116,8 @@ class Scenes:
         scenes = torch.empty_like(canvas)
         for number, name in enumerate(self.domains):
             mine = slice(number, None, len(self.domains))
-            scenes[mine] = APPEARANCES[name](canvas[mine], classes[mine, None] == 0, generator)
+            seen = APPEARANCES[name](canvas[mine], classes[mine, None] == 0, generator)
+            scenes[mine] = torch.lerp(canvas[mine], seen, self.gap)
         return scenes + NOISE * torch.randn(scenes.shape, generator=generator), classes
 
     def objective(self, outputs: Tensor, targets: Tensor, part: Part) -> Tensor:
@@ -147,6 +153,7 @@ class Setting:
         scenes: how many unlabelled scenes a merge sees.
         test: how many scenes of each domain a network is judged on.
         targets: the domains to adapt to. The last one gets a quarter of the steps.
+        gap: how far they are from the source.
     """
 
     first: Entry
@@ -155,6 +162,10 @@ class Setting:
     scenes: int
     test: int
     targets: tuple[str, ...]
+    gap: float
+
+    def scenes_of(self, images: Split, *domains: str) -> Scenes:
+        return Scenes(images, self.size, domains, self.gap)
 
     def tuning(self, domains: Sequence[str]) -> Entry:
         """How a copy of the backbone is trained on some targets: as long as copies for each of them together."""
@@ -172,12 +183,14 @@ def trained(
         model = entry.build() if base is None else copy.deepcopy(base)
     entries = (setting.first,) if base is None else (setting.first, entry)
     recipe = [(e.data, e.steps, e.learning_rate, e.batch, e.weight_decay) for e in entries]
-    digest = hashlib.sha256(repr((recipe, setting.size, PIECES, str(model))).encode()).hexdigest()[:8]
+    gap = None if domains == (SOURCE,) else setting.gap
+    digest = hashlib.sha256(repr((recipe, setting.size, gap, PIECES, str(model))).encode()).hexdigest()[:8]
     path = cache / f"adaptation-{digest}-{'-'.join(domains)}-{seed}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
-    training.train(entry, model, Scenes(_images(setting).train, setting.size, domains), "both", seed, entry.steps)
+    scenes = setting.scenes_of(_images(setting).train, *domains)
+    training.train(entry, model, scenes, "both", seed, entry.steps)
     torch.save(model.state_dict(), path)
     return model
 
@@ -225,6 +238,11 @@ def one(network: nn.Module, parents: Parents) -> Made:
 def several(parents: Parents, networks: Sequence[Network]) -> Made:
     """What needs all networks as they are."""
     return Made(networks, sum(map(count_parameters, parents.networks)))
+
+
+def probabilities(networks: Sequence[nn.Module]) -> Network:
+    """The mean of the probabilities of classes, as outputs that are far too large count no more than others there."""
+    return lambda scenes: torch.stack([network(scenes).softmax(1) for network in networks]).mean(0)
 
 
 def with_first_buffers(parents: Parents) -> Made:
@@ -280,6 +298,7 @@ Method = Callable[[Parents], Made]
 AS_THEY_ARE: dict[str, Method] = {
     "each domain's own network (all networks)": lambda p: several(p, p.networks),
     "ensemble (all networks)": lambda p: several(p, [partial(mean_scores, p.networks)] * len(p.networks)),
+    "ensemble of probabilities (all networks)": lambda p: several(p, [probabilities(p.networks)] * len(p.networks)),
 }
 NO_DATA: dict[str, Method] = {
     "no data: mean, BatchNorm of the first": with_first_buffers,
@@ -328,6 +347,7 @@ LONG = Setting(
     scenes=300,
     test=500,
     targets=TARGETS,
+    gap=GAPS[0],
 )
 SHORT = Setting(
     Entry(_unet((8, 16, 16)), "digits", 60, 1e-2, batch=16),
@@ -336,6 +356,7 @@ SHORT = Setting(
     scenes=60,
     test=60,
     targets=("fog", "textured"),
+    gap=GAPS[0],
 )
 
 # ------------------------------------------------------------------------------------ the table
@@ -354,21 +375,19 @@ def score(network: Network, scenes: Tensor, classes: Tensor) -> float:
 BATCH = 30
 """How many unlabelled scenes a batch has."""
 
-Found = dict[str, list[dict[str, float]]]
-"""For every row, the scores by domain of every seed, and "size"."""
+Found = dict[tuple[float, str, str], list[dict[str, float]]]
+"""For every gap, start and row, the scores by domain of every seed, and "size"."""
 
 
-def measure(
-    setting: Setting, methods: dict[str, dict[str, Method]], seed: int, cache: Path, found: dict[str, Found]
-) -> None:
+def measure(setting: Setting, methods: dict[str, dict[str, Method]], seed: int, cache: Path, found: Found) -> None:
     """Adds the scores of one seed to all rows."""
     problem = _images(setting)
     generator = torch.Generator().manual_seed(1)
     test = {
-        name: Scenes(problem.test, setting.size, (name,)).batch("both", setting.test, generator)
+        name: setting.scenes_of(problem.test, name).batch("both", setting.test, generator)
         for name in (SOURCE, *setting.targets)
     }
-    scenes, _ = Scenes(problem.train, setting.size, setting.targets).batch("both", setting.scenes, generator)
+    scenes, _ = setting.scenes_of(problem.train, *setting.targets).batch("both", setting.scenes, generator)
     count = len(setting.targets)
     # Captured with heads apart, batches must lie in memory without gaps.
     apart = [list(scenes[n::count].contiguous().split(BATCH)) for n in range(count)]
@@ -379,8 +398,8 @@ def measure(
         if len(set(made.networks)) == 1:
             row[SOURCE] = score(made.networks[0], *test[SOURCE])
         row["size"] = made.parameters / count_parameters(backbone)
-        found.setdefault(start, {}).setdefault(name, []).append(row)
-        print(f"seed {seed}, {start}, {name}: {row}", flush=True)
+        found.setdefault((setting.gap, start, name), []).append(row)
+        print(f"gap {setting.gap}, seed {seed}, {start}, {name}: {row}", flush=True)
 
     def add_all(start: str, networks: Sequence[nn.Module]) -> None:
         parents = Parents(tuple(networks), list(scenes.split(BATCH)), apart, setting.first.steps)
@@ -399,13 +418,12 @@ def measure(
         add_all("random", fresh)
 
 
-def shown(found: dict[str, Found], targets: Sequence[str]) -> list[Row]:
+def shown(found: Found, targets: Sequence[str]) -> list[Row]:
     rows = []
-    for start, methods in found.items():
-        for name, seeds in methods.items():
-            row = {"from": start, "": name, "size": f"{statistics.fmean(s['size'] for s in seeds):.2f}"}
-            row |= {d: percent([s[d] for s in seeds]) if d in seeds[0] else "-" for d in (SOURCE, *targets)}
-            rows.append({**row, "mean of targets": percent([statistics.fmean(s[d] for d in targets) for s in seeds])})
+    for (gap, start, name), seeds in found.items():
+        row = {"gap": f"{gap:g}", "from": start, "": name, "size": f"{statistics.fmean(s['size'] for s in seeds):.2f}"}
+        row |= {d: percent([s[d] for s in seeds]) if d in seeds[0] else "-" for d in (SOURCE, *targets)}
+        rows.append({**row, "mean of targets": percent([statistics.fmean(s[d] for d in targets) for s in seeds])})
     return rows
 
 
@@ -413,6 +431,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="digits, a tiny network, and nothing is kept")
     parser.add_argument("--targets", nargs="+", choices=[name for name in APPEARANCES if name != SOURCE])
+    parser.add_argument("--gaps", nargs="+", type=float, default=list(GAPS), help="how far targets are from the source")
     parser.add_argument("--seeds", type=int, default=1, help="how many backbones")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained networks")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
@@ -421,12 +440,14 @@ def main() -> int:
     setting = replace(setting, targets=tuple(options.targets or setting.targets))
     if setting.first.data == "fashion":
         images.check_installed()
-    found: dict[str, Found] = {}
+    found: Found = {}
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) if options.short else options.cache
         cache.mkdir(parents=True, exist_ok=True)
-        for seed in range(1 if options.short else options.seeds):
-            measure(setting, methods, seed, cache, found)
+        for gap in GAPS[:1] if options.short else options.gaps:
+            for seed in range(1 if options.short else options.seeds):
+                measure(replace(setting, gap=gap), methods, seed, cache, found)
+            methods = {"backbone": methods["backbone"]}
     text = table(shown(found, setting.targets))
     print(text)
     if options.markdown:
