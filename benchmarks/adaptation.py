@@ -5,8 +5,9 @@ class of each pixel. A backbone learns scenes of a source domain. Copies of it a
 scenes of a target domain, which looks different; the last target gets a quarter of the steps. The copies are merged, as
 in "Training-Free Model Merging for Multi-target Domain Adaptation" (arXiv 2407.13771): parameters by their mean, the
 running statistics of BatchNorm pooled as moments. Rows with data see 300 unlabelled scenes of the targets. The score is
-the mean intersection over union of the classes, on scenes of test images. In a second part of the table, networks are
-merged that learnt the same targets from random weights of their own.
+the mean intersection over union of the classes, on scenes of test images. All this is done for targets that are near to
+the source and for some that are far from it. For near ones, networks that learnt them from random weights are merged as
+well.
 
     python benchmarks/adaptation.py [--short] [--targets NAME ...] [--gaps 0.25 1] [--seeds 1] [--cache FOLDER]
         [--markdown FILE]
