@@ -20,18 +20,22 @@ CHUNK = 250
 """How many inputs go through a network at a time where nothing is learnt."""
 
 
-class Problem(Protocol):
-    """Two tasks with training, calibration and test data.
-
-    A network's outputs are embeddings of images, or scores of characters. Several networks are judged
-    together by the mean of their scores.
-    """
+class Course(Protocol):
+    """What a network is trained on."""
 
     def batch(self, part: Part, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random training inputs of a part, and their targets."""
 
     def objective(self, outputs: Tensor, targets: Tensor, part: Part) -> Tensor:
         """The loss to be trained on."""
+
+
+class Problem(Course, Protocol):
+    """Two tasks with training, calibration and test data.
+
+    A network's outputs are embeddings of images, or scores of characters. Several networks are judged
+    together by the mean of their scores.
+    """
 
     def calibration(self) -> list[Tensor]:
         """Batches of inputs of both tasks, always the same, without targets."""

@@ -14,7 +14,7 @@ from models.processes import Note, Row
 from torch import nn
 
 from tasks_suite.images import SHARES, ImageProblem
-from tasks_suite.problem import Learnt, Part, Problem
+from tasks_suite.problem import Course, Learnt, Part
 from tasks_suite.suite import NETWORKS, PROBLEMS, Entry
 
 Parent = tuple[str, Learnt, int]
@@ -58,7 +58,7 @@ def build(network: str, seed: int) -> nn.Module:
         return NETWORKS[network].build()
 
 
-def train(entry: Entry, model: nn.Module, problem: Problem, part: Part, seed: int, steps: int) -> None:
+def train(entry: Entry, model: nn.Module, problem: Course, part: Part, seed: int, steps: int) -> None:
     """Trains a model in place."""
     generator = torch.Generator().manual_seed(seed)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
