@@ -60,6 +60,8 @@ def of_equal_width(
         programs = [capture_program(model, *call, varying=set(varying)) for model in given]
     except CaptureError:
         return tuple(given)
+    if any(_ops(program) != _ops(programs[0]) for program in programs):
+        return tuple(given)
     found = [analyse(program) for program in programs]
     symmetries = [symmetry for _, symmetry in found]
     if any(symmetry.names != symmetries[0].names or not symmetry.names for symmetry in symmetries):
@@ -80,6 +82,11 @@ def of_equal_width(
             ) from error
         logger.info("%s has more units, each several times, so that all networks have as many", name)
     return tuple(made)
+
+
+def _ops(program: Program) -> list[str]:
+    """The ops of a program, in order."""
+    return [str(node.target) for node in program.graph.graph.nodes if node.op == "call_function"]
 
 
 def _inputs_differ(first: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> bool:

@@ -24,7 +24,7 @@ WEIGHTS = "it must be one number per model, none negative and at least one posit
 REFERENCE = "it must be the number of a model, from 0, or None."
 SIMILARITY = "it must be 'pearson' or 'cosine'."
 SCALE = "it must be a finite number."
-WIDTH = "it must be a positive number, or such numbers by the names or patterns of classes."
+WIDTH = "it must be a positive number, such numbers by the names or patterns of classes, or Budget(parameters=...)."
 DENSITY = "it must be a number above 0, up to 1 (keep every entry)."
 
 NO_SHARES: list[Any] = [-0.1, 1.1, NAN, INF, "half", None, True]
