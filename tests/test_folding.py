@@ -43,7 +43,7 @@ def real_variances(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
     for name in ("norm1", "norm2"):
         twin.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: seen.update({name: inputs[0].transpose(0, 1).flatten(1).var(1)})
+            lambda _, inputs, name=name: seen.update({name: inputs[0].transpose(0, 1).flatten(1).var(1, correction=0)})
         )
     with torch.no_grad():
         twin.eval()(x)

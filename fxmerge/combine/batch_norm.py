@@ -32,6 +32,7 @@ def by_batches_seen(
         Weights that sum to one, by the names of the statistics whose layers count batches.
 
     Example:
+        >>> import torch
         >>> one, two = ({"num_batches_tracked": torch.tensor(count)} for count in (30, 10))
         >>> by_batches_seen([("running_mean", "running_var")], [one, two], [0.5, 0.5])
         {'running_mean': [0.75, 0.25], 'running_var': [0.75, 0.25]}
