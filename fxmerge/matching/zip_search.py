@@ -334,10 +334,10 @@ def match_zip(
 
 
 def _reads(symmetry: Symmetry, flow: Mapping[Axis, Flow], number: int) -> int:
-    """How many layers read the units of a class."""
+    """How many layers read the units of a class; all heads count as one."""
     tree = set(descendants(symmetry, number))
     axes = {(a.parameter, a.dim) for a in symmetry.layout if any(n in tree for n, _ in a.roles)}
-    return sum(flow[axis] is Flow.CONSUMES for axis in axes)
+    return max(sum(flow[axis] is Flow.CONSUMES for axis in axes), 1)
 
 
 def _neighbours(symmetry: Symmetry, number: int, classes: Sequence[int]) -> set[int]:
