@@ -5,7 +5,11 @@ Merged without data and in float64, both outputs must be those of the networks, 
 are the largest error of an output, relative to its largest value; the share of the first network's parameters that lie
 in the trunk; and the seconds of the whole merge, of emitting, and of taking out both heads.
 
-    python benchmarks/rewriting.py [--short] [--pairs NAME ...] [--markdown FILE]
+    python benchmarks/rewriting.py [--short] [--zoo] [--pairs NAME ...] [--models NAME ...] [--jobs 2] [--markdown FILE]
+
+With `--zoo`, this is done for models of the zoo, all layers but the last in the trunk. Each is also merged with another
+random model at full width, where no unit is merged with another. Then all outputs must be those of the models, unless a
+norm goes over all units of a stream: its statistics are those of both models together.
 
 Needs `pip install -e '.[zoo]'`.
 """
@@ -15,17 +19,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from invariance import machine, table
+from models import find_factory
+from models.processes import Note, run_all
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxmerge
-from fxmerge import Align, Recipe, Run
+from fxmerge import Align, Recipe, Run, Zip
+from fxmerge.program import models as running
 
 Pair = tuple[nn.Module, nn.Module, Any]
 """Two networks, and inputs of both: a tensor, or a dict by keyword."""
@@ -131,12 +138,11 @@ def outputs(model: nn.Module, given: Any) -> list[Tensor]:
     return [v for v in pytree.tree_leaves(found) if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-def same_trunk(first: nn.Module, second: nn.Module, given: Any) -> None:
+def same_trunk(first: nn.Module, second: nn.Module, args: Any, kwargs: Any) -> None:
     """Gives the second network the tensors of the first that have its names and shapes, then moves its units."""
     own = first.state_dict()
     theirs = second.state_dict()
     second.load_state_dict({n: own[n] if n in own and own[n].shape == t.shape else t for n, t in theirs.items()})
-    args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else ((given,), {})
     symmetry = fxmerge.find_symmetry(second, args, kwargs)
     moved = symmetry.sample(torch.Generator().manual_seed(0)).apply(second.state_dict())
     second.load_state_dict(moved)
@@ -149,7 +155,7 @@ def row(name: str, build: Callable[[], Pair]) -> dict[str, str]:
     for config in (getattr(model, "config", None) for model in (first, second)):
         if config is not None:
             config.use_cache = False
-    same_trunk(first, second, given)
+    same_trunk(first, second, *(((), dict(given)) if isinstance(given, Mapping) else ((given,), {})))
     began = time.perf_counter()
     recipe = Recipe(match=Align(), fit=None)
     merged = fxmerge.merge(first, second, recipe=recipe, example=given, run=Run(progress=False))
@@ -172,12 +178,94 @@ def row(name: str, build: Callable[[], Pair]) -> dict[str, str]:
     }
 
 
+# ------------------------------------------------------------------------------------ the zoo
+
+ZOO = {
+    "torch.nn": """LSTM, LSTM bidirectional, LSTM stacked, GRU, GRU bidirectional, RNN, RNN relu, LSTM proj_size,
+        TransformerEncoder, TransformerEncoder norm first, MultiheadAttention, Bilinear of hidden units""",
+    "transformers": """BERT classifier, RoBERTa, ALBERT, DistilBERT, DeBERTa, GPT-2, GPT-NeoX, OPT, BLOOM, Falcon, Mamba,
+        Mamba2, RWKV, Llama, Mistral, Qwen2, Qwen3, Gemma 2, Phi, OLMo 2, Cohere, Granite, Mixtral, Qwen3-MoE, OLMoE,
+        GPT-OSS, T5, mT5, BART, Whisper, Wav2Vec2, HuBERT, ViT, DeiT, BEiT, DINOv2, ConvNeXt, ConvNeXt V2, ResNet, RegNet,
+        PoolFormer, Swin, Swin V2, SegFormer classifier, MobileViT, BiT, TextNet, MobileNet V1, MobileNet V2, LeViT, PVT,
+        CvT, SwiftFormer, EfficientNet, Hiera, DPT, CLIP, PatchTST""",
+    "torchvision": "shufflenet_v2_x0_5, mobilenet_v3_small, squeezenet1_1, mnasnet0_5, regnet_y_400mf, resnet18",
+    "smp": "Unet, FPN, Linknet",
+}
+"""Convolutional networks with and without groups and GroupNorm, U-Nets, transformers for texts, images and speech, with
+windows, grouped queries and experts, state-space models, recurrent layers."""
+NAMES = tuple(f"{family}/{name.strip()}" for family, names in ZOO.items() for name in names.split(","))
+SHORT_NAMES = ("torch.nn/LSTM", "transformers/BiT")
+EXACT = 1e-9
+TIME = 240
+
+
+def work(task: dict[str, Any], note: Note) -> None:
+    """Merges one model of the zoo with a copy in other units, and with another one at full width."""
+    errors = {}
+    for kind in ("in other units", "full width"):
+        note(kind)
+        (first, args, kwargs), (second, *_) = (find_factory(task["name"])() for _ in range(2))
+        first, second = first.double().eval(), second.double().eval()
+        args, kwargs = pytree.tree_map(lambda v: v.double() if _real(v) else v, (args, kwargs))
+        for config in (getattr(model, "config", None) for model in (first, second)):
+            if hasattr(config, "use_cache"):
+                config.use_cache = False
+        match: Align | Zip = Zip(width=2.0)
+        if kind == "in other units":
+            same_trunk(first, second, args, kwargs)
+            match = Align()
+        recipe = Recipe(match=match, fit=None, share="trunk")
+        merged = fxmerge.merge(
+            first, second, recipe=recipe, example=(args, kwargs), inputs=lambda given: given, run=Run(progress=False)
+        )
+        errors[kind] = max(
+            error(model, fxmerge.head(merged, number), args, kwargs) for number, model in enumerate((first, second))
+        )
+        note(kind, **{kind: errors[kind]})
+    note("done")
+
+
+def error(model: nn.Module, head: nn.Module, args: Any, kwargs: Any) -> float:
+    """The largest difference of an output, as a share of its largest value."""
+    with torch.no_grad():
+        leaves = [pytree.tree_leaves(running.run(own, args, kwargs)) for own in (model, head)]
+    pairs = [(a, b) for a, b in zip(*leaves, strict=True) if _real(a)]
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in pairs)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def zoo(names: Sequence[str], jobs: int) -> tuple[str, bool]:
+    """The table, and whether every merge in other units is exact."""
+    rows, exact = [], True
+    for row in run_all(work, [{"name": name} for name in names], jobs, TIME, 6):
+        found = [row.get("in other units"), row.get("full width")]
+        told = [f"{value:.0e}" if value is not None else "-" for value in found]
+        rows.append({"model": row["name"], "in other units": told[0], "full width": told[1]})
+        exact &= found[0] is not None and found[0] < EXACT
+        if "failure" in row:
+            print(f"{row['name']}: {row['failure']}", flush=True)
+        print(", ".join(rows[-1].values()), flush=True)
+    return table(sorted(rows, key=lambda row: names.index(row["model"]))), exact
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="only small models")
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), help="only these")
+    parser.add_argument("--zoo", action="store_true", help="models of the zoo")
+    parser.add_argument("--models", nargs="+", choices=NAMES, help="only these of the zoo")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, for the zoo")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     options = parser.parse_args()
+    if options.zoo:
+        text, exact = zoo(options.models or (SHORT_NAMES if options.short else NAMES), options.jobs)
+        print(text)
+        if options.markdown:
+            options.markdown.write_text(f"{machine()}\n\n{text}\n")
+        return int(not exact)
     chosen = SHORT if options.short else {n: b for n, b in PAIRS.items() if n in (options.pairs or PAIRS)}
     rows = []
     for name, build in chosen.items():

@@ -174,7 +174,7 @@ def _try(group: Prepared, room: Room) -> None:
     units = _any_map(symmetry, room)
     state = {n: t.new_empty(units.shape(n, t.shape)) for n, t in group.job.states[0].items()}
     resize(group.propagation, symmetry, units, state, group.job.example)
-    rewritten(group.ops, group.job.program, group.propagation, symmetry, units)
+    rewritten(group.ops, group.job.program, group.propagation, symmetry, units, state, group.job.example)
 
 
 def _any_map(symmetry: Symmetry, room: Room) -> UnitMap:
@@ -193,7 +193,8 @@ def sized(group: Prepared, units: UnitMap, state: Mapping[str, Tensor]) -> Progr
         return job.program
     with job.timed("resizing"):
         ops = group.ops
-        for node, changes in rewritten(ops, job.program, group.propagation, group.symmetry, units).items():
+        found = rewritten(ops, job.program, group.propagation, group.symmetry, units, state, job.example)
+        for node, changes in found.items():
             write(node, changes)
         ops.recompile()
         program = resized(group, job.program, group.propagation, units, state)

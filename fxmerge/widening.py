@@ -119,10 +119,6 @@ def _widened(
     several = UnitMap(
         symmetry.names, symmetry.layout, frozenset(), (tuple(np.arange(c.size) for c in symmetry.units),), room.widths
     )
-    ops = capture_ops(model, *call, varying=set(varying))
-    for node, changes in rewritten(ops, program, found, symmetry, several).items():
-        write(node, changes)
-    ops.recompile()
     maps = [np.arange(size) for size in sizes]
     for n in roots:
         _repeat(symmetry, n, sizes, maps)
@@ -133,7 +129,12 @@ def _widened(
         (tuple(maps),),
         tuple(c.size for c in symmetry.units),
     )
-    wide = bake(replace(program, module=ops), units.spread(models.tensors(model)))
+    state = units.spread(models.tensors(model))
+    ops = capture_ops(model, *call, varying=set(varying))
+    for node, changes in rewritten(ops, program, found, symmetry, several, state, call).items():
+        write(node, changes)
+    ops.recompile()
+    wide = bake(replace(program, module=ops), state)
     with models.evaluating(model):
         expected = pytree.tree_leaves(models.run(model, *call))
     if not agree(expected, pytree.tree_leaves(models.run(wide, *call)), TOLERANCE):

@@ -37,7 +37,11 @@ class Counted(nn.Module):
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        (mlp(), mlp(5, nn.Tanh()), r"'0\.weight' is torch\.float32 of shape \(4, 3\) in model A and .*\(5, 3\) in model B"),
+        (
+            mlp(),
+            mlp(5, nn.Tanh()),
+            r"'0\.weight' is torch\.float32 of shape \(4, 3\) in model A and .*\(5, 3\) in model B",
+        ),
         (mlp(), nn.Sequential(nn.ReLU(), nn.Linear(3, 4)), r"'0\.weight' is in model A but not in model B"),
         (nn.Sequential(nn.ReLU(), nn.Linear(3, 4)), mlp(), r"'1\.weight' is in model A but not in model B"),
         (nn.Sequential(nn.ReLU(), mlp()), nn.Sequential(nn.Sigmoid(), mlp()), "compute different functions"),

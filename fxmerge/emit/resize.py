@@ -75,7 +75,13 @@ def resize(found: Propagation, symmetry: Symmetry, units: UnitMap, state: Mappin
 
 
 def rewritten(
-    module: fx.GraphModule, program: Program, found: Propagation, symmetry: Symmetry, units: UnitMap
+    module: fx.GraphModule,
+    program: Program,
+    found: Propagation,
+    symmetry: Symmetry,
+    units: UnitMap,
+    state: Mapping[str, Tensor],
+    call: Any,
 ) -> dict[fx.Node, Changes]:
     """What changes likewise in the graph that a captured program was made of, as `capture_ops` gives it.
 
@@ -83,17 +89,37 @@ def rewritten(
         module: the graph.
         program: the captured program.
         found: the labelled program, which is it or has some of its ops written out.
-        symmetry, units: as for `resize`.
+        symmetry, units, state, call: as for `resize`.
 
     Raises:
-        CannotResizeError: as for `resize`.
+        CannotResizeError: as for `resize`; and if the graph does not run then.
     """
     twins = _twins(module, program)
     if found.program is not program:
         further = _made_of(found.program.graph)
         twins = {node: further.get(twin.name, twin) for node, twin in twins.items()}
     sizes = Sizes(found, symmetry, units, twins)
-    return {node: changes_of(node, sizes) for node in module.graph.nodes}
+    changes = {node: changes_of(node, sizes) for node in module.graph.nodes}
+    graph = fx.Graph()
+    copied: dict[fx.Node, Any] = {}
+    graph.output(graph.graph_copy(module.graph, copied))
+    for old, node in copied.items():
+        write(node, changes[old])
+        node.name = old.name
+    nodes = {node.name: node for node in module.graph.nodes}
+    try:
+        _runs(fx.GraphModule(module, graph), state, call)
+    except CannotResizeError as error:
+        raise sizes.cannot(nodes[error.node], error.why) from error
+    return changes
+
+
+def _runs(module: fx.GraphModule, state: Mapping[str, Tensor], call: Any) -> None:
+    """Runs a graph without values on tensors of other sizes than its own."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, quiet(), torch.no_grad():
+        inputs = [mode.from_tensor(v.detach()) if isinstance(v, Tensor) else v for v in pytree.tree_leaves(call)]
+        own = {name: mode.from_tensor(tensor.detach()) for name, tensor in state.items()}
+        _ShapeRun(module, own).run(*inputs)
 
 
 def _twins(module: fx.GraphModule, program: Program) -> dict[fx.Node, fx.Node]:
@@ -148,11 +174,15 @@ def _values(program: Program, state: Mapping[str, Tensor], inputs: list[Any]) ->
 
 
 class _ShapeRun(fx.Interpreter):
-    """Runs a graph on tensors without values, and keeps all."""
+    """Runs a graph on tensors without values, some in place of its own, and keeps all."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, state: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(module)
+        self.state = state or {}
         self.seen: dict[str, Any] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.state[target] if target in self.state else super().fetch_attr(target)
 
     def run_node(self, n: fx.Node) -> Any:
         try:

@@ -133,6 +133,7 @@ def refit(
     by_layers = not repair and not owner and comparable(program, last, chosen, teachers)
     distance = None if repair or by_layers or owner else OutputDistance(program)
     state, normal = dict(start), _statistics(program, shared)
+    left = {name: why for name, why in left.items() if not any(name in names for names in normal)}
     end = distance is not None
     stages = _plan(program, chosen, normal, towards_sums, places, all_shown=resized, to_the_end=end)
     told: LayerReport = {}
