@@ -8,8 +8,7 @@ in the trunk; and the seconds of the whole merge, of emitting, and of taking out
     python benchmarks/rewriting.py [--short] [--zoo] [--pairs NAME ...] [--models NAME ...] [--jobs 2] [--markdown FILE]
 
 With `--zoo`, this is done for models of the zoo, all layers but the last in the trunk. Each is also merged with another
-random model at full width, where no unit is merged with another. Then all outputs must be those of the models, unless a
-norm goes over all units of a stream: its statistics are those of both models together.
+random model at full width, where no unit is merged with another, and all outputs must be those of the models.
 
 Needs `pip install -e '.[zoo]'`.
 """
@@ -183,11 +182,11 @@ def row(name: str, build: Callable[[], Pair]) -> dict[str, str]:
 ZOO = {
     "torch.nn": """LSTM, LSTM bidirectional, LSTM stacked, GRU, GRU bidirectional, RNN, RNN relu, LSTM proj_size,
         TransformerEncoder, TransformerEncoder norm first, MultiheadAttention, Bilinear of hidden units""",
-    "transformers": """BERT classifier, RoBERTa, ALBERT, DistilBERT, DeBERTa, GPT-2, GPT-NeoX, OPT, BLOOM, Falcon, Mamba,
-        Mamba2, RWKV, Llama, Mistral, Qwen2, Qwen3, Gemma 2, Phi, OLMo 2, Cohere, Granite, Mixtral, Qwen3-MoE, OLMoE,
-        GPT-OSS, T5, mT5, BART, Whisper, Wav2Vec2, HuBERT, ViT, DeiT, BEiT, DINOv2, ConvNeXt, ConvNeXt V2, ResNet, RegNet,
-        PoolFormer, Swin, Swin V2, SegFormer classifier, MobileViT, BiT, TextNet, MobileNet V1, MobileNet V2, LeViT, PVT,
-        CvT, SwiftFormer, EfficientNet, Hiera, DPT, CLIP, PatchTST""",
+    "transformers": """BERT classifier, RoBERTa, ALBERT, DistilBERT, DeBERTa, GPT-2, GPT-NeoX, OPT, BLOOM, Falcon, Mamba, Mamba2,
+        RWKV, Llama, Mistral, Qwen2, Qwen3, Gemma 2, Phi, OLMo 2, Cohere, Granite, Mixtral, Qwen3-MoE, OLMoE, GPT-
+        OSS, T5, mT5, BART, Whisper, Wav2Vec2, HuBERT, ViT, DeiT, BEiT, DINOv2, ConvNeXt, ConvNeXt V2, ResNet,
+        RegNet, PoolFormer, Swin, Swin V2, SegFormer classifier, MobileViT, BiT, TextNet, MobileNet V1, MobileNet
+        V2, LeViT, PVT, CvT, SwiftFormer, EfficientNet, Hiera, DPT, CLIP, PatchTST""",
     "torchvision": "shufflenet_v2_x0_5, mobilenet_v3_small, squeezenet1_1, mnasnet0_5, regnet_y_400mf, resnet18",
     "smp": "Unet, FPN, Linknet",
 }
@@ -195,8 +194,10 @@ ZOO = {
 windows, grouped queries and experts, state-space models, recurrent layers."""
 NAMES = tuple(f"{family}/{name.strip()}" for family, names in ZOO.items() for name in names.split(","))
 SHORT_NAMES = ("torch.nn/LSTM", "transformers/BiT")
-EXACT = 1e-9
+EXACT = 1e-6
+"""Some have norms in float32, of which rounding depends on the order of units."""
 TIME = 240
+"""Seconds for each model."""
 
 
 def work(task: dict[str, Any], note: Note) -> None:
@@ -238,13 +239,13 @@ def _real(value: Any) -> bool:
 
 
 def zoo(names: Sequence[str], jobs: int) -> tuple[str, bool]:
-    """The table, and whether every merge in other units is exact."""
+    """The table, and whether every merge is exact."""
     rows, exact = [], True
     for row in run_all(work, [{"name": name} for name in names], jobs, TIME, 6):
         found = [row.get("in other units"), row.get("full width")]
         told = [f"{value:.0e}" if value is not None else "-" for value in found]
         rows.append({"model": row["name"], "in other units": told[0], "full width": told[1]})
-        exact &= found[0] is not None and found[0] < EXACT
+        exact &= all(value is not None and value < EXACT for value in found)
         if "failure" in row:
             print(f"{row['name']}: {row['failure']}", flush=True)
         print(", ".join(rows[-1].values()), flush=True)

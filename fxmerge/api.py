@@ -12,6 +12,7 @@ from torch import fx
 
 from fxmerge import validate
 from fxmerge.emit.fork import Head, take_out
+from fxmerge.emit.trunk import NOTHING
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare, readable_again
 from fxmerge.matching.universe import canonical_order
@@ -164,6 +165,8 @@ def _merged(
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
     group = Prepared.of(job, recipe, run, symmetry)
     job = group.job
+    if recipe.share == NOTHING:
+        return _side_by_side(group, recipe, weights)
     home = reference if base is None else 0  # The base comes first.
     # The result must not depend on the order of models that are all matched with each other.
     order = list(range(len(job.states))) if home is not None else canonical_order(job.states)
@@ -176,6 +179,11 @@ def _merged(
     program = sized(group, matching.merged, state)
     refitted = Refitted(state, {}, {}, {}, held_out=False)
     settled = nothing_lost(group, program, matching.merged, state)
+    if not settled and job.heads and isinstance(recipe.match, Zip) and recipe.match.width == len(models):
+        # As many units as all models have are to lose nothing.
+        logger.info("some units are of all models, or an op goes over them: the models stand side by side instead")
+        apart = replace(recipe, share=NOTHING, fit=None)
+        return _merged(models, None, apart, run=run, example=job.example, inputs=lambda given: given)
     if recipe.fit is not None and not settled:
         refitted = fit(group, recipe, run, program, matching.merged, aligned, state, weights, order)
         warn_of_few_rows(refitted.layers)
@@ -206,6 +214,20 @@ def _merged(
         left=dict(refitted.left),
         errors=named_errors(refitted.errors),
         held_out=refitted.held_out,
+    )
+    attach(told, merged)
+    return merged
+
+
+def _side_by_side(group: Prepared, recipe: Recipe, weights: Sequence[float]) -> fx.GraphModule:
+    """Networks that share nothing, in one graph."""
+    job = group.job
+    merged = emit(group, job.program, job.states[0])
+    told = replace(
+        group.report(merged),
+        recipe=recipe.to_dict(),
+        weights=tuple(weights),
+        heads=tuple(asdict(head) for head in job.heads),
     )
     attach(told, merged)
     return merged

@@ -227,7 +227,8 @@ def prepare(
             )
         _check_shapes(program, shapes)
         if heads:
-            warn_of_small_trunk(heads, {name: t.numel() for name, t in states[0].items()}, names)
+            if recipe is not None and recipe.share in (AUTO, "trunk"):
+                warn_of_small_trunk(heads, {name: t.numel() for name, t in states[0].items()}, names)
             if program.follows_path:
                 raise CaptureError("torch.export cannot capture the networks as one: merge them all through.")
             validate.check_heads(program, modules, states, call, names)

@@ -94,7 +94,9 @@ class Report:
         models = "1 model" if self.models == 1 else f"{self.models} models"
         lines = [f"{models}, {kind}; captured by {self.route}"]
         if self.heads:
-            lines.append(f"one trunk, with the heads {', '.join(repr(head['name']) for head in self.heads)}")
+            names = ", ".join(repr(head["name"]) for head in self.heads)
+            nothing = self.recipe is not None and self.recipe.get("share") == "nothing"
+            lines.append(f"nothing shared, side by side {names}" if nothing else f"one trunk, with the heads {names}")
         elif self.recipe is not None and self.models > 1 and self.recipe["combine"]["kind"] == "Average":
             lines.append("the outputs stand for all models; Recipe(share='trunk') keeps their last layers apart")
         matched = [q for own in self.quality for q in own.values()]

@@ -327,6 +327,33 @@ def test_with_all_units_apart_nothing_is_lost() -> None:
     assert {after // before for before, after in report.widths.values()} == {2}
 
 
+class Counted(nn.Module):
+    """A LayerNorm over a stream, and an LSTM, whose units cannot be more."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
+        self.cells, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, classes)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(self.cells(x + self.norm(x))[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_where_a_norm_goes_over_all_units_networks_stand_side_by_side(data: bool) -> None:
+    a, b, x = Counted(2), Counted(3), torch.randn(6, 7, 4, dtype=torch.float64)
+    recipe = fxmerge.Recipe(match=fxmerge.Zip(width=2.0))
+    merged = fxmerge.merge(a, b, [x] if data else None, recipe, example=x)
+    assert error((a(x), b(x)), merged(x)) < 1e-9
+    assert "nothing shared, side by side '0', '1'" in str(fxmerge.report(merged))
+    for number, model in enumerate((a, b)):
+        model.load_state_dict(fxmerge.head(merged, number).state_dict())
+    again = fxmerge.merge(a, b, recipe=fxmerge.Recipe(share="nothing", names=("x", "y"), outputs="dict"), example=x)
+    assert set(again(x)) == {"x", "y"}
+
+
 def test_a_wider_merge_is_nearer() -> None:
     a, b = cnn(0), cnn(1)
     data = [x.double() for x in pictures()]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.emit.trunk import CALLS, first_layer, learnt, trunk_of
+from fxmerge.emit.trunk import CALLS, NOTHING, first_layer, learnt, trunk_of
 from fxmerge.errors import ArchitectureMismatchError, OptionError
 from fxmerge.program.common import Pairs, common_part
 from fxmerge.program.emission import TREE
@@ -104,7 +104,7 @@ def fork(
     if share == "auto" and _equal(modules, pairs):
         return None
     trunk = trunk_of(first, common, share, called)
-    if not any(n.op == "get_attr" for n in trunk):
+    if share != NOTHING and not any(n.op == "get_attr" for n in trunk):
         if any(n.op == "get_attr" for n in common):
             raise ArchitectureMismatchError(
                 f"Recipe.share is {share!r}, and no layer of {called[0]} comes before the trunk would end. Share more."

@@ -21,6 +21,9 @@ from fxmerge.symmetry import rules
 
 CALLS = ("call_function", "call_method")
 
+NOTHING = "nothing"
+"""What networks share that stand side by side."""
+
 
 def trunk_of(
     module: fx.GraphModule, common: Collection[fx.Node], share: str | float | fx.Node, called: Sequence[str]
@@ -43,13 +46,16 @@ def trunk_of(
     if share in ("auto", "trunk"):
         rest = set(common) - (after(graph, _last_layers(graph)) if share == "trunk" else set())
         return _closed(graph, rest & after(graph, graph.find_nodes(op="placeholder")), common)
+    if share == NOTHING:
+        return needed(n for n in common if n.op == "placeholder")
     if isinstance(share, str):
         wanted = {n for n in graph.nodes if n.name == share or _within(n, share)}
         if not wanted:
-            known = ["auto", "trunk", *(n.name for n in graph.nodes if n.op in CALLS), *_modules(graph)]
+            known = ["auto", "trunk", NOTHING, *(n.name for n in graph.nodes if n.op in CALLS), *_modules(graph)]
             near = difflib.get_close_matches(share, known, n=3, cutoff=0.0)
             raise OptionError(
-                f"Recipe.share is {share!r}, which is no module or node of {called[0]}, nor 'auto' or 'trunk'. "
+                f"Recipe.share is {share!r}, which is no module or node of {called[0]}, nor 'auto', 'trunk' or "
+                f"'nothing'. "
                 f"Near it are {', '.join(map(repr, near))}."
             )
         if not wanted <= set(common):

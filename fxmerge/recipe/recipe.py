@@ -66,8 +66,9 @@ class Recipe:
             zero over all data, and all outputs of a model are scaled to one deviation.
         share: what the networks are to have once, as a trunk; what comes after it is a head of each network's own.
             "auto" is what they have in common, from the inputs on; if they are equal all through, everything. "trunk"
-            is that without the last layers, even if these are equal in shape. The name of a module or node is all up to
-            it. A number between 0 and 1 is all up to the last place that no more than that share of the first
+            is that without the last layers, even if these are equal in shape. "nothing" is no layer: the networks stand
+            side by side in one graph, each as it is. The name of a module or node is all up to it. A number between 0
+            and 1 is all up to the last place that no more than that share of the first
             network's parameters comes before. A `Budget` finds the place.
         outputs: with heads apart, the outputs of all networks: a "tuple" in their order, or a "dict" by `names`.
         names: of the heads, one for each network; None numbers them "0", "1", ...
