@@ -182,11 +182,12 @@ def row(name: str, build: Callable[[], Pair]) -> dict[str, str]:
 ZOO = {
     "torch.nn": """LSTM, LSTM bidirectional, LSTM stacked, GRU, GRU bidirectional, RNN, RNN relu, LSTM proj_size,
         TransformerEncoder, TransformerEncoder norm first, MultiheadAttention, Bilinear of hidden units""",
-    "transformers": """BERT classifier, RoBERTa, ALBERT, DistilBERT, DeBERTa, GPT-2, GPT-NeoX, OPT, BLOOM, Falcon, Mamba, Mamba2,
-        RWKV, Llama, Mistral, Qwen2, Qwen3, Gemma 2, Phi, OLMo 2, Cohere, Granite, Mixtral, Qwen3-MoE, OLMoE, GPT-
-        OSS, T5, mT5, BART, Whisper, Wav2Vec2, HuBERT, ViT, DeiT, BEiT, DINOv2, ConvNeXt, ConvNeXt V2, ResNet,
-        RegNet, PoolFormer, Swin, Swin V2, SegFormer classifier, MobileViT, BiT, TextNet, MobileNet V1, MobileNet
-        V2, LeViT, PVT, CvT, SwiftFormer, EfficientNet, Hiera, DPT, CLIP, PatchTST""",
+    "transformers": """BERT classifier, RoBERTa, ALBERT, DistilBERT, DeBERTa, GPT-2, GPT-NeoX, OPT, BLOOM, Falcon,
+        Mamba, Mamba2, RWKV, Llama, Mistral, Qwen2, Qwen3, Gemma 2, Phi, OLMo 2, Cohere, Granite,
+        Mixtral, Qwen3-MoE, OLMoE, GPT-OSS, T5, mT5, BART, Whisper, Wav2Vec2, HuBERT, ViT, DeiT, BEiT,
+        DINOv2, ConvNeXt, ConvNeXt V2, ResNet, RegNet, PoolFormer, Swin, Swin V2, SegFormer
+        classifier, MobileViT, BiT, TextNet, MobileNet V1, MobileNet V2, LeViT, PVT, CvT, SwiftFormer,
+        EfficientNet, Hiera, DPT, CLIP, PatchTST""",
     "torchvision": "shufflenet_v2_x0_5, mobilenet_v3_small, squeezenet1_1, mnasnet0_5, regnet_y_400mf, resnet18",
     "smp": "Unet, FPN, Linknet",
 }
