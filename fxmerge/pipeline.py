@@ -191,6 +191,6 @@ def emit(group: Prepared, program: Program, state: Mapping[str, Tensor]) -> fx.G
 
 
 def renumbered(quality: Sequence[Mapping[str, Mapping[str, float]]], order: Collection[int]) -> tuple[Any, ...]:
-    """What is told of every matched model as plain data, in another order if one is given."""
+    """What is told of every matched model as plain data, in another order if one is given; nothing where none was."""
     plain = [{name: dict(own) for name, own in each.items()} for each in quality]
     return tuple(plain[i] for i in order) if order and plain else tuple(plain)

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
@@ -16,6 +15,7 @@ from fxmerge import validate
 from fxmerge.emit.bake import bake
 from fxmerge.emit.config import config_for
 from fxmerge.emit.costs import flops_of
+from fxmerge.emit.proof import outputs, same_when_repeated
 from fxmerge.emit.resize import resize, rewritten, write
 from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
@@ -29,7 +29,7 @@ from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
 from fxmerge.program.run import Runner
 from fxmerge.recipe import Budget, Run, Zip
-from fxmerge.symmetry.double import InDouble, in_double
+from fxmerge.symmetry.double import in_double
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation
@@ -82,9 +82,15 @@ def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dic
                 break
             except CannotResizeError as error:
                 leave(_blamed(symmetry, found, error), str(error))
-        counted = _counted(group, sorted(found)) if run.verify else []
-        if counted:
-            leave(counted, "the network is another one when equal units become one, as if an op counted them.")
+        if run.verify:
+            counted = _counted(group, [n for n, width in found.items() if width < symmetry.units[n].size])
+            if counted:
+                leave(counted, "the network is another one when equal units become one, as if an op counted them.")
+            placed = _unproven(group, [n for n, width in found.items() if width > symmetry.units[n].size])
+            if placed:
+                leave(
+                    placed, "the network is another one when each unit is there twice, as if an op knew their places."
+                )
     return found, reasons
 
 
@@ -105,7 +111,7 @@ def _allotment(
     for n, widths in tried.items():
         size = symmetry.units[n].size
         steps[n] = tuple(w for w in widths if w == size or n in (small if w < size else large))
-    if not {*small, *large}:
+    if reasons and not {*small, *large}:
         warn_of_width(reasons)
     parameters = {
         n: t.numel() for n, t in job.states[0].items() if n in job.program.parameters and n not in job.buffers
@@ -114,6 +120,8 @@ def _allotment(
     work = flops_of(job.program, job.states[0], job.example) if budget.flops is not None else {}
     price = dict.fromkeys(parameters, 1 / first) if budget.parameters is not None else {}
     total = sum(own for name, own in work.items() if not job.owner.get(name, 0))
+    if budget.flops is not None and not total:
+        raise OptionError(f"Zip.width is {budget}, but torch counts no operations of these models: pass parameters.")
     for name, own in work.items():
         if name in parameters:
             price[name] = price.get(name, 0.0) + own / (total * parameters[name])
@@ -154,18 +162,26 @@ def _counted(group: Prepared, numbers: Sequence[int]) -> list[int]:
         left = _blamed(symmetry, numbers, error)
         return [*left, *_counted(group, [n for n in numbers if n not in left])]
     program, small = group.propagation.program, {name: in_double(tensor) for name, tensor in small.items()}
-    if validate.agree(_outputs(program, units.spread(small), job.example), _outputs(into, small, job.example)):
+    if validate.agree(outputs(program, units.spread(small), job.example), outputs(into, small, job.example)):
         return []
     half = len(numbers) // 2
     return list(numbers) if not half else [*_counted(group, numbers[:half]), *_counted(group, numbers[half:])]
 
 
-def _outputs(program: Program, state: Mapping[str, Tensor], call: Any) -> list[Any]:
-    """What a program computes, in float64 throughout, so that rounding does not hide that networks differ."""
-    args, kwargs = pytree.tree_map(in_double, call)
-    wide = {name: in_double(tensor) for name, tensor in {**program.constants, **state}.items()}
-    with InDouble():  # type: ignore[no-untyped-call]
-        return Runner(program).outputs(wide, args, kwargs)
+def _unproven(group: Prepared, numbers: Sequence[int]) -> list[int]:
+    """The classes of some of which the network is not the same when there are twice as many, each unit two times."""
+    symmetry, job = group.symmetry, group.job
+    if not numbers:
+        return []
+    widths = {n: 2 * symmetry.units[n].size for n in numbers}
+    try:
+        if same_when_repeated(group.propagation, symmetry, widths, job.states[0], job.example):
+            return []
+    except CannotResizeError as error:
+        left = _blamed(symmetry, numbers, error)
+        return [*left, *_unproven(group, [n for n in numbers if n not in left])]
+    half = len(numbers) // 2
+    return list(numbers) if not half else [*_unproven(group, numbers[:half]), *_unproven(group, numbers[half:])]
 
 
 def _try(group: Prepared, room: Room) -> None:
@@ -235,13 +251,13 @@ def nothing_lost(group: Prepared, program: Program, units: UnitMap, state: Mappi
         return False
     if len(job.states) == 1:
         return True
-    outputs = program.aten.out
-    assert outputs is not None  # Of several models, each with a head.
-    of_each = pytree.tree_unflatten(range(outputs.num_leaves), outputs)
+    tree = program.aten.out
+    assert tree is not None  # Of several models, each with a head.
+    of_each = pytree.tree_unflatten(range(tree.num_leaves), tree)
     of_each = list(of_each.values()) if isinstance(of_each, dict) else of_each
-    merged = _outputs(program, state, job.example)
+    merged = outputs(program, state, job.example)
     for own, numbers in zip(job.states, of_each, strict=True):
-        model, places = _outputs(job.program, own, job.example), pytree.tree_leaves(numbers)
+        model, places = outputs(job.program, own, job.example), pytree.tree_leaves(numbers)
         if not validate.agree([model[i] for i in places], [merged[i] for i in places]):
             return False
     return True

@@ -7,33 +7,32 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from fxmerge.emit.bake import bake
+from fxmerge.emit.proof import same_when_repeated
 from fxmerge.emit.resize import rewritten, write
 from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import ArchitectureMismatchError, CaptureError
-from fxmerge.matching.assignment import descendants
-from fxmerge.matching.room import Room, may_change
+from fxmerge.matching.room import Room, may_change, repeated
 from fxmerge.program import models
 from fxmerge.program.capture import Args, capture_ops, capture_program
 from fxmerge.program.captured import Program
-from fxmerge.symmetry.flow import Flow, flows
+from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
-from fxmerge.units.layout import Ids
-from fxmerge.units.unit_map import UnitMap
-from fxmerge.validate import agree
 
 logger = logging.getLogger(__name__)
 
 Call = tuple[Args, dict[str, Any]]
 
 
-TOLERANCE = 1e-3
-"""How much outputs of one function may differ by rounding, as a share of the largest."""
+class _CannotWidenError(Exception):
+    """Some classes cannot have more units, with the reason."""
+
+    def __init__(self, classes: Collection[int], why: str) -> None:
+        super().__init__(why)
+        self.classes = classes
 
 
 def of_equal_width(
@@ -74,8 +73,9 @@ def of_equal_width(
             continue
         try:
             made.append(_widened(model, program, propagation, symmetry, most, call, varying))
-        except (CannotResizeError, ArchitectureMismatchError) as error:
-            n = next(n for n, c in enumerate(symmetry.units) if c.size != most[n])
+        except (CannotResizeError, _CannotWidenError) as error:
+            differ = [n for n, c in enumerate(symmetry.units) if c.size != most[n]]
+            n = next((n for n in differ if n in error.classes), differ[0])
             raise ArchitectureMismatchError(
                 f"{name} has {symmetry.units[n].size} units of class {symmetry.names[n]!r}, where another network has "
                 f"{most[n]}, and cannot be given as many: {error} Merge networks of equal widths."
@@ -107,48 +107,21 @@ def _widened(
 
     Raises:
         CannotResizeError: if the graph does not allow these sizes.
-        ArchitectureMismatchError: if the function does not stay the same.
+        _CannotWidenError: if the classes do not, or if the function does not stay the same.
     """
-    flow = flows(found)
     grown = {n: size for n, size in enumerate(sizes) if size > symmetry.units[n].size}
     roots = {n: size for n, size in grown.items() if symmetry.ancestors(n).isdisjoint(grown)}
-    _, more = may_change(symmetry, flow, list(roots))
-    room = Room.of(symmetry, roots)
-    if set(roots) - more or list(room.widths) != list(sizes):
-        raise ArchitectureMismatchError("they lie in blocks, such as heads or groups, or no layer reads them.")
-    several = UnitMap(
-        symmetry.names, symmetry.layout, frozenset(), (tuple(np.arange(c.size) for c in symmetry.units),), room.widths
-    )
-    maps = [np.arange(size) for size in sizes]
-    for n in roots:
-        _repeat(symmetry, n, sizes, maps)
-    units = UnitMap(
-        symmetry.names,
-        tuple(several.into(axis) for axis in symmetry.layout),
-        frozenset(axis for axis, kind in flow.items() if kind is Flow.CONSUMES),
-        (tuple(maps),),
-        tuple(c.size for c in symmetry.units),
-    )
-    state = units.spread(models.tensors(model))
+    _, more = may_change(symmetry, flows(found), list(roots))
+    refused = set(roots) - more or {n for n, width in enumerate(Room.of(symmetry, roots).widths) if width != sizes[n]}
+    if refused:
+        raise _CannotWidenError(refused, "they lie in blocks, such as heads or groups, or no layer reads them.")
+    state = models.tensors(model)
+    if not same_when_repeated(found, symmetry, roots, state, call):
+        raise _CannotWidenError(set(roots), "the network is then another one, as if an op counted units.")
+    several, copies = repeated(symmetry, flows(found), roots)
+    wide = copies.spread(state)
     ops = capture_ops(model, *call, varying=set(varying))
-    for node, changes in rewritten(ops, program, found, symmetry, several, state, call).items():
+    for node, changes in rewritten(ops, program, found, symmetry, several, wide, call).items():
         write(node, changes)
     ops.recompile()
-    wide = bake(replace(program, module=ops), state)
-    with models.evaluating(model):
-        expected = pytree.tree_leaves(models.run(model, *call))
-    if not agree(expected, pytree.tree_leaves(models.run(wide, *call)), TOLERANCE):
-        raise ArchitectureMismatchError("the network is then another one, as if an op counted units.")
-    return wide
-
-
-def _repeat(symmetry: Symmetry, number: int, sizes: Sequence[int], maps: list[Ids]) -> None:
-    """Sets, for the units of a larger class and for what is nested in them, which unit each is a copy of."""
-    copied = {number: np.arange(sizes[number]) % symmetry.units[number].size}
-    for n in descendants(symmetry, number):
-        if n != number:
-            ((parent, _),) = symmetry.units[n].parents
-            each = symmetry.units[n].size // symmetry.units[parent].size
-            units = np.arange(sizes[n])
-            copied[n] = copied[parent][units // each] * each + units % each
-        maps[n] = copied[n]
+    return bake(replace(program, module=ops), wide)

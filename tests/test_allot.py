@@ -42,6 +42,8 @@ def test_widths_to_choose_from() -> None:
     assert widths_to_try(symmetry, 0, 2, **asked) == list(range(32, 0, -2))  # type: ignore[arg-type]
     asked = {"fewer": False, "more": True, "step": 8}
     assert widths_to_try(symmetry, 0, 2, **asked) == [32, 24, 16]  # type: ignore[arg-type]
+    asked = {"fewer": True, "more": True, "step": 64}
+    assert widths_to_try(symmetry, 0, 2, **asked) == [32, 16]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
@@ -90,9 +92,12 @@ def test_a_merge_within_a_budget() -> None:
 
 def test_a_budget_that_cannot_be_kept() -> None:
     with pytest.raises(
-        fxmerge.OptionError, match=r"Budget\(parameters=0\.01.*the smallest widths cost more: allow more"
+        fxmerge.OptionError, match=r"Budget\(parameters=0\.01.*the smallest widths that classes may have cost more"
     ):
         fxmerge.fold(network(0), [X], Budget(parameters=0.01), run=QUIET)
+    flat = nn.Sequential(nn.Embedding(11, 8), nn.LayerNorm(8))
+    with pytest.raises(fxmerge.OptionError, match="torch counts no operations of these models: pass parameters"):
+        fxmerge.fold(flat, width=Budget(flops=0.5), example=torch.randint(0, 11, (4, 5)), run=QUIET)
     with pytest.raises(fxmerge.OptionError, match="Budget with a distance"):
         Zip(width=Budget(distance=0.1))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -95,8 +93,43 @@ def test_there_may_be_more_blocks_where_they_come_one_after_the_other() -> None:
         model = Heads(turned=turned).double()
         symmetry, heads = classes(model)
         assert whole_blocks(symmetry, heads) is not turned
-    asked: dict[str, Any] = {"example": TOKENS}
     a, b = (Heads(turned=True).double().eval() for _ in range(2))
     recipe = fxmerge.Recipe(match=fxmerge.Zip(width={symmetry.names[heads]: 1.5}), share="trunk")
-    merged = fxmerge.merge(a, b, recipe=recipe, **asked)
-    assert not fxmerge.report(merged).widths
+    with pytest.raises(fxmerge.OptionError, match="cannot have more units"):
+        fxmerge.merge(a, b, recipe=recipe, example=TOKENS)
+
+
+class Together(nn.Module):
+    """Attention of which a layer gives queries, keys and values head by head, or channels that are shuffled."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(5, 24), nn.Linear(8, 6), nn.Linear(6, classes)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (4, 3, 2)).permute(3, 0, 2, 1, 4).unbind()
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(self.out(y).relu())  # type: ignore[no-any-return]
+
+
+class Shuffled(nn.Sequential):
+    """Channels that are shuffled."""
+
+    def __init__(self, classes: int) -> None:
+        layers = nn.Conv1d(7, 8, 1), nn.ChannelShuffle(4), nn.ReLU(), nn.Conv1d(8, 6, 1), nn.ReLU(), nn.Flatten()
+        super().__init__(*layers, nn.Linear(30, classes))
+        self.double().eval()
+
+
+@pytest.mark.parametrize("kind", [Together, Shuffled])
+def test_no_more_of_what_an_op_knows_by_its_place(kind: type[nn.Module]) -> None:
+    a, b = kind(2), kind(3)
+    names = fxmerge.find_symmetry(a, (TOKENS,)).names
+    for width in (1.5, fxmerge.Budget(parameters=9.0)):
+        merged = fxmerge.merge(a, b, recipe=fxmerge.Recipe(match=fxmerge.Zip(width=width)), example=TOKENS)
+        widths = fxmerge.report(merged).widths
+        assert widths and not any(name in widths for name in names if name.endswith(("qkv.weight[0]", "0.weight[0]")))
+    full = fxmerge.merge(a, b, recipe=fxmerge.Recipe(match=fxmerge.Zip(width=2.0)), example=TOKENS)
+    for own, model in zip(full(TOKENS), (a, b), strict=True):
+        torch.testing.assert_close(own, model(TOKENS))

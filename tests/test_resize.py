@@ -139,7 +139,10 @@ def test_blocks_or_what_lies_in_them() -> None:
     assert widths({first[0]: 0.5}) == {first[0]: (3, 2), first[1]: (6, 4)}
     assert widths({first[1]: 0.5}) == widths({"*0.weight[0]": 0.5}) == {first[1]: (6, 3)}
     with pytest.raises(fxmerge.OptionError, match=r"are blocks, and '0\.weight\[0\]', which lies in them"):
-        widths(dict.fromkeys(first, 0.5))
+        widths({first[1]: 0.5, first[0]: 0.5})
+    assert set(widths({first[0]: 0.5, "*": 0.5})) >= set(first)
+    with pytest.raises(fxmerge.OptionError, match=r"cannot have more units\. Leave it out"):
+        widths({first[0]: 1.5})
 
 
 class Grouped(nn.Module):
@@ -389,9 +392,9 @@ class Streamed(nn.Module):
 
 def test_layers_are_fitted_where_a_norm_sees_the_units_of_all_models() -> None:
     a, b, x = Streamed(0).eval(), Streamed(1).eval(), torch.randn(256, 4)
-    recipe = fxmerge.Recipe(match=fxmerge.Zip(width=2.0), share="trunk")
+    recipe = fxmerge.Recipe(match=fxmerge.Zip(width=1.5), share="trunk")
     report = fxmerge.report(fxmerge.merge(a, b, [x], recipe))
-    assert report.widths == {"first.weight[0]": (8, 16)}
+    assert report.widths == {"first.weight[0]": (8, 12)}
     assert report.layers
 
 

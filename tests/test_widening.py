@@ -103,6 +103,12 @@ def test_transformers_of_twice_the_width_and_heads() -> None:
     assert fxmerge.merge(a, b, [x], run=QUIET)(x).shape == (5, 2)
 
 
+def test_networks_in_half_precision() -> None:
+    a, b = mlp(6, 9).bfloat16(), mlp(12, 18).bfloat16()
+    x = torch.randn(64, 4).bfloat16()
+    assert fxmerge.merge(a, b, [x], run=QUIET)(x).dtype is torch.bfloat16
+
+
 NOT: dict[str, tuple[nn.Module, nn.Module, str]] = {
     "units that a norm counts": (Block(8, 12), Block(12, 12), "the network is then another one, as if an op counted"),
     "dimensions of heads": (Block(8, 12), Block(16, 12, size=8), "they lie in blocks, such as heads"),

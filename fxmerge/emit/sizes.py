@@ -144,8 +144,12 @@ class Sizes:
             raise self.cannot(node, "is cut inside of units that lie along several dimensions")
         return found if index else 0
 
-    def groups(self, node: fx.Node, dim: int, groups: int) -> int:
-        """The new number of groups into which a dimension of a node's value is cut."""
+    def groups(self, node: fx.Node, dim: int, groups: int, *, alike: bool = False) -> int:
+        """The new number of groups into which a dimension of a node's value is cut.
+
+        Arguments:
+            alike: whether more groups may come after the last one, since none knows of its place.
+        """
         new = self.size(node, dim)
         if new is None or groups == 1:
             return groups
@@ -154,7 +158,7 @@ class Sizes:
             return new
         ends = [self.boundary(node, dim, i * size // groups) for i in range(groups + 1)]
         sizes = {b - a for a, b in itertools.pairwise(ends)} - {0}
-        if len(sizes) == 2 and new > size and max(sizes) % min(sizes) == 0:  # Whole groups come after the last one.
+        if alike and len(sizes) == 2 and new > size and max(sizes) % min(sizes) == 0:
             sizes = {min(sizes)}
         if len(sizes) > 1:
             raise self.cannot(node, f"is cut into {groups} groups, which would differ in size")

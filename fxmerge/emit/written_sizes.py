@@ -115,8 +115,10 @@ def _repeat_interleave(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Cha
     x, dim = call["self"], call["dim"]
     if dim is None or not isinstance(call["repeats"], int):
         raise sizes.cannot(node, "repeats units by their places")
-    old = sizes.size(x, dim) or sizes.shape(x)[dim]
-    return {"repeats": (sizes.size(node, dim) or sizes.shape(node)[dim]) // old}
+    each, rest = divmod(sizes.size(node, dim) or sizes.shape(node)[dim], sizes.size(x, dim) or sizes.shape(x)[dim])
+    if rest:
+        raise sizes.cannot(node, "repeats units, of which there would be other numbers")
+    return {"repeats": each}
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
@@ -128,13 +130,13 @@ def _normalized(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
 
 @rule("group_norm")
 def _group_norm(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
-    return {"num_groups": sizes.groups(call["input"], 1, call["num_groups"])}
+    return {"num_groups": sizes.groups(call["input"], 1, call["num_groups"], alike=True)}
 
 
 @rule("native_group_norm")
 def _native_group_norm(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     channels = sizes.size(call["input"], 1) or call["C"]
-    return {"C": channels, "group": sizes.groups(call["input"], 1, call["group"])}
+    return {"C": channels, "group": sizes.groups(call["input"], 1, call["group"], alike=True)}
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

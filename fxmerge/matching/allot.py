@@ -65,7 +65,9 @@ class Allotment:
             path.append(self._widths(at))
         low, high = 0, len(path) - 1  # The first that fits: what comes later costs less.
         if not self.fits(path[high]):
-            raise OptionError(f"Zip.width is {self.told}, but the smallest widths cost more: allow more.")
+            raise OptionError(
+                f"Zip.width is {self.told}, but the smallest widths that classes may have cost more: allow more."
+            )
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if self.fits(path[middle]) else (middle + 1, high)
@@ -103,7 +105,10 @@ def widths_to_try(symmetry: Symmetry, number: int, models: int, *, fewer: bool, 
     parts = [*range(FINE * models, FINE, -1)] if more else []
     parts += [FINE, *(range(FINE - 1, 0, -1) if fewer else ())]
     step *= blocks
-    widths = {size if part == FINE else max(size * part // (FINE * step) * step, step) for part in parts}
+    widths = {size}
+    for part in parts:
+        width = max(size * part // (FINE * step) * step, step)
+        widths.add(min(width, size) if part < FINE else max(min(width, models * size), size))
     return sorted(widths, reverse=True)
 
 

@@ -82,6 +82,26 @@ def alike(symmetry: Symmetry, classes: Collection[int], consumed: frozenset[Axis
     return UnitMap(symmetry.names, symmetry.layout, consumed, (maps,), room.widths, room.kept)
 
 
+def repeated(symmetry: Symmetry, flow: Mapping[Axis, Flow], widths: Mapping[int, int]) -> tuple[UnitMap, UnitMap]:
+    """Two maps of one model: from its units to more of some classes, where `whole_blocks` allows that; and from these
+    to its own, of which each is there several times. What the second one spreads is the same function as before
+    (Net2WiderNet, arXiv 1511.05641)."""
+    room = Room.of(symmetry, widths)
+    own = tuple(np.arange(c.size) for c in symmetry.units)
+    several = UnitMap(symmetry.names, symmetry.layout, frozenset(), (own,), room.widths)
+    copies = [np.arange(width) for width in room.widths]
+    for n in widths:
+        copies[n] %= symmetry.units[n].size
+        for nested in descendants(symmetry, n)[1:]:
+            ((parent, _),) = symmetry.units[nested].parents
+            each = symmetry.units[nested].size // symmetry.units[parent].size
+            copies[nested] = copies[parent][copies[nested] // each] * each + copies[nested] % each
+    consumed = frozenset(axis for axis, kind in flow.items() if kind is Flow.CONSUMES)
+    sizes = tuple(c.size for c in symmetry.units)
+    layout = tuple(several.into(axis) for axis in symmetry.layout)
+    return several, UnitMap(symmetry.names, layout, consumed, (tuple(copies),), sizes)
+
+
 def cells(symmetry: Symmetry, number: int) -> Ids:
     """For every unit of a class, the number of the block in which it lies."""
     c = symmetry.units[number]
@@ -136,9 +156,10 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
         OptionError: if a class is named of which there can be no other number, or a pattern fits none.
     """
     assert not isinstance(part.width, Budget)
-    if isinstance(part.width, Mapping):
+    named = part.width if isinstance(part.width, Mapping) else None
+    if named is not None:
         free = [symmetry.names[n] for n in sorted({*fewer, *more})]
-        for pattern in part.width:
+        for pattern in named:
             if not any(_fits(name, pattern) for name in symmetry.names):
                 raise OptionError(f"Zip.width names {pattern!r}, which is no class; there are {_some(symmetry.names)}.")
             if not any(_fits(name, pattern) for name in free):
@@ -146,11 +167,9 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
                     f"Zip.width names {pattern!r}, but no class that it fits can have another width. These can: "
                     f"{_some(free) or 'none'}."
                 )
-    found = {}
-    if not isinstance(
-        part.width, Mapping
-    ):  # Blocks are merged only where they are named: a head costs more than units.
+    if named is None:  # A head costs more than other units, so blocks are merged only where they are named.
         fewer = {n for n in fewer if not is_block(symmetry, n)}
+    found, refused = {}, dict[str, str]()
     for n in sorted({*fewer, *more}):
         name, size = symmetry.names[n], symmetry.units[n].size
         asked = part.width * size if not isinstance(part.width, Mapping) else _asked(part.width, name, size)
@@ -158,9 +177,14 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
         width = max(round(asked / step) * step, step)
         # Rounding does not turn fewer units into more.
         width = min(width, size) if asked <= size else max(min(width, models * size), size)
-        if asked != size and (n in more if width > size else n in fewer and width < size):
+        if asked != size and (n in more and models > 1 if asked > size else n in fewer):
             found[n] = width
-    return whole_or_inside(symmetry, found, part.width if isinstance(part.width, Mapping) else None)
+        elif asked != size and named is not None:
+            refused[_pattern(named, name)] = f"{name!r} cannot have {'more' if asked > size else 'fewer'} units"
+    for pattern in refused.keys() - {_pattern(named or {}, symmetry.names[n]) for n in found}:
+        raise OptionError(f"Zip.width names {pattern!r}, but {refused[pattern]}. Leave it out.")
+    found = {n: width for n, width in found.items() if width != symmetry.units[n].size}
+    return whole_or_inside(symmetry, found, named)
 
 
 def whole_or_inside(
@@ -183,13 +207,18 @@ def whole_or_inside(
         both = nested & left.keys()
         if n not in left or not both:
             continue
-        if len({_pattern(named or {}, symmetry.names[k]) for k in (n, *both)}) > 1:
+        order = [*(named or ()), ""]
+        inner = [_pattern(named or {}, symmetry.names[k]) for k in both]
+        outer = order.index(_pattern(named or {}, symmetry.names[n]))
+        # A later pattern that fits much does not name what lies in blocks that an earlier one names.
+        if any(order.index(p) < outer or p in symmetry.names for p in inner if order.index(p) != outer):
             raise OptionError(
                 f"Zip.width names {symmetry.names[n]!r}, which are blocks, and {symmetry.names[min(both)]!r}, which "
                 "lies in them: give one of the two another width, and leave out the other."
             )
         leaves = {k for k in inside if inside.isdisjoint(descendants(symmetry, k)[1:])}
-        for k in [n] if leaves <= left.keys() else both:
+        first = all(order.index(p) == outer for p in inner)
+        for k in [n] if first and leaves <= left.keys() else both:
             del left[k]
     return left
 

@@ -103,9 +103,9 @@ def places_of(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
 def places_and_blocks(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
     """`places_of`, and the same for blocks, such as heads, of which it is clear what lies in them."""
     number, place = places_of(found, symmetry)
-    child, parent = (
-        (np.concatenate(ids) for ids in zip(*found.units.member, strict=True)) if found.units.member else ((), ())
-    )
+    if not found.units.member:
+        return number, place
+    child, parent = (np.concatenate(ids) for ids in zip(*found.units.member, strict=True))
     for n, c in reversed(list(enumerate(symmetry.units))):
         if len(c.parents) == 1:
             ((p, at),) = c.parents
