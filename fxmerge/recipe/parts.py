@@ -37,7 +37,8 @@ class Budget:
     where that loses least for what it saves.
 
     Attributes:
-        parameters: how many parameters the result may have, as a multiple of those of the first network.
+        parameters: how many parameters the result may have, as a multiple of those of the first network, once networks
+            of other widths have as many units.
         flops: how many floating-point operations it may take on the example, as a multiple likewise.
         distance: how far its outputs may be from those of the networks, as a share of their variance, on held-out data:
             `report(merged).errors["merged"]`. It needs data and a fit. Of a width, there is none.

@@ -205,8 +205,8 @@ def with_statistics(
     owner: Mapping[str, int] | None = None,
     max_memory: float = math.inf,
 ) -> dict[str, Tensor]:
-    """Re-estimates the statistics of BatchNorm over data: the mean and variance of all that the network computes there,
-    with the layers before it as they are when their own statistics are known.
+    """Re-estimates the statistics of BatchNorm over data: the mean and variance (over n, not n - 1) of all that the
+    network computes there, with the layers before it as they are when their own statistics are known.
 
     Arguments:
         program: the captured program.
