@@ -13,7 +13,7 @@ from fxmerge.emit.bake import bake
 from fxmerge.emit.proof import same_when_repeated
 from fxmerge.emit.resize import rewritten, write
 from fxmerge.emit.sizes import CannotResizeError
-from fxmerge.errors import ArchitectureMismatchError, CaptureError
+from fxmerge.errors import CaptureError
 from fxmerge.matching.room import Room, may_change, repeated
 from fxmerge.program import models
 from fxmerge.program.capture import Args, capture_ops, capture_program
@@ -38,7 +38,8 @@ class _CannotWidenError(Exception):
 def of_equal_width(
     given: Sequence[nn.Module], names: Sequence[str], call: Call, varying: Collection[tuple[int, int]]
 ) -> tuple[nn.Module, ...]:
-    """Models of which each class has as many units as in the model that has most; as they are, if they have already.
+    """Models of which each class has as many units as in the model that has most; as they are, if they have already, or
+    if one cannot have as many, of which is warned.
 
     A unit becomes several that give the same, and what reads them is shared out among them (Net2WiderNet, arXiv
     1511.05641), so that the function stays the same.
@@ -48,9 +49,6 @@ def of_equal_width(
         names: what they are called in messages.
         call: (args, kwargs) of all.
         varying: dimensions of inputs that may have several sizes.
-
-    Raises:
-        ArchitectureMismatchError: if a model cannot have as many units.
     """
     shapes = [{name: tuple(t.shape) for name, t in models.tensors(model).items()} for model in given]
     if any(own.keys() != shapes[0].keys() for own in shapes) or not any(_inputs_differ(shapes[0], s) for s in shapes):
@@ -76,10 +74,12 @@ def of_equal_width(
         except (CannotResizeError, _CannotWidenError) as error:
             differ = [n for n, c in enumerate(symmetry.units) if c.size != most[n]]
             n = next((n for n in differ if n in error.classes), differ[0])
-            raise ArchitectureMismatchError(
-                f"{name} has {symmetry.units[n].size} units of class {symmetry.names[n]!r}, where another network has "
-                f"{most[n]}, and cannot be given as many: {error} Merge networks of equal widths."
-            ) from error
+            logger.warning(
+                "%s has %d units of class %r, where another network has %d, and cannot be given as many: %s What comes "
+                "before is merged, if there is anything.",
+                *(name, symmetry.units[n].size, symmetry.names[n], most[n], error),
+            )
+            return tuple(given)
         logger.info("%s has more units, each several times, so that all networks have as many", name)
     return tuple(made)
 

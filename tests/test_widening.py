@@ -116,11 +116,23 @@ NOT: dict[str, tuple[nn.Module, nn.Module, str]] = {
 
 
 @pytest.mark.parametrize("name", NOT)
-def test_what_cannot_have_as_many_units_is_named(name: str) -> None:
+def test_what_cannot_have_as_many_units_is_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
     a, b, why = NOT[name]
     example: dict[str, Any] = {"example": torch.randn(5, 6, 3)}
-    with pytest.raises(fxmerge.ArchitectureMismatchError, match=rf"model A has 8 units of class .* {why}"):
+    with pytest.raises(fxmerge.ArchitectureMismatchError, match="no layer in common"):
         fxmerge.merge(a, b, **example)
+    (message,) = (r.getMessage() for r in caplog.records if r.name == "fxmerge.widening")
+    assert message.startswith("model A has 8 units of class") and why in message
+
+
+def test_what_comes_before_is_merged(caplog: pytest.LogCaptureFixture) -> None:
+    """A stem in common, then a stream that has units that a norm counts."""
+    a, b = (nn.Sequential(nn.Linear(4, 3), nn.ReLU(), Block(width, 12)) for width in (8, 12))
+    x = torch.randn(5, 6, 4)
+    merged = fxmerge.merge(a, b, [x], run=QUIET)
+    assert any("model A has 8 units" in r.getMessage() for r in caplog.records)
+    assert [y.shape for y in merged(x)] == [(5, 2), (5, 2)]
+    a.load_state_dict(fxmerge.head(merged, 0).state_dict())
 
 
 def test_networks_that_differ_in_more_than_sizes_are_left_alone() -> None:
