@@ -20,7 +20,7 @@ from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.combine.derived import Derived, not_averaged
 from fxmerge.combine.masks import masks_of
 from fxmerge.emit.fork import Head, fork, in_common, names_in, owner_of
-from fxmerge.emit.trunk import within
+from fxmerge.emit.trunk import NOTHING, within
 from fxmerge.errors import ArchitectureMismatchError, CaptureError, LoaderError, OptionError
 from fxmerge.notices import warn_of_small_trunk
 from fxmerge.program.capture import Args, capture_ops, capture_program, check_example
@@ -227,7 +227,7 @@ def prepare(
             )
         _check_shapes(program, shapes)
         if heads:
-            if recipe is not None and recipe.share in (AUTO, "trunk"):
+            if recipe is not None and recipe.share != NOTHING:
                 warn_of_small_trunk(heads, {name: t.numel() for name, t in states[0].items()}, names)
             if program.follows_path:
                 raise CaptureError("torch.export cannot capture the networks as one: merge them all through.")

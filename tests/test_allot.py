@@ -13,6 +13,7 @@ from fxmerge.emit.costs import flops_of
 from fxmerge.matching.allot import lost, widths_to_try
 from fxmerge.program.capture import capture_program
 from fxmerge.recipe import Run
+from tests.slow import but_slow
 
 X = torch.randn(64, 6)
 QUIET = Run(progress=False)
@@ -46,7 +47,7 @@ def test_widths_to_choose_from() -> None:
     assert widths_to_try(symmetry, 0, 2, **asked) == [32, 16]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("share", but_slow([0.3, 0.5, 0.9]))
 def test_a_fold_within_a_number_of_parameters(share: float) -> None:
     model = network(0)
     folded = fxmerge.fold(model, [X], Budget(parameters=share), run=QUIET)
@@ -75,6 +76,7 @@ def test_units_go_where_they_cost_nothing() -> None:
     torch.testing.assert_close(folded(X.double()), model(X.double()))
 
 
+@pytest.mark.slow
 def test_a_merge_within_a_budget() -> None:
     a, b = network(0), network(1, classes=4)
     sizes = []

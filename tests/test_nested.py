@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge.matching.nested import carry, is_block, merge_blocks, similar_blocks, whole_blocks
 from fxmerge.symmetry.group import Symmetry
+from tests.slow import but_slow
 
 
 class Heads(nn.Module):
@@ -71,7 +72,7 @@ def test_members_of_merged_blocks_are_matched() -> None:
         assert places[n].tolist() == [*range(6), *order, *(order + 3)]
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("turned", but_slow([False, True]))
 def test_heads_that_do_the_same_become_one(turned: bool) -> None:
     """Two of four heads are copies of the others, with their dimensions in another order: nothing is lost."""
     torch.manual_seed(0)
@@ -122,7 +123,7 @@ class Shuffled(nn.Sequential):
         self.double().eval()
 
 
-@pytest.mark.parametrize("kind", [Together, Shuffled])
+@pytest.mark.parametrize("kind", but_slow([Together, Shuffled]))
 def test_no_more_of_what_an_op_knows_by_its_place(kind: type[nn.Module]) -> None:
     a, b = kind(2), kind(3)
     names = fxmerge.find_symmetry(a, (TOKENS,)).names

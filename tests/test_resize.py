@@ -113,7 +113,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", but_slow(BLOCKS, 3))
+@pytest.mark.parametrize("name", but_slow(BLOCKS))
 def test_equal_blocks_are_one(name: str) -> None:
     """Heads with their queries, keys and values, and groups with their channels."""
     pattern, width = BLOCKS[name]
@@ -344,7 +344,7 @@ class Counted(nn.Module):
         return self.head(self.cells(x + self.norm(x))[0])  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("data", but_slow([True, False]))
 def test_where_a_norm_goes_over_all_units_networks_stand_side_by_side(data: bool) -> None:
     a, b, x = Counted(2), Counted(3), torch.randn(6, 7, 4, dtype=torch.float64)
     recipe = fxmerge.Recipe(match=fxmerge.Zip(width=2.0))

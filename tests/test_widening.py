@@ -12,6 +12,7 @@ import fxmerge
 from fxmerge import Recipe, Zip
 from fxmerge.recipe import Run
 from fxmerge.widening import of_equal_width
+from tests.slow import but_slow
 
 QUIET = Run(progress=False)
 
@@ -62,7 +63,7 @@ PAIRS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", but_slow(PAIRS, ["residual CNNs"]))
 def test_with_all_units_apart_nothing_is_lost(name: str) -> None:
     *models, shape = PAIRS[name]
     a, b = (model.double().eval() for model in models)
@@ -103,6 +104,7 @@ def test_transformers_of_twice_the_width_and_heads() -> None:
     assert fxmerge.merge(a, b, [x], run=QUIET)(x).shape == (5, 2)
 
 
+@pytest.mark.slow
 def test_networks_in_half_precision() -> None:
     a, b = mlp(6, 9).bfloat16(), mlp(12, 18).bfloat16()
     x = torch.randn(64, 4).bfloat16()
@@ -115,7 +117,7 @@ NOT: dict[str, tuple[nn.Module, nn.Module, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", NOT)
+@pytest.mark.parametrize("name", but_slow(NOT))
 def test_what_cannot_have_as_many_units_is_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
     a, b, why = NOT[name]
     example: dict[str, Any] = {"example": torch.randn(5, 6, 3)}
