@@ -23,7 +23,6 @@ import hashlib
 import math
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,12 +32,12 @@ import torch
 from heads import CLASSES, QUIET, Row, percent
 from invariance import machine, table
 from many import mean
-from tasks import default_cache
 from tasks_suite import images, training
 from tasks_suite.images import ImageProblem
 from tasks_suite.networks import UNet
 from tasks_suite.problem import CHUNK, Part, mean_scores
 from tasks_suite.suite import PROBLEMS, Entry
+from tasks_suite.training import cache_folder, default_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -442,9 +441,7 @@ def main() -> int:
     if setting.first.data == "fashion":
         images.check_installed()
     found: Found = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) if options.short else options.cache
-        cache.mkdir(parents=True, exist_ok=True)
+    with cache_folder(options.cache, short=options.short) as cache:
         for gap in GAPS[:1] if options.short else options.gaps:
             for seed in range(1 if options.short else options.seeds):
                 measure(replace(setting, gap=gap), methods, seed, cache, found)

@@ -23,7 +23,6 @@ import copy
 import importlib.util
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from tasks_suite.problem import Problem
 from tasks_suite.sequences import Attention
 from tasks_suite.suite import NETWORKS, PROBLEMS
 from tasks_suite.text import TextProblem
-from tasks_suite.training import default_cache
+from tasks_suite.training import cache_folder, default_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -341,9 +340,7 @@ def main() -> int:
     if any(NETWORKS[network].data == "fashion" for network in networks):
         images.check_installed()
     widths = [0.5] if options.short else options.widths
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) if options.short else options.cache
-        cache.mkdir(parents=True, exist_ok=True)
+    with cache_folder(options.cache, short=options.short) as cache:
         results = []
         for network in networks:
             for seed in range(1 if options.short else options.seeds):

@@ -18,7 +18,6 @@ import copy
 import hashlib
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from tasks_suite import images
 from tasks_suite.images import EMBEDDING, ImageProblem
 from tasks_suite.problem import CHUNK
 from tasks_suite.suite import NETWORKS, PROBLEMS, Entry
-from tasks_suite.training import default_cache
+from tasks_suite.training import cache_folder, default_cache
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -225,9 +224,7 @@ def main() -> int:
     networks = options.networks or (SHORT if options.short else LONG)
     if any(NETWORKS[network].data == "fashion" for network in networks):
         images.check_installed()
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) if options.short else options.cache
-        cache.mkdir(parents=True, exist_ok=True)
+    with cache_folder(options.cache, short=options.short) as cache:
         seeds = 1 if options.short else options.seeds
         text = table(by_method(networks, seeds, cache))
     print(text)

@@ -18,7 +18,6 @@ import argparse
 import copy
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from tasks_suite.images import SHARES
 from tasks_suite.methods import with_state_of
 from tasks_suite.problem import Learnt, Problem
 from tasks_suite.suite import NETWORKS, PROBLEMS
-from tasks_suite.training import Parent, default_cache
+from tasks_suite.training import Parent, cache_folder, default_cache
 from torch import Tensor, nn
 
 import fxmerge
@@ -145,9 +144,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 @contextmanager
 def trained(options: argparse.Namespace, parents: Iterable[Parent]) -> Iterator[Path]:
     """The folder of some parents, which are trained if they are not there yet."""
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) if options.short else options.cache
-        cache.mkdir(parents=True, exist_ok=True)
+    with cache_folder(options.cache, short=options.short) as cache:
         for row in run_all(training.work, training.missing(parents, cache), options.jobs, 1800, 6, PRELOAD):
             said = row.get("failure", "done")
             print(f"trained {row['network']} on {row['part']}, seed {row['seed']}: {said}", flush=True)

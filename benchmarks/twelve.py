@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from tasks_suite import images
 from tasks_suite.images import CLASSES
 from tasks_suite.problem import CHUNK
 from tasks_suite.suite import NETWORKS
-from tasks_suite.training import default_cache
+from tasks_suite.training import cache_folder, default_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -316,9 +315,7 @@ def main() -> int:
         images.check_installed()
     network, steps = (SHORT, SHORT_STEPS) if options.short else (NETWORK, STEPS)
     tasks = all_tasks(short=options.short)
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) if options.short else options.cache
-        cache.mkdir(parents=True, exist_ok=True)
+    with cache_folder(options.cache, short=options.short) as cache:
         first = options.seed * len(tasks)
         parents = [parent(network, steps, task, first + n, cache) for n, task in enumerate(tasks)]
     ours = {name: method for name, method in OURS.items() if not options.short or name != WIDEST}

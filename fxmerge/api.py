@@ -12,7 +12,6 @@ from torch import fx
 
 from fxmerge import validate
 from fxmerge.emit.fork import Head, take_out
-from fxmerge.emit.trunk import NOTHING
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare, readable_again
 from fxmerge.matching.universe import canonical_order
@@ -21,7 +20,7 @@ from fxmerge.ordering import error_of
 from fxmerge.pipeline import calibrated, combine, emit, fit, match, renumbered
 from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
-from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
+from fxmerge.recipe import AUTO, NOTHING, Align, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import attach, named_errors, report, widths_of
 from fxmerge.sizing import configured, nothing_lost, same_on_example, sized

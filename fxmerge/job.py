@@ -20,7 +20,7 @@ from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.combine.derived import Derived, not_averaged
 from fxmerge.combine.masks import masks_of
 from fxmerge.emit.fork import Head, fork, in_common, names_in, owner_of
-from fxmerge.emit.trunk import NOTHING, within
+from fxmerge.emit.trunk import within
 from fxmerge.errors import ArchitectureMismatchError, CaptureError, LoaderError, OptionError
 from fxmerge.notices import warn_of_small_trunk
 from fxmerge.program.capture import Args, capture_ops, capture_program, check_example
@@ -30,7 +30,7 @@ from fxmerge.program.path import SamePath
 from fxmerge.program.run import Apart, Data, Inputs, Shapes, batch_inputs, check_shape
 from fxmerge.program.training_inputs import left_out, training_only
 from fxmerge.progress import timed
-from fxmerge.recipe import AUTO, Budget, Recipe, Run
+from fxmerge.recipe import AUTO, NOTHING, Budget, Recipe, Run
 from fxmerge.shared import equal_names
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation, propagate

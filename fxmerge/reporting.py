@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxmerge.errors import OptionError
+from fxmerge.recipe import NOTHING
 from fxmerge.refitting.output_error import OutputErrors
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.units.unit_map import UnitMap
@@ -95,7 +96,7 @@ class Report:
         lines = [f"{models}, {kind}; captured by {self.route}"]
         if self.heads:
             names = ", ".join(repr(head["name"]) for head in self.heads)
-            nothing = self.recipe is not None and self.recipe.get("share") == "nothing"
+            nothing = self.recipe is not None and self.recipe.get("share") == NOTHING
             lines.append(f"nothing shared, side by side {names}" if nothing else f"one trunk, with the heads {names}")
         elif self.recipe is not None and self.models > 1 and self.recipe["combine"]["kind"] == "Average":
             lines.append("the outputs stand for all models; Recipe(share='trunk') keeps their last layers apart")

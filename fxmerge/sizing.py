@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxmerge import validate
 from fxmerge.emit.bake import bake
 from fxmerge.emit.config import config_for
 from fxmerge.emit.costs import flops_of
@@ -34,6 +34,7 @@ from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation
 from fxmerge.units.unit_map import UnitMap
+from fxmerge.validate import agree, check_emitted
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +84,14 @@ def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dic
             except CannotResizeError as error:
                 leave(_blamed(symmetry, found, error), str(error))
         if run.verify:
-            counted = _counted(group, [n for n, width in found.items() if width < symmetry.units[n].size])
+            sizes = [c.size for c in symmetry.units]
+            fewer, more = ([n for n, w in found.items() if (w < sizes[n]) is less] for less in (True, False))
+            counted = _failing(group, fewer, partial(_same_when_merged, group))
             if counted:
                 leave(counted, "the network is another one when equal units become one, as if an op counted them.")
-            placed = _unproven(group, [n for n, width in found.items() if width > symmetry.units[n].size])
+            placed = _failing(group, more, partial(_same_when_twice, group))
             if placed:
-                leave(
-                    placed, "the network is another one when each unit is there twice, as if an op knew their places."
-                )
+                leave(placed, "the network is another one with each unit twice, as if an op knew their places.")
     return found, reasons
 
 
@@ -147,41 +148,41 @@ def _blamed(symmetry: Symmetry, numbers: Collection[int], error: CannotResizeErr
     return found or list(numbers)
 
 
-def _counted(group: Prepared, numbers: Sequence[int]) -> list[int]:
-    """The classes of some of which the network is not the same when equal units become one: what counts them is no
-    layer that reads them, as a softmax along them."""
-    symmetry, job = group.symmetry, group.job
+def _failing(group: Prepared, numbers: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> list[int]:
+    """The classes of some with which something does not hold, found by halves; and those with which it cannot be
+    tried."""
     if not numbers:
         return []
-    consumed = frozenset(axis for axis, kind in group.flow.items() if kind is Flow.CONSUMES)
-    units = alike(symmetry, numbers, consumed)
     try:
-        small = units.apply(job.states[0])
-        into = resized(group, group.propagation.program, group.propagation, units, small)
-    except CannotResizeError as error:  # Of these it cannot be tried.
-        left = _blamed(symmetry, numbers, error)
-        return [*left, *_counted(group, [n for n in numbers if n not in left])]
-    program, small = group.propagation.program, {name: in_double(tensor) for name, tensor in small.items()}
-    if validate.agree(outputs(program, units.spread(small), job.example), outputs(into, small, job.example)):
-        return []
-    half = len(numbers) // 2
-    return list(numbers) if not half else [*_counted(group, numbers[:half]), *_counted(group, numbers[half:])]
-
-
-def _unproven(group: Prepared, numbers: Sequence[int]) -> list[int]:
-    """The classes of some of which the network is not the same when there are twice as many, each unit two times."""
-    symmetry, job = group.symmetry, group.job
-    if not numbers:
-        return []
-    widths = {n: 2 * symmetry.units[n].size for n in numbers}
-    try:
-        if same_when_repeated(group.propagation, symmetry, widths, job.states[0], job.example):
+        if holds(numbers):
             return []
     except CannotResizeError as error:
-        left = _blamed(symmetry, numbers, error)
-        return [*left, *_unproven(group, [n for n in numbers if n not in left])]
+        left = _blamed(group.symmetry, numbers, error)
+        return [*left, *_failing(group, [n for n in numbers if n not in left], holds)]
     half = len(numbers) // 2
-    return list(numbers) if not half else [*_unproven(group, numbers[:half]), *_unproven(group, numbers[half:])]
+    if not half:
+        return list(numbers)
+    return [*_failing(group, numbers[:half], holds), *_failing(group, numbers[half:], holds)]
+
+
+def _same_when_merged(group: Prepared, numbers: Sequence[int]) -> bool:
+    """Whether the network is the same when equal units of some classes become one. It is not where an op counts them
+    and does not only add them up, as a softmax along them does."""
+    symmetry, call = group.symmetry, group.job.example
+    consumed = frozenset(axis for axis, kind in group.flow.items() if kind is Flow.CONSUMES)
+    units = alike(symmetry, numbers, consumed)
+    small = units.apply(group.job.states[0])
+    into = resized(group, group.propagation.program, group.propagation, units, small)
+    small = {name: in_double(tensor) for name, tensor in small.items()}
+    return agree(outputs(group.propagation.program, units.spread(small), call), outputs(into, small, call))
+
+
+def _same_when_twice(group: Prepared, numbers: Sequence[int]) -> bool:
+    """Whether the network is the same when there are twice as many units of some classes, each two times. It is not
+    where an op knows their places, as a shuffle of channels does."""
+    symmetry, job = group.symmetry, group.job
+    widths = {n: 2 * symmetry.units[n].size for n in numbers}
+    return same_when_repeated(group.propagation, symmetry, widths, job.states[0], job.example)
 
 
 def _try(group: Prepared, room: Room) -> None:
@@ -215,7 +216,7 @@ def sized(group: Prepared, units: UnitMap, state: Mapping[str, Tensor]) -> Progr
         ops.recompile()
         program = resized(group, job.program, group.propagation, units, state)
         program = replace(program, module=ops, route="torch.export")
-        validate.check_emitted(bake(program, state), program, state, job.example)
+        check_emitted(bake(program, state), program, state, job.example)
         return program
 
 
@@ -258,7 +259,7 @@ def nothing_lost(group: Prepared, program: Program, units: UnitMap, state: Mappi
     merged = outputs(program, state, job.example)
     for own, numbers in zip(job.states, of_each, strict=True):
         model, places = outputs(job.program, own, job.example), pytree.tree_leaves(numbers)
-        if not validate.agree([model[i] for i in places], [merged[i] for i in places]):
+        if not agree([model[i] for i in places], [merged[i] for i in places]):
             return False
     return True
 
@@ -270,7 +271,7 @@ def same_on_example(group: Prepared, program: Program, state: Mapping[str, Tenso
     model, folded = (
         Runner(p).outputs(own, args, kwargs) for p, own in ((job.program, job.states[0]), (program, state))
     )
-    return validate.agree(model, folded, tolerance=1e-2)
+    return agree(model, folded, tolerance=1e-2)
 
 
 def configured(group: Prepared, units: UnitMap, result: fx.GraphModule) -> dict[str, int] | None:

@@ -10,7 +10,7 @@ from torch import nn
 import fxmerge
 from fxmerge import Budget, Recipe, Zip
 from fxmerge.emit.costs import flops_of
-from fxmerge.matching.allot import lost, widths_to_try
+from fxmerge.matching.allot import widths_to_try, zip_losses
 from fxmerge.program.capture import capture_program
 from fxmerge.recipe import Run
 from tests.slow import but_slow
@@ -33,8 +33,8 @@ def test_what_is_lost_of_units() -> None:
     """Of pairs of equal units nothing, of units with nothing in common as much as noise of half the signal's power."""
     pairs = np.kron(np.eye(4), np.ones((2, 2)))
     blocks = np.zeros((1, 8), np.int64)
-    assert lost(pairs, blocks, [8, 4], 1.0, 0.5) == [0.0, 0.0]
-    assert lost(np.eye(8), blocks, [8, 4], 1.0, 0.5) == [0.0, 1.0]
+    assert zip_losses(pairs, blocks, [8, 4], 1.0, 0.5) == [0.0, 0.0]
+    assert zip_losses(np.eye(8), blocks, [8, 4], 1.0, 0.5) == [0.0, 1.0]
 
 
 def test_widths_to_choose_from() -> None:

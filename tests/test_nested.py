@@ -123,6 +123,11 @@ class Shuffled(nn.Sequential):
         self.double().eval()
 
 
+def test_classes_that_lie_across_each_other_cannot_have_more_blocks() -> None:
+    symmetry, heads = classes(Together(2))
+    assert not whole_blocks(symmetry, heads)
+
+
 @pytest.mark.parametrize("kind", but_slow([Together, Shuffled]))
 def test_no_more_of_what_an_op_knows_by_its_place(kind: type[nn.Module]) -> None:
     a, b = kind(2), kind(3)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,15 @@ def parents_of(network: str, setting: str, seed: int) -> tuple[Parent, Parent]:
 def default_cache() -> Path:
     """Where trained parents are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxmerge" / "tasks"
+
+
+@contextmanager
+def cache_folder(folder: Path, *, short: bool) -> Iterator[Path]:
+    """The folder of trained networks; a scratch one where nothing is to be kept."""
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = Path(scratch) if short else folder
+        cache.mkdir(parents=True, exist_ok=True)
+        yield cache
 
 
 def path_of(parent: Parent, cache: Path) -> Path:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxmerge.program.capture import Args
-from fxmerge.program.captured import Program
+from fxmerge.program.captured import Program, quiet
 from fxmerge.program.run import Runner
 
 
@@ -25,8 +27,9 @@ def flops_of(program: Program, state: Mapping[str, Tensor], call: tuple[Args, Ma
         call: (args, kwargs).
     """
     counter = _Counter(program)
-    with torch.no_grad():
-        counter.outputs(state, *call)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, quiet(), torch.no_grad():  # Shapes are enough.
+        args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, call)
+        counter.outputs({name: mode.from_tensor(tensor.detach()) for name, tensor in state.items()}, args, kwargs)
     return counter.found
 
 

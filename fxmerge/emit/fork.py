@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.emit.trunk import CALLS, NOTHING, first_layer, learnt, trunk_of
+from fxmerge.emit.trunk import CALLS, first_layer, learnt, trunk_of
 from fxmerge.errors import ArchitectureMismatchError, OptionError
 from fxmerge.program.common import Pairs, common_part
 from fxmerge.program.emission import TREE
 from fxmerge.program.memory import needed, writes
 from fxmerge.program.models import tensors as tensors_of
+from fxmerge.recipe import NOTHING
 
 HEADS = "heads"
 """The module of a forked network that holds the heads, by name; with an underscore after it where a network has one of

@@ -16,13 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxmerge.errors import ArchitectureMismatchError, OptionError
 from fxmerge.program.memory import needed
-from fxmerge.recipe import Budget
+from fxmerge.recipe import NOTHING, Budget
 from fxmerge.symmetry import rules
 
 CALLS = ("call_function", "call_method")
-
-NOTHING = "nothing"
-"""What networks share that stand side by side."""
 
 
 def trunk_of(
@@ -55,8 +52,7 @@ def trunk_of(
             near = difflib.get_close_matches(share, known, n=3, cutoff=0.0)
             raise OptionError(
                 f"Recipe.share is {share!r}, which is no module or node of {called[0]}, nor 'auto', 'trunk' or "
-                f"'nothing'. "
-                f"Near it are {', '.join(map(repr, near))}."
+                f"'nothing'. Near it are {', '.join(map(repr, near))}."
             )
         if not wanted <= set(common):
             other = next(n for n in graph.nodes if n in wanted and n not in common)

@@ -18,7 +18,7 @@ FINE = 8
 """In how many steps a class goes from the units of one model to none; the last is not taken."""
 
 TINY = 1e-12
-"""What is kept at least, where all members of units are opposites of each other."""
+"""What stands for nothing in a denominator."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Allotment:
         steps: for classes by number, the widths to choose from, from the largest on.
         price: for every parameter, what one entry of it costs.
         fits: whether the result is within the budget at some widths.
-        told: the budget, for messages.
+        budget: what to call it in messages.
     """
 
     steps: Mapping[int, tuple[int, ...]]
     price: Mapping[str, float]
     fits: Callable[[Mapping[int, int]], bool]
-    told: str
+    budget: str
 
-    def room(self, symmetry: Symmetry, lost: Callable[[int, Sequence[int]], Sequence[float]]) -> Room:
+    def room(self, symmetry: Symmetry, loss: Callable[[int, Sequence[int]], Sequence[float]]) -> Room:
         """The room at the widths that are chosen.
 
         From all units on, the class is narrowed by a step, again and again, that loses least for what it saves. What is
@@ -46,27 +46,27 @@ class Allotment:
 
         Arguments:
             symmetry: the classes.
-            lost: what is lost of a class at each of some widths.
+            loss: what is lost of a class at each of some widths.
 
         Raises:
             OptionError: if the result is not within the budget at the smallest widths either.
         """
-        losses = {n: lost(n, widths) for n, widths in self.steps.items()}
-        at, path = dict.fromkeys(self.steps, 0), list[dict[int, int]]()
-        path.append(self._widths(at))
+        losses = {n: loss(n, widths) for n, widths in self.steps.items()}
+        at = dict.fromkeys(self.steps, 0)
+        path = [self._widths(at)]
         while due := [n for n, widths in self.steps.items() if at[n] + 1 < len(widths)]:
             before = self._cost(symmetry, path[-1])
 
             def rate(n: int, before: float = before) -> float:
                 saved = before - self._cost(symmetry, self._widths({**at, n: at[n] + 1}))
-                return (losses[n][at[n] + 1] - losses[n][at[n]]) / max(saved, 1e-12)
+                return (losses[n][at[n] + 1] - losses[n][at[n]]) / max(saved, TINY)
 
             at[min(due, key=rate)] += 1
             path.append(self._widths(at))
         low, high = 0, len(path) - 1  # The first that fits: what comes later costs less.
         if not self.fits(path[high]):
             raise OptionError(
-                f"Zip.width is {self.told}, but the smallest widths that classes may have cost more: allow more."
+                f"Zip.width is {self.budget}, but the smallest widths that classes may have cost more: allow more."
             )
         while low < high:
             middle = (low + high) // 2
@@ -112,7 +112,7 @@ def widths_to_try(symmetry: Symmetry, number: int, models: int, *, fewer: bool, 
     return sorted(widths, reverse=True)
 
 
-def lost(similarity: Scores, blocks: Ids, widths: Sequence[int], budget: float, damping: float) -> list[float]:
+def zip_losses(similarity: Scores, blocks: Ids, widths: Sequence[int], budget: float, damping: float) -> list[float]:
     """How much of a class is lost when its units are zipped to some widths, over how much is kept: as noise stands to
     the signal. What many layers add, one after the other, is about the sum of such ratios.
 
@@ -125,7 +125,7 @@ def lost(similarity: Scores, blocks: Ids, widths: Sequence[int], budget: float, 
         widths: the numbers of merged units.
     """
     above = np.triu(similarity, 1)
-    whole, found = above + above.T + np.eye(len(above)), []
+    whole, losses = above + above.T + np.eye(len(above)), []
     for width in widths:
         labels = zip_blocks(similarity, blocks, budget=budget, damping=damping, width=width).labels.reshape(-1)
         order = np.argsort(labels, kind="stable")
@@ -133,5 +133,5 @@ def lost(similarity: Scores, blocks: Ids, widths: Sequence[int], budget: float, 
         rows = np.add.reduceat(whole[order][:, order], starts, axis=0)
         sizes = np.diff(starts, append=len(labels))
         kept = sum(rows[i, s : s + n].sum() / n for i, (s, n) in enumerate(zip(starts, sizes, strict=True)))
-        found.append(len(labels) / max(float(kept), TINY) - 1)
-    return found
+        losses.append(len(labels) / max(float(kept), TINY) - 1)
+    return losses

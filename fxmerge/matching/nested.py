@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 
 from fxmerge.matching.assignment import Scores, assign, descendants, lift
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.layout import overlap
 
 Choose = Callable[[int, Ids, Ids], Ids]
 """(class, units of one block, places they may take) -> the place of each unit."""
@@ -36,13 +38,14 @@ def carry(
         places: the same for all classes as it is now, for what lies in other classes, too.
         choose: tells which unit of a block takes which place of the block that it goes into; in their order by default.
     """
-    found = {number: place}
+    images = {number: place}
     for n in descendants(symmetry, number)[1:]:
         c = symmetry.units[n]
         key = np.stack([*(at for _, at in c.parents), c.fixed], axis=1)
         rows, row = np.unique(key, axis=0, return_inverse=True)
         members = np.argsort(row.reshape(-1), kind="stable").reshape(len(rows), -1)
-        goals = np.stack([*(found.get(p, places[p])[rows[:, i]] for i, (p, _) in enumerate(c.parents)), rows[:, -1]], 1)
+        above = [images.get(p, places[p])[rows[:, i]] for i, (p, _) in enumerate(c.parents)]
+        goals = np.stack([*above, rows[:, -1]], axis=1)
         at = {tuple(r): own for r, own in zip(rows.tolist(), members, strict=True)}
         image = np.empty(c.size, np.int64)
         for own, goal in zip(members, goals.tolist(), strict=True):
@@ -52,15 +55,15 @@ def carry(
                 each = c.size // blocks
                 free = c.size + (goal[0] - blocks) * each + own % each
             image[own] = choose(n, own, free)
-        found[n] = image
-    return found
+        images[n] = image
+    return images
 
 
 def whole_blocks(symmetry: Symmetry, number: int) -> bool:
     """Whether there may be more units of a class than there are, each with all that is nested in it.
 
-    The new ones come last, so all that lies in one unit must come before all that lies in the next, in every class and
-    along every axis.
+    The new ones come last, each class behind its own, so all that lies in one unit must come before all that lies in
+    the next, in every class and along every axis; and classes must not lie across each other there.
     """
     root = {number: np.arange(symmetry.units[number].size)}
     for n in descendants(symmetry, number)[1:]:
@@ -71,9 +74,14 @@ def whole_blocks(symmetry: Symmetry, number: int) -> bool:
         root[n] = root[parent][at]
         if not _ascends(root[n]) or not _ascends(at):
             return False
-    axes = [(axis.index[slots], root[n]) for axis in symmetry.layout for n, slots in axis.roles if n in root]
-    # Where each unit is several, as the pixels of a channel are, they share its stretch of the axis.
-    return len(root) == 1 or all(_ascends(index) for index, _ in axes)
+    if len(root) == 1:
+        return True  # Where a unit shows several times, as a channel with its pixels, all of it shares one stretch.
+    for axis in symmetry.layout:
+        stretches = [(n, axis.index[slots]) for n, slots in axis.roles if n in root]
+        across = ((a, b) for (m, a), (n, b) in combinations(stretches, 2) if m != n)
+        if not all(_ascends(index) for _, index in stretches) or any(overlap(a, b) for a, b in across):
+            return False
+    return True
 
 
 def _ascends(numbers: Ids) -> bool:
@@ -123,7 +131,7 @@ def merge_blocks(
         For every model, the places of the class and of all that is nested in it.
     """
     first: dict[tuple[int, int], int] = {}
-    found = []
+    moved = []
     for m, (place, now) in enumerate(zip(labels, places, strict=True)):
 
         def choose(n: int, units: Ids, free: Ids, m: int = m) -> Ids:
@@ -138,5 +146,5 @@ def merge_blocks(
             chosen[assign(gains[n][np.ix_(known, own)])] = free
             return chosen
 
-        found.append(carry(symmetry, number, place, now, choose))
-    return found
+        moved.append(carry(symmetry, number, place, now, choose))
+    return moved

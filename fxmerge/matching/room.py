@@ -167,17 +167,18 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
                     f"Zip.width names {pattern!r}, but no class that it fits can have another width. These can: "
                     f"{_some(free) or 'none'}."
                 )
-    if named is None:  # A head costs more than other units, so blocks are merged only where they are named.
-        fewer = {n for n in fewer if not is_block(symmetry, n)}
+    # A head costs more than other units, so blocks are merged only where they are named.
+    smaller = {n for n in fewer if named is not None or not is_block(symmetry, n)}
+    larger = set(more) if models > 1 else set()
     found, refused = {}, dict[str, str]()
-    for n in sorted({*fewer, *more}):
+    for n in sorted({*smaller, *more}):
         name, size = symmetry.names[n], symmetry.units[n].size
         asked = part.width * size if not isinstance(part.width, Mapping) else _asked(part.width, name, size)
         step = (int(cells(symmetry, n).max()) + 1) * part.multiple_of
         width = max(round(asked / step) * step, step)
         # Rounding does not turn fewer units into more.
         width = min(width, size) if asked <= size else max(min(width, models * size), size)
-        if asked != size and (n in more and models > 1 if asked > size else n in fewer):
+        if asked != size and n in (larger if asked > size else smaller):
             found[n] = width
         elif asked != size and named is not None:
             refused[_pattern(named, name)] = f"{name!r} cannot have {'more' if asked > size else 'fewer'} units"

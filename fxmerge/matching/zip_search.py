@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from fxmerge.evidence import weights
 from fxmerge.evidence.weights import Slices
-from fxmerge.matching.allot import Allotment, lost
+from fxmerge.matching.allot import Allotment, zip_losses
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
@@ -55,14 +55,14 @@ def mergeable(symmetry: Symmetry, flow: Mapping[Axis, Flow], one_to_one: Collect
     Not those that are to be matched one to one, nor those on an axis that both produces and consumes, for which mean
     and sum cannot both be right, nor those along a free output, since who reads it does not know what is merged.
     """
-    found = []
+    classes = []
     seen = {n for output in symmetry.free for n in output.classes.tolist()}.union(one_to_one)
     for n in symmetry.choices:
         tree = set(descendants(symmetry, n))
         axes = [(a.parameter, a.dim) for a in symmetry.layout if any(number in tree for number, _ in a.roles)]
         if tree.isdisjoint(seen) and all(flow[axis] is not Flow.BOTH for axis in axes):
-            found.append(n)
-    return found
+            classes.append(n)
+    return classes
 
 
 def zipped_classes(
@@ -305,11 +305,12 @@ def match_zip(
     problem = _Problem(symmetry, [floats(symmetry, s) for s in states], correlation, Mix.of(alpha, correlation), chosen)
     if isinstance(room, Allotment):
 
-        def lost_of(number: int, widths: Sequence[int]) -> list[float]:
+        def loss(number: int, widths: Sequence[int]) -> list[float]:
             similarity, blocks = problem.pairs(number)[0], problem.blocks(number)
-            return [_reads(symmetry, flow, number) * own for own in lost(similarity, blocks, widths, budget, damping)]
+            losses = zip_losses(similarity, blocks, widths, budget, damping)
+            return [_reads(symmetry, flow, number) * own for own in losses]
 
-        problem.room = room.room(symmetry, lost_of)
+        problem.room = room.room(symmetry, loss)
     room = problem.room
     rng = np.random.default_rng(seed)
     classes = zipped_classes(symmetry, flow, one_to_one, room.changed)

@@ -15,6 +15,7 @@ from fxmerge.recipe.parts import TaskArithmetic as TaskArithmetic
 from fxmerge.recipe.parts import Ties as Ties
 from fxmerge.recipe.parts import Zip as Zip
 from fxmerge.recipe.recipe import AUTO as AUTO
+from fxmerge.recipe.recipe import NOTHING as NOTHING
 from fxmerge.recipe.recipe import VERSION as VERSION
 from fxmerge.recipe.recipe import Recipe as Recipe
 from fxmerge.recipe.run import Run as Run

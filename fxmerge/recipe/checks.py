@@ -33,14 +33,17 @@ def check_alpha(part: Any) -> None:
         )
 
 
-def check_width(part: Any, *, budget: bool) -> None:
-    numbers = [1] if budget else part.width.values() if isinstance(part.width, Mapping) else [part.width]
+def check_width(part: Any) -> None:
+    numbers = part.width.values() if isinstance(part.width, Mapping) else [part.width]
     if not all(is_number(value) and value > 0 for value in numbers):
         raise wrong(
             part,
             "width",
             "a positive number, such numbers by the names or patterns of classes, or Budget(parameters=...)",
         )
+
+
+def check_multiple(part: Any) -> None:
     whole = isinstance(part.multiple_of, int) and not isinstance(part.multiple_of, bool)
     if not whole or part.multiple_of < 1:
         raise wrong(part, "multiple_of", "a whole number from 1 on")

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from fxmerge.errors import OptionError
 from fxmerge.recipe.checks import (
     check_alpha,
+    check_multiple,
     check_reference,
     check_scale,
     check_share,
@@ -145,8 +146,10 @@ class Zip:
 
     def __post_init__(self) -> None:
         check_alpha(self)
-        check_width(self, budget=isinstance(self.width, Budget))
-        if isinstance(self.width, Budget) and self.width.distance is not None:
+        check_multiple(self)
+        if not isinstance(self.width, Budget):
+            check_width(self)
+        elif self.width.distance is not None:
             raise OptionError(
                 "Zip.width is a Budget with a distance: give parameters or flops only, and compare results."
             )

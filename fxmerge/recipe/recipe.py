@@ -34,6 +34,9 @@ VERSION = 1
 
 AUTO: Literal["auto"] = "auto"
 
+NOTHING: Literal["nothing"] = "nothing"
+"""What networks share that stand side by side."""
+
 Targets = Literal["mean", "standardized"]
 
 Outputs = Literal["tuple", "dict"]

@@ -168,12 +168,13 @@ def _stretches(roles: Sequence[tuple[int, Ids]]) -> list[tuple[int, int]]:
     """
     found = []
     for number, places in roles:
-        shared = [(int(own[0]), int(own.max())) for n, own in roles if n == number and _overlap(own, places)]
+        shared = [(int(own[0]), int(own.max())) for n, own in roles if n == number and overlap(own, places)]
         found.append((max(end for _, end in shared), sorted(start for start, _ in shared).index(int(places[0]))))
     return found
 
 
-def _overlap(a: Ids, b: Ids) -> bool:
+def overlap(a: Ids, b: Ids) -> bool:
+    """Whether the stretches from the first to the last of some indices have indices in common."""
     return bool(a.min() <= b.max() and b.min() <= a.max())
 
 
