@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import networkx as nx
@@ -18,6 +18,8 @@ from fxmerge.symmetry.outputs import FreeOutput
 from fxmerge.symmetry.propagate import Axis
 from fxmerge.symmetry.structure import PINNED, combinations, structure
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.basis import Basis, Mixed, random_matrices
+from fxmerge.units.kind import Kind, UnitKind
 from fxmerge.units.layout import AxisLayout
 from fxmerge.units.permutation import Permutation, build_image
 
@@ -54,6 +56,8 @@ class EquivalenceClass:
         axes: the parameter axes that the units index; none for a block such as an attention head.
         parents: names of the classes in which the units are nested.
         why: for a pinned class, the node and the reason; else empty.
+        kind: the matrices by which the units may be mixed, within the units of their parents.
+        limited: what limits the kind: the node or the reason.
     """
 
     name: str
@@ -62,6 +66,8 @@ class EquivalenceClass:
     axes: tuple[ClassAxis, ...]
     parents: tuple[str, ...] = ()
     why: str = ""
+    kind: Kind = Kind.PERMUTATION
+    limited: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class Group:
         demoted: names of classes that `verify` found unsound and turned to the identity.
         error: the largest relative output error that `verify` measured, None before.
         free: where units lie along the outputs that were declared free.
+        kinds: for every class of `units`, by which matrices its units may be mixed. Empty where that is not known: units
+            are permuted then.
     """
 
     units: tuple[UnitClass, ...]
@@ -87,6 +95,7 @@ class Group:
     demoted: tuple[str, ...] = ()
     error: float | None = None
     free: tuple[FreeOutput, ...] = ()
+    kinds: tuple[UnitKind, ...] = ()
 
     # ---------------------------------------------------------------------- description
 
@@ -122,7 +131,9 @@ class Group:
                 rows = tuple(d for d in axis.dims if d != axis.dim)
                 axes += [ClassAxis(axis.parameter, axis.dim, axis.index[s], rows) for n, s in axis.roles if n == number]
             parents = tuple(self.names[p] for p, _ in c.parents)
-            movable.append(EquivalenceClass(self.names[number], c.size, structure(c), tuple(axes), parents))
+            own = self.kinds[number] if self.kinds else UnitKind()
+            named = EquivalenceClass(self.names[number], c.size, structure(c), tuple(axes), parents)
+            movable.append(replace(named, kind=own.kind, limited=own.why))
         pinned = [
             EquivalenceClass(f"{name}[{dim}]", len(ids), PINNED, (ClassAxis(name, dim, ids),), (), why)
             for (name, dim), reasons in self.stuck.items()
@@ -142,6 +153,45 @@ class Group:
                 graph.add_node(c.name, size=c.size, structure=c.structure, axes=c.axes)
                 graph.add_edges_from((c.name, parent) for parent in c.parents)
         return graph
+
+    def kind(self, number: int) -> Kind:
+        """The kind of a class of `units`."""
+        return self.kinds[number].kind if self.kinds else Kind.PERMUTATION
+
+    def dimension(self) -> int:
+        """The dimension of the group of changes of basis that leave the function unchanged: the number of directions in
+        which the parameters can be moved continuously by mixing units of the classes."""
+        sizes = map(combinations, self.units)
+        return sum(count * self.kind(n).dimension(each) for n, (count, each) in enumerate(sizes))
+
+    @cached_property
+    def mixed(self) -> tuple[tuple[Mixed, ...], ...]:
+        """For every class of `units`, the axes on which a change of its basis acts; none for what is only permuted."""
+        return tuple(self._mixed(n) if self.kind(n) > Kind.PERMUTATION else () for n in range(len(self.units)))
+
+    def _mixed(self, number: int) -> tuple[Mixed, ...]:
+        own, views = self.kinds[number], dict(self.views[number])
+        order = np.argsort(self.units[number].blocks, kind="stable").reshape(combinations(self.units[number]))
+        return tuple(
+            Mixed(axis, slots[views[n]][order], (axis.parameter, axis.dim, int(slots[0])) in own.inverse)
+            for axis in self.layout
+            for n, slots in axis.roles
+            if n in views and axis.parameter not in own.scales
+        )
+
+    def sample_basis(self, generator: torch.Generator | None = None) -> Basis:
+        """A random change of basis of all classes that have one.
+
+        Arguments:
+            generator: source of randomness, on the CPU; torch's default one if None.
+
+        Returns:
+            Uniformly distributed orthogonal matrices for orthogonal classes, and invertible ones with singular values
+            from 1/2 to 2 for general linear ones. Together with `sample`, which permutes, they give the whole group.
+        """
+        numbers = [n for n in range(len(self.units)) if self.kind(n) > Kind.PERMUTATION]
+        drawn = {n: random_matrices(self.kind(n), *combinations(self.units[n]), generator) for n in numbers}
+        return Basis(self.mixed, drawn)
 
     def log_order(self) -> float:
         """Natural logarithm of the number of permutations of parameter entries in the group."""

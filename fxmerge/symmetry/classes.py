@@ -38,13 +38,28 @@ class UnitClass:
     parents: tuple[tuple[int, Ids], ...]
     fixed: Ids
 
+    @property
+    def blocks(self) -> Ids:
+        """For every unit, the number of the combination of parent units and fixed position that it is in."""
+        key = np.stack([*(at for _, at in self.parents), self.fixed], axis=1)
+        return np.unique(key, axis=0, return_inverse=True)[1].reshape(-1)
+
 
 @dataclass(frozen=True)
 class Resolution:
-    """The classes, parents before children, and for the pinned raw units of every axis the reason."""
+    """The classes, and which raw units they are made of.
+
+    Attributes:
+        classes: parents before children.
+        pinned: for the pinned raw units of every axis the reason.
+        number: for every raw unit the class that it is in, -1 if in none.
+        place: its place in that class.
+    """
 
     classes: tuple[UnitClass, ...]
     pinned: dict[Axis, dict[str, Ids]]
+    number: Ids
+    place: Ids
 
 
 def resolve(units: UnitGraph, axes: dict[Axis, AxisUnits]) -> Resolution:
@@ -332,7 +347,9 @@ class _Closing(Contracted):
             parents, fixed = free[c]
             nested = tuple(sorted((number[p], position[b]) for p, b in parents.items()))
             classes.append(UnitClass(len(fixed), tuple(self.roles(c) or ()), nested, fixed))
-        return Resolution(tuple(classes), self._reasons(np.isin(self.colour, movable)))
+        own = np.array([number.get(c, -1) for c in range(int(self.colour.max()) + 1)])[self.colour]
+        pinned = self._reasons(np.isin(self.colour, movable))
+        return Resolution(tuple(classes), pinned, own[self.unit], position[self.unit])
 
     def _reasons(self, movable: NDArray[np.bool_]) -> dict[Axis, dict[str, Ids]]:
         """For every axis, the raw units that do not move, by the first reason given for each."""

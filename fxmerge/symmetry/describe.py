@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxmerge.symmetry.base import ClassAxis, Group
 from fxmerge.symmetry.structure import combinations
+from fxmerge.units.kind import Kind, UnitKind
 
 SHOWN = 4
 """How many axes of a class are listed."""
@@ -19,6 +20,8 @@ def describe(symmetry: Group) -> str:
         count, each = combinations(unit)
         inside = [letters[p] for p, _ in unit.parents] + ["fixed"] * bool(unit.fixed.any())
         moves = f"{each}!" + (f"^{count}" if count > 1 else "") if each > 1 else "moves with " + " and ".join(inside)
+        if symmetry.kinds:
+            moves += _group(symmetry.kinds[len(lines)], count, each)
         where = f" in {' x '.join(inside)}" if inside else ""
         pattern = letter if not inside else f"({' '.join([*inside, *([letter] if each > 1 else [])])})"
         axes = [_pattern(axis, shapes[axis.parameter], pattern) for axis in c.axes[:SHOWN]]
@@ -29,6 +32,14 @@ def describe(symmetry: Group) -> str:
     lines += [f"probed: {op} ({count}x)" for op, count in symmetry.probed.items()]
     lines += [f"demoted: {name} failed verification" for name in symmetry.demoted]
     return "\n".join(lines)
+
+
+def _group(own: UnitKind, count: int, each: int) -> str:
+    """The group of matrices of a class, such as `, GL(64)^12`, and what limits it; nothing for permutations."""
+    if own.kind == Kind.PERMUTATION:
+        return ""
+    name = {Kind.GENERAL_LINEAR: f"GL({each})", Kind.ORTHOGONAL: f"O({each})", Kind.CENTRED: f"O({each - 1})"}[own.kind]
+    return f", {name}" + (f"^{count}" if count > 1 else "") + (f" ({own.kind}: {own.why})" if own.why else "")
 
 
 def _pattern(axis: ClassAxis, shape: tuple[int, ...], pattern: str) -> str:

@@ -52,7 +52,9 @@ def freeze(symmetry: G, numbers: Iterable[int], why: Callable[[str], str]) -> tu
     free = tuple(
         replace(o, classes=np.array([number.get(n, -1) for n in o.classes.tolist()], np.int64)) for o in symmetry.free
     )
-    smaller = replace(symmetry, units=units, layout=tuple(a for a in layout if a.roles), stuck=stuck, free=free)
+    kinds = tuple(kind for n, kind in enumerate(symmetry.kinds) if n in number)
+    layout = tuple(a for a in layout if a.roles)
+    smaller = replace(symmetry, units=units, layout=layout, stuck=stuck, free=free, kinds=kinds)
     return smaller, tuple(symmetry.names[n] for n in sorted(gone))
 
 

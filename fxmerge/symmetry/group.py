@@ -22,6 +22,7 @@ from fxmerge.symmetry.contracted import Role
 from fxmerge.symmetry.describe import describe
 from fxmerge.symmetry.outputs import free_leaves, free_outputs, paths_of
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
+from fxmerge.symmetry.kinds import find_kinds
 from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate
 from fxmerge.symmetry.units import Ids
 from fxmerge.symmetry.verify import verify
@@ -168,7 +169,8 @@ def analyse(
         for axis, reasons in resolution.pinned.items()
     }
     unknown, probed = ({str(op): n for op, n in ops.items()} for ops in (found.unknown, found.probed))
-    return found, Symmetry(classes, tuple(layout), stuck, unknown, probed, free=tuple(outputs))
+    symmetry = Symmetry(classes, tuple(layout), stuck, unknown, probed, free=tuple(outputs))
+    return found, replace(symmetry, kinds=find_kinds(found, symmetry, resolution.number, resolution.place))
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:

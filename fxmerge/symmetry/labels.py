@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fxmerge.symmetry import mixing
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, reshape, shrink, spread, support
 from fxmerge.symmetry.relate import relate, relate_inert, relate_sets
 from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, distinct, mix, number, number_rows
@@ -27,7 +28,8 @@ class Labels:
     """What is known of one tensor: its unit columns and its inert columns.
 
     `parameter` is set while the tensor is no more than a rearrangement of that parameter's entries; `is_mask` where the
-    graph has it as a tensor of truth values; `is_zero` where it is a product with zeros.
+    graph has it as a tensor of truth values; `is_zero` where it is a product with zeros; `uniform` where all of its
+    entries are one number: it tells the parameters that this is computed from.
     """
 
     shape: Shape
@@ -36,6 +38,7 @@ class Labels:
     parameter: str | None = None
     is_mask: bool = False
     is_zero: bool = False
+    uniform: frozenset[str] | None = None
 
     @property
     def ndim(self) -> int:
@@ -43,7 +46,8 @@ class Labels:
 
     def map(self, view: Callable[[Tensor], Tensor], shape: Shape) -> Labels:
         """The labels of a view that keeps every position: reshape, permute, expand."""
-        return Labels(shape, _varying(map(view, self.columns)), _varying(map(view, self.inert)), self.parameter)
+        columns, inert = _varying(map(view, self.columns)), _varying(map(view, self.inert))
+        return Labels(shape, columns, inert, self.parameter, uniform=self.uniform)
 
     def reshape(self, shape: Shape) -> Labels:
         return self if shape == self.shape else self.map(lambda c: reshape(c, shape), shape)
@@ -339,7 +343,9 @@ def move(units: UnitGraph, x: Labels, op: Callable[[Tensor], Tensor], shape: Sha
                 units.use_apart(kept, np.full(len(kept), units.size, np.int64))
                 if not support(moved):
                     units.use(kept)
-    return Labels(shape, _varying(columns), _varying(map(op, x.inert)), x.parameter)
+    y = Labels(shape, _varying(columns), _varying(map(op, x.inert)), x.parameter, uniform=x.uniform)
+    units.record(mixing.moved, (x, y), {}, reason)
+    return y
 
 
 def pin(units: UnitGraph, x: Labels, reason: str, dims: Iterable[int] | None = None) -> Labels:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fxmerge.errors import OptionError
 from fxmerge.program.captured import Program
 from fxmerge.program.models import same_draws
-from fxmerge.symmetry import rules
+from fxmerge.symmetry import mixing, rules
 from fxmerge.symmetry.columns import Shape, core, reshape, spread, support
 from fxmerge.symmetry.deferred import Deferred
 from fxmerge.symmetry.double import InSingle
@@ -242,7 +242,8 @@ class _Walk(fx.Interpreter):
             columns.append(spread(torch.from_numpy(axis.ids), shape, axis.dims))
         for a, b in combinations(columns, 2):
             relate(units, a, b, f"{name}: rows used apart")
-        return Labels(shape, tuple(columns), parameter=name)
+        uniform = frozenset([name]) if _is_uniform(self.program.parameters[name]) else None
+        return Labels(shape, tuple(columns), parameter=name, uniform=uniform)
 
     def _widened(self, value: Any) -> Any:
         """A constant in at least single precision: in less, many more values are equal than those that are meant to be.
@@ -295,6 +296,8 @@ class _Walk(fx.Interpreter):
         if all(0 in shape for shape in (site.shape if several else [site.shape])):
             return [Labels(shape) for shape in site.shape] if several else Labels(site.shape)
         value = self._try(n, lambda: self._apply_rule(site, n, args, kwargs))
+        if not self._records_mixing(n, args, kwargs):
+            site.mix(mixing.separate, *_labels_in((args, kwargs)))
         if value is not NotImplemented:
             moved = {v.parameter for v in _labels_in(value)}
             for v in _labels_in((args, kwargs)):
@@ -365,6 +368,13 @@ class _Walk(fx.Interpreter):
         apply = rules.lifting.apply if rules.users.is_ours(rule) else rules.users.apply
         return apply(rule, site, args, kwargs)
 
+    def _records_mixing(self, n: fx.Node, args: Any, kwargs: Any) -> bool:
+        """Whether the rule that serves a call records what units a change of basis may mix."""
+        leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_labelled)
+        deferred = any(isinstance(v, (Deferred, Part)) for v in leaves)
+        rule = self.find_rule(n.target)
+        return rules.mixes(n.target) and rule is rules.find_rule(n.target) and n not in self.failed and not deferred
+
     def _settled(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """The arguments of a node with labels in place of what is deferred."""
         return rules.lifting.settle(rules.Site(self.found.units, n.name, n.target, None), args, kwargs)
@@ -378,6 +388,7 @@ class _Walk(fx.Interpreter):
                 value = value.settle(self.found.units, OUTPUT)
             if isinstance(value, Labels):
                 self._use(value)
+                self.found.units.record(mixing.separate, [value], {}, OUTPUT)  # Free outputs are permuted only.
                 still = [c for c in value.columns if number not in self.free or not self._may_move(c, value)]
                 pin(self.found.units, replace(value, columns=tuple(still)), OUTPUT)
 
@@ -407,6 +418,13 @@ def _labels_of(value: Any) -> tuple[Labels, ...]:
         return value.parts
     whole = value.source if isinstance(value, Part) else value
     return (whole,) if isinstance(whole, Labels) else ()
+
+
+def _is_uniform(tensor: Tensor) -> bool:
+    """Whether all entries of a vector are one number."""
+    if tensor.ndim != 1 or len(tensor) < 2 or tensor.is_meta or not tensor.is_floating_point():
+        return False
+    return bool((tensor == tensor[0]).all())
 
 
 def _is_labelled(value: Any) -> bool:

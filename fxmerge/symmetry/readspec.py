@@ -21,6 +21,7 @@ from fxmerge.symmetry.propagate import Axis
 from fxmerge.symmetry.ranges import read_ranges
 from fxmerge.symmetry.spec import KIND, VERSION, slots
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.kind import Kind, UnitKind
 from fxmerge.units.layout import AxisLayout
 
 G = TypeVar("G", bound=Group)
@@ -57,6 +58,7 @@ def from_json(source: str | Path, kind: type[G]) -> G:
         tuple(_typed(spec, "demoted", list, "The spec", [])),
         error,
         _outputs(_typed(spec, "outputs", list, "The spec", []), [c["name"] for c in spec["classes"]], units),
+        _kinds(spec["classes"]),
     )
     _check_moves(symmetry)
     asked = set(pinned_axes(_typed(spec, "pin", list, "The spec", []), parameters.shapes, parameters.aliases))
@@ -208,7 +210,7 @@ def _classes(
     taken: dict[Axis, Ids] = {}
     for number, (name, entry) in enumerate(zip(names, entries, strict=True)):
         where = f"Class {name!r}"
-        _check_keys(entry, ("name", "size", "axes", "parents", "fixed"), where)
+        _check_keys(entry, ("name", "size", "axes", "parents", "fixed", "kind", "limited", "inverse", "scales"), where)
         if name in names[:number]:
             raise SpecError(f"{where} is listed twice.")
         size = _typed(entry, "size", int, where)
@@ -239,6 +241,26 @@ def _classes(
         if not c.roles and number not in nested:
             raise SpecError(f"Class {names[number]!r} is on no axis, and no class is nested in it; delete it, too.")
     return tuple(units), roles
+
+
+def _kinds(entries: Sequence[Mapping[str, Any]]) -> tuple[UnitKind, ...]:
+    """By which matrices the units of each class may be mixed; empty if no class says so."""
+    words = {str(kind): kind for kind in Kind}
+    found = []
+    for entry in entries:
+        where = f"Class {entry['name']!r}"
+        word = _typed(entry, "kind", str, where, str(Kind.PERMUTATION))
+        if word not in words:
+            raise SpecError(f"{where} has the kind {word!r}; it must be one of {', '.join(map(repr, words))}.")
+        inverse = set()
+        for axis in _typed(entry, "inverse", list, where, []):
+            inside = f"An inverse axis of {where}"
+            _check_keys(axis, ("parameter", "dim", "first"), inside)
+            dim, first = (_typed(axis, key, int, inside) for key in ("dim", "first"))
+            inverse.add((_typed(axis, "parameter", str, inside), dim, first))
+        scales = frozenset(map(str, _typed(entry, "scales", list, where, [])))
+        found.append(UnitKind(words[word], _typed(entry, "limited", str, where, ""), frozenset(inverse), scales))
+    return tuple(found) if any("kind" in entry for entry in entries) else ()
 
 
 def _role(entry: Any, size: int, where: str, parameters: _Parameters) -> Role:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fxmerge.symmetry.columns import core, support
-from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.propagate import AxisUnits, Propagation
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import AxisLayout
 
 
-def classes_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, Collection[int]], set[int]]:
+def classes_along(found: Propagation, symmetry: Group) -> Callable[[str, Collection[int]], set[int]]:
     """Tells the classes whose units lie along some dimensions of a node's value, among others, by the node's name."""
     number, place = places_and_blocks(found, symmetry)
 
@@ -28,7 +28,7 @@ def classes_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, Coll
     return along
 
 
-def units_along(found: Propagation, symmetry: Symmetry) -> Callable[[str, int], tuple[Ids, Ids] | None]:
+def units_along(found: Propagation, symmetry: Group) -> Callable[[str, int], tuple[Ids, Ids] | None]:
     """Tells the class, -1 for none, and the unit in it at every position along a dimension of a node's value, by the
     node's name; if they repeat along a dimension of any size, at the first positions. None if no units lie there, or
     if which ones depends on the size or on other dimensions too."""
@@ -86,7 +86,7 @@ def once(ids: Tensor, sizes: Sequence[int | torch.SymInt]) -> Tensor | None:
     return ids
 
 
-def places_of(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
+def places_of(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
     """For every unit of the walk the class that it is in, -1 if in none, and its place in it."""
     number = np.full(found.units.size, -1)
     place = np.zeros(found.units.size, np.int64)
@@ -100,7 +100,7 @@ def places_of(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
     return number, place
 
 
-def places_and_blocks(found: Propagation, symmetry: Symmetry) -> tuple[Ids, Ids]:
+def places_and_blocks(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
     """`places_of`, and the same for blocks, such as heads, of which it is clear what lies in them."""
     number, place = places_of(found, symmetry)
     if not found.units.member:

@@ -12,6 +12,7 @@ from fxmerge.program.captured import Program
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.ranges import write_ranges
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.kind import UnitKind
 from fxmerge.units.layout import AxisLayout
 
 KIND, VERSION = "symmetry", 1
@@ -35,6 +36,8 @@ def to_json(symmetry: Group) -> str:
             entry["parents"] = {symmetry.names[p]: write_ranges(at) for p, at in c.parents}
         if c.fixed.any():
             entry["fixed"] = write_ranges(c.fixed)
+        if symmetry.kinds:
+            entry |= _kind(symmetry.kinds[len(classes)])
         classes.append(entry)
     parameters: dict[str, dict[str, Any]] = {}
     for a in symmetry.layout:
@@ -80,6 +83,18 @@ def to_json(symmetry: Group) -> str:
             for o in symmetry.free
         ]
     return _format(spec, "") + "\n"
+
+
+def _kind(own: UnitKind) -> dict[str, Any]:
+    """The entries of a class that say by which matrices its units may be mixed."""
+    entries: dict[str, Any] = {"kind": str(own.kind)}
+    if own.why:
+        entries["limited"] = own.why
+    if own.inverse:
+        entries["inverse"] = [{"parameter": p, "dim": d, "first": slot} for p, d, slot in sorted(own.inverse)]
+    if own.scales:
+        entries["scales"] = sorted(own.scales)
+    return entries
 
 
 def _format(value: Any, indent: str) -> str:

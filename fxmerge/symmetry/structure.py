@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from fxmerge.symmetry.classes import UnitClass
 
 FREE, NESTED, PRODUCT, SPLIT, PINNED = "free", "nested", "product", "split", "pinned"
@@ -18,6 +16,5 @@ def structure(c: UnitClass) -> str:
 
 def combinations(c: UnitClass) -> tuple[int, int]:
     """How many combinations of parents and fixed positions a class has, and how many units are in each."""
-    key = np.stack([*(at for _, at in c.parents), c.fixed], axis=1)
-    count = len(np.unique(key, axis=0))
+    count = int(c.blocks.max()) + 1
     return count, c.size // count

@@ -7,13 +7,14 @@ units. Rules never loop over units; they hand over arrays of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fxmerge.symmetry.mixing import Mix
 from fxmerge.units.layout import Ids as Ids
 
 Hashes = NDArray[np.uint64]
@@ -80,7 +81,7 @@ class UnitGraph:
     is the parameter axis of its units, or the graph node for which the units were made.
 
     `node` names the graph node whose facts are being recorded (CONCLUDED for what follows from other
-    facts). `equal_at`, `member_at` and so on keep it for every entry of `equal`, `member` and so on.
+    facts). `squares` are the nodes whose squares of units are only summed. `equal_at`, `member_at` and so on keep it for every entry of `equal`, `member` and so on.
     """
 
     starts: list[int] = field(default_factory=list)
@@ -96,6 +97,8 @@ class UnitGraph:
     summed: list[Ids] = field(default_factory=list)
     contracted: list[Ids] = field(default_factory=list)
     followed: list[Followed] = field(default_factory=list)
+    mixing: list[tuple[Mix, tuple[Any, ...], Mapping[str, Any], str]] = field(default_factory=list)
+    squares: set[str] = field(default_factory=set)
     node: str = ""
     equal_at: list[str] = field(default_factory=list)
     member_at: list[str] = field(default_factory=list)
@@ -103,6 +106,7 @@ class UnitGraph:
     used_at: list[str] = field(default_factory=list)
     contracted_at: list[str] = field(default_factory=list)
     summed_at: list[str] = field(default_factory=list)
+    mixing_at: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pin(self.fresh(1, ("nothing",)), "no unit")
@@ -136,7 +140,7 @@ class UnitGraph:
     def keep(self, nodes: Collection[str]) -> None:
         """Forgets the facts of all graph nodes but these."""
         nodes = {"", *nodes}
-        for kind in ("equal", "member", "pinned", "used", "contracted", "summed"):
+        for kind in ("equal", "member", "pinned", "used", "contracted", "summed", "mixing"):
             facts, at = getattr(self, kind), getattr(self, f"{kind}_at")
             kept = [i for i, node in enumerate(at) if node in nodes]
             setattr(self, kind, [facts[i] for i in kept])
@@ -188,6 +192,12 @@ class UnitGraph:
         """Where the units `ids` go is told by data and by where the units `named` go: if anything but each other tells
         them apart, neither move."""
         self.followed.append(Followed(ids, tuple(named), order))
+
+    def record(self, mix: Mix, operands: Sequence[Any], how: Mapping[str, Any], reason: str) -> None:
+        """What an op says of changes of basis: `mix` is called once the classes are known, with labels as they then
+        are."""
+        self.mixing.append((mix, tuple(operands), how, reason))
+        self.mixing_at.append(self.node)
 
     def segment(self, ids: Ids, reason: str) -> None:
         """The units `ids` are told apart from all others, but may move among themselves."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,7 +23,10 @@ from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.double import InDouble, WithOwnStatistics, in_double
 from fxmerge.symmetry.freeze import demote
 from fxmerge.symmetry.outputs import FreeOutput
+from fxmerge.symmetry.structure import combinations
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.basis import Basis, random_matrices
+from fxmerge.units.kind import Kind
 from fxmerge.units.permutation import Permutation
 
 G = TypeVar("G", bound=Group)
@@ -96,7 +100,39 @@ def verify(
             probe.free = symmetry.free
             error = probe.error(symmetry.sample(generator))
         worst = max(worst, error)
+        symmetry, error = _prove_kinds(symmetry, probe, generator, tolerance)
+        worst = max(worst, error)
     return replace(symmetry, error=worst)
+
+
+def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, tolerance: float) -> tuple[G, float]:
+    """The symmetry with kinds under which a random change of basis leaves the outputs unchanged, and what it changes.
+
+    Parameters that are of one number each, and scale a class as a whole, have one number each when this is tried.
+    """
+    open_ = [n for n, own in enumerate(symmetry.kinds) if own.kind > Kind.PERMUTATION]
+    if not open_:
+        return symmetry, 0.0
+    scales = {name for n in open_ for name in symmetry.kinds[n].scales}
+    probe = probe.prepared(scales, {own.axis.parameter for n in open_ for own in symmetry.mixed[n]})
+    basis = symmetry.sample_basis(generator)
+    error = probe.change(basis.apply(probe.state))
+    if error <= tolerance:
+        return symmetry, error
+    kinds = list(symmetry.kinds)
+    for n in open_:
+        own = kinds[n]
+        for kind in [kind for kind in reversed(Kind) if Kind.PERMUTATION < kind <= own.kind]:
+            alone = random_matrices(kind, *combinations(symmetry.units[n]), generator)
+            if probe.change(Basis(basis.mixed, {n: alone}).apply(probe.state)) <= tolerance:
+                break
+        else:
+            kind = Kind.PERMUTATION
+        if kind < own.kind:
+            logger.warning("%s failed verification as %s, and is %s", symmetry.names[n], own.kind, kind)
+            kinds[n] = replace(own, kind=kind, why="it failed verification")
+    smaller = replace(symmetry, kinds=tuple(kinds))
+    return smaller, probe.change(smaller.sample_basis(generator).apply(probe.state))
 
 
 def _bisect(symmetry: Group, p: Permutation, probe: Probe, tolerance: float) -> list[int]:
@@ -180,6 +216,16 @@ class Probe:
     def error(self, p: Permutation) -> float:
         """What a permutation of the parameters changes."""
         return self.change(p.apply(self.state), p.images)
+
+    def prepared(self, uniform: Collection[str], mixed: Collection[str]) -> Probe:
+        """The same module with the mean of some parameters in place of their entries, and with parameters in float64
+        that are to be mixed."""
+        state = {id(self.state[n]): in_double(self.state[n]) for n in mixed}
+        state |= {id(self.state[n]): torch.full_like(self.state[n], float(self.state[n].mean())) for n in uniform}
+        other = copy(self)
+        other.state = {n: state.get(id(t), t) for n, t in self.state.items()}  # Tied ones are one object.
+        other.expected = other._run(other.state) if uniform else self.expected
+        return other
 
     def rounding(self, generator: torch.Generator) -> float:
         """What changes of the parameters in their last places change."""

@@ -16,7 +16,7 @@ from fxmerge.symmetry.rules import (
     users,
     vision,
 )
-from fxmerge.symmetry.rules.registry import Lookup, Rule, Site, Value, contracts, find_rule, multiplied, rule
+from fxmerge.symmetry.rules.registry import Lookup, Rule, Site, Value, contracts, find_rule, mixes, multiplied, rule
 
 __all__ = [
     "Lookup",
@@ -31,6 +31,7 @@ __all__ = [
     "grouped",
     "indexing",
     "lifting",
+    "mixes",
     "movement",
     "multiplied",
     "normalization",

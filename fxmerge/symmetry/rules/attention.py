@@ -7,6 +7,7 @@ import string
 import torch
 from torch import Tensor
 
+from fxmerge.symmetry import mixing
 from fxmerge.symmetry.labels import Labels, inert
 from fxmerge.symmetry.rules.contraction import contract
 from fxmerge.symmetry.rules.normalization import normalize
@@ -15,7 +16,7 @@ from fxmerge.symmetry.rules.registry import Site, rule
 Operand = Labels | Tensor
 
 
-@rule("scaled_dot_product_attention", contracts=True, adds="attn_mask")
+@rule("scaled_dot_product_attention", contracts=True, adds="attn_mask", mixes=True)
 def attention(
     at: Site,
     query: Labels,
@@ -38,6 +39,7 @@ def attention(
         scores = at.join(scores, mask)
     if is_causal:
         scores = at.join(scores, torch.ones(scores.shape[-2:]).tril())
+    at.mix(mixing.separate, scores)
     weights = normalize(at, scores, [-1])
     if dropout:
         weights = at.join(weights, inert(weights.shape))

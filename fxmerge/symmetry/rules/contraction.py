@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.symmetry import mixing
 from fxmerge.symmetry.columns import Shape, axis_column, core, support
 from fxmerge.symmetry.labels import Labels, move, reduce, rows_apart, sum_over
 from fxmerge.symmetry.rules.movement import pad
 from fxmerge.symmetry.rules.pooling import apart, facing, lies_in_space, two_ends
-from fxmerge.symmetry.rules.registry import Site, rule
+from fxmerge.symmetry.rules.registry import Site, is_zero, rule
 from fxmerge.symmetry.units import distinct
 
 Operand = Labels | Tensor
@@ -30,6 +31,7 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
     if at.is_zero(operands):
         return Labels(tuple(size[letter] for letter in out), is_zero=True)
     labels = [at.labels(x) for x in operands]
+    at.mix(mixing.contracted, *labels, terms=terms, out=out)
     space = out + "".join(letter for letter in size if letter not in out)
     shape = tuple(size[letter] for letter in space)
     result = Labels(shape)
@@ -86,7 +88,7 @@ def _consume(at: Site, x: Labels, dims: Sequence[int]) -> None:
             at.units.contract(distinct(core(column, support(column)).numpy()))
 
 
-@rule("einsum", contracts=True, lifts="contracts")
+@rule("einsum", contracts=True, lifts="contracts", mixes=True)
 def einsum(at: Site, equation: str, operands: Sequence[Operand], **kwargs: Any) -> Labels:
     left, _, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
@@ -103,15 +105,22 @@ def einsum(at: Site, equation: str, operands: Sequence[Operand], **kwargs: Any) 
     return contract(at, operands, full, out.replace("...", dots))
 
 
-@rule("linear", contracts=True, adds="bias", lifts="contracts")
+@rule("linear", contracts=True, adds="bias", lifts="contracts", mixes=True)
 def linear(at: Site, x: Operand, weight: Operand, bias: Operand | None = None) -> Labels:
     batch = string.ascii_lowercase[: len(x.shape) - 1]
     if len(weight.shape) == 1:
-        return at.join(contract(at, [x, weight], [batch + "I", "I"], batch), bias)
-    return at.join(contract(at, [x, weight], [batch + "I", "OI"], batch + "O"), bias)
+        return _plus(at, contract(at, [x, weight], [batch + "I", "I"], batch), bias)
+    return _plus(at, contract(at, [x, weight], [batch + "I", "OI"], batch + "O"), bias)
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", contracts=True, lifts="contracts")
+def _plus(at: Site, y: Labels, bias: Operand | None) -> Labels:
+    """A sum of products and what is added to it."""
+    if bias is not None and not is_zero(bias):
+        at.mix(mixing.summed, y, bias.expand(y.shape))
+    return at.join(y, bias)
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", contracts=True, lifts="contracts", mixes=True)
 def matmul(at: Site, a: Operand, b: Operand, *args: Any, **kwargs: Any) -> Labels:
     batch = string.ascii_lowercase[: max(len(a.shape), len(b.shape), 2) - 2]
     term_a = "K" if len(a.shape) == 1 else batch[len(batch) - len(a.shape) + 2 :] + "MK"
@@ -119,11 +128,11 @@ def matmul(at: Site, a: Operand, b: Operand, *args: Any, **kwargs: Any) -> Label
     return contract(at, [a, b], [term_a, term_b], batch + "M" * (len(a.shape) > 1) + "N" * (len(b.shape) > 1))
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm", contracts=True, adds="self")
+@rule("addmm", "baddbmm", "addmv", "addbmm", contracts=True, adds="self", mixes=True)
 def addmm(at: Site, bias: Operand, a: Operand, b: Operand, **kwargs: Any) -> Labels:
     if at.target._schema.name == "aten::addbmm":
-        return at.join(contract(at, [a, b], ["bMK", "bKN"], "MN"), bias)
-    return at.join(matmul(at, a, b), bias)
+        return _plus(at, contract(at, [a, b], ["bMK", "bKN"], "MN"), bias)
+    return _plus(at, matmul(at, a, b), bias)
 
 
 @rule("linalg_matrix_exp", "matrix_exp", "linalg_inv")
@@ -137,13 +146,13 @@ def matrix_function(at: Site, x: Labels) -> Labels:
     return powers
 
 
-@rule("bilinear", contracts=True, adds="bias")
+@rule("bilinear", contracts=True, adds="bias", mixes=True)
 def bilinear(at: Site, x: Operand, y: Operand, weight: Operand, bias: Operand | None = None) -> Labels:
     batch = string.ascii_lowercase[: len(x.shape) - 1]
-    return at.join(contract(at, [x, y, weight], [batch + "I", batch + "J", "OIJ"], batch + "O"), bias)
+    return _plus(at, contract(at, [x, y, weight], [batch + "I", batch + "J", "OIJ"], batch + "O"), bias)
 
 
-@rule("conv1d", "conv2d", "conv3d", contracts=True, adds="bias")
+@rule("conv1d", "conv2d", "conv3d", contracts=True, adds="bias", mixes=True)
 def conv(
     at: Site,
     x: Operand,
@@ -196,7 +205,7 @@ def _windows(
     return apart(at, x, kernel, stride, at.shape[-spatial:])
 
 
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", contracts=True, adds="bias")
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", contracts=True, adds="bias", mixes=True)
 def conv_transpose(
     at: Site,
     x: Operand,
@@ -241,7 +250,7 @@ def _touching(at: Site, x: Labels, w: Labels, bias: Operand | None) -> Labels:
     return _biased(at, contract(at, [x, w], [n + "gi" + space, "gio" + taps], out).reshape(at.shape), bias, spatial)
 
 
-@rule("convolution", contracts=True, adds="bias")
+@rule("convolution", contracts=True, adds="bias", mixes=True)
 def convolution(
     at: Site,
     x: Operand,
@@ -279,6 +288,7 @@ def _convolve(
         x = windows.reshape((*lead, groups, channels // groups, *windows.shape[-2 * spatial :]))
         y = contract(at, [x, w], [n + "gi" + letters + taps, order + taps], n + "go" + letters).reshape(at.shape)
     else:
+        at.mix(mixing.looked_up, x, dims=range(x.ndim - spatial, x.ndim))
         # Every place of the output sees a window of its own, so of space it is only known that places differ: or, where
         # units lie along it, that places, kernel and output may be reversed together.
         ends = [end if alike else None for end, alike in zip(two_ends(at, x, spatial), even, strict=True)]
@@ -292,4 +302,4 @@ def _convolve(
 
 
 def _biased(at: Site, y: Labels, bias: Operand | None, spatial: int) -> Labels:
-    return at.join(y, None if bias is None else bias.reshape((*bias.shape, *(1,) * spatial)))
+    return _plus(at, y, None if bias is None else bias.reshape((*bias.shape, *(1,) * spatial)))

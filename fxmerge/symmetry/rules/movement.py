@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxmerge.symmetry import mixing
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, shrink, spread, support
 from fxmerge.symmetry.labels import MAX_INERT, Labels, diagonals, move, prune, reduce
-from fxmerge.symmetry.rules.registry import Site, rule
+from fxmerge.symmetry.rules.registry import Site, is_zero, rule
 from fxmerge.symmetry.units import NOTHING, distinct
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze", lifts="views")
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze", lifts="views", mixes=True)
 def view(at: Site, x: Labels, *args: Any) -> Labels:
     return diagonals(at.units, x.reshape(at.shape), at.name)
 
 
-@rule("expand", "expand_as", "broadcast_to", lifts="aligns")
+@rule("expand", "expand_as", "broadcast_to", lifts="aligns", mixes=True)
 def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return x.expand(at.shape)
 
@@ -34,6 +35,7 @@ def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     *("native_channel_shuffle", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided", "fft_fftshift", "fft_ifftshift"),
     lifts="moves",
+    mixes=True,
 )
 def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return move(at.units, x, on_columns(at.target, *args, **kwargs), at.shape, at.name)
@@ -70,7 +72,7 @@ def diagonal(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return at.join(y, y)
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split", lifts="moves")
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split", lifts="moves", mixes=True)
 def split(at: Site, x: Labels, *args: Any, **kwargs: Any) -> list[Labels]:
     def piece(i: int) -> Callable[[Tensor], Tensor]:
         return lambda column: at.target(column, *args, **kwargs)[i]
@@ -97,6 +99,8 @@ def assemble(
     kind, and is not uniform along it, get the unit `NOTHING`. An inert column tells the parts apart, since
     one unit, or equal constants, may come in through two of them; parts that are the same tensor are alike.
     """
+
+    at.mix(mixing.assembled, *(p for p in parts if not is_zero(p)), dims=dims)
 
     def kind(column: Tensor) -> tuple[int, ...]:
         return tuple(d for d in support(column) if d not in dims)
@@ -161,14 +165,14 @@ def _value(part: Labels | Tensor) -> object:
     return "tensor", id(part)
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat", "concat", "concatenate", mixes=True)
 def cat(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
     parts = [t for t in tensors if tuple(t.shape) != (0,)]
     dim %= len(at.shape)
     return assemble(at, parts, lambda columns: torch.cat(columns, dim), [dim])
 
 
-@rule("stack")
+@rule("stack", mixes=True)
 def stack(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
     dim %= len(at.shape)
     one: Shape = (*at.shape[:dim], 1, *at.shape[dim + 1 :])
@@ -176,7 +180,7 @@ def stack(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
     return cat(at, [thin[id(t)] for t in tensors], dim)
 
 
-@rule("constant_pad_nd", "pad")
+@rule("constant_pad_nd", "pad", mixes=True)
 def pad(at: Site, x: Labels, widths: Sequence[int], *args: Any) -> Labels:
     """Constant padding is a cat with constants, a negative width a slice; other modes are movements."""
     mode, value = (args[0], (*args[1:], None)[0]) if args and isinstance(args[0], str) else ("constant", (*args, 0)[0])

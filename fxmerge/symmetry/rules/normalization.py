@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fxmerge.symmetry import mixing
+from fxmerge.units.kind import Kind
 from fxmerge.symmetry.labels import Labels, reduce
-from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule
+from fxmerge.symmetry.rules.registry import Site, is_zero, normalize_dims, rule
 
 Operand = Labels | Tensor
 
@@ -17,11 +19,14 @@ def normalize(at: Site, x: Labels, dims: Sequence[int]) -> Labels:
     return at.join(x, reduce(at.units, x, dims, at.name, keepdim=True), x.shape)
 
 
-def _affine(at: Site, x: Labels, *vectors: Operand | None, dim: int = 1) -> Labels:
-    """x joined with vectors that lie along `dim`."""
-    for v in vectors:
-        if v is not None:
-            x = at.join(x, v.reshape((*v.shape, *(1,) * (x.ndim - dim - 1))))
+def _affine(at: Site, x: Labels, scale: Operand | None, shift: Operand | None, dim: int = 1) -> Labels:
+    """x times one vector and plus another one, which lie along `dim`."""
+    for vector, mix in ((scale, mixing.multiplied), (shift, mixing.summed)):
+        if vector is not None:
+            along = vector.reshape((*vector.shape, *(1,) * (x.ndim - dim - 1)))
+            if not is_zero(along):
+                at.mix(mix, x, along.expand(x.shape))
+            x = at.join(x, along)
     return x
 
 
@@ -30,32 +35,35 @@ def softmax(at: Site, x: Labels, dim: int, *args: Any, **kwargs: Any) -> Labels:
     return normalize(at, x, [dim])
 
 
-@rule("layer_norm", "rms_norm")
+@rule("layer_norm", "rms_norm", mixes=True)
 def layer_norm(
     at: Site, x: Labels, shape: Sequence[int], weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Labels:
+    kind = Kind.ORTHOGONAL if "rms" in at.target._schema.name else Kind.CENTRED
+    at.mix(mixing.measured, x, dims=range(x.ndim - len(shape), x.ndim), kind=kind)
     y = normalize(at, x, range(-len(shape), 0))
-    return _affine(at, y, weight, bias if isinstance(bias, (Labels, Tensor)) else None, dim=x.ndim - 1)
+    return _affine(at, y, weight, bias if isinstance(bias, (Labels, Tensor)) else None, x.ndim - 1)
 
 
-@rule("native_layer_norm", "_fused_rms_norm")
+@rule("native_layer_norm", "_fused_rms_norm", mixes=True)
 def native_layer_norm(at: Site, x: Labels, shape: Sequence[int], *affine: Any, **kwargs: Any) -> list[Labels]:
     statistics = reduce(at.units, x, range(-len(shape), 0), at.name, keepdim=True)
     y = Site(at.units, at.name, at.target, at.shape[0])
     return [layer_norm(y, x, shape, *affine), *(statistics for _ in at.shape[1:])]
 
 
-@rule("group_norm")
+@rule("group_norm", mixes=True)
 def group_norm(
     at: Site, x: Labels, groups: int, weight: Operand | None = None, bias: Operand | None = None, *args: Any
 ) -> Labels:
     batch, channels, *space = x.shape
     grouped = x.reshape((batch, groups, channels // groups, *space))
+    at.mix(mixing.measured, grouped, dims=range(2, grouped.ndim), kind=Kind.CENTRED)
     y = normalize(at, grouped, range(2, grouped.ndim)).reshape(x.shape)
     return _affine(at, y, weight, bias)
 
 
-@rule("native_group_norm")
+@rule("native_group_norm", mixes=True)
 def native_group_norm(
     at: Site, x: Labels, weight: Any, bias: Any, n: int, c: int, s: int, groups: int, *args: Any
 ) -> list[Labels]:
@@ -69,15 +77,17 @@ def native_group_norm(
 def instance_norm(
     at: Site, x: Labels, weight: Any, bias: Any, mean: Any, var: Any, from_input: bool, *args: Any
 ) -> Labels:
-    y = normalize(at, x, range(2, x.ndim)) if from_input else _affine(at, x, mean, var)
+    y = normalize(at, x, range(2, x.ndim)) if from_input else _affine(at, x, var, mean)
     return _affine(at, y, weight, bias)
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm")
+@rule("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm", mixes=True)
 def batch_norm(at: Site, x: Labels, weight: Any, bias: Any, mean: Any, var: Any, training: Any, *args: Any) -> Any:
+    if training is True:
+        at.mix(mixing.separate, x)
     if training is True and isinstance(at.shape, list):
         return batch_norm_of_batch(at, x, weight, bias)
-    y = normalize(at, x, [0, *range(2, x.ndim)]) if training is True else _affine(at, x, mean, var)
+    y = normalize(at, x, [0, *range(2, x.ndim)]) if training is True else _affine(at, x, var, mean)
     y = _affine(at, y, weight, bias)
     return [y, *(Labels(shape) for shape in at.shape[1:])] if isinstance(at.shape, list) else y
 

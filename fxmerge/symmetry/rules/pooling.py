@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.symmetry import mixing
 from fxmerge.symmetry.columns import spread, support
 from fxmerge.symmetry.labels import Labels, join, move, pin, reduce, reduces_evenly
 from fxmerge.symmetry.rules.reduction import reduce_to
@@ -81,6 +82,7 @@ def _over_space(
     Arguments:
         ends: as of `two_ends`, where the output is reversed if the input is.
     """
+    at.mix(mixing.looked_up, x, dims=range(x.ndim - spatial, x.ndim))
     ends = [None] * spatial if ends is None else ends
     space = range(len(shape) - spatial, len(shape))
     over = range(x.ndim - spatial, x.ndim)
@@ -93,6 +95,7 @@ def _pooled(at: Site, x: Labels, kernel: Any, stride: Any, shape: tuple[int, ...
     if not lies_in_space(x, spatial):
         return _over_space(at, x, shape, spatial)
     size, steps = ([int(k) for k in np.broadcast_to(v, spatial)] for v in (kernel, stride))
+    at.mix(mixing.looked_up, x, dims=range(x.ndim - spatial, x.ndim))
     seen = apart(at, x, size, stride, shape[-spatial:])
     if seen is not None:
         return reduce(at.units, seen, range(-spatial, 0), at.name)
@@ -121,15 +124,16 @@ def _resample(spatial: int) -> Any:
     return apply
 
 
-rule("avg_pool1d", "max_pool1d", "max_pool1d_with_indices")(_pool(1))
-rule("avg_pool2d", "max_pool2d", "max_pool2d_with_indices")(_pool(2))
-rule("avg_pool3d", "max_pool3d", "max_pool3d_with_indices")(_pool(3))
-rule("upsample_nearest1d", "upsample_linear1d")(_resample(1))
+rule("avg_pool1d", "max_pool1d", "max_pool1d_with_indices", mixes=("avg_pool1d",))(_pool(1))
+rule("avg_pool2d", "max_pool2d", "max_pool2d_with_indices", mixes=("avg_pool2d",))(_pool(2))
+rule("avg_pool3d", "max_pool3d", "max_pool3d_with_indices", mixes=("avg_pool3d",))(_pool(3))
+rule("upsample_nearest1d", "upsample_linear1d", mixes=True)(_resample(1))
 rule(
     *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d"),
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    mixes=True,
 )(_resample(2))
-rule("upsample_nearest3d", "upsample_trilinear3d")(_resample(3))
+rule("upsample_nearest3d", "upsample_trilinear3d", mixes=True)(_resample(3))
 
 
 @rule("fractional_max_pool2d")
@@ -165,6 +169,7 @@ def _adaptive(spatial: int) -> Any:
     return apply
 
 
-rule("adaptive_avg_pool1d", "adaptive_max_pool1d")(_adaptive(1))
-rule("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d")(_adaptive(2))
-rule("adaptive_avg_pool3d", "_adaptive_avg_pool3d", "adaptive_max_pool3d")(_adaptive(3))
+_MEANS = ("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool3d")
+rule("adaptive_avg_pool1d", "adaptive_max_pool1d", mixes=("adaptive_avg_pool1d",))(_adaptive(1))
+rule("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", mixes=_MEANS)(_adaptive(2))
+rule("adaptive_avg_pool3d", "_adaptive_avg_pool3d", "adaptive_max_pool3d", mixes=_MEANS)(_adaptive(3))

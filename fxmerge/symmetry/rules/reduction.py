@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxmerge.symmetry import mixing
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.deferred import Counts, Deferred, Index, Order
 from fxmerge.symmetry.deferred import sort as sort_index
+from fxmerge.units.kind import Kind
 from fxmerge.symmetry.labels import Labels, inert, join, pin, reduce, sum_over
 from fxmerge.symmetry.relate import relate
 from fxmerge.symmetry.rules import ties
-from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule
+from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule, summed_over
 
 Dims = int | Sequence[int] | None
 
@@ -25,11 +27,21 @@ Dims = int | Sequence[int] | None
 def reduce_to(at: Site, x: Labels, dims: Dims, shape: tuple[int, ...]) -> Labels:
     """x reduced over `dims`, which the result keeps with size 1 where its shape says so."""
     gone = normalize_dims(dims, x.ndim)
+    name = at.target._schema.name
+    if name in _LENGTHS:
+        at.mix(mixing.measured, x, dims=gone, kind=Kind.CENTRED if name in _DEVIATIONS else Kind.ORTHOGONAL)
+    elif at.node is None or summed_over(at.node.args[0]) is None:
+        at.mix(mixing.averaged, x, dims=gone)
     sum_over(at.units, x, set(gone))
     return reduce(at.units, x, gone, at.name, keepdim=True).reshape(shape)
 
 
-@rule("sum", "mean", "nansum", "nanmean", "amax", "amin", "logsumexp", "prod", "any", "all")
+_DEVIATIONS = ("aten::var", "aten::std", "aten::var_mean", "aten::std_mean")
+_LENGTHS = (*_DEVIATIONS, "aten::norm", "aten::linalg_vector_norm")
+"""The ops that give the length of a vector, as it is or around its mean."""
+
+
+@rule("sum", "mean", "nansum", "nanmean", "amax", "amin", "logsumexp", "prod", "any", "all", mixes=("sum", "mean"))
 def reduction(at: Site, x: Labels, dims: Dims = None, *args: Any, dim: Dims = None, **kwargs: Any) -> Any:
     dims = dim if dims is None else dims
     if isinstance(at.shape, list):
@@ -37,13 +49,15 @@ def reduction(at: Site, x: Labels, dims: Dims = None, *args: Any, dim: Dims = No
     return reduce_to(at, x, dims, at.shape)
 
 
-@rule("var", "std", "var_mean", "std_mean")
+@rule("var", "std", "var_mean", "std_mean", mixes=True)
 def moments(at: Site, x: Labels, dims: Dims | bool = None, *args: Any, dim: Dims = None, **kwargs: Any) -> Any:
     return reduction(at, x, dim if isinstance(dims, bool) or dims is None else dims)
 
 
-@rule("norm", "linalg_vector_norm")
+@rule("norm", "linalg_vector_norm", mixes=True)
 def norm(at: Site, x: Labels, order: Any = 2, dims: Dims = None, *args: Any, dim: Dims = None, **kwargs: Any) -> Labels:
+    if order not in (None, 2):
+        at.mix(mixing.separate, x)
     return reduce_to(at, x, dim if dims is None else dims, at.shape)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxmerge.symmetry.columns import Shape
 from fxmerge.symmetry.deferred import Deferred
 from fxmerge.symmetry.labels import Labels, constant, join, move, pin, reduce
+from fxmerge.symmetry.mixing import Mix
 from fxmerge.symmetry.units import UnitGraph
 
 Value = Any
@@ -37,7 +38,7 @@ class Site:
 
     def is_zero(self, factors: Sequence[Labels | Deferred | Tensor | float]) -> bool:
         """Whether one of some factors is a constant of zeros, so that their product does not depend on the others."""
-        zero = any(_is_zero(x) for x in factors)
+        zero = any(is_zero(x) for x in factors)
         for x in factors:
             if isinstance(x, Labels) and x.parameter is not None:
                 self.meets[x.parameter] = self.meets.get(x.parameter, False) or not zero
@@ -50,6 +51,11 @@ class Site:
         if isinstance(value, Deferred):
             return value.settle(self.units, self.name)
         return constant(value, self.units) if isinstance(value, Tensor) else Labels(())
+
+    def mix(self, what: Mix, *operands: Labels | Tensor | float, **how: Any) -> None:
+        """Records what the op says of changes of basis: see `fxmerge.symmetry.mixing`."""
+        labels = (constant(x) if isinstance(x, Tensor) else x for x in operands)
+        self.units.record(what, [x if isinstance(x, Labels) else Labels((), uniform=frozenset()) for x in labels], how, self.name)
 
     def join(self, x: Labels, y: Labels | Tensor | None, shape: Shape | None = None) -> Labels:
         """`fxmerge.symmetry.labels.join` after broadcasting both to `shape` (by default that of x)."""
@@ -71,7 +77,8 @@ class Site:
         return pin(self.units, x, self.name, dims)
 
 
-def _is_zero(x: Labels | Deferred | Tensor | float) -> bool:
+def is_zero(x: Labels | Deferred | Tensor | float) -> bool:
+    """Whether an operand is a constant of zeros."""
     return not (x.is_meta or bool(x.any())) if isinstance(x, Tensor) else isinstance(x, (int, float)) and x == 0
 
 
@@ -80,6 +87,8 @@ Lookup = Callable[[Any], Rule | None]
 """From an op to its rule, None if there is none."""
 R = TypeVar("R", bound=Rule)
 _RULES: dict[str, Rule] = {}
+_MIXES: set[str] = set()
+"""The ops whose rules record what units a change of basis may mix."""
 _CONTRACTIONS: dict[str, str] = {}
 """The ops that sum products, and the name in its schema of the operand that each only adds."""
 
@@ -92,14 +101,21 @@ TAKES = "takes"
 
 
 def rule(
-    *names: str, contracts: bool = False, adds: str = "", lifts: str = "", takes: bool = False
+    *names: str,
+    contracts: bool = False,
+    adds: str = "",
+    lifts: str = "",
+    takes: bool = False,
+    mixes: bool | Collection[str] = False,
 ) -> Callable[[R], R]:
     """Registers a rule for all overloads of the named ops (`"linear"` means `aten::linear`).
 
     A rule takes a `Site` and the op's own arguments, in which every tensor is either `Labels` or,
     if it is a constant, a `torch.Tensor`; it returns the `Labels` of the output. `contracts` says that
     the ops sum products of their operands, so that they consume the units of these, but for the one that is only
-    added, which `adds` names as the ops' schemas do. For `lifts` and `takes` see `LIFTS` and `TAKES`.
+    added, which `adds` names as the ops' schemas do. For `lifts` and `takes` see `LIFTS` and `TAKES`. `mixes` says that
+    the rule records, for all ops or those named, what units a change of basis may mix (see `fxmerge.symmetry.mixing`); the units
+    that any other op touches are mixed with none.
     """
 
     def register(function: R) -> R:
@@ -110,6 +126,8 @@ def rule(
             _RULES[full] = function
             if contracts:
                 _CONTRACTIONS[full] = adds
+        mixing = (names if mixes else ()) if isinstance(mixes, bool) else mixes
+        _MIXES.update(name if "::" in name else f"aten::{name}" for name in mixing)
         return function
 
     return register
@@ -126,9 +144,18 @@ def find_rule(target: Any) -> Rule | None:
     return None
 
 
+def mixes(target: Any) -> bool:
+    """Whether the rule for an op records what units a change of basis may mix."""
+    return _name(target) in _MIXES
+
+
 def contracts(target: Any) -> bool:
     """Whether an op sums products of its operands, as a linear layer does."""
-    return getattr(getattr(target, "_schema", None), "name", None) in _CONTRACTIONS
+    return _name(target) in _CONTRACTIONS
+
+
+def _name(target: Any) -> str | None:
+    return getattr(getattr(target, "_schema", None), "name", None)
 
 
 def multiplied(node: fx.Node) -> list[fx.Node]:
@@ -142,6 +169,29 @@ def multiplied(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(operands, found.append)
     return found
+
+
+def summed_over(node: fx.Node | None) -> list[int] | None:
+    """The dimensions over which a product of two tensors, or a square, is summed; None for all other nodes, and where
+    the product is used otherwise, too."""
+    if node is None or _name(node.target) not in ("aten::mul", "aten::multiply", "aten::pow", "aten::square"):
+        return None
+    if not is_square(node) and not all(isinstance(a, fx.Node) for a in node.args):
+        return None
+    found: set[tuple[int, ...]] = set()
+    for user in node.users:
+        if _name(user.target) not in ("aten::sum", "aten::mean") or user.args[0] is not node:
+            return None
+        dims: Any = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim")
+        found.add(tuple(normalize_dims(dims, node.meta["val"].ndim)))
+    return list(found.pop()) if len(found) == 1 else None
+
+
+def is_square(node: fx.Node | None) -> bool:
+    """Whether a node squares a tensor."""
+    if node is None or _name(node.target) in ("aten::mul", "aten::multiply"):
+        return node is not None and node.args[0] is node.args[1]
+    return _name(node.target) in ("aten::pow", "aten::square") and node.args[1:] in ((), (2,))
 
 
 def normalize_dims(dims: int | Sequence[int] | None, ndim: int) -> list[int]:

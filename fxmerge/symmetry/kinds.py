@@ -1,0 +1,230 @@
+"""By which matrices the units of each class may be mixed: what the rules recorded, put together by class."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from fxmerge.symmetry.base import Group
+from fxmerge.symmetry.columns import core, support
+from fxmerge.units.kind import Kind, UnitKind
+from fxmerge.symmetry.labels import Labels
+from fxmerge.symmetry.mixing import Column, Seen
+from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.units import Ids, mix
+
+
+def find_kinds(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> tuple[UnitKind, ...]:
+    """The kind of every class of a symmetry, in the order of `symmetry.units`.
+
+    Units of a class are mixed within the units of its parents only, each block by a matrix of its own. A class in which
+    others are nested that have choices of their own is permuted at most.
+
+    Arguments:
+        found: the labelled program.
+        symmetry: its classes.
+        number: for every unit of the walk the class that it is in, -1 if in none.
+        place: its place in that class.
+    """
+    facts, sight = _Facts(symmetry), _Sight(symmetry, number, place)
+    for record, operands, how, reason in found.units.mixing if facts.open else ():
+        facts.reason = reason
+        record(facts, *map(sight.of, operands), **how)
+    return facts.kinds(found)
+
+
+class _Sight:
+    """Labels as they are once the classes are known."""
+
+    def __init__(self, symmetry: Group, number: Ids, place: Ids) -> None:
+        self.number, self.place = number, place
+        # For the units of a class, the units of classes with a choice that they show.
+        self.views: dict[int, list[tuple[int, Ids]]] = defaultdict(list)
+        for owner in _may_mix(symmetry):
+            for shown, view in symmetry.views[owner]:
+                own = np.full(symmetry.units[shown].size, -1)
+                own[view] = np.arange(len(view))[:, None]
+                self.views[shown].append((owner, own))
+        self._known: dict[tuple[object, ...], tuple[tuple[Column, ...], frozenset[int]]] = {}
+
+    def of(self, labels: Labels) -> Seen:
+        columns: list[Column] = []
+        depends = {d for c in labels.inert for d in support(c)}
+        for column in labels.columns:
+            own, along = self._column(column)
+            columns += own
+            depends |= along
+        return Seen(labels.shape, tuple(columns), frozenset(depends), labels.uniform)
+
+    def _column(self, column: Tensor) -> tuple[tuple[Column, ...], frozenset[int]]:
+        """The units of every class that a column shows, and the dimensions along which it differs."""
+        key = column.data_ptr(), column.shape, column.stride()
+        if key not in self._known:
+            dims = support(column)
+            raw = core(column, dims).numpy()
+            number, place = self.number[raw], self.place[raw]
+            along, _ = _shrunk(dims, np.where(number < 0, -1 - raw, number * (int(place.max()) + 1) + place))
+            shown: dict[int, Ids] = {}
+            for n in np.unique(number[number >= 0]).tolist():
+                here = number == n
+                for owner, own in self.views[n]:
+                    shown.setdefault(owner, np.full(raw.shape, -1))[here] = own[place[here]]
+            self._known[key] = tuple(_column(owner, dims, ids, raw) for owner, ids in shown.items()), frozenset(along)
+        return self._known[key]
+
+
+def _column(number: int, dims: tuple[int, ...], ids: Ids, raw: Ids) -> Column:
+    kept, shrunk = _shrunk(dims, ids)
+    sizes = [n if d in kept else 1 for d, n in zip(dims, ids.shape, strict=True)]
+    place = np.broadcast_to(np.arange(shrunk.size).reshape(sizes), ids.shape)
+    pairs = np.stack([place[ids >= 0], raw[ids >= 0]])
+    return Column(number, kept, shrunk, np.unique(pairs, axis=1))
+
+
+def _may_mix(symmetry: Group) -> list[int]:
+    """The classes of which units may be mixed: those with a choice and on parameters, without others in them that have
+    a choice."""
+    above = set().union(*(symmetry.ancestors(n) for n in symmetry.choices))
+    on_axes = {n for axis in symmetry.layout for n, _ in axis.roles}
+    return [n for n in symmetry.choices if n in on_axes and n not in above]
+
+
+def _shrunk(dims: tuple[int, ...], ids: Ids) -> tuple[tuple[int, ...], Ids]:
+    """The dimensions along which numbers differ, and the numbers along these."""
+    still = [bool((ids == ids.take([0], axis=i)).all()) for i in range(len(dims))]
+    at = tuple(0 if s else slice(None) for s in still)
+    return tuple(d for d, s in zip(dims, still, strict=True) if not s), ids[at]
+
+
+@dataclass
+class _Facts:
+    """The kinds that are left as facts are read.
+
+    Attributes:
+        kind, why: of every class.
+        first: for every unit of a class, the first unit in its block.
+        ties: pairs of units of the walk, and whether one is mixed by the transpose of the inverse.
+        scaling, added: for every class, the parameters of one number that scale its units or are added to them.
+        reason: the node whose facts are read.
+    """
+
+    symmetry: Group
+    kind: list[Kind] = field(init=False)
+    why: list[str] = field(init=False)
+    first: list[Ids] = field(init=False)
+    ties: dict[int, list[tuple[Ids, Ids, bool]]] = field(default_factory=lambda: defaultdict(list))
+    scaling: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    added: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        numbers, open_ = range(len(self.symmetry.units)), set(_may_mix(self.symmetry))
+        self.kind = [Kind.GENERAL_LINEAR if n in open_ else Kind.PERMUTATION for n in numbers]
+        self.why = ["" if n in open_ else "it is of blocks" for n in numbers]
+        self.first = [np.unique(c.blocks, return_index=True)[1][c.blocks] for c in self.symmetry.units]
+
+    @property
+    def open(self) -> bool:
+        return any(kind > Kind.PERMUTATION for kind in self.kind)
+
+    def apart(self, column: Column, dims: Iterable[int] | None = None) -> None:
+        if self.kind[column.number] == Kind.PERMUTATION:
+            return
+        split = range(len(column.dims)) if dims is None else [i for i, d in enumerate(column.dims) if d in set(dims)]
+        place = np.zeros((1,) * len(column.dims), np.int64)
+        for i in split:
+            line = np.arange(column.ids.shape[i]).reshape([-1 if j == i else 1 for j in range(len(column.dims))])
+            place = place * column.ids.shape[i] + line
+        place = np.broadcast_to(place, column.ids.shape)
+        own = column.ids >= 0
+        self._tell(column.number, np.unique(np.stack([column.ids[own], place[own]]), axis=1))
+
+    def count(self, number: int, ids: Ids) -> None:
+        size = self.symmetry.units[number].size
+        self._tell(number, np.stack([np.arange(size), np.bincount(ids[ids >= 0], minlength=size)]))
+
+    def _tell(self, number: int, pairs: Ids) -> None:
+        """Units with other numbers are not mixed with each other; (units, numbers), a unit may have several."""
+        seen = np.zeros(self.symmetry.units[number].size, np.uint64)
+        np.add.at(seen, pairs[0], mix(pairs[1]))
+        if (seen != seen[self.first[number]]).any():
+            self._lower(number, Kind.PERMUTATION)
+
+    def limit(self, column: Column, kind: Kind) -> None:
+        self._lower(column.number, kind)
+
+    def _lower(self, number: int, kind: Kind, reason: str = "") -> None:
+        if kind < self.kind[number]:
+            self.kind[number], self.why[number] = kind, reason or self.reason
+
+    def scale(self, column: Column, parameters: Collection[str]) -> None:
+        self.scaling[column.number].update(parameters)
+
+    def add(self, column: Column, parameters: Collection[str]) -> None:
+        self.added[column.number].update(parameters)
+
+    def tie(self, a: Column, b: Column, *, inverse: bool) -> None:
+        firsts = []
+        for c in (a, b):  # At one place of a tensor, units are mixed in one way.
+            _, first, place = np.unique(c.raw[0], return_index=True, return_inverse=True)
+            firsts.append(c.raw[1][first])
+            if len(place) > len(first):
+                self.ties[a.number].append((c.raw[1], firsts[-1][place], False))
+        self.ties[a.number].append((firsts[0], firsts[1], inverse))
+
+    def kinds(self, found: Propagation) -> tuple[UnitKind, ...]:
+        """The kinds, with the axes on which the inverse is applied.
+
+        A class that is summed over with itself is mixed by matrices whose inverse is their transpose. What only scales
+        a class must not be added to it.
+        """
+        size = found.units.size
+        ties = [tie for n, own in self.ties.items() if self.kind[n] > Kind.PERMUTATION for tie in own]
+        part = _signs(size, ties)
+        for n, own in self.ties.items():
+            ids = np.concatenate([ids for a, b, _ in own for ids in (a, b)])
+            if (part[ids] == part[ids + size]).any():
+                self._lower(n, Kind.ORTHOGONAL, "the same units are summed over with each other")
+        for n, names in self.scaling.items():
+            if not names.isdisjoint(self.added[n]):
+                self._lower(n, Kind.PERMUTATION, "one parameter scales units and is added to them")
+        return tuple(
+            UnitKind(kind, why, self._inverse(n, found, part), frozenset(self.scaling[n]))
+            if kind > Kind.PERMUTATION
+            else UnitKind(kind, why)
+            for n, (kind, why) in enumerate(zip(self.kind, self.why, strict=True))
+        )
+
+    def _inverse(self, number: int, found: Propagation, part: Ids) -> frozenset[tuple[str, int, int]]:
+        """The axes of a class on which units are mixed by the transpose of the inverse of what the first axis has."""
+        views = dict(self.symmetry.views[number])
+        inverse: set[tuple[str, int, int]] = set()
+        reference: Ids | None = None
+        for axis in self.symmetry.layout:
+            for shown, slots in axis.roles:
+                if shown in views and axis.parameter not in self.scaling[number]:
+                    raw = np.unique(found.axes[axis.parameter, axis.dim].ids)
+                    ids = raw[slots[views[shown]]][:, 0]
+                    reference = ids if reference is None else reference
+                    if (part[ids + found.units.size] == part[reference]).all():
+                        inverse.add((axis.parameter, axis.dim, int(slots[0])))
+        return frozenset(inverse)
+
+
+def _signs(size: int, ties: Sequence[tuple[Ids, Ids, bool]]) -> Ids:
+    """The connected components of all units, mixed by a matrix and, after these, by the transpose of its inverse."""
+    ends: tuple[list[Ids], list[Ids]] = ([np.zeros(0, np.int64)], [np.zeros(0, np.int64)])
+    for a, b, inverse in ties:
+        for shift in (0, size):
+            ends[0].append(a + shift)
+            ends[1].append(b + (size - shift if inverse else shift))
+    i, j = map(np.concatenate, ends)
+    graph = coo_matrix((np.ones(len(i), np.int8), (i, j)), shape=(2 * size, 2 * size))
+    part: Ids = connected_components(graph, directed=False)[1].astype(np.int64)
+    return part

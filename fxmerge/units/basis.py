@@ -1,0 +1,159 @@
+"""Changes of basis: how matrices that mix the units of a class act on parameters."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxmerge.errors import UnitMapError
+from fxmerge.units.kind import Kind
+from fxmerge.units.layout import AxisLayout, Ids
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Where the units of a class lie on one parameter axis, for a change of their basis.
+
+    Attributes:
+        axis: the layout of the axis.
+        slots: shape (blocks, units in each, times that each unit is there).
+        inverse: whether the transpose of the inverse matrix acts here.
+    """
+
+    axis: AxisLayout
+    slots: Ids
+    inverse: bool
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A change of basis of some classes, which leaves the function of a network unchanged.
+
+    What gives the units of a class is multiplied by a matrix, what reads them by the transpose of its inverse.
+
+    Attributes:
+        mixed: for every class, the axes on which its units lie.
+        matrices: for every class, shape (blocks, units, units), float64: row i of a matrix gives the new unit i.
+    """
+
+    mixed: tuple[tuple[Mixed, ...], ...]
+    matrices: Mapping[int, Tensor]
+
+    def apply(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters in the new basis.
+
+        Arguments:
+            state_dict: tensors by name, in the shapes that the symmetry was found for.
+
+        Returns:
+            A new dict with the same keys in the same order, and with the `_metadata` that the state dict of a module
+            has; tensors that do not change are the same objects. Sums are taken in at least single precision.
+
+        Raises:
+            UnitMapError: if a parameter is missing or has another shape.
+
+        Example:
+            >>> import torch, fxmerge
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False), torch.nn.Linear(2, 3)).double()
+            >>> symmetry = fxmerge.find_symmetry(net, (torch.zeros(1, 4).double(),))
+            >>> basis = symmetry.sample_basis(torch.Generator().manual_seed(0))
+            >>> before, x = net(torch.ones(1, 4).double()), torch.ones(1, 4).double()
+            >>> _ = net.load_state_dict(basis.apply(net.state_dict()))
+            >>> torch.allclose(net(x), before)
+            True
+        """
+        moved: OrderedDict[str, Tensor] = OrderedDict(state_dict)
+        if hasattr(state_dict, "_metadata"):
+            moved._metadata = state_dict._metadata  # type: ignore[attr-defined]
+        for number, matrix in self.matrices.items():
+            inverse = torch.linalg.inv(matrix).mT
+            for own in self.mixed[number]:
+                name = own.axis.parameter
+                if name not in moved or tuple(moved[name].shape) != own.axis.shape:
+                    has = f"has shape {tuple(moved[name].shape)}" if name in moved else "is missing"
+                    raise UnitMapError(
+                        f"Parameter {name!r} {has}, but the symmetry was found for shape {own.axis.shape}."
+                    )
+                moved[name] = _mix(moved[name], own, inverse if own.inverse else matrix)
+        for own in (own for number in self.matrices for own in self.mixed[number]):
+            for alias in own.axis.aliases:
+                if alias in moved:
+                    moved[alias] = moved[own.axis.parameter]
+        return moved
+
+    def inverse(self) -> Basis:
+        """The change of basis that undoes this one."""
+        return Basis(self.mixed, {number: torch.linalg.inv(matrix) for number, matrix in self.matrices.items()})
+
+    def __matmul__(self, other: Basis) -> Basis:
+        """First `other`, then this one."""
+        matrices = dict(other.matrices)
+        for number, matrix in self.matrices.items():
+            matrices[number] = matrix @ matrices[number] if number in matrices else matrix
+        return Basis(self.mixed, matrices)
+
+
+def gathered(tensor: Tensor, own: Mixed) -> Tensor:
+    """The entries of a parameter that belong to the units of a class, shape (blocks, units, entries)."""
+    flat = tensor.permute(*own.axis.dims, *_rest(own.axis)).reshape(own.axis.slot.size, -1)
+    return flat[positions(own).to(tensor.device)].flatten(2)
+
+
+def _mix(tensor: Tensor, own: Mixed, matrix: Tensor) -> Tensor:
+    order = [*own.axis.dims, *_rest(own.axis)]
+    moved = tensor.permute(order)
+    flat = moved.reshape(own.axis.slot.size, -1).clone()
+    where = positions(own).to(tensor.device)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    values = flat[where].to(wide)
+    mixed = matrix.to(values) @ values.flatten(2)
+    flat[where] = mixed.reshape(values.shape).to(tensor.dtype)
+    return flat.reshape(moved.shape).permute(np.argsort(order).tolist()).contiguous()
+
+
+def _rest(axis: AxisLayout) -> list[int]:
+    return [d for d in range(len(axis.shape)) if d not in axis.dims]
+
+
+def positions(own: Mixed) -> Tensor:
+    """For every unit, its positions along the flattened dimensions of an axis: (blocks, units, positions)."""
+    order = np.argsort(own.axis.slot.reshape(-1), kind="stable")
+    start = np.searchsorted(own.axis.slot.reshape(-1)[order], own.slots)
+    width = int(np.bincount(own.axis.slot.reshape(-1))[own.slots.reshape(-1)[0]])
+    found = order[start[..., None] + np.arange(width)]
+    return torch.from_numpy(found.reshape(*own.slots.shape[:2], -1))
+
+
+def random_matrices(kind: Kind, blocks: int, size: int, generator: torch.Generator | None = None) -> Tensor:
+    """Random elements of a group of matrices, shape (blocks, size, size), float64.
+
+    Arguments:
+        kind: the group, a `Kind`: orthogonal matrices are uniformly distributed; invertible ones have singular values
+            from 1/2 to 2.
+        blocks: how many.
+        size: of each.
+        generator: source of randomness, on the CPU; torch's default one if None.
+    """
+
+    def orthogonal(n: int) -> Tensor:
+        q, r = torch.linalg.qr(torch.randn(blocks, n, n, dtype=torch.float64, generator=generator))
+        return q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+
+    if kind == Kind.GENERAL_LINEAR:
+        scales = 2 ** (2 * torch.rand(blocks, 1, size, dtype=torch.float64, generator=generator) - 1)
+        return (orthogonal(size) * scales) @ orthogonal(size)
+    if kind == Kind.ORTHOGONAL:
+        return orthogonal(size)
+    frame = centred_frame(size)
+    return frame @ orthogonal(size - 1) @ frame.T + 1 / size
+
+
+def centred_frame(size: int) -> Tensor:
+    """An orthonormal basis of the vectors whose entries sum to zero, shape (size, size - 1), float64."""
+    ones = torch.ones(size, 1, dtype=torch.float64)
+    return torch.linalg.qr(torch.cat([ones, torch.eye(size, dtype=torch.float64)[:, 1:]], 1))[0][:, 1:]
