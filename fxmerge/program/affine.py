@@ -180,17 +180,18 @@ class Sites:
             ids = vector.view(torch.arange(own.numel()).reshape(own.shape))
             if ids.numel() != own.numel() or own.is_complex() or (vector is shift and vector.offset):
                 return None
-            tables.append((ids if size is None else ids.reshape(size)).expand(shape))
+            tables.append(ids if size is None else ids.reshape(size))
         if not tables:
             assert size is not None
-            tables.append(torch.arange(shape[1]).reshape(size).expand(shape))
+            tables.append(torch.arange(shape[1]).reshape(size))
         count = int(tables[0].max()) + 1
         known = self.program.parameters
         sizes = {known[one.parameter].numel() for one in (gain, shift) if one is not None}
         sizes |= {known[name].numel() for name in (moments.mean, moments.variance)} if moments else set()
+        tables = list(torch.broadcast_tensors(*tables))
         if count < 2 or sizes != {count} or any(not torch.equal(tables[0], table) for table in tables[1:]):
             return None
-        return Site(node, source, nodes, tables[0], count, gain, shift, moments)
+        return Site(node, source, nodes, tables[0].expand(shape), count, gain, shift, moments)
 
     def readers(self, site: Site) -> tuple[list[Layer], list[fx.Node]]:
         """The layers that can multiply by the gains of a site, and the other nodes that read its result."""

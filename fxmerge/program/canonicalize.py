@@ -77,15 +77,16 @@ class Plan:
             state: of the program.
             chosen: which moves, as `choose` gives them; None chooses for this state alone.
         """
-        chosen = self.choose([state]) if chosen is None else chosen
-        named = self._named(state)
-        wide = {name: in_double(tensor) for name, tensor in named.items()}
-        before = dict(wide)
+        made = self._moved(state, self.choose([state]) if chosen is None else chosen)
+        return {name: made[name].to(tensor.dtype) if name in made else tensor for name, tensor in state.items()}
+
+    def _moved(self, state: State, chosen: Mapping[int, str]) -> dict[str, Tensor]:
+        """The tensors that moves change, in float64, under all their names."""
+        touched = [self.moves[number].fold(where) for number, where in chosen.items()]
+        wide = {name: in_double(state[name]) for fold in touched for name in (*fold.parameters, *fold.into)}
         for number, where in chosen.items():
             self.moves[number].apply(wide, where)
-        made = {name: t.to(named[name].dtype) for name, t in wide.items() if t is not before[name]}
-        aliases = self.program.aliases
-        return {name: made.get(aliases.get(name, name), tensor) for name, tensor in state.items()}
+        return {name: wide[stands] for name, stands in self.program.aliases.items() if stands in wide}
 
     def apply_all(self, states: Sequence[State]) -> tuple[list[dict[str, Tensor]], tuple[Fold, ...]]:
         """Some state dicts after the same moves, each checked on the first of them, and what was moved.
@@ -108,7 +109,7 @@ class Plan:
         good: dict[int, str] = {}
 
         def sort_out(moves: list[tuple[int, str]]) -> None:
-            if check.change(self.apply(check.state, good | dict(moves))) <= TOLERANCE:
+            if check.change({**check.state, **self._moved(check.state, good | dict(moves))}) <= TOLERANCE:
                 good.update(moves)
             elif len(moves) == 1:
                 fold = self.moves[moves[0][0]].fold(moves[0][1])
@@ -131,7 +132,7 @@ class _Check:
         self.module = duplicate(program.module).eval()._apply(in_double)
         self.inputs = pytree.tree_map(in_double, program.aten.example)
         generator = torch.Generator().manual_seed(0)
-        near = {name: other_values(in_double(state[name]), generator) for name in program.parameters}
+        near = {name: other_values(state[name], generator) for name in program.parameters}
         self.state = {name: near.get(program.aliases.get(name, name), tensor) for name, tensor in state.items()}
         self.expected = self._run(self.state)
 
@@ -203,7 +204,8 @@ def _move(sites: Sites, group: list[Site]) -> Move | None:
     stops = [node for _, ends in read for node in ends]
     layers = tuple(layer for own, _ in read for layer in own)
     readers = layers if layers and not stops and _can_change(sites.layers, layers, group) else None
-    takes_shift = readers is not None and _can_add(sites.layers, readers)
+    shifts = group[0].shift is not None or group[0].moments is not None
+    takes_shift = readers is not None and (not shifts or _can_add(sites.layers, readers))
     writers = None
     if not takes_shift and not (stops and all(map(_is_activation, stops))):
         # Behind a function of each channel alone, such as ReLU, rotations are no symmetries whatever the gains are.

@@ -38,7 +38,12 @@ CASTS = frozenset(("_to_copy", "to", "type_as"))
 
 DROPOUTS = frozenset(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
 
-SIZES = frozenset(("sym_size", "sym_numel", "sym_stride", "_assert_tensor_metadata"))
+SIZES = frozenset(
+    (
+        *("sym_size", "sym_numel", "sym_stride", "_assert_tensor_metadata"),
+        *("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"),
+    )
+)
 """Ops that read the shape or the dtype of an operand, and no values."""
 
 
@@ -136,6 +141,8 @@ def _step(node: fx.Node, known: Known) -> Followed | None:
         (source,) = (known[n] for n in node.all_input_nodes if n in known)
         return replace(source, ids=source.ids[node.args[1]])
     name = op_name(node)
+    if name in CASTS:
+        return known.get(node.all_input_nodes[0]) if node.meta["val"].is_floating_point() else None
     if name in ("cat", "stack"):
         return _joined(node, known)
     if name in ("mul", "div"):
@@ -147,8 +154,6 @@ def _step(node: fx.Node, known: Known) -> Followed | None:
     call = arguments(node) if name else {}
     if name in MOVES:
         return replace(source, ids=run(node, {tensors[0]: source.ids}))
-    if name in CASTS:
-        return source if node.meta["val"].is_floating_point() else None
     if name in DROPOUTS:
         return None if call["train"] else source
     if name == "neg":
@@ -223,9 +228,11 @@ def constant_along(ids: Tensor, dims: Any) -> tuple[Tensor, bool] | None:
         >>> constant_along(torch.tensor([[0, 1], [1, 1]]), [0])
     """
     dims = tuple(d % ids.ndim for d in dims)
-    zero = ids == ZERO
     if not dims:
         return ids, True
+    # Along dimensions of stride 0 all is the same.
+    ids = ids[tuple(slice(0, 1) if d in dims and ids.stride(d) == 0 else slice(None) for d in range(ids.ndim))]
+    zero = ids == ZERO
     high = ids.amax(dims, keepdim=True)
     low = torch.where(zero, high, ids).amin(dims, keepdim=True)
     if not torch.equal(low, high):
@@ -290,9 +297,9 @@ def passes_on(node: fx.Node) -> bool:
     name = op_name(node)
     if node.target is operator.getitem:
         return op_name(node.all_input_nodes[0]) in VIEWS
-    if sum(is_tensor(n) for n in node.all_input_nodes) != 1:
-        return False
-    return name in VIEWS or (name in CASTS and node.meta["val"].is_floating_point()) or added_number(node) != 0
+    if name in CASTS:
+        return bool(node.meta["val"].is_floating_point())
+    return sum(is_tensor(n) for n in node.all_input_nodes) == 1 and (name in VIEWS or added_number(node) != 0)
 
 
 def added_number(node: fx.Node) -> float:
@@ -306,7 +313,13 @@ def added_number(node: fx.Node) -> float:
 
 def readers_of(node: fx.Node) -> list[fx.Node]:
     """The nodes that read the values of a node."""
-    return [user for user in node.users if op_name(user) not in SIZES]
+    return [user for user in node.users if node in values_read(user)]
+
+
+def values_read(node: fx.Node) -> list[fx.Node]:
+    """The operands of which a node reads the values."""
+    name = op_name(node)
+    return [] if name in SIZES else node.all_input_nodes[:1] if name in CASTS else node.all_input_nodes
 
 
 def follow(
@@ -326,7 +339,7 @@ def follow(
     known = {start: first}
     stops = []
     for node in nodes[nodes.index(start) + 1 :]:
-        if known.keys().isdisjoint(node.all_input_nodes) or op_name(node) in SIZES or ends(node, known):
+        if known.keys().isdisjoint(values_read(node)) or ends(node, known):
             continue
         found = step(node, known) if node.op == "call_function" else None
         if found is None:

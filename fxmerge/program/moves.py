@@ -107,20 +107,23 @@ class Move:
     def apply(self, state: dict[str, Tensor], where: str) -> None:
         """Makes the move, on parameters in float64, which are replaced in `state` and not written into."""
         gain, shift = self.vectors(state)
-        changed = {name: state[name].clone() for name in self.fold(where).into}
         # Gains of columns that no gain meets, and shifts of those.
         gains, shifts = (torch.cat([torch.tensor(none).to(v).expand(2), v]) for v, none in ((gain, 1.0), (shift, 0.0)))
-        done = set()
-        for layer in self.layers(where):
-            sum_, (first, *_) = layer.addition, layer.scalings
-            if where == READERS and sum_ is not None and (sum_.bias.key, first.key) not in done and shift.any():
-                done.add((sum_.bias.key, first.key))
-                weight = sum_.weight.view(state[sum_.weight.parameter])
-                bias = sum_.bias.view(changed[sum_.bias.parameter])
-                bias += sum_.factor * (weight * shifts[sum_.index + 2]).sum(sum_.summed).reshape(bias.shape)
-        for key, scaling in {one.key: one for layer in self.layers(where) for one in layer.scalings}.items():
-            assert key not in done
-            scaling.operand.view(changed[scaling.operand.parameter]).mul_(gains[scaling.index + 2])
+        changed: dict[str, Tensor] = {}
+
+        def own(vector: Operand) -> Tensor:
+            """A view of a copy, to be written into."""
+            name = vector.parameter
+            return vector.view(changed.setdefault(name, state[name] if name in changed else state[name].clone()))
+
+        # Layers that are called several times are changed once.
+        sums = [layer.addition for layer in self.layers(where) if layer.addition is not None]
+        for sum_ in {one.bias.key: one for one in sums}.values() if where == READERS and shift.any() else ():
+            products = sum_.weight.view(state[sum_.weight.parameter]) * shifts[sum_.index + 2]
+            bias = own(sum_.bias)
+            bias += sum_.factor * products.sum(sum_.summed).reshape(bias.shape)
+        for scaling in {one.key: one for layer in self.layers(where) for one in layer.scalings}.values():
+            own(scaling.operand).mul_(gains[scaling.index + 2])
         state.update(changed)
         rest = {READERS: torch.zeros_like(shift), KEEPING: shift / gain, WRITER: shift}[where]
         self._leave(state, torch.where(shift == 0, 0.0, rest))
