@@ -52,6 +52,7 @@ def check(net: nn.Module, inputs: Inputs, folds: int) -> tuple[dict[str, Tensor]
     _compare(net, _loaded(net, state), inputs, 2e-5)
     assert all(torch.equal(t, before[name]) and t.dtype == state[name].dtype for name, t in net.state_dict().items())
     assert len(done) == folds, [str(one) for one in done]
+    assert len(plan_folds(program).choose([net.state_dict()])) == folds  # No move is undone.
     again, nothing = fold_norms(program, state)
     assert not nothing
     assert all(torch.equal(t, again[name]) for name, t in state.items())
@@ -326,6 +327,12 @@ def test_the_gain_of_a_branch_goes_into_the_layer_before_it() -> None:
     state, done = check(net, TOKENS, 1)
     assert done[0].where == "writer" and done[0].into == ("layer.weight", "layer.bias")
     assert ones(state["norm.weight"])
+
+
+def test_a_norm_of_what_a_layer_writes_stays_where_a_sum_reads_it() -> None:
+    """Its gain comes after it: the layer before cannot stand in for it."""
+    net = Around(lambda m, x: x + m.norm(m.layer(x)), layer=linear(8, 8), norm=nn.LayerNorm(8))
+    check(drawn(net), TOKENS, 0)
 
 
 @pytest.mark.parametrize("transposed", [True, False])

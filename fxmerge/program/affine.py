@@ -54,7 +54,7 @@ class Site:
 
     Attributes:
         node: what it gives.
-        source: what it reads.
+        source: what it multiplies; None where that is the result of a normalization of torch's, which no node gives.
         nodes: the nodes that read its parameters.
         ids: for every entry of the result the number of its gain.
         count: how many gains there are.
@@ -63,7 +63,7 @@ class Site:
     """
 
     node: fx.Node
-    source: fx.Node
+    source: fx.Node | None
     nodes: tuple[fx.Node, ...]
     ids: Tensor
     count: int
@@ -118,7 +118,7 @@ class Sites:
         size = shape_of(call["weight"]) if gain is not None else (shape[1],)
         if name in SECOND:
             size = (*size, *(1,) * (len(shape) - 2))
-        return self._site(results[0], data, (node,), gain, shift, size, moments)
+        return self._site(results[0], data if moments is not None else None, (node,), gain, shift, size, moments)
 
     def _moments(self, call: Mapping[str, Any]) -> Moments | None:
         """The running statistics by which a node normalizes, if it does."""
@@ -160,7 +160,7 @@ class Sites:
     def _site(
         self,
         node: fx.Node,
-        source: fx.Node,
+        source: fx.Node | None,
         nodes: tuple[fx.Node, ...],
         gain: Operand | None,
         shift: Operand | None,

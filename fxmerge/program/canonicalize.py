@@ -209,7 +209,7 @@ def _move(sites: Sites, group: list[Site]) -> Move | None:
     writers = None
     if not takes_shift and not (stops and all(map(_is_activation, stops))):
         # Behind a function of each channel alone, such as ReLU, rotations are no symmetries whatever the gains are.
-        written = [sites.layers.writer(site.source, site.ids) for site in group]
+        written = [sites.layers.writer(site.source, site.ids) for site in group if site.source is not None]
         given = tuple(layer for layer in written if layer is not None)
         writers = given if len(given) == len(group) and _can_change(sites.layers, given, group) else None
     return None if readers is None and writers is None else Move(group[0], readers, takes_shift, writers)
