@@ -5,6 +5,7 @@ from fxmerge.api import fold as fold
 from fxmerge.api import head as head
 from fxmerge.api import merge as merge
 from fxmerge.api import merge_many as merge_many
+from fxmerge.canonical import canonicalize as canonicalize
 from fxmerge.comparison import Comparison as Comparison
 from fxmerge.comparison import compare as compare
 from fxmerge.errors import ArchitectureMismatchError as ArchitectureMismatchError

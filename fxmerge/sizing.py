@@ -27,9 +27,9 @@ from fxmerge.matching.zip_search import mergeable
 from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
+from fxmerge.program.double import in_double
 from fxmerge.program.run import Runner
 from fxmerge.recipe import Budget, Run, Zip
-from fxmerge.symmetry.double import in_double
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation

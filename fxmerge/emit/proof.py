@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from fxmerge.emit.resize import resize
 from fxmerge.matching.room import repeated
 from fxmerge.program.captured import Program
+from fxmerge.program.double import InDouble, in_double
 from fxmerge.program.run import Runner
-from fxmerge.symmetry.double import InDouble, in_double
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation

@@ -19,10 +19,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxmerge.program.captured import Program
+from fxmerge.program.double import in_double
 from fxmerge.program.models import same_draws
 from fxmerge.program.run import Recorder
 from fxmerge.symmetry.columns import support
-from fxmerge.symmetry.double import in_double
 from fxmerge.symmetry.labels import Labels, inert, pin, reduce
 from fxmerge.symmetry.rules.contraction import contract
 from fxmerge.symmetry.rules.registry import Site

@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.errors import OptionError
 from fxmerge.program.captured import Program
+from fxmerge.program.double import InSingle
 from fxmerge.program.models import same_draws
 from fxmerge.symmetry import mixing, rules
 from fxmerge.symmetry.columns import Shape, core, reshape, spread, support
 from fxmerge.symmetry.deferred import Deferred
-from fxmerge.symmetry.double import InSingle
 from fxmerge.symmetry.labels import Labels, inert, pin
 from fxmerge.symmetry.parts import COMMUTATIVE, Part, combine, parts
 from fxmerge.symmetry.probe import Prober

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from fxmerge.errors import FxmergeError, OptionError
 from fxmerge.program import models
 from fxmerge.program.capture import Args, Kwargs, check_example, open_outputs
+from fxmerge.program.double import InDouble, WithOwnStatistics, in_double
 from fxmerge.program.models import evaluating
 from fxmerge.symmetry.base import Group
-from fxmerge.symmetry.double import InDouble, WithOwnStatistics, in_double
 from fxmerge.symmetry.freeze import demote
 from fxmerge.symmetry.outputs import FreeOutput
 from fxmerge.symmetry.structure import combinations

@@ -40,11 +40,11 @@ from torch.nn.functional import one_hot
 from torch.utils import _pytree as pytree
 
 from fxmerge.program.captured import AtenGraph, Program
+from fxmerge.program.double import _WRITTEN_OUT
 from fxmerge.symmetry.classes import Resolution, resolve
 from fxmerge.symmetry.columns import core, joint_column, support
 from fxmerge.symmetry.contracted import Contracted
 from fxmerge.symmetry.deferred import Deferred, Index
-from fxmerge.symmetry.double import _WRITTEN_OUT
 from fxmerge.symmetry.labels import Labels, constant
 from fxmerge.symmetry.propagate import propagate
 from fxmerge.symmetry.rules.elementwise import filled
