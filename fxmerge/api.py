@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from fxmerge import validate
+from fxmerge.bases import in_one_basis, with_gains_moved
 from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare, readable_again
@@ -162,7 +163,11 @@ def _merged(
     asked = None if recipe.match is None else recipe.match.reference
     reference = validate.check_reference(asked, len(models), base is not None)
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
+    if recipe.match is not None and recipe.match.continuous:
+        job = with_gains_moved(job)
     group = Prepared.of(job, recipe, run, symmetry)
+    if recipe.match is not None and recipe.match.continuous:
+        group = in_one_basis(group, recipe.match, run, reference)
     job = group.job
     if recipe.share == NOTHING:
         return _side_by_side(group, recipe, weights)

@@ -128,7 +128,7 @@ class Job:
             )
         with self.timed("symmetry"):
             if given is None:
-                found, symmetry = analyse(self.program, free=free)
+                found, symmetry = analyse(self.program, free=free, states=self.states)
             else:
                 check_fits(given, self.program)
                 found, symmetry = propagate(self.program), given

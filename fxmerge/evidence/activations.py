@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from fxmerge.errors import LoaderError, NonFiniteError
-from fxmerge.evidence.moments import Moments
+from fxmerge.evidence.moments import TINY, Moments
 from fxmerge.evidence.weights import real
 from fxmerge.program.captured import Program
 from fxmerge.program.run import Data, Recorder
@@ -84,7 +84,8 @@ Pair = tuple[int, int]
 
 
 class _Correlations:
-    """Sums over rows of one class's units in several models, in units of the deviations seen in the first batch."""
+    """Sums over rows of one class's units in several models, in units of the deviations seen in the first batch; of a
+    class whose units are mixed, in one unit for all of them."""
 
     def __init__(self, models: int, pairs: Sequence[Pair]) -> None:
         self.moments = [Moments()] * models
@@ -94,6 +95,14 @@ class _Correlations:
         self.moments = [own + Moments.of(x) for own, x in zip(self.moments, rows, strict=True)]
         for i, j in self.products:
             self.products[i, j] = (rows[i].T @ rows[j]).double().add_(self.products[i, j])
+
+    def products_of_mixed(self) -> dict[Pair, Tensor]:
+        """The mean products of units, in units of the root mean square of all units of each model."""
+        size = [math.sqrt(max(own.square / max(own.count * len(torch.as_tensor(own.sums)), 1), TINY)) for own in self.moments]
+        return {
+            (i, j): (torch.as_tensor(products) / (self.moments[i].rows * size[i] * size[j])).float()
+            for (i, j), products in self.products.items()
+        }
 
     def similarities(self, kind: Similarity) -> dict[Pair, Tensor]:
         shift, scale = [], []
@@ -110,9 +119,11 @@ class _Correlations:
         return found
 
 
-def _first(x: Tensor, kind: Similarity) -> tuple[Tensor, Tensor]:
+def _first(x: Tensor, kind: Similarity, *, mixed: bool) -> tuple[Tensor, Tensor]:
     """What is subtracted from an activation's units, and what they are multiplied with, so that all activations of a
     class count alike; by the first batch."""
+    if mixed:
+        return torch.zeros_like(x[0]), 1 / x.square().mean().sqrt().clamp(min=1e-6)
     shift = torch.zeros_like(x[0]) if kind == "cosine" else x.mean(dim=0)
     size = (x - shift).square().mean(dim=0).sqrt()
     varies = size > 1e-6
@@ -130,6 +141,7 @@ def similarities(
     pairs: Sequence[Pair],
     kind: Similarity = "pearson",
     own: Collection[str] = (),
+    mixed: Collection[int] = (),
 ) -> dict[int, dict[Pair, Tensor]]:
     """Similarity of all pairs of units of some pairs of models, for every class that an activation shows.
 
@@ -145,6 +157,8 @@ def similarities(
         pairs: the numbers of the models to compare; a model may be compared with itself.
         kind: "pearson" correlation, or "cosine", without subtracting the means.
         own: names of parameters that are of one model alone. What depends on these is not compared.
+        mixed: classes whose units may be mixed. These are compared by their products, in one unit for all units of a
+            model, since a change of basis keeps neither the mean nor the deviation of a single unit.
 
     Returns:
         For each class number and pair a tensor of shape (units, units), rows for the first model; in [-1, 1].
@@ -174,12 +188,12 @@ def similarities(
                         f"An activation of {names[m]} is NaN or infinite at graph node {tap.node.name!r}."
                     )
                 if (i, m) not in first:
-                    first[i, m] = _first(x, kind)
+                    first[i, m] = _first(x, kind, mixed=tap.number in mixed)
                 rows[m] = (x - first[i, m][0]) * first[i, m][1]
             sums[tap.number].add(rows)
     if not batches:
         raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
-    return {number: m.similarities(kind) for number, m in sums.items()}
+    return {n: m.products_of_mixed() if n in mixed else m.similarities(kind) for n, m in sums.items()}
 
 
 def whole(blocks: Mapping[Pair, Tensor], models: int) -> NDArray[np.float64]:

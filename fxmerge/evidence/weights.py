@@ -74,7 +74,7 @@ def slices(symmetry: Symmetry) -> dict[int, list[Slices]]:
             for shown, units in views
             for axis in symmetry.layout
             for n, slots in axis.roles
-            if n == shown
+            if n == shown and axis.parameter not in symmetry.scales(number)
         ]
     return found
 

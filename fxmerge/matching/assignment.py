@@ -8,6 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.kind import Kind
 
 Scores = NDArray[np.float64]
 
@@ -34,7 +35,9 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
     Arguments:
         symmetry: the group.
         root: the class at the root of the tree.
-        own: for classes of the tree, the scores of all pairs (place, unit).
+        own: for classes of the tree, the scores of all pairs (place, unit). Units of a class that a change of basis
+            mixes stay in their order in each block. What two of its blocks can gain is the sum of the singular values
+            of their scores, which no change of basis changes.
 
     Returns:
         For every class of the symmetry, the place of each unit.
@@ -45,12 +48,13 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
         if n in gain:
             for parent, _ in symmetry.units[n].parents:
                 if parent in tree:
-                    lifted = lift(symmetry.arranged(n, parent), gain[n])
+                    mixed = symmetry.kind(n) > Kind.PERMUTATION
+                    lifted = lift(symmetry.arranged(n, parent), gain[n], mixed=mixed)
                     gain[parent] = gain[parent] + lifted if parent in gain else lifted
     members = set(tree)
 
     def choose(n: int, units: Ids, places: Ids) -> Ids:
-        if n not in members or n not in gain or units.shape[1] == 1:
+        if n not in members or n not in gain or units.shape[1] == 1 or symmetry.kind(n) > Kind.PERMUTATION:
             return places
         chosen = np.empty_like(places)
         for t in range(len(units)):
@@ -61,8 +65,9 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
     return symmetry.build(choose).images
 
 
-def lift(arranged: Ids, gain: Scores) -> Scores:
-    """The best total gain of the members of every pair of blocks; `arranged` is (blocks, combinations, members)."""
+def lift(arranged: Ids, gain: Scores, *, mixed: bool = False) -> Scores:
+    """The best total gain of the members of every pair of blocks; `arranged` is (blocks, combinations, members).
+    Members are matched one to one, or, if they are `mixed`, by an orthogonal matrix."""
     blocks, combinations, members = arranged.shape
     lifted = np.zeros((blocks, blocks))
     for c in range(combinations):
@@ -70,6 +75,10 @@ def lift(arranged: Ids, gain: Scores) -> Scores:
             lifted += gain[np.ix_(arranged[:, c, 0], arranged[:, c, 0])]
             continue
         for i in range(blocks):
+            if mixed:
+                pairs = gain[arranged[i, c][:, None, None], arranged[:, c].T[None]].transpose(2, 0, 1)
+                lifted[i] += np.linalg.svd(pairs, compute_uv=False).sum(-1)
+                continue
             for j in range(blocks):
                 pair = gain[np.ix_(arranged[i, c], arranged[j, c])]
                 lifted[i, j] += pair[np.arange(members), assign(pair)].sum()

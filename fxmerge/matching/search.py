@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,33 +17,38 @@ from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.basis import Basis, centred_frame
+from fxmerge.units.kind import Kind
 from fxmerge.units.layout import move_axis
 from fxmerge.units.permutation import Permutation
 
 
 @dataclass(frozen=True)
 class Match:
-    """A permutation that re-expresses a model in the units of another, and how it was found.
+    """An element of the group that re-expresses a model in the units of another, and how it was found.
 
     Attributes:
         permutation: to be applied to the matched model.
+        basis: to be applied after it: the change of basis of the classes whose units may be mixed.
         trace: the objective at the start and after every accepted step; it never falls.
         quality: per class, the mean similarity of matched units in weight space (cosine of their
             slices) and in activation space (correlation), where these are known.
     """
 
     permutation: Permutation
+    basis: Basis
     trace: tuple[float, ...]
     quality: Mapping[str, Mapping[str, float]]
 
 
-Position = tuple[dict[str, Tensor], tuple[Ids, ...], dict[str, float], dict[int, float]]
-"""The permuted parameters of a problem, where units are, and what parameters and activations give to the objective."""
+Position = tuple[dict[str, Tensor], tuple[Ids, ...], dict[int, Tensor], dict[str, float], dict[int, float]]
+"""The moved parameters of a problem, where units are, how they are mixed, and what parameters and activations give to the
+objective."""
 
 
 @dataclass
 class Problem:
-    """The objective, and the model as it is permuted so far.
+    """The objective, and the model as it is permuted and mixed so far.
 
     The objective is  mix.weights * sum over parameters of scale * <a, permuted b>
     + sum over classes of mix.activations * entries per unit * sum over units of correlation(a, permuted b).
@@ -58,6 +63,8 @@ class Problem:
             were before any permutation).
         mix: how much weights and activations count.
         images: where the units of b are.
+        matrices: for every class that may be mixed, how the units of b are, once they are in their places: shape (blocks,
+            units, units), blocks and units in the order of these places.
         scales: for every parameter, how much an inner product counts.
         slices: the parameter slices of every class.
         value: for every parameter, its part of the objective.
@@ -73,12 +80,14 @@ class Problem:
     images: tuple[Ids, ...]
     scales: Mapping[str, float]
     slices: Mapping[int, list[Slices]]
+    matrices: dict[int, Tensor] = field(init=False)
     value: dict[str, float] = field(init=False)
     agreed: dict[int, float] = field(init=False)
     similarities: Similarities = field(init=False)
 
     def __post_init__(self) -> None:
         self.similarities = Similarities(self.a, self.scales)
+        self.matrices = dict(self.symmetry.identity_basis().matrices)
         self.value = {n: self._match(n, self.b) for n in self.scales}
         self.agreed = {n: float(self.agreement(n).sum()) for n in self.correlation}
 
@@ -97,8 +106,19 @@ class Problem:
 
     def agreement(self, number: int) -> Tensor:
         """For every unit of a, its correlation with the unit of b that is in its place now."""
+        if number in self.matrices:
+            return self.placed(number).diagonal()
         correlation, units = self.correlation[number], torch.from_numpy(np.argsort(self.images[number]))
         return correlation[torch.arange(len(units)), units]
+
+    def placed(self, number: int) -> Tensor:
+        """The correlations of a class, for the units of b as they are now."""
+        placed = self.correlation[number][:, np.argsort(self.images[number])]
+        if number in self.matrices:
+            placed, matrix = placed.clone(), self.matrices[number].to(placed)
+            for units, own in zip(self.symmetry.by_block(number), matrix, strict=True):
+                placed[:, units] = placed[:, units] @ own.T
+        return placed
 
     def scores(self, number: int, usable: list[Slices]) -> Scores:
         """For every (unit of a, unit of b as placed now), what the objective gains from matching them."""
@@ -109,8 +129,7 @@ class Problem:
             similarity = self.similarities.of(number, self.b, usable, self.images[number])
             total += by_weights * similarity.double().cpu().numpy()
         if shown > 0:
-            placed = self.correlation[number][:, np.argsort(self.images[number])]
-            total += shown * self.weight(number) * placed.double().cpu().numpy()
+            total += shown * self.weight(number) * self.placed(number).double().cpu().numpy()
         return total
 
     def take(self, step: Sequence[Ids]) -> None:
@@ -125,12 +144,34 @@ class Problem:
         self.value = self.value | {name: self._match(name, b) for name in b}
         self.b = self.b | b
         self.images = tuple(s[i] for s, i in zip(step, self.images, strict=True))
+        for n in moved & self.matrices.keys():
+            blocks = self.symmetry.by_block(n)
+            came = np.argsort(self.symmetry.units[n].blocks[step[n][blocks[:, 0]]])
+            self.matrices = self.matrices | {n: self.matrices[n][torch.from_numpy(came)]}
         self.agreed = self.agreed | {n: float(self.agreement(n).sum()) for n in moved & self.agreed.keys()}
 
-    def improve(self, step: Sequence[Ids]) -> float:
-        """Moves the units of b if the objective rises by it, and returns the objective."""
+    def rotate(self, numbers: Iterable[int], usable: Mapping[int, list[Slices]]) -> None:
+        """Mixes the units of some classes of b by the orthogonal matrices that fit those of a best.
+
+        For each block this is the orthogonal factor of its scores (Procrustes), on vectors whose entries sum to zero
+        where the mean must be kept. It is a maximiser also among invertible matrices that keep lengths.
+        """
+        for n in numbers:
+            scores = torch.from_numpy(self.scores(n, usable[n]))
+            steps = [nearest(scores[units][:, units], self.symmetry.kind(n)) for units in self.symmetry.by_block(n)]
+            step = Basis(self.symmetry.mixed, {n: torch.stack(steps)})
+            moved = step.apply({own.axis.parameter: self.b[own.axis.parameter] for own in self.symmetry.mixed[n]})
+            self.b = self.b | moved
+            self.value = self.value | {name: self._match(name, self.b) for name in moved}
+            self.matrices = self.matrices | {n: step.matrices[n] @ self.matrices[n]}
+            if n in self.agreed:
+                self.agreed = self.agreed | {n: float(self.agreement(n).sum())}
+
+    def improve(self, step: Sequence[Ids], mixed: Iterable[int] = ()) -> float:
+        """Moves the units of b, and mixes those of some classes, if the objective rises by it; returns the objective."""
         before, at = self.objective(), self.position
         self.take(step)
+        self.rotate(mixed, self.slices)
         after = self.objective()
         if rises(before, after):
             return after
@@ -140,11 +181,11 @@ class Problem:
     @property
     def position(self) -> Position:
         """Where the units of b are, to come back to."""
-        return self.b, self.images, self.value, self.agreed
+        return self.b, self.images, self.matrices, self.value, self.agreed
 
     @position.setter
     def position(self, at: Position) -> None:
-        self.b, self.images, self.value, self.agreed = at
+        self.b, self.images, self.matrices, self.value, self.agreed = at
 
 
 def match(
@@ -176,7 +217,8 @@ def match(
     start, slices = symmetry.identity().images, weights.slices(symmetry)
     problem = Problem(symmetry, a, b, correlation, Mix.of(alpha, correlation), start, scales, slices)
     trace = search(problem, seed=seed, progress=progress)
-    return Match(Permutation(symmetry.layout, problem.images), trace, quality(problem))
+    basis = Basis(symmetry.mixed, problem.matrices)
+    return Match(Permutation(symmetry.layout, problem.images), basis, trace, quality(problem))
 
 
 def search(problem: Problem, *, seed: int = 0, progress: bool | None = None) -> tuple[float, ...]:
@@ -200,7 +242,7 @@ def search(problem: Problem, *, seed: int = 0, progress: bool | None = None) -> 
         return descend(
             roots,
             problem.objective(),
-            lambda root: problem.improve(_best(problem, root, problem.slices)),
+            lambda root: problem.improve(_best(problem, root, problem.slices), _mixed(problem, root)),
             _neighbours(problem, roots).__getitem__,
             np.random.default_rng(seed),
             bar,
@@ -218,6 +260,30 @@ def _best(problem: Problem, root: int, usable: Mapping[int, list[Slices]]) -> Se
     symmetry = problem.symmetry
     own = {n: problem.scores(n, usable[n]) for n in descendants(symmetry, root) if n in symmetry.choices}
     return propose(symmetry, root, own)
+
+
+def _mixed(problem: Problem, root: int) -> list[int]:
+    """The classes of a tree whose units may be mixed."""
+    return [n for n in descendants(problem.symmetry, root) if n in problem.matrices]
+
+
+def nearest(scores: Tensor, kind: Kind) -> Tensor:
+    """The orthogonal matrix R with the largest trace of `scores` times the transpose of R.
+
+    Arguments:
+        scores: shape (units, units), float64.
+        kind: `Kind.CENTRED` for a matrix that keeps the vector of ones.
+
+    Example:
+        >>> turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+        >>> torch.allclose(nearest(3 * turn, Kind.ORTHOGONAL), turn)
+        True
+    """
+    if kind == Kind.CENTRED:
+        frame = centred_frame(len(scores))
+        return frame @ nearest(frame.T @ scores @ frame, Kind.ORTHOGONAL) @ frame.T + 1 / len(scores)
+    u, _, vh = torch.linalg.svd(scores)
+    return u @ vh
 
 
 def _tree_slices(problem: Problem, root: int) -> list[tuple[int, Slices]]:
@@ -263,6 +329,7 @@ def _first_sweep(problem: Problem, roots: list[int], bar: tqdm[None]) -> None:
                 usable[n].append(s)
         # What is not usable yet does not count against the move.
         problem.take(_best(problem, root, usable))
+        problem.rotate(_mixed(problem, root), usable)
         matched.add(root)
         bar.update()
 

@@ -54,6 +54,11 @@ def check_word(part: object, name: str, words: Sequence[str]) -> None:
         raise wrong(part, name, " or ".join(map(repr, words)))
 
 
+def check_flag(part: object, name: str) -> None:
+    if not isinstance(getattr(part, name), bool):
+        raise wrong(part, name, "True or False")
+
+
 def check_scale(part: Any) -> None:
     if not is_number(part.scale):
         raise wrong(part, "scale", "a finite number")

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from fxmerge.errors import OptionError
 from fxmerge.recipe.checks import (
     check_alpha,
+    check_flag,
     check_multiple,
     check_reference,
     check_scale,
@@ -88,23 +89,28 @@ class Align:
         similarity: how activations of units are compared: by "pearson" correlation or by "cosine".
         reference: the number of the model, from 0, to whose units all others are matched. None is the first of two
             models; three or more are all matched with each other (C2M3, arXiv 2405.17897).
+        continuous: whether classes whose units a change of basis may mix, such as the dimensions of a residual stream,
+            are matched by matrices in place of permutations: see `Symmetry.kind`. Gains and shifts of normalizations
+            are moved into the layers around them first, as by `canonicalize`.
 
     Raises:
         OptionError: if a field is out of range.
 
     Example:
         >>> Align(alpha=1)
-        Align(alpha=1, similarity='pearson', reference=None)
+        Align(alpha=1, similarity='pearson', reference=None, continuous=False)
     """
 
     alpha: Alpha = DEFAULT_ALPHA
     similarity: Similarity = "pearson"
     reference: int | None = None
+    continuous: bool = False
 
     def __post_init__(self) -> None:
         check_alpha(self)
         check_word(self, "similarity", get_args(Similarity))
         check_reference(self)
+        check_flag(self, "continuous")
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class Zip:
             first counts, and what none fits has width 1. Classes of which the graph allows no other number keep theirs,
             and so do blocks, such as heads, where one number below 1 is for all. A `Budget` chooses the widths.
         multiple_of: what the number of merged units is rounded to a multiple of, where the width is not 1.
+        continuous: as for `Align`. Classes that are matched by matrices keep the width of one model.
 
     Raises:
         OptionError: if a field is out of range.
@@ -143,6 +150,7 @@ class Zip:
     reference: int | None = None
     width: Width = 1.0
     multiple_of: int = 1
+    continuous: bool = False
 
     def __post_init__(self) -> None:
         check_alpha(self)
@@ -157,6 +165,7 @@ class Zip:
         check_share(self, "damping")
         check_word(self, "similarity", get_args(Similarity))
         check_reference(self)
+        check_flag(self, "continuous")
 
 
 # -------------------------------------------------------------------------- combining

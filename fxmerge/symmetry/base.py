@@ -158,6 +158,10 @@ class Group:
         """The kind of a class of `units`."""
         return self.kinds[number].kind if self.kinds else Kind.PERMUTATION
 
+    def scales(self, number: int) -> frozenset[str]:
+        """The parameters on which a class is not mixed, since they hold one number for all of its units."""
+        return self.kinds[number].scales if self.kinds else frozenset()
+
     def dimension(self) -> int:
         """The dimension of the group of changes of basis that leave the function unchanged: the number of directions in
         which the parameters can be moved continuously by mixing units of the classes."""
@@ -171,13 +175,22 @@ class Group:
 
     def _mixed(self, number: int) -> tuple[Mixed, ...]:
         own, views = self.kinds[number], dict(self.views[number])
-        order = np.argsort(self.units[number].blocks, kind="stable").reshape(combinations(self.units[number]))
         return tuple(
-            Mixed(axis, slots[views[n]][order], (axis.parameter, axis.dim, int(slots[0])) in own.inverse)
+            Mixed(axis, slots[views[n]][self.by_block(number)], (axis.parameter, axis.dim, int(slots[0])) in own.inverse)
             for axis in self.layout
             for n, slots in axis.roles
             if n in views and axis.parameter not in own.scales
         )
+
+    def by_block(self, number: int) -> Ids:
+        """The units of a class by the combination of parents and fixed positions that they are in: (blocks, units)."""
+        return np.argsort(self.units[number].blocks, kind="stable").reshape(combinations(self.units[number]))
+
+    def identity_basis(self) -> Basis:
+        """The change of basis that changes nothing, with an entry for every class that has one."""
+        mixing = [n for n in range(len(self.units)) if self.kind(n) > Kind.PERMUTATION]
+        sizes = {n: combinations(self.units[n]) for n in mixing}
+        return Basis(self.mixed, {n: torch.eye(k, dtype=torch.float64).repeat(m, 1, 1) for n, (m, k) in sizes.items()})
 
     def sample_basis(self, generator: torch.Generator | None = None) -> Basis:
         """A random change of basis of all classes that have one.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxmerge.program.capture import Args, Kwargs, capture_program
@@ -20,9 +20,9 @@ from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.classes import resolve
 from fxmerge.symmetry.contracted import Role
 from fxmerge.symmetry.describe import describe
+from fxmerge.symmetry.kinds import find_kinds
 from fxmerge.symmetry.outputs import free_leaves, free_outputs, paths_of
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
-from fxmerge.symmetry.kinds import find_kinds
 from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate
 from fxmerge.symmetry.units import Ids
 from fxmerge.symmetry.verify import verify
@@ -128,14 +128,27 @@ def find_symmetry(
 
 
 def analyse(
-    program: Program, pin: Iterable[Pin] = (), rules: Rules | None = None, free: str | Iterable[str] = ()
+    program: Program,
+    pin: Iterable[Pin] = (),
+    rules: Rules | None = None,
+    free: str | Iterable[str] = (),
+    states: Sequence[Mapping[str, Tensor]] = (),
 ) -> tuple[Propagation, Symmetry]:
-    """The labels of a captured program, and its symmetry."""
+    """The labels of a captured program, and its symmetry.
+
+    Arguments:
+        program: the captured program.
+        pin, rules, free: as for `find_symmetry`.
+        states: state dicts for which the symmetry is to hold; by default the program's own. Where all have gains of one
+            number each, larger groups commute with these.
+    """
     leaves = free_leaves(free, paths_of(program.aten.out, sum(program.aten.outputs)))
     shapes = {name: tuple(tensor.shape) for name, tensor in program.parameters.items()}
+    values = states or [program.parameters]
+    uniform = {name for name in program.parameters if all(_is_uniform(own[name]) for own in values)}
     asked = pinned_axes(pin, shapes, program.aliases)
     while True:
-        found = propagate(program, overriding(rules), leaves)
+        found = propagate(program, overriding(rules), leaves, uniform)
         found.units.node = ""
         for axis in asked:
             if axis in found.axes:
@@ -171,6 +184,13 @@ def analyse(
     unknown, probed = ({str(op): n for op, n in ops.items()} for ops in (found.unknown, found.probed))
     symmetry = Symmetry(classes, tuple(layout), stuck, unknown, probed, free=tuple(outputs))
     return found, replace(symmetry, kinds=find_kinds(found, symmetry, resolution.number, resolution.place))
+
+
+def _is_uniform(tensor: Tensor) -> bool:
+    """Whether all entries of a vector are one number."""
+    if tensor.ndim != 1 or len(tensor) < 2 or tensor.is_meta or not tensor.is_floating_point():
+        return False
+    return bool((tensor == tensor[0]).all())
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:

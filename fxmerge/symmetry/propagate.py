@@ -66,14 +66,18 @@ class Propagation:
 
 
 def propagate(
-    program: Program, find_rule: rules.Lookup = rules.find_rule, free: Collection[int] = frozenset()
+    program: Program,
+    find_rule: rules.Lookup = rules.find_rule,
+    free: Collection[int] = frozenset(),
+    uniform: Collection[str] = (),
 ) -> Propagation:
     """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
-    those parameters split whose rows are used apart. Units may move along the outputs whose numbers are in `free`."""
+    those parameters split whose rows are used apart. Units may move along the outputs whose numbers are in `free`. The
+    parameters named in `uniform` are vectors of one number each."""
     splits: dict[Axis, Ids] = {}
     prober, tried = None, set[Any]()
     while True:
-        walk = _Walk(program, splits, find_rule, prober, free)
+        walk = _Walk(program, splits, find_rule, prober, free, uniform)
         found = walk.run_all()
         if found.unknown and prober is None:
             simpler = program.aten.decompose(found.unknown.keys() - tried)
@@ -163,10 +167,11 @@ class _Walk(fx.Interpreter):
         find_rule: rules.Lookup,
         prober: Prober | None,
         free: Collection[int],
+        uniform: Collection[str],
     ) -> None:
         super().__init__(program.graph, garbage_collect_values=True)
         self.program, self.splits, self.find_rule, self.prober = program, splits, find_rule, prober
-        self.free = free
+        self.free, self.uniform = free, uniform
         self.found = Propagation(program, UnitGraph(), {})
         self.failed: dict[fx.Node, Exception] = {}
         self.fixed: set[fx.Node] = set()
@@ -242,7 +247,7 @@ class _Walk(fx.Interpreter):
             columns.append(spread(torch.from_numpy(axis.ids), shape, axis.dims))
         for a, b in combinations(columns, 2):
             relate(units, a, b, f"{name}: rows used apart")
-        uniform = frozenset([name]) if _is_uniform(self.program.parameters[name]) else None
+        uniform = frozenset([name]) if name in self.uniform else None
         return Labels(shape, tuple(columns), parameter=name, uniform=uniform)
 
     def _widened(self, value: Any) -> Any:
@@ -418,13 +423,6 @@ def _labels_of(value: Any) -> tuple[Labels, ...]:
         return value.parts
     whole = value.source if isinstance(value, Part) else value
     return (whole,) if isinstance(whole, Labels) else ()
-
-
-def _is_uniform(tensor: Tensor) -> bool:
-    """Whether all entries of a vector are one number."""
-    if tensor.ndim != 1 or len(tensor) < 2 or tensor.is_meta or not tensor.is_floating_point():
-        return False
-    return bool((tensor == tensor[0]).all())
 
 
 def _is_labelled(value: Any) -> bool:

@@ -1,0 +1,82 @@
+"""The basis of a general linear class in which what gives its units is as large as what reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fxmerge.symmetry.base import Group
+from fxmerge.units.basis import Basis, gathered
+from fxmerge.units.kind import Kind
+
+ROUNDS = 50
+TOLERANCE = 1e-12
+
+SMALLEST = 1e-10
+"""The least variance along a direction, as a share of the mean variance, that counts."""
+
+
+def balanced(symmetry: Group, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters in bases in which general linear classes are balanced.
+
+    Let P be the sum of the outer products of the weights that give the units of a block, and C that of those that read
+    them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. Both are the same where MᵀM is the geometric mean of P⁻¹ and C,
+    and then all that is left to choose is an orthogonal matrix: so two networks that differ by an invertible matrix
+    differ by an orthogonal one afterwards. Classes that meet in one weight are balanced in turn, until all are.
+
+    Arguments:
+        symmetry: the group.
+        state: tensors by name.
+
+    Returns:
+        A new dict with the same keys; the network computes the same.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False), torch.nn.Linear(2, 3)).double()
+        >>> symmetry = fxmerge.find_symmetry(net, (torch.zeros(1, 4).double(),))
+        >>> state = balanced(symmetry, net.state_dict())
+        >>> first, second = state["0.weight"], state["1.weight"]
+        >>> torch.allclose(first @ first.T, second.T @ second)
+        True
+    """
+    classes = [n for n in range(len(symmetry.units)) if symmetry.kind(n) == Kind.GENERAL_LINEAR]
+    given = dict(state)
+    wide = given | {own.axis.parameter: state[own.axis.parameter].double() for n in classes for own in symmetry.mixed[n]}
+    for _ in range(ROUNDS):
+        change = 0.0
+        for n in classes:
+            step = _step(symmetry, n, wide)
+            if step is not None:
+                wide = Basis(symmetry.mixed, {n: step}).apply(wide)
+                change = max(change, float((step - torch.eye(step.shape[-1], dtype=step.dtype)).abs().max()))
+        if change < TOLERANCE:
+            break
+    for n in classes:
+        for own in symmetry.mixed[n]:
+            for name in (own.axis.parameter, *own.axis.aliases):
+                if name in given:
+                    given[name] = wide[own.axis.parameter].to(given[name].dtype)
+    return given
+
+
+def _step(symmetry: Group, number: int, state: Mapping[str, Tensor]) -> Tensor | None:
+    """The matrices that balance one class, shape (blocks, units, units); None where nothing gives or reads its units."""
+    sums: dict[bool, Tensor] = {}
+    for own in symmetry.mixed[number]:
+        entries = gathered(state[own.axis.parameter], own).cpu()
+        product = entries @ entries.mT
+        sums[own.inverse] = sums[own.inverse] + product if own.inverse in sums else product
+    if len(sums) < 2:
+        return None
+    gives, root = (_power(sums[False], p) for p in (-0.5, 0.5))
+    return _power(gives @ _power(root @ sums[True] @ root, 0.5) @ gives, 0.5)
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """A power of symmetric matrices that are not negative."""
+    values, vectors = torch.linalg.eigh(matrix)
+    least = SMALLEST * values.mean(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    return (vectors * values.clamp(min=least)[..., None, :] ** exponent) @ vectors.mT
