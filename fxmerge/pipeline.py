@@ -25,6 +25,7 @@ from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.refit import Refitted, refit, with_statistics, written_out
+from fxmerge.shared import agreed
 from fxmerge.sizing import nothing_merged, resized, room_for
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation, propagate
@@ -147,6 +148,7 @@ def fit(
             only_last=isinstance(part, Readout),
             repair=isinstance(part, Repair),
             shared=group.shared,
+            agreed=_agreed(group, units, states),
             owner={name: order.index(number) for name, number in job.owner.items()},
             max_memory=run.memory,
             seed=run.seed,
@@ -174,14 +176,28 @@ def _teachers(
     return [Teacher(*units.produce(state, m), Places(classes, along, units, m)) for m, state in enumerate(states)]
 
 
-def calibrated(group: Prepared, run: Run, program: Program, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Parameters of a program with BatchNorm statistics of the data; as they are if there are none."""
+def _agreed(group: Prepared, units: UnitMap, states: Sequence[Mapping[str, Tensor]]) -> frozenset[str]:
+    """The names of the tensors of which all models have the same, in units that match."""
+    return group.shared | agreed(units, states).difference(group.job.owner)
+
+
+def calibrated(
+    group: Prepared,
+    run: Run,
+    program: Program,
+    units: UnitMap,
+    states: Sequence[Mapping[str, Tensor]],
+    state: Mapping[str, Tensor],
+) -> Mapping[str, Tensor]:
+    """Parameters of a program with BatchNorm statistics of the data; as they are if there are none, and where all
+    models, which come aligned, have the same."""
     job = group.job
     if job.data is None:
         return state
     with job.timed("calibration"):
         lessons = (Lesson(call, (), 1.0, owner) for owner, call in job.data.owned("BatchNorm statistics"))
-        return with_statistics(program, state, lessons, shared=group.shared, owner=job.owner, max_memory=run.memory)
+        same = _agreed(group, units, states)
+        return with_statistics(program, state, lessons, agreed=same, owner=job.owner, max_memory=run.memory)
 
 
 def emit(group: Prepared, program: Program, state: Mapping[str, Tensor]) -> fx.GraphModule:

@@ -57,11 +57,11 @@ def statistics_nodes(program: Program) -> dict[tuple[str, str], list[fx.Node]]:
     return found
 
 
-def alike(program: Program, names: tuple[str, str], nodes: Sequence[fx.Node], shared: Collection[str]) -> bool:
-    """Whether statistics are shared, and of activations that depend on shared parameters alone."""
-    if not set(names) <= set(shared):
+def alike(program: Program, names: tuple[str, str], nodes: Sequence[fx.Node], agreed: Collection[str]) -> bool:
+    """Whether statistics are equal in all models, and of activations that depend on parameters alone that are, too."""
+    if not set(names) <= set(agreed):
         return False
-    before = computed_alike(program, shared)
+    before = computed_alike(program, agreed)
     return all(node.args[0] in before for node in nodes)
 
 
