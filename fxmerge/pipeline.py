@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxmerge.combine.average import average
-from fxmerge.combine.batch_norm import batch_norm_statistics, by_batches_seen
+from fxmerge.combine.batch_norm import batch_norm_statistics, batches_seen, by_batches_seen
 from fxmerge.combine.masks import voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
@@ -102,13 +102,23 @@ def combine(
 
                 into = resized(group, job.program, group.propagation, units, state)
                 state = folded(job.program, states, into, state, units, again)
+            state |= _counted(job, statistics, states, order)
             return _rederived(job, state, states, weights)
         assert not isinstance(part, str)
         base, *tuned = states
         state = combine_task_vectors(part, base, tuned, weights, statistics)
         masks = [{name: own[name] for name in job.masks} for own in tuned]
         state |= average(UnitMap.still(len(tuned)), masks, weights, ())
+        state |= _counted(job, statistics, tuned, ())
         return _rederived(job, voted(state, job.masks), tuned, weights)
+
+
+def _counted(
+    job: Job, statistics: Sequence[tuple[str, str]], states: Sequence[Mapping[str, Tensor]], order: Sequence[int]
+) -> dict[str, Tensor]:
+    """How many batches the statistics of a merged network are of."""
+    owner = {name: order.index(number) for name, number in job.owner.items()}
+    return batches_seen(statistics, states, owner, job.program.aliases)
 
 
 def _rederived(
