@@ -181,6 +181,10 @@ class Probe:
         """What a permutation of the parameters changes."""
         return self.change(p.apply(self.state), p.images)
 
+    def outputs(self, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs under some parameters."""
+        return self._run(state)
+
     def rounding(self, generator: torch.Generator) -> float:
         """What changes of the parameters in their last places change."""
 
