@@ -187,7 +187,9 @@ def _teachers(
 
 
 def _agreed(group: Prepared, units: UnitMap, states: Sequence[Mapping[str, Tensor]]) -> frozenset[str]:
-    """The names of the tensors of which all models have the same, in units that match."""
+    """The names of the tensors that are equal in all models, in units that match; BatchNorm alone needs them."""
+    if not batch_norm_statistics(group.job.program):
+        return group.shared
     return group.shared | agreed(units, states).difference(group.job.owner)
 
 
