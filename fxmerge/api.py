@@ -194,7 +194,7 @@ def _merged(
         if len(models) > 1:
             warn_of_nearer_parent(refitted.errors, job.names)
     if recipe.fit is None and not settled:
-        refitted = replace(refitted, state=dict(calibrated(group, run, program, state)))
+        refitted = replace(refitted, state=dict(calibrated(group, run, program, matching.merged, aligned, state)))
     merged = emit(group, program, refitted.state)
     if len(models) == 1 and job.data is None and not settled and not same_on_example(group, program, state):
         warn_of_fold_without_data()

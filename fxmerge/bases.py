@@ -80,4 +80,3 @@ def in_one_basis(group: Prepared, part: Align | Zip, run: Run, reference: int | 
             states[i] = Basis(symmetry.mixed, found.basis.matrices).apply(moved.apply(states[i]))
     smaller, names = freeze(symmetry, chosen, lambda _: IN_ONE_BASIS)
     return replace(group, job=replace(job, states=tuple(states)), symmetry=smaller, still=group.still | {*names})
-

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxmerge.combine.average import average
-from fxmerge.combine.batch_norm import batch_norm_statistics, by_batches_seen
+from fxmerge.combine.batch_norm import batch_norm_statistics, batches_seen, by_batches_seen
 from fxmerge.combine.masks import voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
@@ -25,6 +25,7 @@ from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.refit import Refitted, refit, with_statistics, written_out
+from fxmerge.shared import agreed
 from fxmerge.sizing import nothing_merged, resized, room_for
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation, propagate
@@ -101,13 +102,23 @@ def combine(
 
                 into = resized(group, job.program, group.propagation, units, state)
                 state = folded(job.program, states, into, state, units, again)
+            state |= _counted(job, statistics, states, order)
             return _rederived(job, state, states, weights)
         assert not isinstance(part, str)
         base, *tuned = states
         state = combine_task_vectors(part, base, tuned, weights, statistics)
         masks = [{name: own[name] for name in job.masks} for own in tuned]
         state |= average(UnitMap.still(len(tuned)), masks, weights, ())
+        state |= _counted(job, statistics, tuned, ())
         return _rederived(job, voted(state, job.masks), tuned, weights)
+
+
+def _counted(
+    job: Job, statistics: Sequence[tuple[str, str]], states: Sequence[Mapping[str, Tensor]], order: Sequence[int]
+) -> dict[str, Tensor]:
+    """How many batches the statistics of a merged network are of."""
+    owner = {name: order.index(number) for name, number in job.owner.items()}
+    return batches_seen(statistics, states, owner, job.program.aliases)
 
 
 def _rederived(
@@ -147,6 +158,7 @@ def fit(
             only_last=isinstance(part, Readout),
             repair=isinstance(part, Repair),
             shared=group.shared,
+            agreed=_agreed(group, units, states),
             owner={name: order.index(number) for name, number in job.owner.items()},
             max_memory=run.memory,
             seed=run.seed,
@@ -174,14 +186,30 @@ def _teachers(
     return [Teacher(*units.produce(state, m), Places(classes, along, units, m)) for m, state in enumerate(states)]
 
 
-def calibrated(group: Prepared, run: Run, program: Program, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Parameters of a program with BatchNorm statistics of the data; as they are if there are none."""
+def _agreed(group: Prepared, units: UnitMap, states: Sequence[Mapping[str, Tensor]]) -> frozenset[str]:
+    """The names of the tensors that are equal in all models, in units that match; BatchNorm alone needs them."""
+    if not batch_norm_statistics(group.job.program):
+        return group.shared
+    return group.shared | agreed(units, states).difference(group.job.owner)
+
+
+def calibrated(
+    group: Prepared,
+    run: Run,
+    program: Program,
+    units: UnitMap,
+    states: Sequence[Mapping[str, Tensor]],
+    state: Mapping[str, Tensor],
+) -> Mapping[str, Tensor]:
+    """Parameters of a program with BatchNorm statistics of the data; as they are if there are none, and where all
+    models, which come aligned, have the same."""
     job = group.job
     if job.data is None:
         return state
     with job.timed("calibration"):
         lessons = (Lesson(call, (), 1.0, owner) for owner, call in job.data.owned("BatchNorm statistics"))
-        return with_statistics(program, state, lessons, shared=group.shared, owner=job.owner, max_memory=run.memory)
+        same = _agreed(group, units, states)
+        return with_statistics(program, state, lessons, agreed=same, owner=job.owner, max_memory=run.memory)
 
 
 def emit(group: Prepared, program: Program, state: Mapping[str, Tensor]) -> fx.GraphModule:

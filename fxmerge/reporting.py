@@ -52,7 +52,7 @@ class Report:
         widths: for every class of which there are more or fewer merged units than a model has units, both numbers: of a
             model, and merged.
         config: where the class of the first model is built from a `config`, as in transformers, and can have these
-            widths: what to change in it. The state dict then loads into a new instance.
+            widths: what to change in it. The state dict then loads into a new instance, which computes the same.
         shared: the names of tensors that are equal in all models and stayed as they are.
         classes: the classes of the symmetry, with their axes, and why anything is pinned.
         demoted: classes that failed verification.

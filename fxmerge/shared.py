@@ -18,6 +18,7 @@ from fxmerge.symmetry.freeze import freeze
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis
 from fxmerge.units.layout import AxisLayout
+from fxmerge.units.unit_map import UnitMap
 
 EQUAL = "equal in all models"
 """The reason given for units that do not move since what produces them is the same in all models."""
@@ -96,6 +97,18 @@ def staying(symmetry: Symmetry, states: Sequence[State]) -> frozenset[str]:
     """The names of the tensors that are equal in all models, and on which no unit moves."""
     moving = {name for axis in symmetry.layout for name in (axis.parameter, *axis.aliases)}
     return equal_names(states) - moving
+
+
+def agreed(units: UnitMap, states: Sequence[State]) -> frozenset[str]:
+    """The names of the tensors that are equal, bit for bit, in all of several models in units that match.
+
+    Models of which all tensors are so, such as a model and the same one in other units, compute the same.
+
+    Arguments:
+        units: where the units of the models go.
+        states: their state dicts.
+    """
+    return frozenset(name for name in equal_names(states) if units.moves_alike(name))
 
 
 def computed_alike(program: Program, names: Collection[str]) -> frozenset[fx.Node]:

@@ -279,4 +279,10 @@ def configured(group: Prepared, units: UnitMap, result: fx.GraphModule) -> dict[
     if not units.resized or group.job.heads:
         return None
     widths = dict.fromkeys((len(units.maps[0][n]), units.widths[n]) for n in sorted(units.resized))
-    return config_for(group.job.model, result, group.job.example, widths)
+    inside = {
+        units.widths[n] // units.widths[parent]
+        for n, c in enumerate(group.symmetry.units)
+        for parent, _ in c.parents
+        if units.widths[parent]
+    }
+    return config_for(group.job.model, result, group.job.example, widths, sorted(inside))

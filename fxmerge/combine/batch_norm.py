@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor, fx
 
 from fxmerge.program.captured import Program
-from fxmerge.shared import computed_alike
+from fxmerge.shared import computed_alike, equal_names
 
 _BATCH_NORM = ("aten::_native_batch_norm_legit_no_training", "aten::batch_norm")
 _MEAN, _VARIANCE = 3, 4
@@ -39,11 +40,57 @@ def by_batches_seen(
     """
     found: dict[str, list[float]] = {}
     for pair in statistics:
-        counter = pair[0][: len(pair[0]) - len(pair[0].rpartition(".")[2])] + "num_batches_tracked"
+        counter = _counter(pair[0])
         seen = [w * float(state.get(counter, 0)) for w, state in zip(weights, states, strict=True)]
         if sum(seen) > 0:
             found |= {name: [n / sum(seen) for n in seen] for name in pair}
     return found
+
+
+def batches_seen(
+    statistics: Sequence[tuple[str, str]],
+    states: Sequence[Mapping[str, Tensor]],
+    owner: Mapping[str, int],
+    aliases: Mapping[str, str],
+) -> dict[str, Tensor]:
+    """How many batches merged running statistics are of: those of all models together, so that they count that much
+    where they are pooled or averaged again. Statistics and counts that all models have are of the same batches.
+
+    Arguments:
+        statistics: names of running means and variances.
+        states: the models, in units that match.
+        owner: for tensors that are of one model alone, its number.
+        aliases: for every name of a tensor, the one by which `statistics` call it.
+
+    Returns:
+        New counts, in the dtype of the first model's, by their names.
+
+    Example:
+        >>> import torch
+        >>> one, two = ({"num_batches_tracked": torch.tensor(n), "m": torch.tensor([1.0 * n])} for n in (30, 10))
+        >>> batches_seen([("m", "m")], [one, two], {}, {"m": "m"})
+        {'num_batches_tracked': tensor(40)}
+    """
+    found: dict[str, Tensor] = {}
+    for mean, variance in statistics:
+        counters = [c for name, first in aliases.items() if first == mean and (c := _counter(name)) in states[0]]
+        if not counters:
+            continue
+        counts = [state[counters[0]] for state in states]
+        same = equal_names([{n: state[n] for n in (mean, variance, counters[0])} for state in states])
+        if counters[0] in owner:
+            total = counts[owner[counters[0]]].clone()
+        elif len(same) == len({mean, variance, counters[0]}):
+            total = counts[0].clone()
+        else:
+            total = torch.stack([count.to(counts[0]) for count in counts]).sum(0).to(counts[0].dtype)
+        found |= dict.fromkeys(counters, total)
+    return found
+
+
+def _counter(mean: str) -> str:
+    """The name that torch gives to the count of batches beside a running mean."""
+    return mean[: len(mean) - len(mean.rpartition(".")[2])] + "num_batches_tracked"
 
 
 def statistics_nodes(program: Program) -> dict[tuple[str, str], list[fx.Node]]:
@@ -57,11 +104,11 @@ def statistics_nodes(program: Program) -> dict[tuple[str, str], list[fx.Node]]:
     return found
 
 
-def alike(program: Program, names: tuple[str, str], nodes: Sequence[fx.Node], shared: Collection[str]) -> bool:
-    """Whether statistics are shared, and of activations that depend on shared parameters alone."""
-    if not set(names) <= set(shared):
+def alike(program: Program, names: tuple[str, str], nodes: Sequence[fx.Node], agreed: Collection[str]) -> bool:
+    """Whether statistics are equal in all models, and of activations that depend on parameters alone that are, too."""
+    if not set(names) <= set(agreed):
         return False
-    before = computed_alike(program, shared)
+    before = computed_alike(program, agreed)
     return all(node.args[0] in before for node in nodes)
 
 

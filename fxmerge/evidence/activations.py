@@ -98,7 +98,10 @@ class _Correlations:
 
     def products_of_mixed(self) -> dict[Pair, Tensor]:
         """The mean products of units, in units of the root mean square of all units of each model."""
-        size = [math.sqrt(max(own.square / max(own.count * len(torch.as_tensor(own.sums)), 1), TINY)) for own in self.moments]
+        size = [
+            math.sqrt(max(own.square / max(own.count * len(torch.as_tensor(own.sums)), 1), TINY))
+            for own in self.moments
+        ]
         return {
             (i, j): (torch.as_tensor(products) / (self.moments[i].rows * size[i] * size[j])).float()
             for (i, j), products in self.products.items()

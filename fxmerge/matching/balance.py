@@ -44,7 +44,9 @@ def balanced(symmetry: Group, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     classes = [n for n in range(len(symmetry.units)) if symmetry.kind(n) == Kind.GENERAL_LINEAR]
     given = dict(state)
-    wide = given | {own.axis.parameter: state[own.axis.parameter].double() for n in classes for own in symmetry.mixed[n]}
+    wide = given | {
+        own.axis.parameter: state[own.axis.parameter].double() for n in classes for own in symmetry.mixed[n]
+    }
     for _ in range(ROUNDS):
         change = 0.0
         for n in classes:
@@ -79,4 +81,5 @@ def _power(matrix: Tensor, exponent: float) -> Tensor:
     """A power of symmetric matrices that are not negative."""
     values, vectors = torch.linalg.eigh(matrix)
     least = SMALLEST * values.mean(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-    return (vectors * values.clamp(min=least)[..., None, :] ** exponent) @ vectors.mT
+    power: Tensor = (vectors * values.clamp(min=least)[..., None, :] ** exponent) @ vectors.mT
+    return power

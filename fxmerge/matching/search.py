@@ -283,7 +283,8 @@ def nearest(scores: Tensor, kind: Kind) -> Tensor:
         frame = centred_frame(len(scores))
         return frame @ nearest(frame.T @ scores @ frame, Kind.ORTHOGONAL) @ frame.T + 1 / len(scores)
     u, _, vh = torch.linalg.svd(scores)
-    return u @ vh
+    factor: Tensor = u @ vh
+    return factor
 
 
 def _tree_slices(problem: Problem, root: int) -> list[tuple[int, Slices]]:

@@ -69,6 +69,7 @@ def refit(
     only_last: bool = False,
     repair: bool = False,
     shared: Collection[str] = (),
+    agreed: Collection[str] = (),
     owner: Mapping[str, int] | None = None,
     max_memory: float = math.inf,
     seed: int = 0,
@@ -90,7 +91,9 @@ def refit(
         only_last: whether to refit only layers that no other layer comes after.
         repair: whether to shift and scale the outputs of the layers, in place of fitting them.
         shared: names of tensors that are equal in all parents and on which no unit moves: layers stay that are mostly
-            made of these, and BatchNorm statistics of activations that depend on these alone.
+            made of these.
+        agreed: names of tensors that are equal in all parents: BatchNorm statistics stay of activations that depend on
+            these alone.
         owner: for parameters that are of one parent alone, its number. Layers of these learn from that parent alone, on
             all data or, where parents have data of their own, on its.
         max_memory: GiB of activations to keep in memory between stages; the rest goes to a temporary folder.
@@ -132,7 +135,7 @@ def refit(
     only_parent = {layer: _only_parent(layer, owner) for layer in chosen}
     by_layers = not repair and not owner and comparable(program, last, chosen, teachers)
     distance = None if repair or by_layers or owner else OutputDistance(program)
-    state, normal = dict(start), _statistics(program, shared)
+    state, normal = dict(start), _statistics(program, agreed)
     left = {name: why for name, why in left.items() if not any(name in names for names in normal)}
     end = distance is not None
     stages = _plan(program, chosen, normal, towards_sums, places, all_shown=resized, to_the_end=end)
@@ -201,7 +204,7 @@ def with_statistics(
     state: Mapping[str, Tensor],
     lessons: Iterable[Lesson],
     *,
-    shared: Collection[str] = (),
+    agreed: Collection[str] = (),
     owner: Mapping[str, int] | None = None,
     max_memory: float = math.inf,
 ) -> dict[str, Tensor]:
@@ -212,7 +215,7 @@ def with_statistics(
         program: the captured program.
         state: its parameters.
         lessons: the data.
-        shared: names of tensors that are equal in all models. Statistics among them stay, if all parameters before
+        agreed: names of tensors that are equal in all models. Statistics among them stay, if all parameters before
             them are, too.
         owner: for statistics that are of one model alone, its number: of data that are of one model, they count its
             own only.
@@ -224,7 +227,7 @@ def with_statistics(
     Raises:
         LoaderError: if the data have no more than one value for each channel.
     """
-    normal = _statistics(program, shared)
+    normal = _statistics(program, agreed)
     state = dict(state)
     if not normal:
         return state
@@ -242,10 +245,10 @@ def with_statistics(
     return state
 
 
-def _statistics(program: Program, shared: Collection[str]) -> dict[tuple[str, str], list[fx.Node]]:
+def _statistics(program: Program, agreed: Collection[str]) -> dict[tuple[str, str], list[fx.Node]]:
     """The statistics that are not the same in all models, by their names, and the nodes that use them."""
     found = statistics_nodes(program)
-    return {names: nodes for names, nodes in found.items() if not alike(program, names, nodes, shared)}
+    return {names: nodes for names, nodes in found.items() if not alike(program, names, nodes, agreed)}
 
 
 def _add(

@@ -83,8 +83,8 @@ class Group:
         demoted: names of classes that `verify` found unsound and turned to the identity.
         error: the largest relative output error that `verify` measured, None before.
         free: where units lie along the outputs that were declared free.
-        kinds: for every class of `units`, by which matrices its units may be mixed. Empty where that is not known: units
-            are permuted then.
+        kinds: for every class of `units`, by which matrices its units may be mixed. Empty where that is not known: then
+            units are only permuted.
     """
 
     units: tuple[UnitClass, ...]
@@ -176,7 +176,9 @@ class Group:
     def _mixed(self, number: int) -> tuple[Mixed, ...]:
         own, views = self.kinds[number], dict(self.views[number])
         return tuple(
-            Mixed(axis, slots[views[n]][self.by_block(number)], (axis.parameter, axis.dim, int(slots[0])) in own.inverse)
+            Mixed(
+                axis, slots[views[n]][self.by_block(number)], (axis.parameter, axis.dim, int(slots[0])) in own.inverse
+            )
             for axis in self.layout
             for n, slots in axis.roles
             if n in views and axis.parameter not in own.scales

@@ -15,7 +15,7 @@ def describe(symmetry: Group) -> str:
     movable, pinned = symmetry.classes[: len(symmetry.units)], symmetry.classes[len(symmetry.units) :]
     shapes = {a.parameter: a.shape for a in symmetry.layout}
     letters = [_letters(n) for n in range(len(movable))]
-    lines = []
+    lines: list[str] = []
     for letter, c, unit in zip(letters, movable, symmetry.units, strict=True):
         count, each = combinations(unit)
         inside = [letters[p] for p, _ in unit.parents] + ["fixed"] * bool(unit.fixed.any())

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.columns import core, support
-from fxmerge.units.kind import Kind, UnitKind
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.mixing import Column, Seen
 from fxmerge.symmetry.propagate import Propagation
 from fxmerge.symmetry.units import Ids, mix
+from fxmerge.units.kind import Kind, UnitKind
 
 
 def find_kinds(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> tuple[UnitKind, ...]:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.base import Group
+from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.propagate import AxisUnits, Propagation
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import AxisLayout

@@ -26,7 +26,7 @@ def to_json(symmetry: Group) -> str:
     Every list of numbers is written as ranges; see `fxmerge.symmetry.ranges`.
     """
     slots = {(a.parameter, a.dim): a for a in symmetry.layout}
-    classes = []
+    classes: list[dict[str, Any]] = []
     for name, c in zip(symmetry.names, symmetry.units, strict=True):
         axes = [
             {"parameter": r.axis[0], "dim": r.axis[1], "units": write_ranges(r.raw)} for r in c.roles if r.axis in slots

@@ -81,7 +81,7 @@ class UnitGraph:
     is the parameter axis of its units, or the graph node for which the units were made.
 
     `node` names the graph node whose facts are being recorded (CONCLUDED for what follows from other
-    facts). `squares` are the nodes whose squares of units are only summed. `equal_at`, `member_at` and so on keep it for every entry of `equal`, `member` and so on.
+    facts). `equal_at`, `member_at` and so on keep it for every entry of `equal`, `member` and so on.
     """
 
     starts: list[int] = field(default_factory=list)
@@ -98,7 +98,6 @@ class UnitGraph:
     contracted: list[Ids] = field(default_factory=list)
     followed: list[Followed] = field(default_factory=list)
     mixing: list[tuple[Mix, tuple[Any, ...], Mapping[str, Any], str]] = field(default_factory=list)
-    squares: set[str] = field(default_factory=set)
     node: str = ""
     equal_at: list[str] = field(default_factory=list)
     member_at: list[str] = field(default_factory=list)

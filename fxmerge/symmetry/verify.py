@@ -227,6 +227,10 @@ class Probe:
         other.expected = other._run(other.state) if uniform else self.expected
         return other
 
+    def outputs(self, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs under some parameters."""
+        return self._run(state)
+
     def rounding(self, generator: torch.Generator) -> float:
         """What changes of the parameters in their last places change."""
 

@@ -113,7 +113,8 @@ def _mix(tensor: Tensor, own: Mixed, matrix: Tensor) -> Tensor:
     values = flat[where].to(wide)
     mixed = matrix.to(values) @ values.flatten(2)
     flat[where] = mixed.reshape(values.shape).to(tensor.dtype)
-    return flat.reshape(moved.shape).permute(np.argsort(order).tolist()).contiguous()
+    result: Tensor = flat.reshape(moved.shape).permute(np.argsort(order).tolist()).contiguous()
+    return result
 
 
 def _rest(axis: AxisLayout) -> list[int]:
@@ -142,7 +143,8 @@ def random_matrices(kind: Kind, blocks: int, size: int, generator: torch.Generat
 
     def orthogonal(n: int) -> Tensor:
         q, r = torch.linalg.qr(torch.randn(blocks, n, n, dtype=torch.float64, generator=generator))
-        return q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+        turned: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+        return turned
 
     if kind == Kind.GENERAL_LINEAR:
         scales = 2 ** (2 * torch.rand(blocks, 1, size, dtype=torch.float64, generator=generator) - 1)
@@ -156,4 +158,5 @@ def random_matrices(kind: Kind, blocks: int, size: int, generator: torch.Generat
 def centred_frame(size: int) -> Tensor:
     """An orthonormal basis of the vectors whose entries sum to zero, shape (size, size - 1), float64."""
     ones = torch.ones(size, 1, dtype=torch.float64)
-    return torch.linalg.qr(torch.cat([ones, torch.eye(size, dtype=torch.float64)[:, 1:]], 1))[0][:, 1:]
+    basis: Tensor = torch.linalg.qr(torch.cat([ones, torch.eye(size, dtype=torch.float64)[:, 1:]], 1))[0]
+    return basis[:, 1:]

@@ -222,8 +222,7 @@ class UnitMap:
         if not (first.is_floating_point() or first.is_complex()):
             return first.clone()
         one_to_one = all(self._bijective[n] for n in numbers)
-        alike = all(torch.equal(first, other.to(first.device)) for other in tensors[1:])
-        if alike and one_to_one and all(self._moves_alike(n) for n in numbers):
+        if self.moves_alike(name) and all(torch.equal(first, other.to(first.device)) for other in tensors[1:]):
             return self._placed(name, first, 0).clone()
         wide = torch.promote_types(first.dtype, torch.float32)
         if one_to_one:
@@ -235,6 +234,11 @@ class UnitMap:
             sums, count = self.gather(name, tensor.to(first.device, wide), m)
             total, counts = total + weight * sums, counts + weight * count
         return _ratio(torch.as_tensor(total), torch.as_tensor(counts)).to(first.dtype)
+
+    def moves_alike(self, name: str) -> bool:
+        """Whether the entries of a parameter go to the same places from all models, and none are merged."""
+        numbers = {n for axis in self._axes_of(name) for n, _ in axis.roles}
+        return all(self._bijective[n] and self._moves_alike(n) for n in numbers)
 
     def shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of a parameter with merged units, by that which it has in a model."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fxmerge.symmetry import mixing
 from fxmerge.symmetry.deferred import Deferred
-from fxmerge.units.kind import Kind
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.rules.registry import Site, is_square, is_zero, rule, summed_over
+from fxmerge.units.kind import Kind
 
 
 @rule(
@@ -23,7 +23,20 @@ from fxmerge.symmetry.rules.registry import Site, is_square, is_zero, rule, summ
     *("subtract", "true_divide", "absolute", "negative", "square", "polar", "log_sigmoid", "hardswish"),
     *("_prelu_kernel", "complex"),
     lifts="joins",
-    mixes=("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "neg", "negative", "pow", "square"),
+    mixes=(
+        "add",
+        "sub",
+        "subtract",
+        "mul",
+        "multiply",
+        "div",
+        "divide",
+        "true_divide",
+        "neg",
+        "negative",
+        "pow",
+        "square",
+    ),
 )
 def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     """Joins all operands. Serves every op that torch tags as pointwise."""

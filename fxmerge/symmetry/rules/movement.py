@@ -18,7 +18,18 @@ from fxmerge.symmetry.rules.registry import Site, is_zero, rule
 from fxmerge.symmetry.units import NOTHING, distinct
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze", lifts="views", mixes=True)
+@rule(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "view_as",
+    "squeeze",
+    "unsqueeze",
+    lifts="views",
+    mixes=True,
+)
 def view(at: Site, x: Labels, *args: Any) -> Labels:
     return diagonals(at.units, x.reshape(at.shape), at.name)
 
@@ -72,7 +83,17 @@ def diagonal(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return at.join(y, y)
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split", lifts="moves", mixes=True)
+@rule(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "unbind",
+    "unsafe_chunk",
+    "unsafe_split",
+    lifts="moves",
+    mixes=True,
+)
 def split(at: Site, x: Labels, *args: Any, **kwargs: Any) -> list[Labels]:
     def piece(i: int) -> Callable[[Tensor], Tensor]:
         return lambda column: at.target(column, *args, **kwargs)[i]

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from fxmerge.symmetry import mixing
-from fxmerge.units.kind import Kind
 from fxmerge.symmetry.labels import Labels, reduce
 from fxmerge.symmetry.rules.registry import Site, is_zero, normalize_dims, rule
+from fxmerge.units.kind import Kind
 
 Operand = Labels | Tensor
 

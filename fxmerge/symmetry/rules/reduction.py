@@ -15,11 +15,11 @@ from fxmerge.symmetry import mixing
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.deferred import Counts, Deferred, Index, Order
 from fxmerge.symmetry.deferred import sort as sort_index
-from fxmerge.units.kind import Kind
 from fxmerge.symmetry.labels import Labels, inert, join, pin, reduce, sum_over
 from fxmerge.symmetry.relate import relate
 from fxmerge.symmetry.rules import ties
 from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule, summed_over
+from fxmerge.units.kind import Kind
 
 Dims = int | Sequence[int] | None
 

@@ -55,7 +55,9 @@ class Site:
     def mix(self, what: Mix, *operands: Labels | Tensor | float, **how: Any) -> None:
         """Records what the op says of changes of basis: see `fxmerge.symmetry.mixing`."""
         labels = (constant(x) if isinstance(x, Tensor) else x for x in operands)
-        self.units.record(what, [x if isinstance(x, Labels) else Labels((), uniform=frozenset()) for x in labels], how, self.name)
+        self.units.record(
+            what, [x if isinstance(x, Labels) else Labels((), uniform=frozenset()) for x in labels], how, self.name
+        )
 
     def join(self, x: Labels, y: Labels | Tensor | None, shape: Shape | None = None) -> Labels:
         """`fxmerge.symmetry.labels.join` after broadcasting both to `shape` (by default that of x)."""
@@ -114,8 +116,8 @@ def rule(
     if it is a constant, a `torch.Tensor`; it returns the `Labels` of the output. `contracts` says that
     the ops sum products of their operands, so that they consume the units of these, but for the one that is only
     added, which `adds` names as the ops' schemas do. For `lifts` and `takes` see `LIFTS` and `TAKES`. `mixes` says that
-    the rule records, for all ops or those named, what units a change of basis may mix (see `fxmerge.symmetry.mixing`); the units
-    that any other op touches are mixed with none.
+    the rule records, for all ops or those named, what units a change of basis may mix: see `fxmerge.symmetry.mixing`.
+    The units that any other op touches are mixed with none.
     """
 
     def register(function: R) -> R:
@@ -171,10 +173,10 @@ def multiplied(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def summed_over(node: fx.Node | None) -> list[int] | None:
+def summed_over(node: Any) -> list[int] | None:
     """The dimensions over which a product of two tensors, or a square, is summed; None for all other nodes, and where
     the product is used otherwise, too."""
-    if node is None or _name(node.target) not in ("aten::mul", "aten::multiply", "aten::pow", "aten::square"):
+    if not isinstance(node, fx.Node) or _name(node.target) not in _PRODUCTS:
         return None
     if not is_square(node) and not all(isinstance(a, fx.Node) for a in node.args):
         return None
@@ -185,6 +187,9 @@ def summed_over(node: fx.Node | None) -> list[int] | None:
         dims: Any = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim")
         found.add(tuple(normalize_dims(dims, node.meta["val"].ndim)))
     return list(found.pop()) if len(found) == 1 else None
+
+
+_PRODUCTS = ("aten::mul", "aten::multiply", "aten::pow", "aten::square")
 
 
 def is_square(node: fx.Node | None) -> bool:
