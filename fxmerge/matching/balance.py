@@ -21,10 +21,11 @@ SMALLEST = 1e-10
 def balanced(symmetry: Group, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters in bases in which general linear classes are balanced.
 
-    Let P be the sum of the outer products of the weights that give the units of a block, and C that of those that read
-    them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. Both are the same where MᵀM is the geometric mean of P⁻¹ and C,
-    and then all that is left to choose is an orthogonal matrix: so two networks that differ by an invertible matrix
-    differ by an orthogonal one afterwards. Classes that meet in one weight are balanced in turn, until all are.
+    Let P be the sum of the outer products of the weights that give the units of a block, and C that of the weights that
+    read them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. The class is balanced where both are equal. This is so if
+    MᵀM is the geometric mean of P⁻¹ and C. Balanced bases of one class differ by orthogonal matrices only. So two
+    networks that differ by invertible matrices differ by orthogonal ones once both are balanced. Classes that meet in
+    one weight are balanced in turn, until all are.
 
     Arguments:
         symmetry: the group.
@@ -65,7 +66,7 @@ def balanced(symmetry: Group, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _step(symmetry: Group, number: int, state: Mapping[str, Tensor]) -> Tensor | None:
-    """The matrices that balance one class, shape (blocks, units, units); None where nothing gives or reads its units."""
+    """The matrices that balance a class, shape (blocks, units, units); None where nothing gives or reads its units."""
     sums: dict[bool, Tensor] = {}
     for own in symmetry.mixed[number]:
         entries = gathered(state[own.axis.parameter], own).cpu()

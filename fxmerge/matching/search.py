@@ -42,8 +42,8 @@ class Match:
 
 
 Position = tuple[dict[str, Tensor], tuple[Ids, ...], dict[int, Tensor], dict[str, float], dict[int, float]]
-"""The moved parameters of a problem, where units are, how they are mixed, and what parameters and activations give to the
-objective."""
+"""The moved parameters of a problem, where units are, how they are mixed, and what parameters and activations give to
+the objective."""
 
 
 @dataclass
@@ -63,8 +63,8 @@ class Problem:
             were before any permutation).
         mix: how much weights and activations count.
         images: where the units of b are.
-        matrices: for every class that may be mixed, how the units of b are, once they are in their places: shape (blocks,
-            units, units), blocks and units in the order of these places.
+        matrices: for every class that may be mixed, how the units of b are, once they are in their places: shape
+            (blocks, units, units), blocks and units in the order of these places.
         scales: for every parameter, how much an inner product counts.
         slices: the parameter slices of every class.
         value: for every parameter, its part of the objective.
@@ -168,7 +168,11 @@ class Problem:
                 self.agreed = self.agreed | {n: float(self.agreement(n).sum())}
 
     def improve(self, step: Sequence[Ids], mixed: Iterable[int] = ()) -> float:
-        """Moves the units of b, and mixes those of some classes, if the objective rises by it; returns the objective."""
+        """Moves the units of b, and mixes those of some classes, if the objective rises by it.
+
+        Returns:
+            The objective afterwards.
+        """
         before, at = self.objective(), self.position
         self.take(step)
         self.rotate(mixed, self.slices)
