@@ -119,9 +119,9 @@ class Job:
         return timed(logger, self.seconds, stage)
 
     def symmetry(
-        self, given: Symmetry | None, free: str | Iterable[str], *, verify: bool
+        self, given: Symmetry | None, free: str | Iterable[str], *, verify: bool, continuous: bool
     ) -> tuple[Propagation, Symmetry]:
-        """The labels of the program, and the symmetry given or else inferred."""
+        """The labels of the program, and the symmetry given or else inferred; of permutations only, or `continuous`."""
         if given is not None and free:
             raise OptionError(
                 "Both symmetry and Recipe.free are given: pass free to find_symmetry, whose result tells it."
@@ -132,6 +132,8 @@ class Job:
             else:
                 check_fits(given, self.program)
                 found, symmetry = propagate(self.program), given
+        if not continuous:
+            symmetry = replace(symmetry, kinds=())
         if verify:
             with self.timed("verification"):
                 symmetry = symmetry.verify(self.model, *self.example)

@@ -48,10 +48,9 @@ class Prepared:
     @staticmethod
     def of(job: Job, recipe: Recipe, run: Run, given: Symmetry | None) -> Prepared:
         """The symmetry that is given or else inferred; and the job with states that are ready to be matched."""
-        propagation, whole = job.symmetry(given, recipe.free, verify=run.verify)
         assert not isinstance(recipe.match, str)
-        if recipe.match is None or not recipe.match.continuous:
-            whole = replace(whole, kinds=())
+        continuous = recipe.match is not None and recipe.match.continuous
+        propagation, whole = job.symmetry(given, recipe.free, verify=run.verify, continuous=continuous)
         flow = flows(propagation)
         if recipe.match is not None:
             validate.check_class_names(recipe.match.alpha, whole)
