@@ -22,9 +22,9 @@ def balanced(symmetry: Group, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters in bases in which general linear classes are balanced.
 
     Let P be the sum of the outer products of the weights that give the units of a block, and C that of the weights that
-    read them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. The class is balanced where both are equal. This
-    is so if MᵀM is the geometric mean of P⁻¹ and C. Balanced bases of one class differ by orthogonal matrices only. So
-    two networks that differ by invertible matrices differ by orthogonal ones once both are balanced. Classes that meet in
+    read them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. The class is balanced where both are equal. This is so
+    if MᵀM is the geometric mean of P⁻¹ and C. Balanced bases of one class differ by orthogonal matrices only. So two
+    networks that differ by invertible matrices differ by orthogonal ones once both are balanced. Classes that meet in
     one weight are balanced in turn, until all are.
 
     Arguments:
