@@ -96,16 +96,20 @@ class _Correlations:
         for i, j in self.products:
             self.products[i, j] = (rows[i].T @ rows[j]).double().add_(self.products[i, j])
 
-    def products_of_mixed(self) -> dict[Pair, Tensor]:
-        """The mean products of units, in units of the root mean square of all units of each model."""
-        size = [
-            math.sqrt(max(own.square / max(own.count * len(torch.as_tensor(own.sums)), 1), TINY))
-            for own in self.moments
-        ]
-        return {
-            (i, j): (torch.as_tensor(products) / (self.moments[i].rows * size[i] * size[j])).float()
-            for (i, j), products in self.products.items()
-        }
+    def covariances(self, kind: Similarity) -> dict[Pair, Tensor]:
+        """The covariances of all pairs of units, or mean products for "cosine", in units of the mean variance of each
+        model."""
+        means, sizes = [], []
+        for own in self.moments:
+            centred = kind != "cosine"
+            means.append(own.mean if centred else torch.zeros_like(own.mean))
+            squares = own.variance if centred else torch.as_tensor(own.squares) / own.count
+            sizes.append(max(float(squares.mean()), TINY) ** 0.5)
+        found = {}
+        for (i, j), products in self.products.items():
+            covariance = torch.as_tensor(products) / self.moments[i].rows - torch.outer(means[i], means[j])
+            found[i, j] = (covariance / (sizes[i] * sizes[j])).float()
+        return found
 
     def similarities(self, kind: Similarity) -> dict[Pair, Tensor]:
         shift, scale = [], []
@@ -160,8 +164,8 @@ def similarities(
         pairs: the numbers of the models to compare; a model may be compared with itself.
         kind: "pearson" correlation, or "cosine", without subtracting the means.
         own: names of parameters that are of one model alone. What depends on these is not compared.
-        mixed: classes whose units may be mixed. These are compared by their products, in one unit for all units of a
-            model, since a change of basis keeps neither the mean nor the deviation of a single unit.
+        mixed: classes whose units may be mixed. These are compared by covariances, with one unit of measurement for all
+            units of a model, since a change of basis keeps neither the mean nor the deviation of a single unit.
 
     Returns:
         For each class number and pair a tensor of shape (units, units), rows for the first model; in [-1, 1].
@@ -196,7 +200,7 @@ def similarities(
             sums[tap.number].add(rows)
     if not batches:
         raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
-    return {n: m.products_of_mixed() if n in mixed else m.similarities(kind) for n, m in sums.items()}
+    return {n: m.covariances(kind) if n in mixed else m.similarities(kind) for n, m in sums.items()}
 
 
 def whole(blocks: Mapping[Pair, Tensor], models: int) -> NDArray[np.float64]:
