@@ -139,9 +139,9 @@ def outputs(model: nn.Module, given: Any) -> list[Tensor]:
 
 def same_trunk(first: nn.Module, second: nn.Module, args: Any, kwargs: Any) -> None:
     """Gives the second network the tensors of the first that have its names and shapes, then moves its units."""
-    own = first.state_dict()
-    theirs = second.state_dict()
-    second.load_state_dict({n: own[n] if n in own and own[n].shape == t.shape else t for n, t in theirs.items()})
+    own, theirs = first.state_dict(), second.state_dict()
+    theirs.update({n: own[n] for n, t in theirs.items() if n in own and own[n].shape == t.shape})
+    second.load_state_dict(theirs)
     symmetry = fxmerge.find_symmetry(second, args, kwargs)
     moved = symmetry.sample(torch.Generator().manual_seed(0)).apply(second.state_dict())
     second.load_state_dict(moved)
@@ -193,7 +193,7 @@ ZOO = {
 }
 """Convolutional networks with and without groups and GroupNorm, U-Nets, transformers for texts, images and speech, with
 windows, grouped queries and experts, state-space models, recurrent layers."""
-NAMES = tuple(f"{family}/{name.strip()}" for family, names in ZOO.items() for name in names.split(","))
+NAMES = tuple(f"{family}/{' '.join(name.split())}" for family, names in ZOO.items() for name in names.split(","))
 SHORT_NAMES = ("torch.nn/LSTM", "transformers/BiT")
 EXACT = 1e-6
 """Some have norms in float32, of which rounding depends on the order of units."""

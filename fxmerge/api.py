@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 from torch import fx
 
 from fxmerge import validate
-from fxmerge.bases import in_one_basis, with_gains_moved
+from fxmerge.bases import in_one_basis
+from fxmerge.choosing import better_of, within_distance
 from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
-from fxmerge.job import prepare, readable_again
+from fxmerge.job import prepare
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of_nearer_parent
-from fxmerge.ordering import error_of
 from fxmerge.pipeline import calibrated, combine, emit, fit, match, renumbered
 from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
@@ -140,8 +139,11 @@ def merge_many(
     validate.check_loaders(loader, loaders, len(models))
     how = {"loaders": loaders, "base": base, "symmetry": symmetry, "example": example, "inputs": inputs, "run": run}
     recipe = recipe.settled(data=loader is not None or loaders is not None, base=base is not None)
+    assert not isinstance(recipe.match, str)
+    if recipe.match is not None and recipe.match.continuous == "auto":
+        return better_of(merge_many, models, loader, recipe, how)
     if isinstance(recipe.share, Budget) and recipe.share.distance is not None:
-        return _within_distance(models, loader, recipe, how)
+        return within_distance(merge_many, models, loader, recipe, how)
     return _merged(models, loader, recipe, **how)
 
 
@@ -163,11 +165,7 @@ def _merged(
     asked = None if recipe.match is None else recipe.match.reference
     reference = validate.check_reference(asked, len(models), base is not None)
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
-    if recipe.match is not None and recipe.match.continuous:
-        job = with_gains_moved(job)
-    group = Prepared.of(job, recipe, run, symmetry)
-    if recipe.match is not None and recipe.match.continuous:
-        group = in_one_basis(group, recipe.match, run, reference)
+    group = in_one_basis(job, recipe, run, symmetry, reference)
     job = group.job
     if recipe.share == NOTHING:
         return _side_by_side(group, recipe, weights)
@@ -290,34 +288,6 @@ def fold(
     return _merged((model,), loader, recipe, example=example, inputs=inputs, run=run)
 
 
-def _within_distance(
-    models: tuple[Any, ...], loader: Iterable[Any] | None, recipe: Recipe, how: Mapping[str, Any]
-) -> fx.GraphModule:
-    """The merge with the longest trunk that is within a distance of the models.
-
-    Raises:
-        OptionError: if there is none.
-    """
-    budget = recipe.share
-    assert isinstance(budget, Budget) and budget.distance is not None
-    loader = None if loader is None else readable_again(loader)
-    own = None if how["loaders"] is None else [readable_again(one) for one in how["loaders"]]
-    how = {**how, "loaders": own}
-    for_job = {name: how[name] for name in ("loaders", "base", "example", "inputs")}
-    nearest = math.inf, ""
-    for trunk in reversed(prepare(models, loader, how["run"], recipe=recipe, **for_job).trunks):
-        merged = merge_many(models, loader, replace(recipe, share=trunk), **how)
-        distance = error_of(report(merged).errors.get("merged", math.nan))
-        logger.info("with a trunk up to %r the distance is %.3g", trunk, distance)
-        if distance <= budget.distance:
-            return merged
-        nearest = min(nearest, (distance, trunk))
-    raise OptionError(
-        f"Recipe.share is {budget}, but no trunk is within that distance: the nearest ends with {nearest[1]!r}, with "
-        f"{nearest[0]:.3g}. Allow as much, or pass more data."
-    )
-
-
 def align(
     model: Model,
     to: Model,
@@ -335,7 +305,8 @@ def align(
     `match` and `free` count; the rest is of merging.
 
     Returns:
-        A GraphModule that computes what `model` computes. `report(aligned).images` holds, for every class by name,
+        A GraphModule that computes what `model` computes. With `Align(continuous=True)` it is in the basis of
+        `canonicalize(to)`. `report(aligned).images` holds, for every class by name,
         where each unit of `model` went; `Symmetry.element` makes a `Permutation` of it.
 
     Example:
@@ -352,7 +323,8 @@ def align(
         raise OptionError(f"Recipe.match is {kind}; align moves them: pass Align(...).")
     recipe = Recipe(match=Align() if recipe.match == AUTO else recipe.match, fit=None, free=recipe.free)
     job = prepare((to, model), loader, run, example=example, inputs=inputs)
-    group = Prepared.of(job, recipe, run, symmetry)
+    group = in_one_basis(job, recipe, run, symmetry, 0)
+    job = group.job
     matching = match(group, recipe, run, job.states, job.names, 0)
     with job.timed("combining"):
         state = matching.alignment.apply(job.states[1], 1)

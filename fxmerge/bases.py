@@ -9,14 +9,15 @@ from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.evidence.activations import similarities
 from fxmerge.job import Job
 from fxmerge.matching.assignment import descendants
-from fxmerge.matching.balance import balanced
+from fxmerge.matching.balance import balance
 from fxmerge.matching.models import alpha_by_class
 from fxmerge.matching.search import match
 from fxmerge.matching.universe import canonical_order
 from fxmerge.prepared import Prepared
 from fxmerge.program.canonicalize import plan_folds
-from fxmerge.recipe import Align, Run, Zip
+from fxmerge.recipe import Align, Recipe, Run, Zip
 from fxmerge.symmetry.freeze import freeze
+from fxmerge.symmetry.group import Symmetry
 from fxmerge.units.basis import Basis
 from fxmerge.units.kind import Kind
 from fxmerge.units.permutation import Permutation
@@ -47,7 +48,26 @@ def with_gains_moved(job: Job) -> Job:
         return replace(job, states=tuple(plan.apply(state, chosen) for state in job.states))
 
 
-def in_one_basis(group: Prepared, part: Align | Zip, run: Run, reference: int | None) -> Prepared:
+def in_one_basis(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, reference: int | None) -> Prepared:
+    """The models of a job and their symmetry; if the recipe matches classes by changes of basis, in one basis.
+
+    Arguments:
+        job: the checked models and data.
+        recipe: without "auto".
+        run: how to run.
+        given: a symmetry to use in place of an inferred one.
+        reference: the number of the model in whose basis all are; None for one that does not depend on their order.
+    """
+    part = recipe.match
+    assert not isinstance(part, str)
+    wider = isinstance(part, Zip) and part.width == len(job.states)  # All units of all models: nothing is matched.
+    if part is None or part.continuous is not True or len(job.states) == 1 or wider:
+        return Prepared.of(job, recipe, run, given)
+    group = Prepared.of(with_gains_moved(job), recipe, run, given, continuous=True)
+    return _rebased(group, part, run, reference)
+
+
+def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int | None) -> Prepared:
     """Models of which all classes that a change of basis may mix are in one basis, with the blocks that these lie in.
 
     Each model is matched with one of them, the reference or else one that does not depend on their order. The classes
@@ -61,7 +81,8 @@ def in_one_basis(group: Prepared, part: Align | Zip, run: Run, reference: int | 
     if not chosen:
         return group
     home = canonical_order(job.states)[0] if reference is None else reference
-    job = replace(job, states=tuple(balanced(symmetry, state) for state in job.states))
+    gauges = [balance(symmetry, state) for state in job.states]
+    job = replace(job, states=tuple(own.apply(state) for own, state in zip(gauges, job.states, strict=True)))
     others = [i for i in range(len(job.states)) if i != home]
     pairs = [(min(home, i), max(home, i)) for i in others]
     correlations = {}
@@ -79,4 +100,7 @@ def in_one_basis(group: Prepared, part: Align | Zip, run: Run, reference: int | 
             moved = symmetry.restrict(Permutation(symmetry.layout, found.permutation.images), chosen)
             states[i] = Basis(symmetry.mixed, found.basis.matrices).apply(moved.apply(states[i]))
     smaller, names = freeze(symmetry, chosen, lambda _: IN_ONE_BASIS)
-    return replace(group, job=replace(job, states=tuple(states)), symmetry=smaller, still=group.still | {*names})
+    bases = {symmetry.names[n]: str(symmetry.kind(n)) for n in sorted(mixing)}
+    back = gauges[home].inverse()  # The reference is in its own basis again, and the others are in it.
+    job = replace(job, states=tuple(back.apply(state) for state in states))
+    return replace(group, job=job, symmetry=smaller, still=group.still | {*names}, bases=bases)

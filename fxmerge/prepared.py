@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,7 @@ class Prepared:
         symmetry: the symmetry without classes whose units are the same in all models.
         still: the names of these classes.
         flow: what every parameter axis does with its units.
+        bases: the kinds of the classes of which all models are in one basis already, by name.
     """
 
     job: Job
@@ -44,12 +45,16 @@ class Prepared:
     symmetry: Symmetry
     still: frozenset[str]
     flow: Mapping[Axis, Flow]
+    bases: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(job: Job, recipe: Recipe, run: Run, given: Symmetry | None) -> Prepared:
-        """The symmetry that is given or else inferred; and the job with states that are ready to be matched."""
+    def of(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, *, continuous: bool = False) -> Prepared:
+        """The symmetry that is given or else inferred; and the job with states that are ready to be matched.
+
+        Arguments:
+            continuous: whether classes are to have their kinds; else they are only permuted.
+        """
         assert not isinstance(recipe.match, str)
-        continuous = recipe.match is not None and recipe.match.continuous
         propagation, whole = job.symmetry(given, recipe.free, verify=run.verify, continuous=continuous)
         flow = flows(propagation)
         if recipe.match is not None:
@@ -114,6 +119,7 @@ class Prepared:
             models=len(self.job.states),
             shared=tuple(n for n, own in first.items() if n in self.shared and torch.equal(own, after[n])),
             classes=classes_of(self.symmetry),
+            bases=self.bases,
             demoted=self.symmetry.demoted,
             unknown_ops=dict(self.symmetry.unknown),
             verification_error=self.symmetry.error,

@@ -55,6 +55,8 @@ class Report:
             widths: what to change in it. The state dict then loads into a new instance, which computes the same.
         shared: the names of tensors that are equal in all models and stayed as they are.
         classes: the classes of the symmetry, with their axes, and why anything is pinned.
+        bases: the kinds of the classes that were matched by a change of basis, by name. Their units have no places in
+            `images`.
         demoted: classes that failed verification.
         unknown_ops: how often each op occurs that has no rule.
         verification_error: the largest relative change of an output under random elements of the group.
@@ -80,6 +82,7 @@ class Report:
     config: Mapping[str, int] | None = None
     shared: tuple[str, ...] = ()
     classes: tuple[Mapping[str, Any], ...] = ()
+    bases: Mapping[str, str] = field(default_factory=dict)
     demoted: tuple[str, ...] = ()
     unknown_ops: Mapping[str, int] = field(default_factory=dict)
     verification_error: float | None = None

@@ -1,4 +1,4 @@
-"""The networks over sequences: a vision transformer, a GPT and an LSTM."""
+"""The networks over sequences: a vision transformer, a GPT, a Llama and an LSTM."""
 
 from __future__ import annotations
 
@@ -74,6 +74,52 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         y: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens) + self.position)))
+        return y
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of queries or keys, shape (n, heads, length, size)."""
+    half = x.shape[-1] // 2
+    frequencies = 10_000 ** (-torch.arange(half, device=x.device) / half)
+    angles = torch.arange(x.shape[-2], device=x.device)[:, None] * frequencies
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
+
+
+class RotaryBlock(nn.Module):
+    """Attention with rotary positions and a gated perceptron, each behind an RMSNorm and around a shortcut."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        q, k, v = (part(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        out: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return out
+
+
+class Llama(nn.Module):
+    """A causal transformer in the manner of Llama, which gives the scores of each next character, shape
+    (n, length, characters)."""
+
+    def __init__(self, characters: int, dim: int, depth: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, dim)
+        self.blocks = nn.Sequential(*(RotaryBlock(dim, heads, hidden) for _ in range(depth)))
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, characters, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens))))
         return y
 
 

@@ -12,7 +12,7 @@ from tasks_suite import dense, images, text
 from tasks_suite.images import EMBEDDING
 from tasks_suite.networks import MLP, VGG, ConvNeXt, Mixer, ResNet20, UNet, group_norm
 from tasks_suite.problem import Problem
-from tasks_suite.sequences import GPT, LSTM, ViT
+from tasks_suite.sequences import GPT, LSTM, Llama, ViT
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "fashion": images.fashion,
@@ -71,6 +71,7 @@ NETWORKS: dict[str, Entry] = {
     "convnext": Entry(partial(ConvNeXt, (32, 64), 2, EMBEDDING), "fashion", 600, 3e-3),
     "mixer": Entry(partial(Mixer, 28, 4, 64, 3, EMBEDDING), "fashion", 1000, 2e-3),
     "gpt": Entry(partial(GPT, _CHARACTERS, text.CONTEXT, 96, 2, 4), "text", 1200, 3e-3, batch=32),
+    "llama": Entry(partial(Llama, _CHARACTERS, 96, 2, 4, 256), "text", 1200, 3e-3, batch=32),
     "lstm": Entry(partial(LSTM, _CHARACTERS, 64, 192, 1), "text", 1200, 5e-3, batch=32),
     "unet-bn": Entry(partial(UNet, (24, 48, 96), nn.BatchNorm2d, dense.MAPS), "dense", 600, 3e-3),
     "unet-gn": Entry(partial(UNet, (24, 48, 96), group_norm, dense.MAPS), "dense", 600, 3e-3),

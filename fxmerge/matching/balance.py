@@ -18,8 +18,8 @@ SMALLEST = 1e-10
 """The least variance along a direction, as a share of the mean variance, that counts."""
 
 
-def balanced(symmetry: Group, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters in bases in which general linear classes are balanced.
+def balance(symmetry: Group, state: Mapping[str, Tensor]) -> Basis:
+    """The change of basis after which the general linear classes of a network are balanced.
 
     Let P be the sum of the outer products of the weights that give the units of a block, and C that of the weights that
     read them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. The class is balanced where both are equal. This is so
@@ -31,38 +31,30 @@ def balanced(symmetry: Group, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         symmetry: the group.
         state: tensors by name.
 
-    Returns:
-        A new dict with the same keys; the network computes the same.
-
     Example:
         >>> import torch, fxmerge
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False), torch.nn.Linear(2, 3)).double()
         >>> symmetry = fxmerge.find_symmetry(net, (torch.zeros(1, 4).double(),))
-        >>> state = balanced(symmetry, net.state_dict())
+        >>> state = balance(symmetry, net.state_dict()).apply(net.state_dict())
         >>> first, second = state["0.weight"], state["1.weight"]
         >>> torch.allclose(first @ first.T, second.T @ second)
         True
     """
     classes = [n for n in range(len(symmetry.units)) if symmetry.kind(n) == Kind.GENERAL_LINEAR]
-    given = dict(state)
-    wide = given | {
-        own.axis.parameter: state[own.axis.parameter].double() for n in classes for own in symmetry.mixed[n]
-    }
+    names = {own.axis.parameter for n in classes for own in symmetry.mixed[n]}
+    wide: Mapping[str, Tensor] = {name: state[name].double() for name in names}
+    total = Basis(symmetry.mixed, {n: m for n, m in symmetry.identity_basis().matrices.items() if n in classes})
     for _ in range(ROUNDS):
         change = 0.0
         for n in classes:
             step = _step(symmetry, n, wide)
             if step is not None:
-                wide = Basis(symmetry.mixed, {n: step}).apply(wide)
+                one = Basis(symmetry.mixed, {n: step})
+                wide, total = one.apply(wide), one @ total
                 change = max(change, float((step - torch.eye(step.shape[-1], dtype=step.dtype)).abs().max()))
         if change < TOLERANCE:
             break
-    for n in classes:
-        for own in symmetry.mixed[n]:
-            for name in (own.axis.parameter, *own.axis.aliases):
-                if name in given:
-                    given[name] = wide[own.axis.parameter].to(given[name].dtype)
-    return given
+    return total
 
 
 def _step(symmetry: Group, number: int, state: Mapping[str, Tensor]) -> Tensor | None:

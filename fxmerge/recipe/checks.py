@@ -49,14 +49,9 @@ def check_multiple(part: Any) -> None:
         raise wrong(part, "multiple_of", "a whole number from 1 on")
 
 
-def check_word(part: object, name: str, words: Sequence[str]) -> None:
+def check_word(part: object, name: str, words: Sequence[object]) -> None:
     if getattr(part, name) not in words:
         raise wrong(part, name, " or ".join(map(repr, words)))
-
-
-def check_flag(part: object, name: str) -> None:
-    if not isinstance(getattr(part, name), bool):
-        raise wrong(part, name, "True or False")
 
 
 def check_scale(part: Any) -> None:

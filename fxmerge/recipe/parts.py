@@ -9,7 +9,6 @@ from typing import Literal, get_args
 from fxmerge.errors import OptionError
 from fxmerge.recipe.checks import (
     check_alpha,
-    check_flag,
     check_multiple,
     check_reference,
     check_scale,
@@ -91,7 +90,9 @@ class Align:
             models; three or more are all matched with each other (C2M3, arXiv 2405.17897).
         continuous: whether classes whose units a change of basis may mix, such as the dimensions of a residual stream,
             are matched by matrices in place of permutations: see `Symmetry.kind`. Gains and shifts of normalizations
-            are moved into the layers around them first, as by `canonicalize`.
+            are moved into the layers around them first, as by `canonicalize`. "auto" merges in both ways, if there are
+            such classes, and keeps the result whose outputs miss less of the ensemble's on held-out data; without data
+            or a fit, it permutes.
 
     Raises:
         OptionError: if a field is out of range.
@@ -104,13 +105,13 @@ class Align:
     alpha: Alpha = DEFAULT_ALPHA
     similarity: Similarity = "pearson"
     reference: int | None = None
-    continuous: bool = False
+    continuous: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         check_alpha(self)
         check_word(self, "similarity", get_args(Similarity))
         check_reference(self)
-        check_flag(self, "continuous")
+        check_word(self, "continuous", (True, False, "auto"))
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Zip:
     reference: int | None = None
     width: Width = 1.0
     multiple_of: int = 1
-    continuous: bool = False
+    continuous: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         check_alpha(self)
@@ -165,7 +166,7 @@ class Zip:
         check_share(self, "damping")
         check_word(self, "similarity", get_args(Similarity))
         check_reference(self)
-        check_flag(self, "continuous")
+        check_word(self, "continuous", (True, False, "auto"))
 
 
 # -------------------------------------------------------------------------- combining
