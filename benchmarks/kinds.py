@@ -3,8 +3,8 @@
 Pairs of networks of `benchmarks/tasks.py`, trained there on two tasks apart (disjoint) or on both from two
 initialisations (same). Every pair is merged by the default recipe, with `continuous=False` (permutations) and
 `continuous=True` (changes of basis), averaged and refitted. "auto" is the refitted one of which the error on held-out
-data is less. For the setting same, the loss is followed on the straight line from one parent to the other: a barrier is how
-far it rises above the line between both ends, at most.
+data is less. For the setting same, the loss is followed on the straight line from one parent to the other: a barrier
+is how far it rises above the line between both ends, at most.
 
     python benchmarks/kinds.py [--short] [--networks NAME ...] [--seeds N] [--cache FOLDER] [--markdown FILE]
 
