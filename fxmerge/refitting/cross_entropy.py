@@ -46,7 +46,7 @@ class Rows:
     Attributes:
         features: shape (rows, features).
         targets: the probability of every class, shape (rows, classes).
-        weights: how much each row counts, shape (rows,), float64.
+        weights: how much each row counts, shape (rows,).
     """
 
     features: Tensor
@@ -63,7 +63,7 @@ class Rows:
     @cached_property
     def shares(self) -> Tensor:
         """The weights, normalized to sum to one."""
-        return self.weights / self.weights.sum()
+        return self.weights.double() / self.weights.sum(dtype=torch.float64)
 
     @cached_property
     def pieces(self) -> list[slice]:
@@ -264,7 +264,7 @@ def fit_scores(rows: Rows, held: int, whole_centre: Tensor, rest_centre: Tensor)
     # The infinite ridge is the squared-error fit.
     best, found, last = before, {math.inf: (before, rest_centre)}, rest_centre
     for ridge in RIDGES:
-        last = minimise(rest, rest_centre, ridge, last).coefficients
+        last = minimise(rest, rest_centre, ridge, last, tolerance=NEGLIGIBLE).coefficients  # It is compared only.
         error = apart.cross_entropy(last)
         best = min(best, error)
         limit = best + MARGIN * max(best - entropy, 0.0) + NEGLIGIBLE
