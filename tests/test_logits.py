@@ -21,7 +21,7 @@ from fxmerge.refitting.layers import find_layers
 from fxmerge.refitting.refit import last_layers
 from tests.networks import NETS
 
-LOGITS, VALUES = (Recipe(fit=LeastSquares(outputs=kind)) for kind in ("logits", "values"))  # type: ignore[arg-type]
+LOGITS, VALUES = (Recipe(fit=LeastSquares(outputs=kind)) for kind in ("logits", "values"))
 GENERATOR = torch.Generator().manual_seed(3)
 INPUTS = [torch.randn(400, 6, generator=GENERATOR) for _ in range(5)]
 TOKENS = [torch.randint(0, 13, (24, 7), generator=GENERATOR) for _ in range(6)]
@@ -32,7 +32,7 @@ def classifier(seed: int, classes: int = 4, scale: float = 4.0) -> nn.Module:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, classes))
     with torch.no_grad():
-        net[-1].weight.mul_(scale)
+        next(net[-1].parameters()).mul_(scale)
     return net.eval()
 
 
@@ -59,7 +59,7 @@ class Language(nn.Module):
 def ensemble(parents: Sequence[nn.Module], data: Sequence[Tensor], weights: Sequence[float] = (1, 1)) -> Tensor:
     """The weighted mean of the probabilities that networks give."""
     x = torch.cat(list(data))
-    return sum(w * p(x).double().softmax(-1) for w, p in zip(weights, parents, strict=True)) / sum(weights)  # type: ignore[return-value]
+    return sum(w * p(x).double().softmax(-1) for w, p in zip(weights, parents, strict=True)) / sum(weights)
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_the_minimum_is_that_of_the_objective_written_out() -> None:
     (gradient,) = torch.autograd.grad(objective, found)
     assert gradient.abs().max() < 1e-6
     assert rows.cross_entropy(found.detach()) == pytest.approx(float((share * entropies).sum().detach()))
-    hessian = torch.autograd.functional.hessian(  # type: ignore[no-untyped-call]
+    hessian = torch.autograd.functional.hessian(
         lambda w: -(share[:, None] * rows.targets * (rows.features @ w).log_softmax(1)).sum(), found.detach()
     )
     step = torch.randn(centre.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -268,6 +268,33 @@ def test_errors_of_outputs_are_those_of_the_result() -> None:
 
 
 # -------------------------------------------------------------------------- what cannot be fitted
+
+
+def test_classes_whose_order_is_free_are_fitted_in_the_units_of_the_first_model() -> None:
+    net, other = classifier(0), classifier(1)
+    swapped = classifier(1)
+    with torch.no_grad():
+        for tensor in (swapped[-1].weight, swapped[-1].bias):  # type: ignore[index]
+            tensor.copy_(tensor[[2, 0, 3, 1]].clone())
+    free = Recipe(match=fxmerge.Align(), fit=LOGITS.fit, free="output")
+    one, two = (fxmerge.merge(net, twin, INPUTS, free) for twin in (other, swapped))
+    assert "entropy" in last(one)
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_data_of_a_model_that_does_not_count_do_not_count() -> None:
+    parents, loaders = [classifier(0), classifier(1)], [INPUTS, [x + 3 for x in INPUTS]]
+    alone = Recipe(combine=Average((1, 0)), fit=LOGITS.fit)
+    merged = fxmerge.merge(*parents, recipe=alone, loaders=loaders)
+    target = ensemble([parents[0]], INPUTS, (1,))
+    assert last(merged)["cross_entropy_after"] == pytest.approx(loss(parents[0], target, INPUTS), rel=0.1)
+
+
+def test_one_row_leaves_none_to_hold_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        merged = fxmerge.merge(classifier(0), classifier(1), [INPUTS[0][:1]], LOGITS)
+    assert "entropy" not in last(merged) and "no layer was fitted to probabilities" in caplog.text
 
 
 def test_a_head_that_is_tied_to_the_embedding_is_left(caplog: pytest.LogCaptureFixture) -> None:
