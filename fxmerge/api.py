@@ -16,8 +16,8 @@ from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
 from fxmerge.matching.universe import canonical_order
-from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of_nearer_parent
-from fxmerge.pipeline import calibrated, combine, emit, fit, match, renumbered
+from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of_nearer_parent, warn_of_no_scores
+from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered
 from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, NOTHING, Align, Budget, Recipe, Run, Zip
@@ -165,6 +165,8 @@ def _merged(
     asked = None if recipe.match is None else recipe.match.reference
     reference = validate.check_reference(asked, len(models), base is not None)
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
+    if of_scores(recipe):
+        check_scores(job)
     group = in_one_basis(job, recipe, run, symmetry, reference)
     job = group.job
     if recipe.share == NOTHING:
@@ -189,7 +191,9 @@ def _merged(
     if recipe.fit is not None and not settled:
         refitted = fit(group, recipe, run, program, matching.merged, aligned, state, weights, order)
         warn_of_few_rows(refitted.layers)
-        if len(models) > 1:
+        if of_scores(recipe):
+            warn_of_no_scores(refitted.layers)
+        elif len(models) > 1:  # With scores, other distances count than squared ones.
             warn_of_nearer_parent(refitted.errors, job.names)
     if recipe.fit is None and not settled:
         refitted = replace(refitted, state=dict(calibrated(group, run, program, matching.merged, aligned, state)))
@@ -258,7 +262,9 @@ def fold(
         width: the share of its units that each class keeps, or shares or numbers for classes by name or pattern, or a
             `Budget` from which they follow: see `Zip.width`.
         recipe: how to match and fit; None is `Recipe()`. Its `match` has to be a `Zip`, whose width this one replaces.
-        example, inputs, run: as for `merge`.
+        example: as for `merge`.
+        inputs: as for `merge`.
+        run: as for `merge`.
 
     Returns:
         A smaller GraphModule. `report(folded).widths` tells how many units of each class it has.

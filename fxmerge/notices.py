@@ -78,6 +78,15 @@ def warn_of_few_rows(layers: Mapping[str, Mapping[str, float]]) -> None:
         )
 
 
+def warn_of_no_scores(layers: Mapping[str, Mapping[str, float]]) -> None:
+    """Warns if outputs were to be fitted as scores of classes, and no layer was."""
+    if not any("cross_entropy_after" in told for told in layers.values()):
+        logger.warning(
+            "LeastSquares.outputs is 'logits', but no layer was fitted to probabilities: report(merged).left tells "
+            "why a layer cannot be, and data of one row leave none to hold out."
+        )
+
+
 def warn_of_small_trunk(heads: Sequence[Head], sizes: Mapping[str, int], names: Sequence[str]) -> None:
     """Warns if networks share less than half of the parameters of the smallest of them.
 

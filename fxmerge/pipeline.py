@@ -19,18 +19,36 @@ from fxmerge.matching.models import Matching, as_they_are, match_models, pairs_t
 from fxmerge.notices import warn_without_data
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
-from fxmerge.recipe import Average, Fit, Readout, Recipe, Repair, Run, Zip
+from fxmerge.recipe import Average, Fit, LeastSquares, Readout, Recipe, Repair, Run, Zip
+from fxmerge.refitting.class_scores import score_layers
 from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
+from fxmerge.refitting.layers import find_layers
 from fxmerge.refitting.places import Places
-from fxmerge.refitting.refit import Refitted, refit, with_statistics, written_out
+from fxmerge.refitting.refit import Refitted, last_layers, refit, with_statistics, written_out
 from fxmerge.shared import agreed
 from fxmerge.sizing import nothing_merged, resized, room_for
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.shown import classes_along, units_along
 from fxmerge.units.unit_map import UnitMap
+
+
+def of_scores(recipe: Recipe) -> bool:
+    """Whether a fit is to take outputs as scores of classes."""
+    return isinstance(recipe.fit, LeastSquares) and recipe.fit.outputs == "logits"
+
+
+def check_scores(job: Job) -> None:
+    """The outputs of a model must be such as can be scores of classes.
+
+    Raises:
+        OptionError: if they are not.
+    """
+    program = written_out(job.program)
+    layers = find_layers(program)
+    score_layers(program, layers, last_layers(program, layers))
 
 
 def match(
@@ -157,6 +175,7 @@ def fit(
             teachers=None if not units.moving else _teachers(found, group.symmetry, units, states),
             only_last=isinstance(part, Readout),
             repair=isinstance(part, Repair),
+            scores=of_scores(recipe),
             shared=group.shared,
             agreed=_agreed(group, units, states),
             owner={name: order.index(number) for name, number in job.owner.items()},

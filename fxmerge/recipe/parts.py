@@ -22,6 +22,7 @@ from fxmerge.recipe.checks import (
 
 Alpha = float | Mapping[str, float]
 Similarity = Literal["pearson", "cosine"]
+OutputKind = Literal["values", "logits"]
 
 DEFAULT_ALPHA = 0.5
 
@@ -274,7 +275,35 @@ class LeastSquares(Fit):
     """Fits every layer, in closed form and in graph order, to what the models compute there (a ridge regression).
 
     Its attribute `own` is that of `Fit`.
+
+    Attributes:
+        outputs: what the outputs are. Of "values", the squared error counts. "logits" are scores of classes, along the
+            last dimension of every output that a last layer writes. Once the last layers have the least squared error,
+            their weights and biases are fitted again: to the least cross-entropy between the softmax of the merged
+            network and the ensemble's probabilities, the weighted mean of the models'. No labels are needed. The
+            squared-error fit is kept if it predicts held-out data as well.
+
+    Raises:
+        OptionError: if `outputs` is another word. `merge` raises it, before any unit is matched, if no output of the
+            models can be scores of classes.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> def classifier(seed):
+        ...     torch.manual_seed(seed)
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> recipe = fxmerge.Recipe(fit=fxmerge.LeastSquares(outputs="logits"))
+        >>> merged = fxmerge.merge(classifier(0), classifier(1), [torch.randn(512, 4) for _ in range(5)], recipe)
+        >>> told = fxmerge.report(merged).layers["2.weight"]
+        >>> told["entropy"] < told["cross_entropy_after"] <= told["cross_entropy_before"]
+        True
     """
+
+    outputs: OutputKind = "values"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_word(self, "outputs", get_args(OutputKind))
 
 
 @dataclass(frozen=True)

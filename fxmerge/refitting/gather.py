@@ -15,10 +15,11 @@ from torch import Tensor, fx
 
 from fxmerge.errors import LoaderError, NonFiniteError
 from fxmerge.evidence.moments import Moments
+from fxmerge.refitting.cross_entropy import ScoreRows, fit_scores
 from fxmerge.refitting.forms import bind
 from fxmerge.refitting.layers import Layer, Use
 from fxmerge.refitting.places import Places
-from fxmerge.refitting.ridge import NormalEquations, fit
+from fxmerge.refitting.ridge import Fit, NormalEquations, fit, step_without
 from fxmerge.refitting.sums import Summand
 
 ROWS_PER_FEATURE, MIN_ROWS = 16, 8192
@@ -64,6 +65,7 @@ class LayerFit:
         seed: seed of the choice of rows.
         own: the numbers of parents whose errors are to be known, none of whose outputs are in other units than the
             layer's.
+        scores: whether the layer writes scores of classes, which are fitted to the parents' distributions at last.
     """
 
     def __init__(
@@ -76,13 +78,17 @@ class LayerFit:
         alike: Mapping[Shares, int],
         seed: int,
         own: Collection[int] = (),
+        *,
+        scores: bool = False,
     ) -> None:
         self.began = time.perf_counter()
         self.layer, self.teachers, self.summands, self.shown = layer, teachers, summands, shown
         self.centre = layer.read(state)
         groups, features, outputs = self.centre.shape
         self.folds = NormalEquations.folds(groups, features, outputs, self.centre.device)
-        self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // (sum(alike.values()) * len(layer.uses)) + 1
+        batches = sum(alike.values()) * len(layer.uses)
+        self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // batches + 1
+        self.rows = ScoreRows(features, outputs, batches, seed) if scores else None
         self.alike = alike
         self.seen: Counter[Shares] = Counter()
         self.parts: dict[tuple[int, Shares], Tensor] = {}
@@ -125,9 +131,14 @@ class LayerFit:
             # The rows of one batch may be of the same inputs, and then tell little of each other's folds; inputs of one
             # task tell little of those of another.
             count = len(self.folds)
-            apart = [(x, y)] if self.alike[shares] > 1 else zip(x.chunk(count, 1), y.chunk(count, 1), strict=True)
+            parts = count if self.alike[shares] == 1 else 1
+            apart = zip(x.chunk(parts, 1), y.chunk(parts, 1), strict=True)
             for fold, part in enumerate(apart, start=self.seen[shares]):
                 self.folds[fold % count].add(*part, self.centre.to(x), weight)
+            if self.rows is not None and weight > 0:
+                p = self.distribution(use, taught, shares, chosen)
+                for fold, (own, its) in enumerate(zip(x[0].chunk(parts), p.chunk(parts), strict=True)):
+                    self.rows.add((self.seen[shares] + fold) % count, own, its, weight, parts)
         self.seen[shares] += 1
 
     def targets(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:
@@ -136,6 +147,11 @@ class LayerFit:
             return use.outputs(self.mean(use.node, taught, shares), arguments(use, next(iter(taught.values()))), chosen)
         given = ((j, use.features(arguments(use, theirs), chosen)) for j, theirs in taught.items())
         return _sum(f @ self._taught(j, shares).to(f) for j, f in given)
+
+    def distribution(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:
+        """The mean of the probabilities of classes that the parents give at a use: shape (rows, classes)."""
+        given = ((j, use.outputs(theirs[use.node], arguments(use, theirs), chosen)) for j, theirs in taught.items())
+        return _sum(shares[j] * own[0].softmax(-1) for j, own in given)
 
     def _given(self, use: Use, theirs: Values, number: int, chosen: Tensor | None) -> Tensor:
         """What one parent gives at a use."""
@@ -172,6 +188,7 @@ class LayerFit:
         found = fit(self.folds)
         self.layer.write(state, self.centre + found.step)
         self.held_out = found.held_out * sum(fold.targets.square for fold in self.folds)
+        told = self._settle_scores(state, found) if self.rows is not None and self.rows.parts else {}
         return {
             "before": found.before,
             "after": found.after,
@@ -180,7 +197,32 @@ class LayerFit:
             "rank": found.rank,
             "features": self.centre.shape[1],
             "rows": sum(fold.targets.rows for fold in self.folds),
+            **told,
             "seconds": time.perf_counter() - self.began,
+        }
+
+    def _settle_scores(self, state: dict[str, Tensor], squared: Fit) -> dict[str, float]:
+        """Puts coefficients into a state dict that are fitted to distributions over classes, if these predict the
+        distributions of held-out rows better than the squared-error fit; and tells how well both do."""
+        assert self.rows is not None
+        rows, held = self.rows.gathered()
+        first, *others = (fold for fold in self.folds if fold.targets.rows)
+        if not others or not 0 < held < len(rows):
+            return {}  # No rows can be held out.
+        rest = None if math.isinf(squared.ridge) else step_without(first, [first, *others], squared.ridge)
+        without = torch.zeros_like(squared.step) if rest is None else rest
+        found = fit_scores(rows, held, (self.centre + squared.step)[0], (self.centre + without)[0])
+        if found.coefficients is not None:
+            self.layer.write(state, found.coefficients[None])
+            # What the outputs miss is now known on the rows that were held out, and taken to be alike on the others.
+            spread = sum(others, start=first).targets.spread
+            if first.targets.spread > 0:
+                self.held_out = first.error(found.held_out - self.centre) * spread / first.targets.spread
+        return {
+            "cross_entropy_before": found.before,
+            "cross_entropy_after": found.after,
+            "entropy": found.entropy,
+            "cross_entropy_ridge": found.ridge,
         }
 
     def output_error(self, number: int | None) -> float:

@@ -14,6 +14,7 @@ from fxmerge.combine.batch_norm import alike, statistics_nodes
 from fxmerge.program.captured import Program
 from fxmerge.progress import Ticker
 from fxmerge.refitting.boundaries import Boundaries
+from fxmerge.refitting.class_scores import ScoreLayers, score_layers
 from fxmerge.refitting.course import Course, Lane, Lesson
 from fxmerge.refitting.forms import bind, form_of
 from fxmerge.refitting.gather import LayerFit, Statistics, Teacher, Values
@@ -44,8 +45,12 @@ class Refitted:
         layers: for every refitted layer by name: `before` and `after`, the squared error relative to the square of the
             targets; `held_out`, the same on rows apart from those of the fit; `ridge`, relative to the mean square of
             a feature; `rank`, how many directions of the features it leaves free, of `features`; `rows`, the number
-            of equations; `seconds`.
-        left: for parameters that some op multiplies with data and that were left as they were, the reason.
+            of equations; `seconds`. Where scores of classes were fitted, these numbers are of the squared-error fit,
+            and there are `cross_entropy_before` and `cross_entropy_after`, in nats on rows held out, of the
+            squared-error fit and of the result; `entropy`, below which none can be; and `cross_entropy_ridge`, infinite
+            where the squared-error fit was kept.
+        left: for parameters that some op multiplies with data and that were left as they were, the reason; and for
+            layers that write scores of classes and were fitted to squared errors only.
         errors: how much the outputs of the merged network, at None, and those of each parent by number miss of the
             variance of what is learnt; empty where that was not measured.
         held_out: whether the error of the merged network is on rows that its last layers were not fitted to.
@@ -68,6 +73,7 @@ def refit(
     teachers: Sequence[Teacher] | None = None,
     only_last: bool = False,
     repair: bool = False,
+    scores: bool = False,
     shared: Collection[str] = (),
     agreed: Collection[str] = (),
     owner: Mapping[str, int] | None = None,
@@ -90,6 +96,8 @@ def refit(
         teachers: what the parents' layers give to learn from, where units are merged; by default the parents' own.
         only_last: whether to refit only layers that no other layer comes after.
         repair: whether to shift and scale the outputs of the layers, in place of fitting them.
+        scores: whether outputs are scores of classes: layers that write these are then fitted to the mean of the
+            parents' probabilities, after the squared-error fit.
         shared: names of tensors that are equal in all parents and on which no unit moves: layers stay that are mostly
             made of these.
         agreed: names of tensors that are equal in all parents: BatchNorm statistics stay of activations that depend on
@@ -112,7 +120,8 @@ def refit(
     last = last_layers(program, layers)
     teachers = teachers or [Teacher(own, {}) for own in parents]
     places = [teacher.places for teacher in teachers if teacher.places is not None]
-    chosen, left = [], {} if only_last else dict(layers.left)
+    chosen: list[Layer] = []
+    left: dict[str, str] = {} if only_last else dict(layers.left)
     for layer in last if only_last else layers.all:
         if _mostly(layer, shared):
             left[layer.name] = f"its parameters are {EQUAL}"
@@ -130,6 +139,11 @@ def refit(
             left[layer.name] = "it cannot be told where merged units are in its output"
         else:
             chosen.append(layer)
+    found = score_layers(program, layers, last) if scores else ScoreLayers((), {})
+    left, of_scores = {**found.left, **left}, [layer for layer in found.layers if layer in chosen]
+    for layer in [layer for layer in of_scores if _in_other_units(layer, places)]:
+        left[layer.name] = "the order of its classes is free"
+        of_scores.remove(layer)
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
     owner = owner or {}
     only_parent = {layer: _only_parent(layer, owner) for layer in chosen}
@@ -138,7 +152,7 @@ def refit(
     state, normal = dict(start), _statistics(program, agreed)
     left = {name: why for name, why in left.items() if not any(name in names for names in normal)}
     end = distance is not None
-    stages = _plan(program, chosen, normal, towards_sums, places, all_shown=resized, to_the_end=end)
+    stages = _plan(program, chosen, normal, towards_sums, places, of_scores, all_shown=resized, to_the_end=end)
     told: LayerReport = {}
     merged, *lanes = Lane(program, state), *(Lane(program, own, parents_program) for own in parents)
     disable = None if progress is None else not progress
@@ -163,6 +177,7 @@ def refit(
                         course.alike(only_parent[layer]),
                         seed,
                         everywhere if by_layers and layer in last else (),
+                        scores=layer in of_scores and not again,
                     )
                     for layer in stage.layers
                 ]
@@ -234,7 +249,7 @@ def with_statistics(
     merged = Lane(program, state)
     with Boundaries(max_memory * 2**30) as kept:
         course = Course(kept, merged, (), lessons)
-        for stage in _plan(program, (), normal, (), (), all_shown=False, to_the_end=False):
+        for stage in _plan(program, (), normal, (), (), (), all_shown=False, to_the_end=False):
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
             for number, values, _ in course.batches(stage.mine, stage.theirs, onward=True):
                 _add(statistics, course, number, values, owner or {})
@@ -316,13 +331,15 @@ def _plan(
     statistics: Mapping[tuple[str, str], Sequence[fx.Node]],
     towards_sums: Collection[Layer],
     places: Sequence[Places],
+    of_scores: Collection[Layer],
     *,
     all_shown: bool,
     to_the_end: bool,
 ) -> list[_Stage]:
     """The stages of a refit of some layers and statistics, of which some layers learn what the sums are to be
     that their outputs go into; and the way from the last of them to the outputs, if that is asked for. Where all are
-    shown, no layer learns from what follows from its parents' coefficients."""
+    shown, no layer learns from what follows from its parents' coefficients. Of layers that write scores, what the
+    parents give is computed as well."""
     graph, derived = program.graph.graph, program.derived
     normal = list(statistics.items())
     sets = [[use.node for use in layer.uses] for layer in chosen] + [nodes for _, nodes in normal]
@@ -349,7 +366,7 @@ def _plan(
             taught[stage] |= {one.node for one in beside.values()}
         apart = {use for use in layer.uses if all_shown or any(_apart(use, p) for p in places)}
         shown[stage] |= apart
-        taught[stage] |= {use.node for use in apart}
+        taught[stage] |= {use.node for use in (layer.uses if layer in of_scores else apart)}
     ways = walk(graph, read, derived, final), walk(graph, taught, derived)
     return [_Stage(*each) for each in zip(own, summands, shown, normalized, circular, *ways, strict=True)]
 
@@ -364,6 +381,12 @@ def _apart(use: Use, places: Places) -> bool:
     """Whether merged units lie along the data of a use and along its output too: what it gives in units of a parent's
     own does not become what it gives in merged ones by merging its outputs."""
     return places.moved(operand(bind(use.node), use.data), use.kept_dims)
+
+
+def _in_other_units(layer: Layer, places: Sequence[Places]) -> bool:
+    """Whether a parent has what the layer gives in units of its own."""
+    nodes = [use.node for use in layer.uses]
+    return any(own.moved(node, range(node.meta["val"].ndim)) for own in places for node in nodes)
 
 
 def _shown(use: Use, places: Places) -> bool:

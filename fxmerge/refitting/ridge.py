@@ -127,9 +127,15 @@ def fit(folds: Sequence[NormalEquations]) -> Fit:
 
 def _missed(own: NormalEquations, folds: Sequence[NormalEquations], ridge: float) -> float:
     """The error on one fold of what the others give."""
+    step = step_without(own, folds, ridge)
+    return error_of(own.error(step)) if step is not None else math.inf
+
+
+def step_without(own: NormalEquations, folds: Sequence[NormalEquations], ridge: float) -> Tensor | None:
+    """The step that all folds but one give, where rounding lets it be found."""
     rest = _sum([f for f in folds if f is not own])
     factor, _ = _factor(rest, ridge)
-    return error_of(own.error(torch.cholesky_solve(rest.cross, factor))) if factor is not None else math.inf
+    return None if factor is None else torch.cholesky_solve(rest.cross, factor)
 
 
 def _sum(folds: Sequence[NormalEquations]) -> NormalEquations:
