@@ -96,7 +96,16 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int | None
     with job.timed("matching bases"):
         for i, pair in zip(others, pairs, strict=True):
             own = {n: c[pair] if home < i else c[pair].T for n, c in correlations.items()}
-            found = match(trunk, states[home], states[i], own, alpha=alpha, seed=run.seed, progress=run.progress)
+            found = match(
+                trunk,
+                states[home],
+                states[i],
+                own,
+                alpha=alpha,
+                continuous=True,
+                seed=run.seed,
+                progress=run.progress,
+            )
             moved = symmetry.restrict(Permutation(symmetry.layout, found.permutation.images), chosen)
             states[i] = Basis(symmetry.mixed, found.basis.matrices).apply(moved.apply(states[i]))
     smaller, names = freeze(symmetry, chosen, lambda _: IN_ONE_BASIS)

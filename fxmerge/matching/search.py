@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -199,6 +199,7 @@ def match(
     correlation: Mapping[int, Tensor],
     *,
     alpha: float | Mapping[int, float],
+    continuous: bool = False,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Match:
@@ -213,9 +214,12 @@ def match(
         b: parameters of the model to permute.
         correlation: for some classes, the correlations of the units' activations, (units of a, units of b).
         alpha: weight of the weight-space similarity, in [0, 1]: one for all classes, or one for each by its number.
+        continuous: whether units are mixed by orthogonal matrices where their kind allows that; `correlation` then
+            holds covariances of these classes. Else units are only permuted.
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
     """
+    symmetry = symmetry if continuous else replace(symmetry, kinds=())
     a, b = floats(symmetry, a), floats(symmetry, b)
     scales = {name: weights.scale(a[name], b[name]) for name in a}
     start, slices = symmetry.identity().images, weights.slices(symmetry)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import combinations
 
@@ -192,6 +192,7 @@ def find_universe(
     Returns:
         The alignment, in the units of the first model.
     """
+    symmetry = replace(symmetry, kinds=())
     models = range(len(states))
     pairs: dict[Pair, Match] = {}
     for i, j in combinations(models, 2):
