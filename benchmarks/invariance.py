@@ -3,7 +3,8 @@
 For every model, with random weights: the number of classes, the log order of the group, the relative
 change of the outputs under a random group element in float64, and seconds for capture and inference. Then a
 randomly permuted copy with 1% weight noise is aligned to the model, with data and in weight space alone,
-and the found permutation compared with the planted one.
+and the found permutation compared with the planted one. Last, the same for the whole group, with changes of basis, of
+the model with gains of one.
 
     python benchmarks/invariance.py [--short] [--models NAME ...] [--markdown FILE]
 
@@ -203,7 +204,41 @@ def run(name: str, factory: Factory) -> dict[str, Any]:
         wrong = wrong_units(symmetry.element(fxmerge.report(aligned).images[0]), planted, symmetry.names)
         row[label] = "exact" if not wrong else "; ".join(f"{n}: {c} units" for n, c in wrong.items())
         row[f"{label} s"] = f"{time.perf_counter() - began:.1f}"
-    return row
+    return row | bases(model, inputs, generator)
+
+
+def bases(model: nn.Module, inputs: Any, generator: torch.Generator) -> dict[str, Any]:
+    """The whole group of the model with gains of one: random elements of it in float64, and a planted one.
+
+    The copy in which it is planted has noise of 1% on its weights, and is aligned by these alone. "found" is how far
+    the parameters are off then, as a share of their norm. It is left out where there are permutations only.
+    """
+    args, kwargs = example(inputs)
+    began = time.perf_counter()
+    canonical = fxmerge.canonicalize(model, args, kwargs)
+    moved = time.perf_counter()
+    symmetry = fxmerge.find_symmetry(canonical, args, kwargs)
+    verified = symmetry.verify(canonical, args, kwargs)
+    row = {
+        "dimension": symmetry.dimension(),
+        "error of the whole group": f"{verified.error:.0e}",
+        "lowered": sum(a != b for a, b in zip(symmetry.kinds, verified.kinds, strict=True)),
+        "canonical s": f"{moved - began:.1f}",
+    }
+    if not symmetry.dimension():
+        return row
+    state = canonical.state_dict()
+    planted = symmetry.sample_basis(generator).apply(symmetry.sample(generator).apply(state))
+    twin = noisy_copy(canonical, planted, 0.01, generator)
+    aligning = time.perf_counter()
+    recipe = fxmerge.Recipe(match=fxmerge.Align(1.0, continuous=True))
+    aligned = fxmerge.align(twin, canonical, None, recipe, example=inputs, run=fxmerge.Run(verify=False)).state_dict()
+    names = {name for name, _ in canonical.named_parameters()}
+    off = sum(float((aligned[n] - state[n]).square().sum()) for n in names)
+    return row | {
+        "found": f"{(off / sum(float(state[n].square().sum()) for n in names)) ** 0.5:.1%}",
+        "found s": f"{time.perf_counter() - aligning:.1f}",
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -237,6 +272,7 @@ def main() -> int:
             row = {"model": name, "route": f"not run: {error}"}
         else:
             failed += bool(row["demoted"]) or float(row["error"]) > 1e-9 or row["with data"] != "exact"
+            failed += float(row["error of the whole group"]) > 1e-9 or bool(row["lowered"])
         rows.append(row)
         print(" | ".join(f"{k}: {v}" for k, v in row.items()), flush=True)
     text = f"{machine()}\n\n{table(rows)}\n"
