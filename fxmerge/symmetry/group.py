@@ -187,10 +187,10 @@ def analyse(
 
 
 def _is_uniform(tensor: Tensor) -> bool:
-    """Whether all entries of a vector are one number."""
-    if tensor.ndim != 1 or len(tensor) < 2 or tensor.is_meta or not tensor.is_floating_point():
+    """Whether all entries of a vector, which may lie along any dimension, are one number."""
+    if sum(n != 1 for n in tensor.shape) != 1 or not tensor.numel() or tensor.is_meta or not tensor.is_floating_point():
         return False
-    return bool((tensor == tensor[0]).all())
+    return bool((tensor == tensor.reshape(-1)[0]).all())
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:
