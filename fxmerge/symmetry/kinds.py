@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -18,6 +19,8 @@ from fxmerge.symmetry.mixing import Column, Seen
 from fxmerge.symmetry.propagate import Propagation
 from fxmerge.symmetry.units import Ids, mix
 from fxmerge.units.kind import Kind, UnitKind
+
+G = TypeVar("G", bound=Group)
 
 
 def find_kinds(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> tuple[UnitKind, ...]:
@@ -37,6 +40,28 @@ def find_kinds(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> 
         facts.reason = reason
         record(facts, *map(sight.of, operands), **how)
     return facts.kinds(found)
+
+
+def is_uniform(tensor: Tensor) -> bool:
+    """Whether all entries of a vector, which may lie along any dimension, are one number."""
+    if sum(n != 1 for n in tensor.shape) != 1 or not tensor.numel() or tensor.is_meta or not tensor.is_floating_point():
+        return False
+    return bool((tensor == tensor.reshape(-1)[0]).all())
+
+
+def fitting(symmetry: G, states: Sequence[Mapping[str, Tensor]]) -> G:
+    """A symmetry in which classes are only permuted that are scaled by gains which differ from unit to unit in a state.
+
+    Arguments:
+        symmetry: found for other parameters, of which these gains were one number each.
+        states: the parameters with which it is to be used.
+    """
+    kinds = tuple(
+        replace(UnitKind(), why=f"{uneven[0]} scales each unit by a number of its own") if uneven else own
+        for own in symmetry.kinds
+        for uneven in [sorted(name for name in own.scales if not all(is_uniform(state[name]) for state in states))]
+    )
+    return replace(symmetry, kinds=kinds)
 
 
 class _Sight:

@@ -62,6 +62,7 @@ def _uniform(args: Sequence[Any]) -> frozenset[str] | None:
 
 _PRODUCTS = ("aten::mul", "aten::multiply")
 _SUMS = ("aten::add", "aten::sub", "aten::subtract")
+_SIGNS = ("aten::neg", "aten::negative")
 _QUOTIENTS = ("aten::div", "aten::divide", "aten::true_divide")
 
 
@@ -82,7 +83,7 @@ def _mix(at: Site, args: Sequence[Any], *, rounds: bool) -> None:
         at.mix(mixing.multiplied, *operands)
         if name in _QUOTIENTS:
             at.mix(mixing.divides, operands[-1], operands[0])
-    else:
+    elif name not in _SIGNS:
         at.mix(mixing.separate, *operands)
 
 
