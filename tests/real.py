@@ -73,6 +73,14 @@ def _bert() -> nn.Module:
     return Logits(_transformers("BertConfig", "BertForSequenceClassification", **sizes, **heads))
 
 
+def _mobilenet() -> nn.Module:
+    import torchvision  # type: ignore[import-untyped]
+
+    blocks = [[1, 16, 1, 1], [2, 24, 2, 2]]
+    model: nn.Module = torchvision.models.MobileNetV2(num_classes=3, width_mult=0.25, inverted_residual_setting=blocks)
+    return model
+
+
 def _image(size: int) -> tuple[Tensor, ...]:
     return (torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)),)
 
@@ -89,12 +97,16 @@ REAL: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "Swin": (
         lambda: _timm(
             "swin_tiny_patch4_window7_224",
-            **{"img_size": 16, "window_size": 2, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)},
+            img_size=16,
+            window_size=2,
+            embed_dim=8,
+            depths=(1, 1),
+            num_heads=(2, 2),
         ),
         _image(16),
     ),
     "ConvNeXt": (lambda: _timm("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 6, 8, 10)), _image(32)),
-    "MobileNetV2": (lambda: _timm("mobilenetv2_035"), _image(32)),
+    "MobileNetV2": (_mobilenet, _image(16)),
 }
 
 

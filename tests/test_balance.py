@@ -63,8 +63,8 @@ def test_what_is_left_of_an_invertible_matrix_is_an_orthogonal_one(name: str) ->
         if symmetry.kind(n) == Kind.GENERAL_LINEAR:
             own = symmetry.mixed[n][0]
             a, b = (gathered(s[own.axis.parameter], own) for s in (first, second))
-            lengths = [torch.linalg.svdvals(x) for x in (a, b)]
-            assert torch.allclose(*lengths, rtol=1e-6), symmetry.names[n]
+            lengths, others = torch.linalg.svdvals(a), torch.linalg.svdvals(b)
+            assert torch.allclose(lengths, others, rtol=1e-6), symmetry.names[n]
 
 
 def test_names_dtypes_and_what_does_not_change_are_kept() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def error(network: nn.Module, to: nn.Module, args: tuple[Tensor, ...]) -> float:
 
 
 def falls(trace: tuple[float, ...]) -> bool:
-    return any(after < before - 1e-9 * abs(before) for before, after in zip(trace, trace[1:], strict=False))
+    return any(after < before - 1e-9 * abs(before) for before, after in pairwise(trace))
 
 
 @pytest.mark.parametrize("name", but_slow(TABLE, QUICK))

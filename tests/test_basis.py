@@ -122,7 +122,7 @@ def test_random_matrices(kind: Kind) -> None:
     again = random_matrices(kind, 50, 4, torch.Generator().manual_seed(0))
     assert drawn.shape == (50, 4, 4) and drawn.dtype == torch.float64 and torch.equal(drawn, again)
     ones, values = torch.ones(4, dtype=torch.float64), torch.linalg.svdvals(drawn)
-    assert torch.allclose(drawn @ ones, ones.expand(50, 4)) == (kind == Kind.CENTRED)
+    assert (kind == Kind.CENTRED) == torch.allclose(drawn @ ones, ones.expand(50, 4))
     assert torch.allclose(values, torch.ones_like(values)) == (kind != Kind.GENERAL_LINEAR)
     assert 0.5 - 1e-9 < float(values.min()) and float(values.max()) < 2 + 1e-9
     assert (torch.linalg.det(drawn) > 0).any() and (torch.linalg.det(drawn) < 0).any()
@@ -137,7 +137,7 @@ def test_centred_frame(size: int) -> None:
 
 
 def test_gathered_entries_are_those_that_a_change_of_basis_mixes() -> None:
-    model, _, symmetry, basis = planted(ATTENTION)
+    model, _, _, basis = planted(ATTENTION)
     state = model.state_dict()
     for number, matrix in basis.matrices.items():
         moved = Basis(basis.mixed, {number: matrix}).apply(state)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxmerge import Symmetry, find_symmetry
-from fxmerge.symmetry.structure import combinations
-from fxmerge.units.kind import Kind
+from fxmerge import find_symmetry
+from tests.networks import groups
 
 Shape = tuple[int, ...]
 lin = F.linear
@@ -33,21 +32,12 @@ class Net(nn.Module):
             setattr(self, name, nn.Parameter(value.double()))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(self, *inputs)
+        y: Tensor = self.function(self, *inputs)
+        return y
 
 
 def uniform(value: float, *shape: int) -> Tensor:
     return torch.full(shape, value)
-
-
-def kinds(symmetry: Symmetry) -> list[str]:
-    """The groups of matrices of all classes that have one, in order of their names."""
-    found = []
-    for c, own in zip(symmetry.units, symmetry.kinds, strict=True):
-        count, size = combinations(c)
-        word = {Kind.CENTRED: "O1", Kind.ORTHOGONAL: "O", Kind.GENERAL_LINEAR: "GL"}.get(own.kind)
-        found += [f"{word}({size})" + (f"^{count}" if count > 1 else "")] if word else []
-    return sorted(found)
 
 
 ROWS: tuple[Shape, ...] = ((6, 5),)
@@ -100,12 +90,14 @@ def heads(x: Tensor, n: int = 2) -> Tensor:
 def attention(m: Any, x: Tensor, *, fused: bool) -> Tensor:
     q, k, v = (heads(part) for part in lin(x[None], m.w).chunk(3, -1))
     y = F.scaled_dot_product_attention(q, k, v) if fused else (q @ k.mT).softmax(-1) @ v
-    return lin(y.transpose(1, 2).flatten(2), m.v)
+    z: Tensor = lin(y.transpose(1, 2).flatten(2), m.v)
+    return z
 
 
 def grouped(m: Any, x: Tensor) -> Tensor:
     q, k, v = (heads(lin(x[None], w), n) for w, n in ((m.q, 4), (m.k, 2), (m.u, 2)))
-    return lin(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2), m.o)
+    y: Tensor = lin(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2), m.o)
+    return y
 
 
 def fill_first(y: Tensor) -> Tensor:
@@ -337,7 +329,7 @@ def check(case: Case, args: tuple[Tensor, ...]) -> None:
     function, parameters, expected = case
     net = Net(function, parameters)
     symmetry = find_symmetry(net, args)
-    assert kinds(symmetry) == sorted(expected), symmetry
+    assert groups(symmetry) == sorted(expected), symmetry
     proven = symmetry.verify(net, args)
     assert proven.kinds == symmetry.kinds and proven.demoted == (), proven
     assert proven.error is not None and proven.error < 1e-9
@@ -377,17 +369,17 @@ def test_an_op_is_only_known_to_commute_with_permutations() -> None:
     probed = find_symmetry(net, args)
     ruled = find_symmetry(net, args, rules={"fxmerge_test_mixing::double": lambda at, x: x})
     for symmetry in (probed, ruled):
-        assert kinds(symmetry) == [] and len(symmetry.units) == 1, symmetry
+        assert groups(symmetry) == [] and len(symmetry.units) == 1, symmetry
         assert "double" in symmetry.kinds[0].why
 
 
 def test_a_users_rule_for_a_known_op_says_nothing_of_changes_of_basis() -> None:
     net, args = Net(between(lambda y: -y), WV), drawn(*ROWS)
-    assert kinds(find_symmetry(net, args)) == ["GL(4)"]
-    assert kinds(find_symmetry(net, args, rules={"aten::neg": lambda at, x: x})) == []
+    assert groups(find_symmetry(net, args)) == ["GL(4)"]
+    assert groups(find_symmetry(net, args, rules={"aten::neg": lambda at, x: x})) == []
 
 
 def test_free_outputs_are_permuted_only() -> None:
     net, args = Net(lambda m, x: lin(x, m.w), {"w": (4, 5)}), drawn(*ROWS)
     symmetry = find_symmetry(net, args, free="output")
-    assert len(symmetry.units) == 1 and kinds(symmetry) == []
+    assert len(symmetry.units) == 1 and groups(symmetry) == []

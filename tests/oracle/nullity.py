@@ -117,7 +117,7 @@ def orbit(symmetry: Symmetry, model: nn.Module) -> int:
             return torch.cat([after[name].flatten() for name in moved])
 
         frame = _tangent(symmetry.kind(number), matrices.shape[-1])
-        own = torch.autograd.functional.jacobian(act, torch.zeros_like(matrices))  # type: ignore[no-untyped-call]
+        own = torch.autograd.functional.jacobian(act, torch.zeros_like(matrices))
         directions += list((own.flatten(-2) @ frame).unbind(1))
     return int(torch.linalg.matrix_rank(torch.cat(directions, 1), rtol=THRESHOLD)) if moved else 0
 
