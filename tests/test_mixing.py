@@ -84,7 +84,8 @@ CONV: dict[str, Any] = {"w": (4, 3, 1, 1), "v": (2, 4, 1, 1)}
 
 
 def heads(x: Tensor, n: int = 2) -> Tensor:
-    return x.unflatten(-1, (n, -1)).transpose(-2, -3)
+    y: Tensor = x.unflatten(-1, (n, -1)).transpose(-2, -3)
+    return y
 
 
 def attention(m: Any, x: Tensor, *, fused: bool) -> Tensor:
