@@ -33,6 +33,7 @@ from fxmerge.progress import timed
 from fxmerge.recipe import AUTO, NOTHING, Budget, Recipe, Run
 from fxmerge.shared import equal_names
 from fxmerge.symmetry.group import Symmetry, analyse
+from fxmerge.symmetry.kinds import fitting
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.spec import check_fits
 from fxmerge.validate import Model
@@ -131,7 +132,7 @@ class Job:
                 found, symmetry = analyse(self.program, free=free, states=self.states)
             else:
                 check_fits(given, self.program)
-                found, symmetry = propagate(self.program), given
+                found, symmetry = propagate(self.program), fitting(given, self.states)
         if not continuous:
             symmetry = replace(symmetry, kinds=())
         if verify:

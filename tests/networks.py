@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxmerge import Symmetry
+from fxmerge.symmetry.structure import combinations
+from fxmerge.units.kind import Kind
+
 
 def mlp(seed: int, width: int = 20) -> nn.Module:
     torch.manual_seed(seed)
@@ -88,3 +92,13 @@ NETS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], list[Tensor]]]] =
     "attention": (lambda seed: Attentive(seed).eval(), pictures),
     "convolutions": (lambda seed: Convolutional(seed).eval(), pictures),
 }
+
+
+def groups(symmetry: Symmetry) -> list[str]:
+    """The groups of matrices of all classes that have one, sorted, such as `GL(3)^2`."""
+    found = []
+    for c, own in zip(symmetry.units, symmetry.kinds, strict=True):
+        count, size = combinations(c)
+        word = {Kind.CENTRED: "O1", Kind.ORTHOGONAL: "O", Kind.GENERAL_LINEAR: "GL"}.get(own.kind)
+        found += [f"{word}({size})" + (f"^{count}" if count > 1 else "")] if word else []
+    return sorted(found)

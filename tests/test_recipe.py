@@ -23,6 +23,7 @@ ALPHA = "it must be a number from 0 (activations only) to 1 (weights only), or s
 WEIGHTS = "it must be one number per model, none negative and at least one positive, or None."
 REFERENCE = "it must be the number of a model, from 0, or None."
 SIMILARITY = "it must be 'pearson' or 'cosine'."
+FLAG = "it must be True or False."
 SCALE = "it must be a finite number."
 WIDTH = "it must be a positive number, such numbers by the names or patterns of classes, or Budget(parameters=...)."
 DENSITY = "it must be a number above 0, up to 1 (keep every entry)."
@@ -35,6 +36,7 @@ NO_REFERENCES: list[Any] = [-1, 0.5, "A", True]
 WRONG: list[tuple[type, str, list[Any], str]] = [
     *((kind, "alpha", NO_ALPHAS, ALPHA) for kind in (Align, Zip)),
     *((kind, "similarity", ["dot", None, 1, "covariance"], SIMILARITY) for kind in (Align, Zip)),
+    *((kind, "continuous", [1, 0, None, "yes", NAN], FLAG) for kind in (Align, Zip)),
     *((kind, "reference", NO_REFERENCES, REFERENCE) for kind in (Align, Zip)),
     *((Zip, name, NO_SHARES, SHARE) for name in ("budget", "damping")),
     (Zip, "width", [0, -0.5, NAN, "half", None, True, {"a": 0}], WIDTH),
@@ -292,3 +294,11 @@ def test_yaml_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) 
     for call in (Recipe().to_yaml, lambda: Recipe.from_yaml("match: auto\n")):
         with pytest.raises(fxmerge.OptionError, match=r"need PyYAML: pip install 'fxmerge\[yaml\]'; or write JSON"):
             call()
+
+
+@pytest.mark.parametrize("match", [Align(alpha=1, continuous=True), Zip(continuous=True), Align()])
+def test_continuous_comes_back(match: Align | Zip) -> None:
+    recipe = Recipe(match=match)
+    written = recipe.to_dict()
+    assert Recipe.from_dict(json.loads(json.dumps(written))) == recipe
+    assert written["match"].get("continuous", False) is match.continuous

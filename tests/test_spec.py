@@ -234,3 +234,75 @@ def test_a_symmetry_of_a_model_with_other_ties_is_refused() -> None:
     x = torch.randn(3, 4)
     with pytest.raises(fxmerge.SpecError, match=r"ties '0.weight' and '2.weight' to each other"):
         fxmerge.merge(pair(True), pair(True), [x], symmetry=fxmerge.find_symmetry(pair(False), (x,)))
+
+
+# -------------------------------------------------------------------------- kinds
+
+
+class Stream(nn.Module):
+    """A stream with a norm of uniform gains, and a bottleneck: orthogonal, general linear, and permuted units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(3, 5), nn.RMSNorm(5)
+        self.down, self.up, self.head = nn.Linear(5, 2, bias=False), nn.Linear(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.up(self.down(self.norm(self.embed(x))))))
+        return out
+
+
+def stream() -> tuple[Stream, fxmerge.Symmetry]:
+    model = Stream().double()
+    return model, fxmerge.find_symmetry(model, (torch.zeros(1, 3, dtype=torch.float64),))
+
+
+def test_kinds_come_back() -> None:
+    model, symmetry = stream()
+    words = [str(own.kind) for own in symmetry.kinds]
+    assert sorted(words) == ["general linear", "orthogonal", "permutation"]
+    spec = json.loads(symmetry.to_json())
+    assert [c["kind"] for c in spec["classes"]] == words
+    own = spec["classes"][words.index("orthogonal")]
+    assert own["scales"] == ["norm.weight"] and own["limited"] == "rms_norm" and own["inverse"]
+    back = fxmerge.Symmetry.from_json(symmetry.to_json())
+    assert same(symmetry, back)
+    drawn = [s.sample_basis(torch.Generator().manual_seed(0)).apply(model.state_dict()) for s in (symmetry, back)]
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+
+
+def test_a_spec_without_kinds_is_of_permutations() -> None:
+    _, symmetry = stream()
+    spec = json.loads(symmetry.to_json())
+    for entry in spec["classes"]:
+        for key in ("kind", "limited", "inverse", "scales"):
+            entry.pop(key, None)
+    back = fxmerge.Symmetry.from_json(json.dumps(spec))
+    assert back.kinds == () and back.dimension() == 0
+    assert back.log_order() == symmetry.log_order()
+
+
+WRONG_KINDS: dict[str, tuple[str, Any, str]] = {
+    "a word that is none": ("kind", "unitary", "the kind 'unitary'; it must be one of 'permutation', "),
+    "a number": ("kind", 3, "the kind 3; it must be a text"),
+    "a limit that is no text": ("limited", ["norm"], "it must be a text"),
+    "inverse axes that are no list": ("inverse", {"parameter": "up.weight"}, "it must be a list"),
+    "an inverse axis without its dimension": ("inverse", [{"parameter": "up.weight", "first": 0}], "no entry 'dim'"),
+    "an unknown entry of an inverse axis": (
+        "inverse",
+        [{"parameter": "up.weight", "dim": 1, "first": 0, "last": 2}],
+        "unknown entry 'last'",
+    ),
+    "a slot that is no number": ("inverse", [{"parameter": "up.weight", "dim": 1, "first": "0"}], "a whole number"),
+    "scales that are no list": ("scales", "norm.weight", "it must be a list"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_wrong_kinds_are_told(name: str) -> None:
+    key, value, message = WRONG_KINDS[name]
+    spec = json.loads(stream()[1].to_json())
+    spec["classes"][0][key] = value
+    with pytest.raises(fxmerge.SpecError) as caught:
+        fxmerge.Symmetry.from_json(json.dumps(spec))
+    assert message in str(caught.value) and repr(spec["classes"][0]["name"]) in str(caught.value)

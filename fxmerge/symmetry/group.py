@@ -20,7 +20,7 @@ from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.classes import resolve
 from fxmerge.symmetry.contracted import Role
 from fxmerge.symmetry.describe import describe
-from fxmerge.symmetry.kinds import find_kinds
+from fxmerge.symmetry.kinds import find_kinds, is_uniform
 from fxmerge.symmetry.outputs import free_leaves, free_outputs, paths_of
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
 from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate
@@ -145,7 +145,7 @@ def analyse(
     leaves = free_leaves(free, paths_of(program.aten.out, sum(program.aten.outputs)))
     shapes = {name: tuple(tensor.shape) for name, tensor in program.parameters.items()}
     values = states or [program.parameters]
-    uniform = {name for name in program.parameters if all(_is_uniform(own[name]) for own in values)}
+    uniform = {name for name in program.parameters if all(is_uniform(own[name]) for own in values)}
     asked = pinned_axes(pin, shapes, program.aliases)
     while True:
         found = propagate(program, overriding(rules), leaves, uniform)
@@ -184,13 +184,6 @@ def analyse(
     unknown, probed = ({str(op): n for op, n in ops.items()} for ops in (found.unknown, found.probed))
     symmetry = Symmetry(classes, tuple(layout), stuck, unknown, probed, free=tuple(outputs))
     return found, replace(symmetry, kinds=find_kinds(found, symmetry, resolution.number, resolution.place))
-
-
-def _is_uniform(tensor: Tensor) -> bool:
-    """Whether all entries of a vector are one number."""
-    if tensor.ndim != 1 or len(tensor) < 2 or tensor.is_meta or not tensor.is_floating_point():
-        return False
-    return bool((tensor == tensor[0]).all())
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:

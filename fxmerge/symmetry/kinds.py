@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -18,6 +19,8 @@ from fxmerge.symmetry.mixing import Column, Seen
 from fxmerge.symmetry.propagate import Propagation
 from fxmerge.symmetry.units import Ids, mix
 from fxmerge.units.kind import Kind, UnitKind
+
+G = TypeVar("G", bound=Group)
 
 
 def find_kinds(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> tuple[UnitKind, ...]:
@@ -37,6 +40,28 @@ def find_kinds(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> 
         facts.reason = reason
         record(facts, *map(sight.of, operands), **how)
     return facts.kinds(found)
+
+
+def is_uniform(tensor: Tensor) -> bool:
+    """Whether all entries of a vector, which may lie along any dimension, are one number."""
+    if sum(n != 1 for n in tensor.shape) != 1 or not tensor.numel() or tensor.is_meta or not tensor.is_floating_point():
+        return False
+    return bool((tensor == tensor.reshape(-1)[0]).all())
+
+
+def fitting(symmetry: G, states: Sequence[Mapping[str, Tensor]]) -> G:
+    """A symmetry in which classes are only permuted that are scaled by gains which differ from unit to unit in a state.
+
+    Arguments:
+        symmetry: found for other parameters, of which these gains were one number each.
+        states: the parameters with which it is to be used.
+    """
+    kinds = tuple(
+        replace(UnitKind(), why=f"{uneven[0]} scales each unit by a number of its own") if uneven else own
+        for own in symmetry.kinds
+        for uneven in [sorted(name for name in own.scales if not all(is_uniform(state[name]) for state in states))]
+    )
+    return replace(symmetry, kinds=kinds)
 
 
 class _Sight:
@@ -110,7 +135,7 @@ class _Facts:
         kind, why: of every class.
         first: for every unit of a class, the first unit in its block.
         ties: pairs of units of the walk, and whether one is mixed by the transpose of the inverse.
-        scaling, added: for every class, the parameters of one number that scale its units or are added to them.
+        scaling, mixing: for every class, the parameters of one number that scale its units, and those that are mixed.
         reason: the node whose facts are read.
     """
 
@@ -120,7 +145,7 @@ class _Facts:
     first: list[Ids] = field(init=False)
     ties: dict[int, list[tuple[Ids, Ids, bool]]] = field(default_factory=lambda: defaultdict(list))
     scaling: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
-    added: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    mixing: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     reason: str = ""
 
     def __post_init__(self) -> None:
@@ -166,8 +191,8 @@ class _Facts:
     def scale(self, column: Column, parameters: Collection[str]) -> None:
         self.scaling[column.number].update(parameters)
 
-    def add(self, column: Column, parameters: Collection[str]) -> None:
-        self.added[column.number].update(parameters)
+    def mixed(self, column: Column, parameters: Collection[str]) -> None:
+        self.mixing[column.number].update(parameters)
 
     def tie(self, a: Column, b: Column, *, inverse: bool) -> None:
         firsts = []
@@ -182,7 +207,7 @@ class _Facts:
         """The kinds, with the axes on which the inverse is applied.
 
         A class that is summed over with itself is mixed by matrices whose inverse is their transpose. What only scales
-        a class must not be added to it.
+        a class must not be mixed elsewhere.
         """
         size = found.units.size
         ties = [tie for n, own in self.ties.items() if self.kind[n] > Kind.PERMUTATION for tie in own]
@@ -192,28 +217,42 @@ class _Facts:
             if (part[ids] == part[ids + size]).any():
                 self._lower(n, Kind.ORTHOGONAL, "the same units are summed over with each other")
         for n, names in self.scaling.items():
-            if not names.isdisjoint(self.added[n]):
-                self._lower(n, Kind.PERMUTATION, "one parameter scales units and is added to them")
+            if not names.isdisjoint(self.mixing[n]):
+                self._lower(n, Kind.PERMUTATION, "one parameter scales units and is mixed as they are")
+        inverse = {n: self._inverse(n, found, part) for n, kind in enumerate(self.kind) if kind > Kind.PERMUTATION}
+        for n, axes in inverse.items():
+            if axes is None:
+                self._lower(n, Kind.ORTHOGONAL, "units of one axis are mixed in two ways")
         return tuple(
-            UnitKind(kind, why, self._inverse(n, found, part), frozenset(self.scaling[n]))
+            UnitKind(kind, why, inverse[n] or frozenset(), frozenset(self.scaling[n]))
             if kind > Kind.PERMUTATION
             else UnitKind(kind, why)
             for n, (kind, why) in enumerate(zip(self.kind, self.why, strict=True))
         )
 
-    def _inverse(self, number: int, found: Propagation, part: Ids) -> frozenset[tuple[str, int, int]]:
-        """The axes of a class on which units are mixed by the transpose of the inverse of what the first axis has."""
+    def _inverse(self, number: int, found: Propagation, part: Ids) -> frozenset[tuple[str, int, int]] | None:
+        """The axes of a class on which units are mixed by the transpose of the inverse of what other axes have, None if
+        that is not the same for all units of an axis.
+
+        Axes that no tie connects, such as those of two pairs of layers with one gain between both, have a side each.
+        """
         views = dict(self.symmetry.views[number])
         inverse: set[tuple[str, int, int]] = set()
-        reference: Ids | None = None
+        sides: list[Ids] = []
         for axis in self.symmetry.layout:
             for shown, slots in axis.roles:
                 if shown in views and axis.parameter not in self.scaling[number]:
                     raw = np.unique(found.axes[axis.parameter, axis.dim].ids)
                     ids = raw[slots[views[shown]]][:, 0]
-                    reference = ids if reference is None else reference
-                    if (part[ids + found.units.size] == part[reference]).all():
+                    same, other = part[ids], part[ids + found.units.size]
+                    if any((same == side).all() for side in sides):
+                        continue
+                    if any((other == side).all() for side in sides):
                         inverse.add((axis.parameter, axis.dim, int(slots[0])))
+                    elif any((same == side).any() or (other == side).any() for side in sides):
+                        return None
+                    else:
+                        sides.append(same)
         return frozenset(inverse)
 
 

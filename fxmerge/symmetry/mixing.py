@@ -65,8 +65,8 @@ class Facts(Protocol):
     def scale(self, column: Column, parameters: Collection[str]) -> None:
         """Parameters that hold one number for all units scale them, and are not mixed."""
 
-    def add(self, column: Column, parameters: Collection[str]) -> None:
-        """Parameters that hold one number for all units are added to them, and are mixed."""
+    def mixed(self, column: Column, parameters: Collection[str]) -> None:
+        """Parameters that hold one number for all units are mixed, as where they are added to others."""
 
     def count(self, number: int, ids: Ids) -> None:
         """Units that show more often than others are not mixed with these."""
@@ -85,11 +85,13 @@ def separate(facts: Facts, *operands: Seen) -> None:
 
 def summed(facts: Facts, *terms: Seen) -> None:
     """The sum of tensors of one shape: each carries the units that another one does, or is the same for all of them."""
-    if all(x.uniform is not None for x in terms):
-        return
+    alike = all(x.uniform is not None for x in terms)
     for i, x in enumerate(terms):
         for column in x.columns:
-            facts.add(column, x.uniform or ())
+            if alike:  # Their sum is a number for all units, too, which may scale others.
+                facts.scale(column, x.uniform or ())
+                continue
+            facts.mixed(column, x.uniform or ())
             for y in (*terms[:i], *terms[i + 1 :]):
                 same = _same(column, y)
                 if same is not None:
@@ -100,14 +102,26 @@ def summed(facts: Facts, *terms: Seen) -> None:
 
 
 def multiplied(facts: Facts, *factors: Seen) -> None:
-    """The product of tensors of one shape, place by place: units are mixed where all other factors are the same."""
+    """The product of tensors of one shape, place by place: units are mixed where all other factors are the same.
+
+    A vector of one number scales the units of other factors along it. Where there are none, it still has its own.
+    """
     for i, x in enumerate(factors):
+        others = [y for j, y in enumerate(factors) if j != i]
         for column in x.columns:
-            if x.uniform is not None:
+            if x.uniform is None:
+                facts.apart(column, {d for y in others if y.uniform is None for d in y.depends})
+            elif any(not y.depends.isdisjoint(column.dims) for y in others):
                 facts.scale(column, x.uniform)
-            else:
-                others = (y for j, y in enumerate(factors) if j != i and y.uniform is None)
-                facts.apart(column, {d for y in others for d in y.depends})
+
+
+def divides(facts: Facts, x: Seen, numerator: Seen) -> None:
+    """The divisor of a quotient of tensors of one shape: only a vector of one number may scale units."""
+    for column in x.columns:
+        if x.uniform is not None and (numerator.uniform is not None or numerator.depends.intersection(column.dims)):
+            facts.scale(column, x.uniform)
+        else:
+            facts.apart(column)
 
 
 def contracted(facts: Facts, *factors: Seen, terms: Sequence[str], out: str) -> None:
@@ -117,6 +131,7 @@ def contracted(facts: Facts, *factors: Seen, terms: Sequence[str], out: str) -> 
     for i, (x, term) in enumerate(zip(factors, terms, strict=True)):
         others = [j for j in range(len(factors)) if j != i]
         for column in x.columns:
+            facts.mixed(column, x.uniform or ())
             letters = [term[d] for d in column.dims]
             shared = {letter for letter in letters if letter in out and any(letter in along[j] for j in others)}
             facts.apart(column, [d for d in column.dims if term[d] in shared])
@@ -132,6 +147,18 @@ def contracted(facts: Facts, *factors: Seen, terms: Sequence[str], out: str) -> 
             elif gone:
                 facts.limit(column, Kind.CENTRED)
                 facts.apart(column, [d for d in column.dims if term[d] not in gone])
+
+
+def passed(facts: Facts, x: Seen, result: Seen) -> None:
+    """What a sum leaves: the units along the dimensions that it keeps are those of its operand, under other names where
+    they are blocks of what is summed."""
+    for column in x.columns:
+        if all(d < len(result.shape) and result.shape[d] == x.shape[d] for d in column.dims):
+            same = _same(column, result)
+            if same is not None:
+                facts.tie(column, same, inverse=False)
+            else:
+                facts.apart(column)
 
 
 def averaged(facts: Facts, x: Seen, dims: Collection[int]) -> None:
@@ -151,6 +178,7 @@ def assembled(facts: Facts, *parts: Seen, dims: Collection[int]) -> None:
     """Tensors put together along some dimensions: along the others, each carries the units that another one does."""
     for i, x in enumerate(parts):
         for column in x.columns:
+            facts.mixed(column, x.uniform or ())
             if set(dims).isdisjoint(column.dims):
                 for y in (*parts[:i], *parts[i + 1 :]):
                     same = _same(column, y)

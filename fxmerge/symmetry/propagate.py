@@ -378,7 +378,8 @@ class _Walk(fx.Interpreter):
         leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_labelled)
         deferred = any(isinstance(v, (Deferred, Part)) for v in leaves)
         rule = self.find_rule(n.target)
-        return rules.mixes(n.target) and rule is rules.find_rule(n.target) and n not in self.failed and not deferred
+        serves = rules.mixes(n.target) and rule is rules.find_rule(n.target) and n not in self.failed
+        return serves and not deferred and not _rounds(n)
 
     def _settled(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """The arguments of a node with labels in place of what is deferred."""
@@ -410,6 +411,13 @@ class _Walk(fx.Interpreter):
         if x.parameter is not None:
             for column in x.columns:
                 self.found.units.use(distinct(core(column, support(column)).numpy()))
+
+
+def _rounds(n: fx.Node) -> bool:
+    """Whether a node gives whole numbers or truth values, which casts and sums may do, or reads the bits of numbers."""
+    first = next((v for v in pytree.tree_leaves(n.meta["val"]) if isinstance(v, Tensor)), None)
+    whole = first is not None and not (first.is_floating_point() or first.is_complex())
+    return whole or n.target is torch.ops.aten.view.dtype
 
 
 def _labels_in(value: Any) -> list[Labels]:

@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.utils import _pytree as pytree
 
+from fxmerge import Symmetry
+from fxmerge.units.basis import Basis
+from fxmerge.units.kind import Kind
 from tests.oracle.generator import Recipe, build
 
 THRESHOLD = 1e-9
@@ -69,13 +72,8 @@ def nullity(model: nn.Module, args: tuple[Any, ...], seed: int = 0) -> Nullity:
         args: example inputs. Others of the same shapes are drawn, as many as are needed.
         seed: of the parameters and of the inputs.
     """
-    model = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(seed)
-    parameters = {
-        name: 0.6 * torch.randn(p.shape, dtype=torch.float64, generator=generator) + 0.1
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    model, parameters = _drawn(model, generator)
     count, rows = sum(p.numel() for p in parameters.values()), 0
     blocks: list[Tensor] = []
     inputs = _inputs(args, generator)
@@ -83,6 +81,56 @@ def nullity(model: nn.Module, args: tuple[Any, ...], seed: int = 0) -> Nullity:
         blocks.append(_jacobian(model, parameters, next(inputs)))
         rows += len(blocks[-1])
     return _nullity(torch.cat(blocks))
+
+
+def generic(model: nn.Module, args: tuple[Any, ...], seed: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A network with the random parameters at which `nullity` takes it, and its example inputs, in float64."""
+    model, parameters = _drawn(model, torch.Generator().manual_seed(seed))
+    model.load_state_dict(parameters, strict=False)
+    double = (x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+    return model, tuple(double)
+
+
+def _drawn(model: nn.Module, generator: torch.Generator) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A copy of a network in float64, and random parameters for it."""
+    model = copy.deepcopy(model).double().eval()
+    return model, {
+        name: 0.6 * torch.randn(p.shape, dtype=torch.float64, generator=generator) + 0.1
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def orbit(symmetry: Symmetry, model: nn.Module) -> int:
+    """The number of directions in which changes of basis move the parameters of a network.
+
+    It is less than `symmetry.dimension()` where matrices other than the identity change nothing: where a class has more
+    units than what writes them can tell apart.
+    """
+    state, parameters = model.state_dict(), {name for name, _ in model.named_parameters()}
+    moved = sorted({own.axis.parameter for axes in symmetry.mixed for own in axes} & parameters)
+    directions = [torch.zeros(sum(state[name].numel() for name in moved), 0, dtype=torch.float64)]
+    for number, matrices in symmetry.identity_basis().matrices.items():
+
+        def act(step: Tensor, number: int = number, one: Tensor = matrices) -> Tensor:
+            after = Basis(symmetry.mixed, {number: one + step}).apply(state)
+            return torch.cat([after[name].flatten() for name in moved])
+
+        frame = _tangent(symmetry.kind(number), matrices.shape[-1])
+        own = torch.autograd.functional.jacobian(act, torch.zeros_like(matrices))
+        directions += list((own.flatten(-2) @ frame).unbind(1))
+    return int(torch.linalg.matrix_rank(torch.cat(directions, 1), rtol=THRESHOLD)) if moved else 0
+
+
+def _tangent(kind: Kind, size: int) -> Tensor:
+    """The directions in which a group of matrices leaves the identity, one for each column."""
+    all_of = torch.eye(size * size, dtype=torch.float64).reshape(-1, size, size)
+    if kind != Kind.GENERAL_LINEAR:
+        all_of = all_of - all_of.mT
+    if kind == Kind.CENTRED:
+        middle = torch.eye(size, dtype=torch.float64) - 1 / size
+        all_of = middle @ all_of @ middle
+    return all_of.flatten(1).T
 
 
 def recipe_nullity(recipe: Recipe, seed: int = 0) -> Nullity:

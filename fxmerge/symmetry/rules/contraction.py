@@ -34,7 +34,7 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
     at.mix(mixing.contracted, *labels, terms=terms, out=out)
     space = out + "".join(letter for letter in size if letter not in out)
     shape = tuple(size[letter] for letter in space)
-    result = Labels(shape)
+    result, aligned = Labels(shape), [_align(at, x, term, space, shape) for x, term in zip(labels, terms, strict=True)]
     for i, (x, term) in enumerate(zip(labels, terms, strict=True)):
         others = [*terms[:i], *terms[i + 1 :]]
         if x.parameter is not None:
@@ -50,8 +50,11 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
                 dims = support(column)
                 if shared.issuperset(dims) and all(term[d] not in out for d in dims):
                     rows_apart(at.units, x, column, shared.difference(dims))
-        result = at.join(result, _align(at, x, term, space, shape))
-    return reduce(at.units, result, range(len(out), len(space)), at.name)
+        result = at.join(result, aligned[i])
+    result = reduce(at.units, result, range(len(out), len(space)), at.name)
+    for x in aligned:
+        at.mix(mixing.passed, x, result)
+    return result
 
 
 def _align(at: Site, x: Labels, term: str, space: str, shape: Shape) -> Labels:

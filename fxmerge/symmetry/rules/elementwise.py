@@ -42,7 +42,7 @@ def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     """Joins all operands. Serves every op that torch tags as pointwise."""
     if at.target._schema.name in _PRODUCTS and at.is_zero(args):
         return Labels(at.shape, is_zero=True)
-    _mix(at, args)
+    _mix(at, args, rounds=kwargs.get("rounding_mode") is not None)
     # What scales all units alike comes last: units are called by the names that they have in the other operand.
     args = tuple(sorted(args, key=lambda a: isinstance(a, Labels) and a.uniform is not None))
     operands = [at.labels(a) for a in (*args, *kwargs.values()) if isinstance(a, (Labels, Tensor))]
@@ -62,10 +62,11 @@ def _uniform(args: Sequence[Any]) -> frozenset[str] | None:
 
 _PRODUCTS = ("aten::mul", "aten::multiply")
 _SUMS = ("aten::add", "aten::sub", "aten::subtract")
+_SIGNS = ("aten::neg", "aten::negative")
 _QUOTIENTS = ("aten::div", "aten::divide", "aten::true_divide")
 
 
-def _mix(at: Site, args: Sequence[Any]) -> None:
+def _mix(at: Site, args: Sequence[Any], *, rounds: bool) -> None:
     """Records which units may be mixed: those of sums, of products with what is the same for all, and of products that
     are summed."""
     name, dims = at.target._schema.name, summed_over(at.node)
@@ -78,11 +79,11 @@ def _mix(at: Site, args: Sequence[Any]) -> None:
         at.mix(mixing.contracted, *operands, terms=(letters, letters), out=out)
     elif name in _SUMS:
         at.mix(mixing.summed, *operands)
-    elif name in _PRODUCTS or name in _QUOTIENTS:
+    elif name in _PRODUCTS or (name in _QUOTIENTS and not rounds):
         at.mix(mixing.multiplied, *operands)
         if name in _QUOTIENTS:
-            at.mix(mixing.separate, args[1])
-    else:
+            at.mix(mixing.divides, operands[-1], operands[0])
+    elif name not in _SIGNS:
         at.mix(mixing.separate, *operands)
 
 

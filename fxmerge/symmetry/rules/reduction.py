@@ -33,7 +33,9 @@ def reduce_to(at: Site, x: Labels, dims: Dims, shape: tuple[int, ...]) -> Labels
     elif at.node is None or summed_over(at.node.args[0]) is None:
         at.mix(mixing.averaged, x, dims=gone)
     sum_over(at.units, x, set(gone))
-    return reduce(at.units, x, gone, at.name, keepdim=True).reshape(shape)
+    result = reduce(at.units, x, gone, at.name, keepdim=True)
+    at.mix(mixing.passed, x, result)
+    return result.reshape(shape)
 
 
 _DEVIATIONS = ("aten::var", "aten::std", "aten::var_mean", "aten::std_mean")

@@ -1,0 +1,212 @@
+"""Models in other bases: planted elements of the whole group are found again."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxmerge
+from fxmerge import Align, Average, LeastSquares, Recipe, Symmetry, Zip
+from fxmerge.matching.balance import balance
+from fxmerge.matching.search import match, nearest
+from fxmerge.symmetry.kinds import fitting
+from fxmerge.units.basis import random_matrices
+from fxmerge.units.kind import Kind
+from tests.oracle.continuous_networks import NETWORKS
+from tests.oracle.nullity import generic
+from tests.slow import but_slow
+
+CONTINUOUS = Recipe(match=Align(alpha=1, continuous=True), combine=Average(), fit=None)
+PERMUTED = Recipe(match=Align(alpha=1), combine=Average(), fit=None)
+
+TABLE = [
+    "RMSNorm, gains",
+    "LayerNorm, gains and biases",
+    "tied embedding, RMSNorm",
+    "linear bottleneck",
+    "residual without norms",
+    "attention, packed, fused and causal",
+    "grouped queries",
+    "rotary",
+    "norms of queries and keys",
+    "keys and values of a latent",
+    "two bottlenecks of one width in a row",
+    "linear recurrence",
+    "convolutional stream, RMSNorm of a pixel",
+    "GroupNorm of a linear layer",
+    "mixture of experts",
+    "image of patches",
+]
+"""Networks with classes of every kind: alone, in heads, in a row, tied, and beside classes that are permuted."""
+
+QUICK = TABLE[:6]
+
+
+@cache
+def original(name: str) -> tuple[nn.Module, tuple[Tensor, ...], Symmetry]:
+    """A network without gains, and its symmetry."""
+    network = NETWORKS[name]
+    model, args = generic(network.model(), network.args, network.seed)
+    plain = fxmerge.canonicalize(model, args)
+    return plain, args, fxmerge.find_symmetry(plain, args)
+
+
+def planted(name: str, seed: int, noise: float = 0.0) -> nn.Module:
+    """A copy transformed by an element of the whole group, with noise on its parameters before."""
+    model, _, symmetry = original(name)
+    generator = torch.Generator().manual_seed(seed)
+    state = {n: noisy(t, noise, generator) for n, t in model.state_dict().items()}
+    moved = copy.deepcopy(model)
+    moved.load_state_dict(symmetry.sample_basis(generator).apply(symmetry.sample(generator).apply(state)))
+    return moved
+
+
+def noisy(tensor: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    if not noise or not tensor.is_floating_point() or (tensor == tensor.flatten()[0]).all():
+        return tensor
+    size = float(tensor.square().mean().sqrt())
+    return tensor + noise * size * torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)
+
+
+def error(network: nn.Module, to: nn.Module, args: tuple[Tensor, ...]) -> float:
+    with torch.no_grad():
+        found, expected = network(*args), to(*args)
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def falls(trace: tuple[float, ...]) -> bool:
+    return any(after < before - 1e-9 * abs(before) for before, after in pairwise(trace))
+
+
+@pytest.mark.parametrize("name", but_slow(TABLE, QUICK))
+def test_a_planted_copy_merges_back(name: str) -> None:
+    model, args, _ = original(name)
+    moved = planted(name, seed=5)
+    for dtype, most in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        x = tuple(t.to(dtype) if t.is_floating_point() else t for t in args)
+        a, b = copy.deepcopy(model).to(dtype), copy.deepcopy(moved).to(dtype)
+        assert error(b, a, x) < most, "the copy computes the same"
+        merged = fxmerge.merge(a, b, recipe=CONTINUOUS, example=x)
+        assert error(merged, a, x) < most
+        assert not any(map(falls, fxmerge.report(merged).objective))
+
+
+@pytest.mark.parametrize("name", ["RMSNorm, gains", "linear bottleneck"])
+def test_permutations_alone_do_not_bring_it_back(name: str) -> None:
+    model, args, _ = original(name)
+    merged = fxmerge.merge(model, planted(name, seed=5), recipe=PERMUTED, example=args)
+    assert error(merged, model, args) > 0.05
+
+
+@pytest.mark.parametrize("name", but_slow(TABLE, QUICK[:4]))
+def test_a_noisy_copy_comes_back_to_its_place(name: str) -> None:
+    model, _, symmetry = original(name)
+    a, b = (balance(symmetry, m.state_dict()).apply(m.state_dict()) for m in (model, planted(name, seed=6, noise=0.01)))
+    found = match(symmetry, a, b, {}, alpha=1)
+    back = found.basis.apply(found.permutation.apply(b))
+    assert not falls(found.trace)
+    assert found.trace[-1] >= found.trace[0]
+    moved = sorted({axis.parameter for axis in symmetry.layout})
+    distance = sum(float((back[n] - a[n]).square().sum()) for n in moved) ** 0.5
+    assert distance <= 0.05 * sum(float(a[n].square().sum()) for n in moved) ** 0.5
+
+
+@pytest.mark.parametrize("reference", [None, 1])
+def test_three_models(reference: int | None) -> None:
+    name = "RMSNorm, gains"
+    model, args, _ = original(name)
+    models = [model, planted(name, seed=7), planted(name, seed=8)]
+    recipe = Recipe(match=Align(alpha=1, continuous=True, reference=reference), combine=Average(), fit=None)
+    assert error(fxmerge.merge_many(models, recipe=recipe, example=args), model, args) < 1e-9
+
+
+def test_a_zip_keeps_the_width_of_one_model() -> None:
+    name = "RMSNorm, gains"
+    model, args, _ = original(name)
+    recipe = Recipe(match=Zip(alpha=1, continuous=True), combine=Average(), fit=None)
+    merged = fxmerge.merge(model, planted(name, seed=7), recipe=recipe, example=args)
+    assert error(merged, model, args) < 1e-9
+    assert {n: t.shape for n, t in merged.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+
+
+def test_activations_alone_bring_a_copy_back() -> None:
+    name = "RMSNorm, gains"
+    model, args, _ = original(name)
+    loader = [torch.randn(64, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))]
+    recipe = Recipe(match=Align(alpha=0, continuous=True), combine=Average(), fit=None)
+    merged = fxmerge.merge(model, planted(name, seed=9), loader, recipe)
+    assert error(merged, model, args) < 1e-3
+
+
+class Headed(nn.Module):
+    """A stream with rotations, and a head of some classes."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Linear(6, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.inner(F.rms_norm(x, (4,)))
+        y: Tensor = self.head(F.rms_norm(x, (4,)))
+        return y
+
+
+def test_heads_apart_are_rotated_with_the_trunk() -> None:
+    torch.manual_seed(0)
+    a, b = Headed(3).double(), Headed(5).double()
+    x = torch.randn(16, 6, dtype=torch.float64)
+    trunk = {n: t for n, t in a.state_dict().items() if not n.startswith("head")}
+    b.load_state_dict(trunk, strict=False)
+    basis = fxmerge.find_symmetry(b, (x,)).sample_basis(torch.Generator().manual_seed(0))
+    assert basis.matrices
+    with torch.no_grad():
+        expected = a(x), b(x)
+    b.load_state_dict(basis.apply(b.state_dict()))
+    recipe = Recipe(match=Align(alpha=1, continuous=True), combine=Average(), fit=None, share="trunk")
+    merged = fxmerge.merge(a, b, recipe=recipe, example=x)
+    for found, own in zip(merged(x), expected, strict=True):
+        assert torch.allclose(found, own, rtol=0, atol=1e-9)
+
+
+def test_gains_that_differ_allow_permutations_only() -> None:
+    """A symmetry of a fresh network, whose gains are all one, is given for trained ones."""
+    network = NETWORKS["post-norm, RMSNorm, gains"]
+    fresh = fxmerge.find_symmetry(network.model().double(), tuple(x.double() for x in network.args))
+    assert Kind.ORTHOGONAL in {own.kind for own in fresh.kinds}
+    model, args = generic(network.model(), network.args)
+    smaller = fitting(fresh, [model.state_dict()])
+    assert Kind.ORTHOGONAL not in {own.kind for own in smaller.kinds}
+    assert Kind.GENERAL_LINEAR in {own.kind for own in smaller.kinds}
+    assert fitting(fresh, [network.model().state_dict()]).kinds == fresh.kinds
+    moved = copy.deepcopy(model)
+    moved.load_state_dict(smaller.sample_basis().apply(smaller.sample().apply(model.state_dict())))
+    merged = fxmerge.merge(model, moved, recipe=CONTINUOUS, symmetry=fresh, example=args)
+    assert error(merged, model, args) < 1e-9
+
+
+def test_a_fit_follows() -> None:
+    name = "RMSNorm, gains"
+    model, args, _ = original(name)
+    recipe = Recipe(match=Align(continuous=True), combine=Average(), fit=LeastSquares())
+    loader = [torch.randn(64, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))]
+    merged = fxmerge.merge(model, planted(name, seed=9), loader, recipe)
+    assert error(merged, model, args) < 1e-3
+
+
+@pytest.mark.parametrize("kind", [Kind.CENTRED, Kind.ORTHOGONAL])
+def test_the_nearest_matrix_of_a_group(kind: Kind) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(5, 5, dtype=torch.float64, generator=generator)
+    best = nearest(scores, kind)
+    assert torch.allclose(best @ best.T, torch.eye(5, dtype=torch.float64))
+    assert torch.allclose(best.sum(1), torch.ones(5, dtype=torch.float64)) == (kind == Kind.CENTRED)
+    for other in random_matrices(kind, 200, 5, generator):
+        assert float((scores * other).sum()) <= float((scores * best).sum()) + 1e-9
