@@ -108,7 +108,7 @@ def test_permutations_alone_do_not_bring_it_back(name: str) -> None:
 def test_a_noisy_copy_comes_back_to_its_place(name: str) -> None:
     model, _, symmetry = original(name)
     a, b = (balance(symmetry, m.state_dict()).apply(m.state_dict()) for m in (model, planted(name, seed=6, noise=0.01)))
-    found = match(symmetry, a, b, {}, alpha=1)
+    found = match(symmetry, a, b, {}, alpha=1, continuous=True)
     back = found.basis.apply(found.permutation.apply(b))
     assert not falls(found.trace)
     assert found.trace[-1] >= found.trace[0]
@@ -210,3 +210,54 @@ def test_the_nearest_matrix_of_a_group(kind: Kind) -> None:
     assert torch.allclose(best.sum(1), torch.ones(5, dtype=torch.float64)) == (kind == Kind.CENTRED)
     for other in random_matrices(kind, 200, 5, generator):
         assert float((scores * other).sum()) <= float((scores * best).sum()) + 1e-9
+
+
+@pytest.mark.parametrize("name", QUICK[:3])
+def test_align_gives_the_basis_of_the_reference(name: str) -> None:
+    model, args, _ = original(name)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    aligned = fxmerge.align(planted(name, seed=11), to=model, recipe=CONTINUOUS, example=args)
+    for n, tensor in aligned.state_dict().items():
+        assert torch.allclose(tensor, before[n], rtol=0, atol=1e-9), n
+        assert torch.equal(model.state_dict()[n], before[n])
+
+
+def loader_of(args: tuple[Tensor, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(64, *x.shape[1:], dtype=x.dtype, generator=generator) for x in args]
+
+
+@pytest.mark.parametrize("twin", [True, False])
+def test_auto_keeps_what_is_nearer_to_the_ensemble(twin: bool) -> None:
+    name = "RMSNorm, gains"
+    model, args, _ = original(name)
+    network = NETWORKS[name]
+    other = planted(name, seed=12) if twin else generic(network.model(), network.args, 12)[0]
+    data = loader_of(args)
+    errors = {}
+    for way in (True, False, "auto"):
+        merged = fxmerge.merge(model, other, data, Recipe(match=Zip(continuous=way)))  # type: ignore[arg-type]
+        told = fxmerge.report(merged)
+        errors[way] = told.errors["merged"]
+        if way != "auto":
+            assert bool(told.bases) == way
+    assert errors["auto"] == min(errors[True], errors[False])
+    assert not twin or errors[True] < errors[False]
+
+
+def test_auto_permutes_without_a_fit() -> None:
+    model, args, _ = original("linear bottleneck")
+    recipe = Recipe(match=Align(continuous="auto"), combine=Average(), fit=None)
+    merged = fxmerge.merge(model, planted("linear bottleneck", seed=1), loader_of(args), recipe)
+    assert not fxmerge.report(merged).bases
+
+
+def test_all_units_of_all_models_are_matched_with_none() -> None:
+    """At full width nothing is lost, in whatever bases the models are."""
+    name = "RMSNorm, gains"
+    model, args, _ = original(name)
+    other, _ = generic(NETWORKS[name].model(), NETWORKS[name].args, 13)
+    recipe = Recipe(match=Zip(width=2.0, continuous=True), fit=None, share="trunk")
+    merged = fxmerge.merge(model, other, recipe=recipe, example=args)
+    for found, own in zip(merged(*args), (model, other), strict=True):
+        assert torch.allclose(found, own(*args), rtol=0, atol=1e-9)
