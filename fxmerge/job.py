@@ -120,7 +120,7 @@ class Job:
         return timed(logger, self.seconds, stage)
 
     def symmetry(
-        self, given: Symmetry | None, free: str | Iterable[str], *, verify: bool, continuous: bool
+        self, given: Symmetry | None, free: str | Iterable[str], *, verify: bool, continuous: bool = False
     ) -> tuple[Propagation, Symmetry]:
         """The labels of the program, and the symmetry given or else inferred; of permutations only, or `continuous`."""
         if given is not None and free:

@@ -23,7 +23,7 @@ ALPHA = "it must be a number from 0 (activations only) to 1 (weights only), or s
 WEIGHTS = "it must be one number per model, none negative and at least one positive, or None."
 REFERENCE = "it must be the number of a model, from 0, or None."
 SIMILARITY = "it must be 'pearson' or 'cosine'."
-FLAG = "it must be True or False."
+FLAG = "it must be True or False or 'auto'."
 SCALE = "it must be a finite number."
 WIDTH = "it must be a positive number, such numbers by the names or patterns of classes, or Budget(parameters=...)."
 DENSITY = "it must be a number above 0, up to 1 (keep every entry)."
@@ -296,7 +296,7 @@ def test_yaml_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) 
             call()
 
 
-@pytest.mark.parametrize("match", [Align(alpha=1, continuous=True), Zip(continuous=True), Align()])
+@pytest.mark.parametrize("match", [Align(alpha=1, continuous=True), Zip(continuous="auto"), Align()])
 def test_continuous_comes_back(match: Align | Zip) -> None:
     recipe = Recipe(match=match)
     written = recipe.to_dict()

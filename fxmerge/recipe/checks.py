@@ -50,7 +50,8 @@ def check_multiple(part: Any) -> None:
 
 
 def check_word(part: object, name: str, words: Sequence[object]) -> None:
-    if getattr(part, name) not in words:
+    value = getattr(part, name)
+    if not any(type(value) is type(word) and value == word for word in words):
         raise wrong(part, name, " or ".join(map(repr, words)))
 
 
