@@ -201,19 +201,20 @@ def _merged(
     if len(models) == 1 and job.data is None and not settled and not same_on_example(group, program, state):
         warn_of_fold_without_data()
     back = sorted(range(len(order)), key=order.__getitem__)
-    maps = [matching.units.maps[i] for i in back][-len(models) :]
+    numbers = range(len(back))[-len(models) :]  # A base comes first.
+    maps = [(matching.units.maps[back[i]], i) for i in numbers]
     told = replace(
         group.report(merged),
         models=len(models),
         recipe=recipe.to_dict(),
         weights=tuple(weights),
         units_of=order[matching.reference] if base is None else None,
-        images=tuple(group.images(own) for own in maps),
+        images=tuple(group.images(own, i) for own, i in maps),
         heads=tuple(asdict(head) for head in job.heads),
         widths=widths_of(matching.units),
         config=configured(group, matching.merged, merged),
         quality=renumbered(matching.quality, back if home is None else ()),
-        objective=matching.objectives,
+        objective=(*group.objectives, *matching.objectives),
         zip_objective=matching.zip_objective,
         zipped_within=dict(matching.within),
         layers=refitted.layers,
@@ -328,6 +329,10 @@ def align(
         kind = "None, which moves no units" if recipe.match is None else "Zip, which merges units"
         raise OptionError(f"Recipe.match is {kind}; align moves them: pass Align(...).")
     recipe = Recipe(match=Align() if recipe.match == AUTO else recipe.match, fit=None, free=recipe.free)
+    if isinstance(recipe.match, Align) and recipe.match.continuous == "auto":
+        raise OptionError(
+            "Align.continuous is 'auto', which compares two merges; align makes none: pass True or False."
+        )
     job = prepare((to, model), loader, run, example=example, inputs=inputs)
     group = in_one_basis(job, recipe, run, symmetry, 0)
     job = group.job
@@ -338,9 +343,9 @@ def align(
     told = replace(
         group.report(aligned),
         models=2,
-        images=(group.images(matching.alignment.maps[1]),),
+        images=(group.images(matching.alignment.maps[1], 1),),
         quality=renumbered(matching.quality, ()),
-        objective=matching.objectives,
+        objective=(*group.objectives, *matching.objectives),
     )
     attach(told, aligned)
     return aligned

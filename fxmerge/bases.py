@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.evidence.activations import similarities
 from fxmerge.job import Job
-from fxmerge.matching.assignment import descendants
 from fxmerge.matching.balance import balance
 from fxmerge.matching.models import alpha_by_class
-from fxmerge.matching.search import match
+from fxmerge.matching.search import floats, match
 from fxmerge.matching.universe import canonical_order
 from fxmerge.prepared import Prepared
 from fxmerge.program.canonicalize import plan_folds
+from fxmerge.program.double import in_double
 from fxmerge.recipe import Align, Recipe, Run, Zip
-from fxmerge.symmetry.freeze import freeze
+from fxmerge.shared import equal_names
+from fxmerge.symmetry.freeze import freeze, moving_together
 from fxmerge.symmetry.group import Symmetry
+from fxmerge.symmetry.kinds import is_uniform
 from fxmerge.units.basis import Basis
 from fxmerge.units.kind import Kind
 from fxmerge.units.permutation import Permutation
@@ -32,16 +37,17 @@ def with_gains_moved(job: Job) -> Job:
     """The job with gains of one wherever the graph allows it, in all models alike.
 
     The gains of batch norms stay: their statistics may be estimated anew, and then would no longer be those that the
-    gains were moved with.
+    gains were moved with. So do gains whose move would change a tensor that all models share, such as a frozen base.
     """
     with job.timed("canonicalizing"):
         plan = plan_folds(job.program)
-        statistics = {name for pair in batch_norm_statistics(job.program) for name in pair}
-        wanted = {
-            number: where
-            for number, where in plan.choose(job.states).items()
-            if statistics.isdisjoint(plan.moves[number].fold(where).parameters)
-        }
+        fixed = {name for pair in batch_norm_statistics(job.program) for name in pair}
+        fixed |= {name for name in equal_names(job.states) if not is_uniform(job.states[0][name])}
+        wanted = {}
+        for number, where in plan.choose(job.states).items():
+            fold = plan.moves[number].fold(where)
+            if fixed.isdisjoint((*fold.parameters, *fold.into)):
+                wanted[number] = where
         chosen = plan.checked(job.states[0], wanted)
         for fold in plan.folds(chosen):
             logger.info("moved %s", fold)
@@ -64,52 +70,93 @@ def in_one_basis(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, ref
     if part is None or part.continuous is not True or len(job.states) == 1 or wider:
         return Prepared.of(job, recipe, run, given)
     group = Prepared.of(with_gains_moved(job), recipe, run, given, continuous=True)
-    return _rebased(group, part, run, reference)
+    if not _mixing(group.symmetry):
+        if given is not None:
+            logger.warning(
+                "The symmetry that was given has no class that a change of basis may mix, so units are only permuted. "
+                "It may be of a model with gains: pass find_symmetry(canonicalize(model, args), args)."
+            )
+        return Prepared.of(job, recipe, run, given)
+    return _rebased(group, part, run, canonical_order(job.states)[0] if reference is None else reference)
 
 
-def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int | None) -> Prepared:
+def _mixing(symmetry: Symmetry) -> set[int]:
+    """The classes whose units a change of basis may mix."""
+    return {n for n in range(len(symmetry.units)) if symmetry.kind(n) > Kind.PERMUTATION}
+
+
+def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Prepared:
     """Models of which all classes that a change of basis may mix are in one basis, with the blocks that these lie in.
 
-    Each model is matched with one of them, the reference or else one that does not depend on their order. The classes
-    of which units are only permuted are matched along with these, but stay as they were.
+    Each of the others is matched with the reference, which stays as it is. The classes of which units are only permuted
+    are matched along with these, but stay as they were.
     """
     job, symmetry, trunk = group.job, group.symmetry, group.trunk
-    roots = [n for n, c in enumerate(symmetry.units) if not c.parents]
-    trees = [descendants(symmetry, root) for root in roots]
-    mixing = {n for n in range(len(symmetry.units)) if symmetry.kind(n) > Kind.PERMUTATION}
-    chosen = sorted(n for tree in trees if not mixing.isdisjoint(tree) for n in tree)
-    if not chosen:
-        return group
-    home = canonical_order(job.states)[0] if reference is None else reference
+    mixing = _mixing(symmetry)
+    placed = moving_together(symmetry, mixing)
     gauges = [balance(symmetry, state) for state in job.states]
-    job = replace(job, states=tuple(own.apply(state) for own, state in zip(gauges, job.states, strict=True)))
-    others = [i for i in range(len(job.states)) if i != home]
-    pairs = [(min(home, i), max(home, i)) for i in others]
+    balanced = [gauge.apply(floats(symmetry, state)) for gauge, state in zip(gauges, job.states, strict=True)]
+    others = [i for i in range(len(job.states)) if i != reference]
+    pairs = {i: (min(reference, i), max(reference, i)) for i in others}
     correlations = {}
     if job.data is not None and part.alpha != 1:
+        states = [{**state, **own} for state, own in zip(job.states, balanced, strict=True)]
         with job.timed("activations"):
             correlations = similarities(
-                group.propagation, trunk, job.states, job.data, job.names, pairs, part.similarity, job.owner, mixing
+                group.propagation,
+                trunk,
+                states,
+                job.data,
+                job.names,
+                list(pairs.values()),
+                part.similarity,
+                job.owner,
+                mixing,
             )
     alpha = alpha_by_class(part, trunk) if job.data is not None else 1.0
-    states = list(job.states)
+    states, images = list(job.states), [symmetry.identity().images] * len(job.states)
+    objectives = []
     with job.timed("matching bases"):
-        for i, pair in zip(others, pairs, strict=True):
-            own = {n: c[pair] if home < i else c[pair].T for n, c in correlations.items()}
+        for i in others:
+            pair = pairs[i]
             found = match(
                 trunk,
-                states[home],
-                states[i],
-                own,
+                balanced[reference],
+                balanced[i],
+                {n: c[pair] if reference < i else c[pair].T for n, c in correlations.items()},
                 alpha=alpha,
                 continuous=True,
                 seed=run.seed,
                 progress=run.progress,
             )
-            moved = symmetry.restrict(Permutation(symmetry.layout, found.permutation.images), chosen)
-            states[i] = Basis(symmetry.mixed, found.basis.matrices).apply(moved.apply(states[i]))
-    smaller, names = freeze(symmetry, chosen, lambda _: IN_ONE_BASIS)
-    bases = {symmetry.names[n]: str(symmetry.kind(n)) for n in sorted(mixing)}
-    back = gauges[home].inverse()  # The reference is in its own basis again, and the others are in it.
-    job = replace(job, states=tuple(back.apply(state) for state in states))
-    return replace(group, job=job, symmetry=smaller, still=group.still | {*names}, bases=bases)
+            moved = symmetry.restrict(Permutation(symmetry.layout, found.permutation.images), placed)
+            change = Basis(symmetry.mixed, found.basis.matrices)
+            states[i] = _changed(symmetry, job.states[i], (gauges[i], moved, change, gauges[reference].inverse()))
+            images[i] = moved.images
+            objectives.append(found.trace)
+    smaller, names = freeze(symmetry, placed, lambda _: IN_ONE_BASIS)
+    return replace(
+        group,
+        job=replace(job, states=tuple(states)),
+        symmetry=smaller,
+        still=group.still | {*names},
+        bases={symmetry.names[n]: str(symmetry.kind(n)) for n in sorted(mixing)},
+        placed=tuple({symmetry.names[n]: own[n] for n in placed - mixing} for own in images),
+        objectives=tuple(objectives),
+    )
+
+
+def _changed(
+    symmetry: Symmetry, state: Mapping[str, Tensor], steps: Sequence[Basis | Permutation]
+) -> dict[str, Tensor]:
+    """A state dict after some changes of its units, in float64 and rounded once."""
+    moved: Mapping[str, Tensor] = {
+        axis.parameter: in_double(state[axis.parameter].to("cpu")) for axis in symmetry.layout
+    }
+    for step in steps:
+        moved = step.apply(moved)
+    changed = dict(state)
+    for axis in symmetry.layout:
+        own = state[axis.parameter]
+        changed |= dict.fromkeys((axis.parameter, *axis.aliases), moved[axis.parameter].to(own.device, own.dtype))
+    return {name: changed[name] for name in state}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from fxmerge.shared import staying, without_shared
 from fxmerge.symmetry.flow import Flow, flows, never_merged
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis, Propagation
+from fxmerge.symmetry.units import Ids
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Prepared:
         still: the names of these classes.
         flow: what every parameter axis does with its units.
         bases: the kinds of the classes of which all models are in one basis already, by name.
+        placed: for every model, where the units of the blocks that these lie in were put to get there.
+        objectives: of the search for these bases, for every model but one, at the start and after every step.
     """
 
     job: Job
@@ -46,6 +48,8 @@ class Prepared:
     still: frozenset[str]
     flow: Mapping[Axis, Flow]
     bases: Mapping[str, str] = field(default_factory=dict)
+    placed: tuple[Mapping[str, Ids], ...] = ()
+    objectives: tuple[tuple[float, ...], ...] = ()
 
     @staticmethod
     def of(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, *, continuous: bool = False) -> Prepared:
@@ -104,13 +108,21 @@ class Prepared:
         job = self.job
         return capture_ops(job.model, *job.example, varying=set(job.varying))
 
-    def images(self, own: Sequence[np.ndarray[Any, Any]]) -> dict[str, list[int]]:
-        """For every class by name, the merged unit that each unit of one model goes into."""
-        moved = iter(own)
-        return {
-            name: (np.arange(c.size) if name in self.still else next(moved)).tolist()
-            for name, c in zip(self.whole.names, self.whole.units, strict=True)
-        }
+    def images(self, own: Sequence[Ids], model: int) -> dict[str, list[int]]:
+        """For every class by name, the merged unit that each unit of one model goes into; not for those whose units are
+        mixed.
+
+        Arguments:
+            own: the images of the classes of `symmetry`.
+            model: the number of the model.
+        """
+        moved, placed = iter(own), self.placed[model] if self.placed else {}
+        found = {}
+        for name, c in zip(self.whole.names, self.whole.units, strict=True):
+            image = placed.get(name, np.arange(c.size)) if name in self.still else next(moved)
+            if name not in self.bases:
+                found[name] = image.tolist()
+        return found
 
     def report(self, result: fx.GraphModule) -> Report:
         """What is told of any result."""

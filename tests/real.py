@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -38,8 +39,7 @@ class Translator(nn.Module):
 
 
 def _timm(name: str, **options: Any) -> nn.Module:
-    import timm
-
+    timm = pytest.importorskip("timm")
     model: nn.Module = timm.create_model(name, pretrained=False, num_classes=3, **options)
     return model
 

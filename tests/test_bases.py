@@ -16,7 +16,7 @@ from fxmerge import Align, Average, LeastSquares, Recipe, Symmetry, Zip
 from fxmerge.matching.balance import balance
 from fxmerge.matching.search import match, nearest
 from fxmerge.symmetry.kinds import fitting
-from fxmerge.units.basis import random_matrices
+from fxmerge.units.basis import Basis, random_matrices
 from fxmerge.units.kind import Kind
 from tests.oracle.continuous_networks import NETWORKS
 from tests.oracle.nullity import generic
@@ -261,3 +261,121 @@ def test_all_units_of_all_models_are_matched_with_none() -> None:
     merged = fxmerge.merge(model, other, recipe=recipe, example=args)
     for found, own in zip(merged(*args), (model, other), strict=True):
         assert torch.allclose(found, own(*args), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", but_slow([n for n in NETWORKS if len(NETWORKS[n].args) == 1], QUICK))
+def test_each_of_two_unrelated_models_is_kept(name: str) -> None:
+    """A model that counts alone comes back, whatever basis the other one has."""
+    network = NETWORKS[name]
+    first, args = generic(network.model(), network.args, network.seed)
+    second, _ = generic(network.model(), network.args, network.seed + 1)
+    for weights, model in (((1.0, 0.0), first), ((0.0, 1.0), second)):
+        recipe = Recipe(match=Align(continuous=True), combine=Average(weights=weights), fit=None)
+        merged = fxmerge.merge(first, second, recipe=recipe, example=args)
+        assert error(merged, model, args) < 1e-9
+
+
+def test_a_class_that_cannot_be_balanced_stays() -> None:
+    """What is written to a bottleneck is zero, as in a fresh adapter."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(5, 3, bias=False), nn.Linear(3, 4)) for _ in range(2)]
+    for model in models:
+        nn.init.zeros_(model[0].weight)  # type: ignore[arg-type]
+    x = torch.randn(7, 5)
+    recipe = Recipe(match=Align(continuous=True), combine=Average(weights=(1, 0)), fit=None)
+    merged = fxmerge.merge(*models, recipe=recipe, example=x)
+    assert error(merged, models[0], (x,)) < 1e-5
+
+
+class Adapted(nn.Module):
+    """A frozen layer behind a norm with gains, and an adapter of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.frozen, self.head = nn.RMSNorm(6), nn.Linear(6, 8), nn.Linear(8, 2)
+        self.a, self.b = nn.Linear(6, 3, bias=False), nn.Linear(3, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        out: Tensor = self.head((self.frozen(y) + self.b(self.a(y))).relu())
+        return out
+
+
+def test_a_frozen_base_stays_bit_by_bit() -> None:
+    first = generic(Adapted(), (torch.randn(4, 6),))[0]
+    second = generic(Adapted(), (torch.randn(4, 6),), 1)[0]
+    frozen = [n for n in first.state_dict() if n.startswith(("norm", "frozen", "head"))]
+    second.load_state_dict({n: first.state_dict()[n] if n in frozen else t for n, t in second.state_dict().items()})
+    x = torch.randn(4, 6, dtype=torch.float64)
+    merged = fxmerge.merge(first, second, recipe=CONTINUOUS, example=x)
+    assert all(torch.equal(merged.state_dict()[n], first.state_dict()[n]) for n in frozen)
+    assert fxmerge.report(merged).bases
+    assert set(frozen) <= set(fxmerge.report(merged).shared)
+
+
+def test_gains_stay_where_units_are_only_permuted() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 2)) for _ in range(2)]
+    for model in models:
+        nn.init.uniform_(model[2].weight, 0.5, 2)  # type: ignore[arg-type]
+    x = torch.randn(3, 4)
+    made = [
+        fxmerge.merge(*models, recipe=Recipe(match=Align(alpha=1, continuous=way), fit=None), example=x)
+        for way in (True, False)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in made), strict=True))
+
+
+def test_the_reference_stays_bit_by_bit_in_half_precision() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 5)).bfloat16() for _ in range(2)]
+    recipe = Recipe(match=Align(continuous=True, reference=0), combine=Average(weights=(1, 0)), fit=None)
+    merged = fxmerge.merge(*models, recipe=recipe, example=torch.randn(3, 6).bfloat16())
+    assert all(torch.equal(merged.state_dict()[n], t) for n, t in models[0].state_dict().items())
+
+
+def test_covariances_around_a_large_mean_are_exact() -> None:
+    """A stream with a constant that is many times its deviations."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 5))
+    nn.init.constant_(net[0].bias, 1000.0)  # type: ignore[arg-type]
+    x = torch.randn(256, 6)
+    twin = copy.deepcopy(net)
+    symmetry = fxmerge.find_symmetry(net, (x,))
+    turn = random_matrices(Kind.ORTHOGONAL, 1, 4, torch.Generator().manual_seed(1))
+    twin.load_state_dict(Basis(symmetry.mixed, {0: turn}).apply(net.state_dict()))
+    recipe = Recipe(match=Align(alpha=0, continuous=True), fit=None)
+    merged = fxmerge.merge(net, twin, [x], recipe)
+    assert error(merged, net, (x,)) < 1e-4
+
+
+def test_images_tell_where_blocks_went() -> None:
+    name = "attention, packed, fused and causal"
+    model, args, symmetry = original(name)
+    generator = torch.Generator().manual_seed(3)
+    order = symmetry.sample(generator)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(order.apply(model.state_dict()))
+    aligned = fxmerge.align(twin, to=model, recipe=CONTINUOUS, example=args)
+    images = fxmerge.report(aligned).images[0]
+    blocks = next(n for n in symmetry.names if n.startswith("blocks of"))
+    number = symmetry.names.index(blocks)
+    assert images[blocks] == order.inverse().images[number].tolist()
+    assert set(fxmerge.report(aligned).bases).isdisjoint(images)
+    assert not any(map(falls, fxmerge.report(aligned).objective))
+
+
+def test_a_symmetry_with_gains_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.RMSNorm(5), nn.Linear(5, 2)).double()
+    nn.init.uniform_(model[1].weight, 0.5, 2)  # type: ignore[arg-type]
+    x = torch.randn(3, 4, dtype=torch.float64)
+    given = fxmerge.find_symmetry(model, (x,))
+    merged = fxmerge.merge(model, copy.deepcopy(model), recipe=CONTINUOUS, symmetry=given, example=x)
+    assert "pass find_symmetry(canonicalize(model, args), args)" in caplog.text
+    assert torch.equal(merged.state_dict()["1.weight"], model[1].weight)  # type: ignore[arg-type]
+
+
+def test_align_makes_one_network_only() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(fxmerge.OptionError, match="align makes none"):
+        fxmerge.align(model, model, recipe=Recipe(match=Align(continuous="auto")), example=torch.zeros(1, 2))

@@ -130,7 +130,8 @@ def _first(x: Tensor, kind: Similarity, *, mixed: bool) -> tuple[Tensor, Tensor]
     """What is subtracted from an activation's units, and what they are multiplied with, so that all activations of a
     class count alike; by the first batch."""
     if mixed:
-        return torch.zeros_like(x[0]), 1 / x.square().mean().sqrt().clamp(min=1e-6)
+        shift = torch.zeros_like(x[0]) if kind == "cosine" else x.mean(dim=0)
+        return shift, 1 / (x - shift).square().mean().sqrt().clamp(min=1e-6)
     shift = torch.zeros_like(x[0]) if kind == "cosine" else x.mean(dim=0)
     size = (x - shift).square().mean(dim=0).sqrt()
     varies = size > 1e-6
@@ -168,7 +169,8 @@ def similarities(
             units of a model, since a change of basis keeps neither the mean nor the deviation of a single unit.
 
     Returns:
-        For each class number and pair a tensor of shape (units, units), rows for the first model; in [-1, 1].
+        For each class number and pair a tensor of shape (units, units), rows for the first model; in [-1, 1], but for
+        the covariances of mixed classes.
 
     Raises:
         LoaderError: if the loader is empty.

@@ -8,6 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.basis import centred_frame
 from fxmerge.units.kind import Kind
 
 Scores = NDArray[np.float64]
@@ -48,8 +49,7 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
         if n in gain:
             for parent, _ in symmetry.units[n].parents:
                 if parent in tree:
-                    mixed = symmetry.kind(n) > Kind.PERMUTATION
-                    lifted = lift(symmetry.arranged(n, parent), gain[n], mixed=mixed)
+                    lifted = lift(symmetry.arranged(n, parent), gain[n], symmetry.kind(n))
                     gain[parent] = gain[parent] + lifted if parent in gain else lifted
     members = set(tree)
 
@@ -65,9 +65,9 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
     return symmetry.build(choose).images
 
 
-def lift(arranged: Ids, gain: Scores, *, mixed: bool = False) -> Scores:
+def lift(arranged: Ids, gain: Scores, kind: Kind = Kind.PERMUTATION) -> Scores:
     """The best total gain of the members of every pair of blocks; `arranged` is (blocks, combinations, members).
-    Members are matched one to one, or, if they are `mixed`, by an orthogonal matrix."""
+    Members are matched one to one, or by the orthogonal matrices that their kind allows."""
     blocks, combinations, members = arranged.shape
     lifted = np.zeros((blocks, blocks))
     for c in range(combinations):
@@ -75,8 +75,12 @@ def lift(arranged: Ids, gain: Scores, *, mixed: bool = False) -> Scores:
             lifted += gain[np.ix_(arranged[:, c, 0], arranged[:, c, 0])]
             continue
         for i in range(blocks):
-            if mixed:
+            if kind > Kind.PERMUTATION:
                 pairs = gain[arranged[i, c][:, None, None], arranged[:, c].T[None]].transpose(2, 0, 1)
+                if kind == Kind.CENTRED:
+                    lifted[i] += pairs.sum((1, 2)) / members
+                    frame = centred_frame(members).numpy()
+                    pairs = frame.T @ pairs @ frame
                 lifted[i] += np.linalg.svd(pairs, compute_uv=False).sum(-1)
                 continue
             for j in range(blocks):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fxmerge.program.double import in_double
 from fxmerge.symmetry.base import Group
 from fxmerge.units.basis import Basis, gathered
 from fxmerge.units.kind import Kind
@@ -14,8 +15,9 @@ from fxmerge.units.kind import Kind
 ROUNDS = 50
 TOLERANCE = 1e-12
 
-SMALLEST = 1e-10
-"""The least variance along a direction, as a share of the mean variance, that counts."""
+SMALLEST = 1e-6
+"""A class is not balanced if what writes or reads its units is smaller than this along some direction, as a share of
+the mean over all directions: no basis would make both equal."""
 
 
 def balance(symmetry: Group, state: Mapping[str, Tensor]) -> Basis:
@@ -25,7 +27,8 @@ def balance(symmetry: Group, state: Mapping[str, Tensor]) -> Basis:
     read them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. The class is balanced where both are equal. This is so
     if MᵀM is the geometric mean of P⁻¹ and C. Balanced bases of one class differ by orthogonal matrices only. So two
     networks that differ by invertible matrices differ by orthogonal ones once both are balanced. Classes that meet in
-    one weight are balanced in turn, until all are.
+    one weight are balanced in turn, until all are. A class stays as it is if what writes or reads its units does not
+    span all of its directions.
 
     Arguments:
         symmetry: the group.
@@ -42,7 +45,7 @@ def balance(symmetry: Group, state: Mapping[str, Tensor]) -> Basis:
     """
     classes = [n for n in range(len(symmetry.units)) if symmetry.kind(n) == Kind.GENERAL_LINEAR]
     names = {own.axis.parameter for n in classes for own in symmetry.mixed[n]}
-    wide: Mapping[str, Tensor] = {name: state[name].double() for name in names}
+    wide: Mapping[str, Tensor] = {name: in_double(state[name].to("cpu")) for name in names}
     total = Basis(symmetry.mixed, {n: m for n, m in symmetry.identity_basis().matrices.items() if n in classes})
     for _ in range(ROUNDS):
         change = 0.0
@@ -61,18 +64,23 @@ def _step(symmetry: Group, number: int, state: Mapping[str, Tensor]) -> Tensor |
     """The matrices that balance a class, shape (blocks, units, units); None where nothing gives or reads its units."""
     sums: dict[bool, Tensor] = {}
     for own in symmetry.mixed[number]:
-        entries = gathered(state[own.axis.parameter], own).cpu()
+        entries = gathered(state[own.axis.parameter], own)
         product = entries @ entries.mT
         sums[own.inverse] = sums[own.inverse] + product if own.inverse in sums else product
-    if len(sums) < 2:
+    if len(sums) < 2 or not all(map(_spans, sums.values())):
         return None
     gives, root = (_power(sums[False], p) for p in (-0.5, 0.5))
     return _power(gives @ _power(root @ sums[True] @ root, 0.5) @ gives, 0.5)
 
 
+def _spans(matrix: Tensor) -> bool:
+    """Whether symmetric matrices that are not negative have no direction that is next to nothing."""
+    values = torch.linalg.eigvalsh(matrix)
+    return bool((values[..., 0] > SMALLEST * values.mean(-1)).all())
+
+
 def _power(matrix: Tensor, exponent: float) -> Tensor:
     """A power of symmetric matrices that are not negative."""
     values, vectors = torch.linalg.eigh(matrix)
-    least = SMALLEST * values.mean(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-    power: Tensor = (vectors * values.clamp(min=least)[..., None, :] ** exponent) @ vectors.mT
+    power: Tensor = (vectors * values[..., None, :] ** exponent) @ vectors.mT
     return power

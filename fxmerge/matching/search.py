@@ -154,7 +154,7 @@ class Problem:
         """Mixes the units of some classes of b by the orthogonal matrices that fit those of a best.
 
         For each block this is the orthogonal factor of its scores (Procrustes), on vectors whose entries sum to zero
-        where the mean must be kept. It is a maximiser also among invertible matrices that keep lengths.
+        where the mean must be kept.
         """
         for n in numbers:
             scores = torch.from_numpy(self.scores(n, usable[n]))

@@ -13,6 +13,18 @@ from fxmerge.symmetry.base import Group
 G = TypeVar("G", bound=Group)
 
 
+def moving_together(symmetry: Group, numbers: Iterable[int]) -> set[int]:
+    """Some classes, and all in which they are nested or that are nested in them, directly or not."""
+    found = set(numbers)
+    ancestors = [symmetry.ancestors(n) for n in range(len(symmetry.units))]
+    while True:
+        more = {n for n, above in enumerate(ancestors) if n not in found and above & found}
+        more |= {a for n in found for a in ancestors[n]} - found
+        if not more:
+            return found
+        found |= more
+
+
 def freeze(symmetry: G, numbers: Iterable[int], why: Callable[[str], str]) -> tuple[G, tuple[str, ...]]:
     """The symmetry in which some classes no longer move.
 
@@ -27,14 +39,7 @@ def freeze(symmetry: G, numbers: Iterable[int], why: Callable[[str], str]) -> tu
     Returns:
         The smaller symmetry, and the names of all classes that were taken from it.
     """
-    gone = set(numbers)
-    ancestors = [symmetry.ancestors(n) for n in range(len(symmetry.units))]
-    while True:
-        more = {n for n, above in enumerate(ancestors) if n not in gone and above & gone}
-        more |= {a for n in gone for a in ancestors[n]} - gone
-        if not more:
-            break
-        gone |= more
+    gone = moving_together(symmetry, numbers)
     number = {n: i for i, n in enumerate(n for n in range(len(symmetry.units)) if n not in gone)}
     units = tuple(
         replace(c, parents=tuple((number[p], at) for p, at in c.parents))

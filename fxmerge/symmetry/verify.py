@@ -117,6 +117,8 @@ def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, toleranc
     probe = probe.prepared(scales, {own.axis.parameter for n in open_ for own in symmetry.mixed[n]})
     basis = symmetry.sample_basis(generator)
     error = probe.change(basis.apply(probe.state))
+    if error > tolerance:  # Matrices cause more rounding than permutations.
+        tolerance = max(tolerance, min(10 * probe.rounding(generator), LOOSEST))
     if error <= tolerance:
         return symmetry, error
     kinds = list(symmetry.kinds)

@@ -71,7 +71,7 @@ class Basis:
         if hasattr(state_dict, "_metadata"):
             moved._metadata = state_dict._metadata  # type: ignore[attr-defined]
         for number, matrix in self.matrices.items():
-            inverse = torch.linalg.inv(matrix).mT
+            inverse = torch.linalg.inv(matrix).mT if any(own.inverse for own in self.mixed[number]) else matrix
             for own in self.mixed[number]:
                 name = own.axis.parameter
                 if name not in moved or tuple(moved[name].shape) != own.axis.shape:
