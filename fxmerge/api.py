@@ -164,6 +164,7 @@ def _merged(
     weights = validate.check_weights(recipe.combine.weights, len(models))
     asked = None if recipe.match is None else recipe.match.reference
     reference = validate.check_reference(asked, len(models), base is not None)
+    reference = reference if base is None else 0  # The base comes first.
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
     if of_scores(recipe):
         check_scores(job)
@@ -171,11 +172,10 @@ def _merged(
     job = group.job
     if recipe.share == NOTHING:
         return _side_by_side(group, recipe, weights)
-    home = reference if base is None else 0  # The base comes first.
     # The result must not depend on the order of models that are all matched with each other.
-    order = list(range(len(job.states))) if home is not None else canonical_order(job.states)
+    order = list(range(len(job.states))) if reference is not None else canonical_order(job.states)
     states = [job.states[i] for i in order]
-    matching = match(group, recipe, run, states, [job.names[i] for i in order], home)
+    matching = match(group, recipe, run, states, [job.names[i] for i in order], reference)
     with job.timed("combining"):
         aligned = [matching.alignment.apply(state, m) for m, state in enumerate(states)]
     counts = weights if base is not None else [weights[i] for i in order]
@@ -213,7 +213,7 @@ def _merged(
         heads=tuple(asdict(head) for head in job.heads),
         widths=widths_of(matching.units),
         config=configured(group, matching.merged, merged),
-        quality=renumbered(matching.quality, back if home is None else ()),
+        quality=renumbered(matching.quality, back if reference is None else ()),
         objective=(*group.objectives, *matching.objectives),
         zip_objective=matching.zip_objective,
         zipped_within=dict(matching.within),
@@ -289,6 +289,8 @@ def fold(
         raise OptionError("Recipe.match is not Zip, and fold merges units: pass Zip(...), or leave it out.")
     if recipe.share != AUTO:
         raise OptionError("Recipe.share is of several networks: leave it at 'auto' to fold one.")
+    if recipe.match.continuous:
+        raise OptionError("Zip.continuous is of several networks: leave it at False to fold one.")
     recipe = replace(recipe, match=replace(recipe.match, width=width, reference=None))
     if isinstance(width, int | float) and width > 1:
         raise OptionError(f"width is {width}, and fold makes a network smaller: pass a share up to 1, such as 0.7.")

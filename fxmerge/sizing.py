@@ -22,7 +22,7 @@ from fxmerge.errors import OptionError
 from fxmerge.matching.allot import Allotment, widths_to_try
 from fxmerge.matching.assignment import descendants
 from fxmerge.matching.nested import is_block
-from fxmerge.matching.room import Room, alike, may_change, wanted
+from fxmerge.matching.room import Room, alike, fits, may_change, wanted
 from fxmerge.matching.zip_search import mergeable
 from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
@@ -52,6 +52,12 @@ def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room | Allotm
             "Another width than 1 needs a model that torch.export can capture, and this one it cannot: "
             f"{group.job.program.why_fixed}. Leave the width at 1."
         )
+    for pattern in part.width if isinstance(part.width, Mapping) else ():
+        if any(fits(name, pattern) for name in group.bases) and not any(fits(n, pattern) for n in symmetry.names):
+            raise OptionError(
+                f"Zip.width names {pattern!r}, which is matched by a change of basis and keeps its width: leave it "
+                "out, or pass continuous=False."
+            )
     classes = mergeable(group.trunk, group.flow, group.one_to_one)
     fewer, more = may_change(symmetry, group.flow, classes)
     if isinstance(part.width, Budget):

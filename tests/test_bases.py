@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxmerge
-from fxmerge import Align, Average, LeastSquares, Recipe, Symmetry, Zip
+from fxmerge import Align, Average, LeastSquares, Recipe, Symmetry, TaskArithmetic, Zip
 from fxmerge.matching.balance import balance
 from fxmerge.matching.search import match, nearest
 from fxmerge.symmetry.kinds import fitting
@@ -379,3 +379,37 @@ def test_align_makes_one_network_only() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(fxmerge.OptionError, match="align makes none"):
         fxmerge.align(model, model, recipe=Recipe(match=Align(continuous="auto")), example=torch.zeros(1, 2))
+
+
+def test_a_width_of_a_mixed_class_is_refused() -> None:
+    name = "RMSNorm, gains"
+    model, args, symmetry = original(name)
+    stream = next(n for n, own in zip(symmetry.names, symmetry.kinds, strict=True) if own.kind == Kind.ORTHOGONAL)
+    recipe = Recipe(match=Zip(width={stream: 0.5}, continuous=True))
+    with pytest.raises(fxmerge.OptionError, match="matched by a change of basis and keeps its width"):
+        fxmerge.merge(model, planted(name, seed=2), loader_of(args), recipe)
+
+
+def test_a_base_stays_in_its_basis() -> None:
+    """Task vectors of networks that were tuned and then moved by elements of the whole group."""
+    name = "RMSNorm, gains"
+    base, args, symmetry = original(name)
+    generator = torch.Generator().manual_seed(4)
+    tuned, moved = [], []
+    for _ in range(2):
+        state = {n: noisy(t, 0.01, generator) for n, t in base.state_dict().items()}
+        tuned.append(state)
+        other = copy.deepcopy(base)
+        other.load_state_dict(symmetry.sample_basis(generator).apply(symmetry.sample(generator).apply(state)))
+        moved.append(other)
+    recipe = Recipe(match=Align(alpha=1, continuous=True), combine=TaskArithmetic(scale=1.0), fit=None)
+    merged = fxmerge.merge(*moved, base=base, recipe=recipe, example=args).state_dict()
+    for n, tensor in base.state_dict().items():
+        expected = tensor + sum(state[n] - tensor for state in tuned)
+        assert float((merged[n] - expected).norm()) <= 0.02 * float(expected.norm()), n
+
+
+def test_one_network_has_no_other_basis() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    with pytest.raises(fxmerge.OptionError, match="leave it at False to fold one"):
+        fxmerge.fold(model, recipe=Recipe(match=Zip(continuous=True)), example=torch.zeros(1, 4))

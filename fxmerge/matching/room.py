@@ -160,9 +160,9 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
     if named is not None:
         free = [symmetry.names[n] for n in sorted({*fewer, *more})]
         for pattern in named:
-            if not any(_fits(name, pattern) for name in symmetry.names):
+            if not any(fits(name, pattern) for name in symmetry.names):
                 raise OptionError(f"Zip.width names {pattern!r}, which is no class; there are {_some(symmetry.names)}.")
-            if not any(_fits(name, pattern) for name in free):
+            if not any(fits(name, pattern) for name in free):
                 raise OptionError(
                     f"Zip.width names {pattern!r}, but no class that it fits can have another width. These can: "
                     f"{_some(free) or 'none'}."
@@ -232,10 +232,10 @@ def _asked(widths: Mapping[str, float], name: str, size: int) -> float:
 
 def _pattern(widths: Mapping[str, float], name: str) -> str:
     """The first pattern of a mapping that fits a name; "" if none does."""
-    return next((pattern for pattern in widths if _fits(name, pattern)), "")
+    return next((pattern for pattern in widths if fits(name, pattern)), "")
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str) -> bool:
     """Whether a pattern fits a name, in which brackets are no pattern."""
     return name == pattern or fnmatchcase(name, pattern.replace("[", "[[]"))
 
