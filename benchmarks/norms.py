@@ -1,7 +1,7 @@
 """Whether the gains and shifts of norms are better fitted, or left at the average of the models'.
 
 What a norm gives is linear in its gain and shift, so that they could be layers like any other: here a form for layer
-and group norm is added to those of `fxmerge.refitting.forms`, and merges with and without it are compared.
+and group norm is added to those of `fxmerge.program.forms`, and merges with and without it are compared.
 
     python benchmarks/norms.py [--short] [--networks NAME ...] [--cache FOLDER] [--jobs 2] [--markdown FILE]
 
@@ -26,7 +26,7 @@ from torch.nn import functional
 
 import fxmerge
 from fxmerge.demo import recalibrated
-from fxmerge.refitting.forms import Arguments, Form, form
+from fxmerge.program.forms import Arguments, Form, form
 
 LONG = ("resnet20-1-gn", "resnet20-2-gn", "vit-fused", "vit-separate", "convnext", "mixer")
 SHORT = ("digits-vgg-gn",)

@@ -39,19 +39,13 @@ def with_gains_moved(job: Job) -> Job:
     The gains of batch norms stay: their statistics may be estimated anew, and then would no longer be those that the
     gains were moved with. So do gains whose move would change a tensor that all models share, such as a frozen base.
     """
+    fixed = {name for pair in batch_norm_statistics(job.program) for name in pair}
+    fixed |= {name for name in equal_names(job.states) if not is_uniform(job.states[0][name])}
     with job.timed("canonicalizing"):
-        plan = plan_folds(job.program)
-        fixed = {name for pair in batch_norm_statistics(job.program) for name in pair}
-        fixed |= {name for name in equal_names(job.states) if not is_uniform(job.states[0][name])}
-        wanted = {}
-        for number, where in plan.choose(job.states).items():
-            fold = plan.moves[number].fold(where)
-            if fixed.isdisjoint((*fold.parameters, *fold.into)):
-                wanted[number] = where
-        chosen = plan.checked(job.states[0], wanted)
-        for fold in plan.folds(chosen):
-            logger.info("moved %s", fold)
-        return replace(job, states=tuple(plan.apply(state, chosen) for state in job.states))
+        states, folds = plan_folds(job.program).apply_all(job.states, fixed)
+    for fold in folds:
+        logger.info("moved %s", fold)
+    return replace(job, states=tuple(states))
 
 
 def in_one_basis(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, reference: int | None) -> Prepared:
@@ -119,7 +113,7 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
     with job.timed("matching bases"):
         for i in others:
             pair = pairs[i]
-            found = match(
+            matched = match(
                 trunk,
                 balanced[reference],
                 balanced[i],
@@ -129,11 +123,11 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
                 seed=run.seed,
                 progress=run.progress,
             )
-            moved = symmetry.restrict(Permutation(symmetry.layout, found.permutation.images), placed)
-            change = Basis(symmetry.mixed, found.basis.matrices)
+            moved = symmetry.restrict(Permutation(symmetry.layout, matched.permutation.images), placed)
+            change = Basis(symmetry.mixed, matched.basis.matrices)
             states[i] = _changed(symmetry, job.states[i], (gauges[i], moved, change, gauges[reference].inverse()))
             images[i] = moved.images
-            objectives.append(found.trace)
+            objectives.append(matched.trace)
     smaller, names = freeze(symmetry, placed, lambda _: IN_ONE_BASIS)
     return replace(
         group,
@@ -157,6 +151,6 @@ def _changed(
         moved = step.apply(moved)
     changed = dict(state)
     for axis in symmetry.layout:
-        own = state[axis.parameter]
-        changed |= dict.fromkeys((axis.parameter, *axis.aliases), moved[axis.parameter].to(own.device, own.dtype))
+        before, after = state[axis.parameter], moved[axis.parameter]
+        changed |= dict.fromkeys((axis.parameter, *axis.aliases), after.to(before.device, before.dtype))
     return {name: changed[name] for name in state}

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fxmerge.emit.sizes import CannotResizeError, Sizes
 from fxmerge.emit.written_sizes import Changes, changes_of
 from fxmerge.program.captured import AtenGraph, Program, quiet
-from fxmerge.refitting.forms import bind
+from fxmerge.program.forms import bind
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation
 from fxmerge.units.unit_map import UnitMap

@@ -11,7 +11,7 @@ import numpy as np
 from torch import fx
 
 from fxmerge.emit.sizes import Sizes
-from fxmerge.refitting.forms import bind
+from fxmerge.program.forms import bind
 from fxmerge.symmetry.rules import elementwise, find_rule
 
 Changes = dict[str, Any]

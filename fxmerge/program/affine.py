@@ -16,14 +16,13 @@ from fxmerge.program.channels import (
     Followed,
     Known,
     Operand,
-    arguments,
     follow,
     is_tensor,
-    op_name,
     operand,
     readers_of,
     shape_of,
 )
+from fxmerge.program.forms import bind, op_name
 from fxmerge.program.products import Layer, Layers
 
 LAST = ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
@@ -100,7 +99,7 @@ class Sites:
         name = op_name(node)
         if name not in (*LAST, *SECOND):
             return None
-        call = arguments(node)
+        call = bind(node)
         data = call.get("input", call.get("self"))
         results = [node]
         if not is_tensor(node):  # Its statistics are results too.
@@ -132,7 +131,7 @@ class Sites:
         """A site that is a product with a parameter, and the sum with another one that may follow."""
         if op_name(node) != "mul" or not is_tensor(node):
             return None
-        call = arguments(node)
+        call = bind(node)
         pair = call["self"], call["other"]
         for data, vector in (pair, pair[::-1]):
             gain = self.layers.operand(vector)
@@ -149,7 +148,7 @@ class Sites:
         if len(readers) != 1 or op_name(readers[0]) != "add":
             return site
         (total,) = readers
-        call = arguments(total)
+        call = bind(total)
         other = call["other"] if call["self"] is node else call["self"]
         shift = self.layers.operand(other)
         if shift is None or call["alpha"] != 1 or shape_of(total) != tuple(site.ids.shape):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,10 @@ from fxmerge.program import models
 from fxmerge.program.affine import ACTIVATIONS, Site, Sites
 from fxmerge.program.capture import other_values
 from fxmerge.program.captured import Program
-from fxmerge.program.channels import Operand, op_name, operand
-from fxmerge.program.double import InDouble, in_double
+from fxmerge.program.channels import Operand, operand
+from fxmerge.program.double import InDouble, in_double, largest_change
 from fxmerge.program.emission import duplicate
+from fxmerge.program.forms import op_name
 from fxmerge.program.moves import Fold as Fold
 from fxmerge.program.moves import Move, State
 from fxmerge.program.products import Layer, Layers, Scaling
@@ -65,10 +66,6 @@ class Plan:
         chosen = {number: move.where(wide) for number, move in enumerate(self.moves)}
         return {number: where for number, where in chosen.items() if where is not None}
 
-    def folds(self, chosen: Mapping[int, str]) -> tuple[Fold, ...]:
-        """What is told of the moves."""
-        return tuple(self.moves[number].fold(where) for number, where in chosen.items())
-
     def apply(self, state: State, chosen: Mapping[int, str] | None = None) -> dict[str, Tensor]:
         """A state dict after the moves, computed in float64 and rounded once. Tensors that no move changes are those of
         `state`.
@@ -88,14 +85,22 @@ class Plan:
             self.moves[number].apply(wide, where)
         return {name: wide[stands] for name, stands in self.program.aliases.items() if stands in wide}
 
-    def apply_all(self, states: Sequence[State]) -> tuple[list[dict[str, Tensor]], tuple[Fold, ...]]:
+    def apply_all(
+        self, states: Sequence[State], fixed: Collection[str] = ()
+    ) -> tuple[list[dict[str, Tensor]], tuple[Fold, ...]]:
         """Some state dicts after the same moves, each checked on the first of them, and what was moved.
+
+        Arguments:
+            states: of the program.
+            fixed: names of tensors that no move may change.
 
         Raises:
             OptionError: if the program was captured without example inputs.
         """
-        chosen = self.checked(states[0], self.choose(states))
-        return [self.apply(state, chosen) for state in states], self.folds(chosen)
+        folds = {number: self.moves[number].fold(where) for number, where in self.choose(states).items()}
+        free = {n: fold.where for n, fold in folds.items() if {*fold.parameters, *fold.into}.isdisjoint(fixed)}
+        chosen = self.checked(states[0], free)
+        return [self.apply(state, chosen) for state in states], tuple(folds[number] for number in chosen)
 
     def _named(self, state: State) -> dict[str, Tensor]:
         return {name: state[name] for name in self.program.parameters}
@@ -147,15 +152,7 @@ class _Check:
 
     def change(self, state: State) -> float:
         """The largest change of an output, relative to the largest value of that output."""
-        changes = [0.0]
-        for before, after in zip(self.expected, self._run(state), strict=True):
-            finite = before.isfinite()
-            if not torch.equal(finite, after.isfinite()):
-                return torch.inf
-            if finite.any():
-                scale = float(before[finite].abs().max()) or 1.0
-                changes.append(float((before[finite] - after[finite]).abs().max()) / scale)
-        return max(changes)
+        return largest_change(self.expected, self._run(state))
 
 
 # ------------------------------------------------------------------------------------ planning

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.program.forms import bind, op_name
+
 INERT, ZERO = -1, -2
 """The numbers of entries that the vector does not touch, and of zeros, such as of padding, which no gain changes."""
 
@@ -45,19 +47,6 @@ SIZES = frozenset(
     )
 )
 """Ops that read the shape or the dtype of an operand, and no values."""
-
-
-def op_name(node: fx.Node) -> str:
-    """The name of the ATen op that a node calls, without its overload; nothing for other nodes."""
-    return str(getattr(getattr(node.target, "_schema", None), "name", "")).removeprefix("aten::")
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a node by the names of its op's schema, defaults included."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    bound = {a.name: a.default_value for a in schema if a.has_default_value()}
-    bound.update(zip((a.name for a in schema), node.args, strict=False))
-    return bound | node.kwargs
 
 
 def is_tensor(node: Any) -> bool:
@@ -151,7 +140,7 @@ def _step(node: fx.Node, known: Known) -> Followed | None:
     if len(tensors) != 1 or tensors[0] not in known:
         return None
     source = known[tensors[0]]
-    call = arguments(node) if name else {}
+    call = bind(node) if name else {}
     if name in MOVES:
         return replace(source, ids=run(node, {tensors[0]: source.ids}))
     if name in DROPOUTS:
@@ -183,7 +172,7 @@ def _joined(node: fx.Node, known: Known) -> Followed | None:
 
 def _multiplied(node: fx.Node, known: Known) -> Followed | None:
     """A vector in one factor of a product. Only a number multiplies all shifts alike."""
-    call = arguments(node)
+    call = bind(node)
     pair = call["self"], call["other"]
     inside = [value for value in pair if isinstance(value, fx.Node) and value in known]
     divides = op_name(node) == "div"
@@ -306,7 +295,7 @@ def added_number(node: fx.Node) -> float:
     """The number that a node adds to a tensor; 0 for all other nodes."""
     if op_name(node) != "add":
         return 0.0
-    call = arguments(node)
+    call = bind(node)
     numbers = [value for value in (call["self"], call["other"]) if isinstance(value, (int, float))]
     return float(numbers[0]) if len(numbers) == 1 and call["alpha"] == 1 else 0.0
 

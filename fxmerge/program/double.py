@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,32 @@ def in_double(value: Any) -> Any:
     if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return value
     return value.to(torch.complex128 if value.is_complex() else torch.float64)
+
+
+def largest_change(before: Sequence[Tensor], after: Sequence[Tensor], smallest: float = 0.0) -> float:
+    """The largest change of an entry of a tensor, relative to the largest entry of that tensor.
+
+    Arguments:
+        before: tensors of numbers.
+        after: as many, of the same shapes.
+        smallest: a tensor of entries that are smaller than this counts as if its largest were this.
+
+    Returns:
+        The change; infinite where other entries are finite than before. Entries that are not finite do not count.
+
+    Example:
+        >>> largest_change([torch.tensor([1.0, -4.0])], [torch.tensor([2.0, -4.0])])
+        0.25
+    """
+    changes = [0.0]
+    for one, other in zip(before, after, strict=True):
+        finite = one.isfinite()
+        if not torch.equal(finite, other.isfinite()):
+            return torch.inf
+        if finite.any():
+            scale = max(float(one[finite].abs().max()), smallest) or 1.0
+            changes.append(float((one[finite] - other[finite]).abs().max()) / scale)
+    return max(changes)
 
 
 class InSingle(TorchDispatchMode):

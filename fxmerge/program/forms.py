@@ -53,23 +53,34 @@ def form(*names: str) -> Callable[[F], F]:
     stands for its shape and dtype; it returns None for a call that is not linear."""
 
     def register(function: F) -> F:
-        _FORMS.update({f"aten::{name}": function for name in names})
+        _FORMS.update(dict.fromkeys(names, function))
         return function
 
     return register
 
 
+def op_name(node: fx.Node) -> str:
+    """The name of the ATen op that a node calls, without its overload; nothing for other nodes."""
+    return str(getattr(getattr(node.target, "_schema", None), "name", "")).removeprefix("aten::")
+
+
 def bind(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a node by the names of its op's schema."""
+    """The arguments of a node by the names of its op's schema, defaults included."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     bound = {a.name: a.default_value for a in schema if a.has_default_value()}
     bound.update(zip((a.name for a in schema), node.args, strict=False))
     return bound | node.kwargs
 
 
+def argument(arguments: Arguments, name: str) -> Any:
+    """An argument by its name, or by its name and place as in `tensors.1`."""
+    name, _, place = name.partition(".")
+    return arguments[name][int(place)] if place else arguments[name]
+
+
 def form_of(node: fx.Node) -> Form | None:
     """How a node's call is written, None if it is not linear in an operand or not known to be."""
-    function = _FORMS.get(getattr(getattr(node.target, "_schema", None), "name", ""))
+    function = _FORMS.get(op_name(node))
     if function is None:
         return None
     return function(fx.map_arg(bind(node), lambda n: n.meta.get("val")))

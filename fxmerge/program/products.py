@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,16 +17,15 @@ from fxmerge.program.channels import (
     Followed,
     Known,
     Operand,
-    arguments,
     constant_along,
     is_tensor,
-    op_name,
     operand,
     passes_on,
     readers_of,
     shape_of,
     step,
 )
+from fxmerge.program.forms import RESULT, argument, bind, form_of, op_name
 
 
 @dataclass(frozen=True)
@@ -204,45 +202,26 @@ class Layers:
 
     def product(self, node: fx.Node) -> Product | None:
         """A node as a product of data with a weight that may be changed."""
-        name = op_name(node)
-        if name not in _OPERANDS or not is_tensor(node):
+        form = form_of(node) if is_tensor(node) else None
+        if form is None:
             return None
-        call = arguments(node)
-        if name == "einsum":
-            left, arrow, out = call["equation"].replace(" ", "").partition("->")
-            tensors, letters = list(call["tensors"]), left.split(",")
-            if not arrow or len(tensors) != 2 or "." in call["equation"]:
-                return None
-            both: list[Any] = [*zip(tensors, letters, strict=True)]
-        else:
-            first, second, bias_name = _OPERANDS[name]
-            if call.get("alpha", 1) != 1 or call.get("beta", 1) != 1:
-                return None
-            own = _letters(name, call[first], call[second])
-            if own is None:
-                return None
-            out = own[2]
-            both = [(call[first], own[0]), (call[second], own[1])]
-        bias = None if name == "einsum" or bias_name is None else call[bias_name]
+        call, (*terms, out) = bind(node), form.terms
+        bias = None if form.bias is None else call[form.bias]
+        convolves = RESULT in (form.views or {})
+        both = [(argument(call, name), term) for name, term in zip(form.operands, terms, strict=True)]
         for (data, data_term), (other, weight_term) in (both, both[::-1]):
             weight = self.operand(other)
             if weight is not None and not weight.offset and is_tensor(data) and data not in self.program.derived:
                 changed = self.operand(bias)
-                if changed is not None and (
-                    changed.offset or not _is_row(changed, self._shape(changed), out, weight_term)
-                ):
+                along_rows = convolves or out[-1] in weight_term
+                if changed is not None and not (along_rows and _is_row(changed, self._shape(changed))):
                     changed = None
-                if name.startswith("conv"):
+                if convolves:
                     return self._convolution(node, call, weight, changed) if other is call["weight"] else None
                 return Product(node, data, weight, changed, bias is not None, (data_term, weight_term, out))
         return None
 
-    def _convolution(
-        self, node: fx.Node, call: Mapping[str, Any], weight: Operand, bias: Operand | None
-    ) -> Product | None:
-        shape = self._shape(weight)
-        if len(shape_of(call["input"])) != len(shape):
-            return None
+    def _convolution(self, node: fx.Node, call: Mapping[str, Any], weight: Operand, bias: Operand | None) -> Product:
         padding = call["padding"]
         padded = (
             padding == "same" if isinstance(padding, str) else any([padding] if isinstance(padding, int) else padding)
@@ -252,42 +231,9 @@ class Layers:
         return Product(node, call["input"], weight, bias, has_bias, None, call["groups"], transposed, padded)
 
 
-_OPERANDS: dict[str, tuple[str, str, str | None]] = {
-    "linear": ("input", "weight", "bias"),
-    "mm": ("self", "mat2", None),
-    "bmm": ("self", "mat2", None),
-    "matmul": ("self", "other", None),
-    "addmm": ("mat1", "mat2", "self"),
-    "baddbmm": ("batch1", "batch2", "self"),
-    "einsum": ("", "", None),
-    **{f"conv{t}{n}d": ("input", "weight", "bias") for n in (1, 2, 3) for t in ("", "_transpose")},
-    "convolution": ("input", "weight", "bias"),
-}
-"""Ops that multiply data with a weight: the names of both operands, and of what is added."""
-
-
-def _letters(name: str, first: fx.Node, second: fx.Node) -> tuple[str, str, str] | None:
-    """The letters of both operands and of the result, as in an einsum; empty ones for a convolution."""
-    if name.startswith("conv"):
-        return "", "", ""
-    m, n = len(shape_of(first)), len(shape_of(second))
-    if name == "linear":
-        rows = string.ascii_lowercase[: m - 1]
-        return (rows + "I", "OI", rows + "O") if n == 2 else None
-    if min(m, n) < 2:
-        return None
-    batch = string.ascii_lowercase[: max(m, n) - 2]
-    return batch[len(batch) - m + 2 :] + "MK", batch[len(batch) - n + 2 :] + "KN", batch + "MN"
-
-
-def _is_row(bias: Operand, shape: tuple[int, ...], out: str, weight: str) -> bool:
-    """Whether a bias has one entry for each row of the weight, along the last dimension of the result."""
-    return (
-        len(shape) > 0
-        and shape[-1] == max(shape)
-        and all(n == 1 for n in shape[:-1])
-        and (not out or out[-1] in weight)
-    )
+def _is_row(bias: Operand, shape: tuple[int, ...]) -> bool:
+    """Whether a bias has one entry for each row of the weight, as it is, along its last dimension."""
+    return not bias.offset and len(shape) > 0 and shape[-1] == max(shape) and all(n == 1 for n in shape[:-1])
 
 
 def _read_columns(product: Product, ids: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...], bool] | None:

@@ -11,26 +11,19 @@ from torch import Tensor, fx
 
 from fxmerge.errors import OptionError
 from fxmerge.program.captured import Program
-from fxmerge.refitting.forms import RESULT, bind, form_of
-from fxmerge.refitting.layers import Layer, Layers, Use, operand
+from fxmerge.program.forms import RESULT, argument, bind, form_of, op_name
+from fxmerge.refitting.layers import Layer, Layers, Use
 
-_SAME = frozenset(
-    f"aten::{name}"
-    for name in ("clone", "contiguous", "alias", "detach", "_to_copy", "to", "log_softmax", "_log_softmax")
-)
+_SAME = frozenset(("clone", "contiguous", "alias", "detach", "_to_copy", "to", "log_softmax", "_log_softmax"))
 """Ops that keep every entry where it is. The softmax of a `log_softmax` is that of what it reads."""
 
-_MOVING = {
-    "aten::_unsafe_view": "aten::reshape",
-    **{
-        name: name
-        for name in (
-            *("aten::view", "aten::reshape", "aten::flatten", "aten::unflatten", "aten::squeeze", "aten::unsqueeze"),
-            *("aten::transpose", "aten::permute", "aten::t", "aten::slice", "aten::select"),
-        )
-    },
-}
-"""Ops that only move entries; what runs in their place on numbers of classes."""
+_MOVING = frozenset(
+    (
+        *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
+        *("transpose", "permute", "t", "slice", "select"),
+    )
+)
+"""Ops that only move entries."""
 
 INSTEAD = "pass LeastSquares() for outputs that are no scores of classes."
 
@@ -94,7 +87,7 @@ def score_layers(program: Program, layers: Layers, last: Sequence[Layer]) -> Sco
 def _way(answer: fx.Node) -> tuple[list[fx.Node], fx.Node]:
     """The ops between an output and what gives its entries, first to last, and the node that gives them."""
     chain, node = list[fx.Node](), answer
-    while (name := _name(node)) in _SAME or name in _MOVING:
+    while (name := op_name(node)) in _SAME or name in _MOVING:
         if not node.args or not isinstance(node.args[0], fx.Node):
             break
         chain.append(node)
@@ -102,16 +95,12 @@ def _way(answer: fx.Node) -> tuple[list[fx.Node], fx.Node]:
     return chain[::-1], node
 
 
-def _name(node: fx.Node) -> str:
-    return str(getattr(getattr(node.target, "_schema", None), "name", ""))
-
-
 def _not_fitted(program: Program, source: fx.Node, layers: Layers) -> dict[str, str]:
     """For a product with parameters that are in no layer, such as those of a tied embedding, why they are in none."""
     form = form_of(source)
     if form is None:
         return {}
-    operands = [operand(bind(source), name) for name in form.operands]
+    operands = [argument(bind(source), name) for name in form.operands]
     found = {node for node in operands if isinstance(node, fx.Node) and node in program.derived}
     todo, names = list(found), dict[str, str]()
     while todo:
@@ -128,7 +117,7 @@ def _why_not(layer: Layer, use: Use, chain: Sequence[fx.Node]) -> str | None:
     groups, _, classes = layer.codes.shape
     if groups > 1:
         return "it has several groups, and scores of all groups are compared with each other"
-    added = use.form.bias is not None and operand(bind(use.node), use.form.bias) is not None
+    added = use.form.bias is not None and argument(bind(use.node), use.form.bias) is not None
     if added != use.biased:
         return "what is added to its scores is no parameter of it"
     dim = _class_dim(use)
@@ -138,8 +127,8 @@ def _why_not(layer: Layer, use: Use, chain: Sequence[fx.Node]) -> str | None:
     sizes = [_number(size) for size in value.shape]
     numbers = torch.arange(classes).reshape([-1 if d == dim else 1 for d in range(len(sizes))]).expand(sizes)
     for node in chain:
-        if _name(node) in _SAME:
-            if "softmax" in _name(node) and numbers.stride(bind(node)["dim"]) != 1:
+        if op_name(node) in _SAME:
+            if "softmax" in op_name(node) and numbers.stride(bind(node)["dim"]) != 1:
                 return f"{node.target} goes over another dimension than that of its classes"
             continue
         found = _moved(node, numbers)
@@ -166,10 +155,10 @@ def _moved(node: fx.Node, numbers: Tensor) -> Tensor | None:
         return numbers if arg is node.args[0] else _number(arg.meta["val"])
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), shown)
-    name = _MOVING[_name(node)].removeprefix("aten::")
+    name = op_name(node)
     try:
         # Views of expanded numbers cost no memory; where classes are cut, a copy would not be as expected anyway.
-        found = getattr(torch.ops.aten, "reshape" if name == "view" else name)(*args, **kwargs)
+        found = getattr(torch.ops.aten, "reshape" if name in ("view", "_unsafe_view") else name)(*args, **kwargs)
     except (RuntimeError, TypeError):
         return None
     return found if isinstance(found, Tensor) else None

@@ -11,8 +11,7 @@ from torch import Tensor, fx
 
 from fxmerge.combine.batch_norm import statistics_nodes
 from fxmerge.program.captured import Program
-from fxmerge.refitting.forms import Form, bind, form_of
-from fxmerge.refitting.layers import operand
+from fxmerge.program.forms import Form, argument, bind, form_of
 from fxmerge.units.unit_map import UnitMap
 
 State = Mapping[str, Tensor]
@@ -105,7 +104,7 @@ def _layer(program: Program, node: Any) -> _Layer | None:
     if form is None:
         return None
     arguments = bind(node)
-    sources = [program.sources.get(operand(arguments, name), ("", "")) for name in form.operands]
+    sources = [program.sources.get(argument(arguments, name), ("", "")) for name in form.operands]
     of_parameters = [i for i, (kind, _) in enumerate(sources) if kind == "parameter"]
     if len(of_parameters) != 1:
         return None

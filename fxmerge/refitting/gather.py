@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 from fxmerge.errors import LoaderError, NonFiniteError
 from fxmerge.evidence.moments import Moments
+from fxmerge.program.forms import bind
 from fxmerge.refitting.cross_entropy import ScoreRows, fit_scores
-from fxmerge.refitting.forms import bind
 from fxmerge.refitting.layers import Layer, Use
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.ridge import Fit, NormalEquations, fit, step_without

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.program.captured import Program
-from fxmerge.refitting.forms import RESULT, Form, bind, form_of
+from fxmerge.program.forms import RESULT, Form, argument, bind, form_of
 
 _ROOM = 2**40
 """More than the entries of any parameter: an entry's code is its parameter's number times this, plus its position."""
@@ -67,13 +67,13 @@ class Use:
 
     def size(self, arguments: Mapping[str, Any]) -> int:
         """How many rows the data have."""
-        x = self.form.view(self.data, operand(arguments, self.data), arguments)
+        x = self.form.view(self.data, argument(arguments, self.data), arguments)
         return prod(x.shape[self.data_term.index(letter)] for letter in self.kinds.rows)
 
     def features(self, arguments: Mapping[str, Any], chosen: Tensor | None) -> Tensor:
         """What is multiplied with the coefficients: shape (groups, rows, features), of some rows or of all; at least
         in float32."""
-        x = self.form.view(self.data, operand(arguments, self.data), arguments)
+        x = self.form.view(self.data, argument(arguments, self.data), arguments)
         x = self._matrices(x, self.data_term, self.kinds.features, chosen)
         return torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2) if self.biased else x
 
@@ -89,12 +89,6 @@ class Use:
         split = len(self.kinds.groups)
         x = x.reshape(len(x), prod(others[:split]), prod(others[split:])).transpose(0, 1)
         return x.float() if x.element_size() < 4 else x
-
-
-def operand(arguments: Mapping[str, Any], name: str) -> Any:
-    """An argument by its name, or by its name and place as in `tensors.1`."""
-    name, _, place = name.partition(".")
-    return arguments[name][int(place)] if place else arguments[name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +230,7 @@ class _Finder:
         if form is None:
             return None
         arguments = bind(node)
-        nodes = [operand(arguments, name) for name in form.operands]
+        nodes = [argument(arguments, name) for name in form.operands]
         if node.meta["val"].is_complex():
             return f"its product at graph node {node.name!r} is of complex numbers"
         if not all(isinstance(n, fx.Node) for n in nodes) or sum(n in self.program.derived for n in nodes) != 1:
@@ -264,7 +258,7 @@ class _Finder:
             for own in (kinds.groups, kinds.features, kinds.outputs)
         ]
         codes, claimed = codes.reshape(sizes), {weight}
-        bias = operand(arguments, form.bias) if form.bias is not None else None
+        bias = argument(arguments, form.bias) if form.bias is not None else None
         added = self._bias(form, bias, kinds, shown, sizes)
         if added is not None:
             codes = torch.cat([codes, added], dim=1)

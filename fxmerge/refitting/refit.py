@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 
 from fxmerge.combine.batch_norm import alike, statistics_nodes
 from fxmerge.program.captured import Program
+from fxmerge.program.forms import argument, bind, form_of
 from fxmerge.progress import Ticker
 from fxmerge.refitting.boundaries import Boundaries
 from fxmerge.refitting.class_scores import ScoreLayers, score_layers
 from fxmerge.refitting.course import Course, Lane, Lesson
-from fxmerge.refitting.forms import bind, form_of
 from fxmerge.refitting.gather import LayerFit, Statistics, Teacher, Values
-from fxmerge.refitting.layers import Layer, Layers, Use, find_layers, operand
+from fxmerge.refitting.layers import Layer, Layers, Use, find_layers
 from fxmerge.refitting.output_error import OutputDistance, OutputErrors, asked, comparable, of_last_layers
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.repair import Repair
@@ -380,7 +380,7 @@ def _mostly(layer: Layer, names: Collection[str]) -> bool:
 def _apart(use: Use, places: Places) -> bool:
     """Whether merged units lie along the data of a use and along its output too: what it gives in units of a parent's
     own does not become what it gives in merged ones by merging its outputs."""
-    return places.moved(operand(bind(use.node), use.data), use.kept_dims)
+    return places.moved(argument(bind(use.node), use.data), use.kept_dims)
 
 
 def _in_other_units(layer: Layer, places: Sequence[Places]) -> bool:
@@ -391,7 +391,7 @@ def _in_other_units(layer: Layer, places: Sequence[Places]) -> bool:
 
 def _shown(use: Use, places: Places) -> bool:
     """Whether a use's output is what is fitted, and shows in which merged units it is."""
-    added = use.form.bias is not None and operand(bind(use.node), use.form.bias) is not None
+    added = use.form.bias is not None and argument(bind(use.node), use.form.bias) is not None
     return places.known(use.node) and added == use.biased
 
 

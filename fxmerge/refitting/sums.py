@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from fxmerge.refitting.forms import bind
+from fxmerge.program.forms import bind
 
 _Step = tuple[Literal["permute", "reshape"], tuple[int, ...]]
 """Dimensions, or sizes; of these -1 is what is left, and -2 - d the size of dimension d of what is reshaped."""
