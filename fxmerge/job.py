@@ -129,12 +129,11 @@ class Job:
             )
         with self.timed("symmetry"):
             if given is None:
-                found, symmetry = analyse(self.program, free=free, states=self.states)
+                found, symmetry = analyse(self.program, free=free, states=self.states, continuous=continuous)
             else:
                 check_fits(given, self.program)
                 found, symmetry = propagate(self.program), fitting(given, self.states)
-        if not continuous:
-            symmetry = replace(symmetry, kinds=())
+                symmetry = symmetry if continuous else replace(symmetry, kinds=())
         if verify:
             with self.timed("verification"):
                 symmetry = symmetry.verify(self.model, *self.example)

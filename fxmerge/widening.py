@@ -59,7 +59,7 @@ def of_equal_width(
         return tuple(given)
     if any(_ops(program) != _ops(programs[0]) for program in programs):
         return tuple(given)
-    found = [analyse(program) for program in programs]
+    found = [analyse(program, continuous=False) for program in programs]
     symmetries = [symmetry for _, symmetry in found]
     if any(symmetry.names != symmetries[0].names or not symmetry.names for symmetry in symmetries):
         return tuple(given)

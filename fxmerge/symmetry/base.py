@@ -1,4 +1,4 @@
-"""The permutation group of a model: its equivalence classes, and the elements that they generate."""
+"""The symmetry group of a model: its equivalence classes, and the elements that they generate."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class EquivalenceClass:
 
 @dataclass(frozen=True)
 class Group:
-    """The coordinate permutations of a model's parameters that leave its function unchanged.
+    """The permutations and changes of basis of a model's parameters that leave its function unchanged.
 
     Attributes:
         units: the movable classes in the form that the algorithms use, parents before children.
@@ -163,8 +163,14 @@ class Group:
         return self.kinds[number].scales if self.kinds else frozenset()
 
     def dimension(self) -> int:
-        """The dimension of the group of changes of basis that leave the function unchanged: the number of directions in
-        which the parameters can be moved continuously by mixing units of the classes."""
+        """The dimension of the group of changes of basis that leave the function unchanged.
+
+        Example:
+            >>> import torch, fxmerge
+            >>> bottleneck = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(3, 5))
+            >>> fxmerge.find_symmetry(bottleneck, (torch.zeros(1, 4),)).dimension()  # of GL(3)
+            9
+        """
         sizes = map(combinations, self.units)
         return sum(count * self.kind(n).dimension(each) for n, (count, each) in enumerate(sizes))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fxmerge.symmetry.base import ClassAxis, Group
+from fxmerge.symmetry.base import ClassAxis, EquivalenceClass, Group
 from fxmerge.symmetry.structure import combinations
-from fxmerge.units.kind import Kind, UnitKind
+from fxmerge.units.kind import Kind
 
 SHOWN = 4
 """How many axes of a class are listed."""
@@ -15,13 +15,12 @@ def describe(symmetry: Group) -> str:
     movable, pinned = symmetry.classes[: len(symmetry.units)], symmetry.classes[len(symmetry.units) :]
     shapes = {a.parameter: a.shape for a in symmetry.layout}
     letters = [_letters(n) for n in range(len(movable))]
-    lines: list[str] = []
+    lines = []
     for letter, c, unit in zip(letters, movable, symmetry.units, strict=True):
         count, each = combinations(unit)
         inside = [letters[p] for p, _ in unit.parents] + ["fixed"] * bool(unit.fixed.any())
         moves = f"{each}!" + (f"^{count}" if count > 1 else "") if each > 1 else "moves with " + " and ".join(inside)
-        if symmetry.kinds:
-            moves += _group(symmetry.kinds[len(lines)], count, each)
+        moves += _group(c, count, each)
         where = f" in {' x '.join(inside)}" if inside else ""
         pattern = letter if not inside else f"({' '.join([*inside, *([letter] if each > 1 else [])])})"
         axes = [_pattern(axis, shapes[axis.parameter], pattern) for axis in c.axes[:SHOWN]]
@@ -34,12 +33,12 @@ def describe(symmetry: Group) -> str:
     return "\n".join(lines)
 
 
-def _group(own: UnitKind, count: int, each: int) -> str:
+def _group(c: EquivalenceClass, count: int, each: int) -> str:
     """The group of matrices of a class, such as `, GL(64)^12`, and what limits it; nothing for permutations."""
-    if own.kind == Kind.PERMUTATION:
+    if c.kind == Kind.PERMUTATION:
         return ""
-    name = {Kind.GENERAL_LINEAR: f"GL({each})", Kind.ORTHOGONAL: f"O({each})", Kind.CENTRED: f"O({each - 1})"}[own.kind]
-    return f", {name}" + (f"^{count}" if count > 1 else "") + (f" ({own.kind}: {own.why})" if own.why else "")
+    name = {Kind.GENERAL_LINEAR: f"GL({each})", Kind.ORTHOGONAL: f"O({each})", Kind.CENTRED: f"O({each - 1})"}[c.kind]
+    return f", {name}" + (f"^{count}" if count > 1 else "") + (f" ({c.kind}: {c.limited})" if c.limited else "")
 
 
 def _pattern(axis: ClassAxis, shape: tuple[int, ...], pattern: str) -> str:

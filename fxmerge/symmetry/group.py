@@ -31,7 +31,7 @@ from fxmerge.units.layout import AxisLayout
 
 @dataclass(frozen=True)
 class Symmetry(Group):
-    """The coordinate permutations of a model's parameters that leave its function unchanged.
+    """The permutations and changes of basis of a model's parameters that leave its function unchanged.
 
     Made by `find_symmetry`. `str(symmetry)` lists the classes; the attributes are those of `Group`.
     """
@@ -96,7 +96,7 @@ def find_symmetry(
     rules: Rules | None = None,
     free: str | Iterable[str] = (),
 ) -> Symmetry:
-    """Infers which coordinate permutations of a model's parameters leave its function unchanged.
+    """Infers which permutations and changes of basis of a model's parameters leave its function unchanged.
 
     Arguments:
         model: any module that torch.export can capture; it is not modified.
@@ -133,6 +133,8 @@ def analyse(
     rules: Rules | None = None,
     free: str | Iterable[str] = (),
     states: Sequence[Mapping[str, Tensor]] = (),
+    *,
+    continuous: bool = True,
 ) -> tuple[Propagation, Symmetry]:
     """The labels of a captured program, and its symmetry.
 
@@ -141,6 +143,7 @@ def analyse(
         pin, rules, free: as for `find_symmetry`.
         states: state dicts for which the symmetry is to hold; by default the program's own. Where all have gains of one
             number each, larger groups commute with these.
+        continuous: whether to find by which matrices units may be mixed; else they are only permuted.
     """
     leaves = free_leaves(free, paths_of(program.aten.out, sum(program.aten.outputs)))
     shapes = {name: tuple(tensor.shape) for name, tensor in program.parameters.items()}
@@ -183,7 +186,9 @@ def analyse(
     }
     unknown, probed = ({str(op): n for op, n in ops.items()} for ops in (found.unknown, found.probed))
     symmetry = Symmetry(classes, tuple(layout), stuck, unknown, probed, free=tuple(outputs))
-    return found, replace(symmetry, kinds=find_kinds(found, symmetry, resolution.number, resolution.place))
+    if continuous:
+        symmetry = replace(symmetry, kinds=find_kinds(found, symmetry, resolution.number, resolution.place))
+    return found, symmetry
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:

@@ -17,7 +17,7 @@ from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.mixing import Column, Seen
 from fxmerge.symmetry.propagate import Propagation
-from fxmerge.symmetry.units import Ids, mix
+from fxmerge.symmetry.units import Ids, distinct, mix
 from fxmerge.units.kind import Kind, UnitKind
 
 G = TypeVar("G", bound=Group)
@@ -96,7 +96,7 @@ class _Sight:
             number, place = self.number[raw], self.place[raw]
             along, _ = _shrunk(dims, np.where(number < 0, -1 - raw, number * (int(place.max()) + 1) + place))
             shown: dict[int, Ids] = {}
-            for n in np.unique(number[number >= 0]).tolist():
+            for n in np.flatnonzero(np.bincount(number[number >= 0])).tolist():
                 here = number == n
                 for owner, own in self.views[n]:
                     shown.setdefault(owner, np.full(raw.shape, -1))[here] = own[place[here]]
@@ -108,8 +108,13 @@ def _column(number: int, dims: tuple[int, ...], ids: Ids, raw: Ids) -> Column:
     kept, shrunk = _shrunk(dims, ids)
     sizes = [n if d in kept else 1 for d, n in zip(dims, ids.shape, strict=True)]
     place = np.broadcast_to(np.arange(shrunk.size).reshape(sizes), ids.shape)
-    pairs = np.stack([place[ids >= 0], raw[ids >= 0]])
-    return Column(number, kept, shrunk, np.unique(pairs, axis=1))
+    return Column(number, kept, shrunk, _pairs(place[ids >= 0], raw[ids >= 0]))
+
+
+def _pairs(a: Ids, b: Ids) -> Ids:
+    """The pairs of numbers at the same places, each once, in order: shape (2, pairs)."""
+    span = int(b.max(initial=0)) + 1
+    return np.stack(np.divmod(distinct(a * span + b), span))
 
 
 def _may_mix(symmetry: Group) -> list[int]:
@@ -161,14 +166,17 @@ class _Facts:
     def apart(self, column: Column, dims: Iterable[int] | None = None) -> None:
         if self.kind[column.number] == Kind.PERMUTATION:
             return
-        split = range(len(column.dims)) if dims is None else [i for i, d in enumerate(column.dims) if d in set(dims)]
+        along = set(column.dims if dims is None else dims)
+        split = [i for i, d in enumerate(column.dims) if d in along]
+        if not split:
+            return
         place = np.zeros((1,) * len(column.dims), np.int64)
         for i in split:
             line = np.arange(column.ids.shape[i]).reshape([-1 if j == i else 1 for j in range(len(column.dims))])
             place = place * column.ids.shape[i] + line
         place = np.broadcast_to(place, column.ids.shape)
         own = column.ids >= 0
-        self._tell(column.number, np.unique(np.stack([column.ids[own], place[own]]), axis=1))
+        self._tell(column.number, _pairs(column.ids[own], place[own]))
 
     def count(self, number: int, ids: Ids) -> None:
         size = self.symmetry.units[number].size
@@ -195,12 +203,14 @@ class _Facts:
         self.mixing[column.number].update(parameters)
 
     def tie(self, a: Column, b: Column, *, inverse: bool) -> None:
+        if self.kind[a.number] == Kind.PERMUTATION:
+            return
         firsts = []
-        for c in (a, b):  # At one place of a tensor, units are mixed in one way.
-            _, first, place = np.unique(c.raw[0], return_index=True, return_inverse=True)
-            firsts.append(c.raw[1][first])
-            if len(place) > len(first):
-                self.ties[a.number].append((c.raw[1], firsts[-1][place], False))
+        for place, units in (a.raw, b.raw):  # At one place of a tensor, units are mixed in one way.
+            is_first = np.concatenate([[True], place[1:] != place[:-1]])
+            firsts.append(units[is_first])
+            if not is_first.all():
+                self.ties[a.number].append((units, firsts[-1][is_first.cumsum() - 1], False))
         self.ties[a.number].append((firsts[0], firsts[1], inverse))
 
     def kinds(self, found: Propagation) -> tuple[UnitKind, ...]:

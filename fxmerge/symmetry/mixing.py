@@ -24,7 +24,7 @@ class Column:
         number: the class.
         dims: the dimensions along which its units differ.
         ids: the unit at every place along these, -1 for others than those of the class.
-        raw: shape (2, pairs): places, numbered along all of `dims`, and the units of the walk there.
+        raw: shape (2, pairs): places, numbered along all of `dims` and in order, and the units of the walk there.
     """
 
     number: int
@@ -229,5 +229,5 @@ def _partner(column: Column, letters: Sequence[str], y: Seen, term: str) -> tupl
             place = np.transpose(np.arange(other.ids.size).reshape(other.ids.shape), order)
             if _same_units(other, column, np.transpose(other.ids, order)):
                 raw = np.stack([np.argsort(place.reshape(-1))[other.raw[0]], other.raw[1]])
-                return column, replace(other, raw=raw)
+                return column, replace(other, raw=raw[:, raw[0].argsort(kind="stable")])
     return None

@@ -26,8 +26,8 @@ def to_json(symmetry: Group) -> str:
     Every list of numbers is written as ranges; see `fxmerge.symmetry.ranges`.
     """
     slots = {(a.parameter, a.dim): a for a in symmetry.layout}
-    classes: list[dict[str, Any]] = []
-    for name, c in zip(symmetry.names, symmetry.units, strict=True):
+    classes = []
+    for number, (name, c) in enumerate(zip(symmetry.names, symmetry.units, strict=True)):
         axes = [
             {"parameter": r.axis[0], "dim": r.axis[1], "units": write_ranges(r.raw)} for r in c.roles if r.axis in slots
         ]
@@ -37,7 +37,7 @@ def to_json(symmetry: Group) -> str:
         if c.fixed.any():
             entry["fixed"] = write_ranges(c.fixed)
         if symmetry.kinds:
-            entry |= _kind(symmetry.kinds[len(classes)])
+            entry |= _kind(symmetry.kinds[number])
         classes.append(entry)
     parameters: dict[str, dict[str, Any]] = {}
     for a in symmetry.layout:

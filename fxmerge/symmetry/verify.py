@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fxmerge.errors import FxmergeError, OptionError
 from fxmerge.program import models
 from fxmerge.program.capture import Args, Kwargs, check_example, open_outputs
-from fxmerge.program.double import InDouble, WithOwnStatistics, in_double
+from fxmerge.program.double import InDouble, WithOwnStatistics, in_double, largest_change
 from fxmerge.program.models import evaluating
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.freeze import demote
@@ -26,7 +26,7 @@ from fxmerge.symmetry.outputs import FreeOutput
 from fxmerge.symmetry.structure import combinations
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.basis import Basis, random_matrices
-from fxmerge.units.kind import Kind
+from fxmerge.units.kind import Kind, UnitKind
 from fxmerge.units.permutation import Permutation
 
 G = TypeVar("G", bound=Group)
@@ -54,7 +54,8 @@ def verify(
     trials: int = 1,
     generator: torch.Generator | None = None,
 ) -> G:
-    """Applies random elements of the whole group to a copy of the model in float64 and compares outputs.
+    """Applies random elements of the whole group to a copy of the model in float64 and compares outputs: permutations
+    first, then changes of basis.
 
     The parameters are perturbed first, so that what is constant at initialisation (biases, running
     statistics, scales) cannot hide a wrong permutation.
@@ -69,7 +70,8 @@ def verify(
 
     Returns:
         The same symmetry with `error`, the largest relative output error, filled in; without the classes
-        that changed the outputs, which are found by bisection and named in `demoted`.
+        that changed the outputs, which are found by bisection and named in `demoted`. A class whose kind is too large
+        gets the largest one that leaves the outputs unchanged, with a warning.
 
     Raises:
         FxmergeError: if the model gives different outputs for the same inputs and parameters.
@@ -134,7 +136,11 @@ def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, toleranc
             logger.warning("%s failed verification as %s, and is %s", symmetry.names[n], own.kind, kind)
             kinds[n] = replace(own, kind=kind, why="it failed verification")
     smaller = replace(symmetry, kinds=tuple(kinds))
-    return smaller, probe.change(smaller.sample_basis(generator).apply(probe.state))
+    error = probe.change(smaller.sample_basis(generator).apply(probe.state))
+    if error <= tolerance:
+        return smaller, error
+    logger.warning("changes of basis of several classes failed verification together, so all classes are permuted")
+    return replace(symmetry, kinds=tuple(UnitKind(why="it failed verification") for _ in kinds)), 0.0
 
 
 def _bisect(symmetry: Group, p: Permutation, probe: Probe, tolerance: float) -> list[int]:
@@ -188,9 +194,9 @@ class Probe:
         own = models.tensors(self.module, keep_vars=True)
         self.state = {name: _perturb(t, generator) for name, t in own.items()}
         _share(self.state, own)
-        self.expected = self._run(self.state, statistics=True)
+        self.expected = self.outputs(self.state, statistics=True)
 
-    def _run(
+    def outputs(
         self, state: Mapping[str, Tensor], images: Sequence[Ids] | None = None, *, statistics: bool = False
     ) -> list[Tensor]:
         """The outputs under some parameters, free ones with their units put back where `images` took them from; running
@@ -226,12 +232,8 @@ class Probe:
         state |= {id(self.state[n]): torch.full_like(self.state[n], float(self.state[n].mean())) for n in uniform}
         other = copy(self)
         other.state = {n: state.get(id(t), t) for n, t in self.state.items()}  # Tied ones are one object.
-        other.expected = other._run(other.state) if uniform else self.expected
+        other.expected = other.outputs(other.state) if uniform else self.expected
         return other
-
-    def outputs(self, state: Mapping[str, Tensor]) -> list[Tensor]:
-        """The outputs under some parameters."""
-        return self._run(state)
 
     def rounding(self, generator: torch.Generator) -> float:
         """What changes of the parameters in their last places change."""
@@ -248,15 +250,7 @@ class Probe:
     def change(self, state: Mapping[str, Tensor], images: Sequence[Ids] | None = None) -> float:
         """The largest change of an output under other parameters, relative to the largest value of that output; of free
         outputs, once they are back in their places."""
-        worst = 0.0
-        for a, b in zip(self.expected, self._run(state, images), strict=True):
-            if a.numel():
-                finite = torch.isfinite(a)
-                scale = float(a[finite].abs().max()) if finite.any() else 0.0
-                same = torch.equal(finite, torch.isfinite(b))
-                change = float((a[finite] - b[finite]).abs().max()) if same and finite.any() else (0.0 if same else 1.0)
-                worst = max(worst, change / max(scale, SMALLEST))
-        return worst
+        return largest_change(self.expected, self.outputs(state, images), SMALLEST)
 
 
 def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:

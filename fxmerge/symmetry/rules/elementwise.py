@@ -24,17 +24,7 @@ from fxmerge.units.kind import Kind
     *("_prelu_kernel", "complex"),
     lifts="joins",
     mixes=(
-        "add",
-        "sub",
-        "subtract",
-        "mul",
-        "multiply",
-        "div",
-        "divide",
-        "true_divide",
-        "neg",
-        "negative",
-        "pow",
+        *("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "neg", "negative", "pow"),
         "square",
     ),
 )

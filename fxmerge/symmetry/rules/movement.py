@@ -19,14 +19,7 @@ from fxmerge.symmetry.units import NOTHING, distinct
 
 
 @rule(
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "flatten",
-    "unflatten",
-    "view_as",
-    "squeeze",
-    "unsqueeze",
+    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze"),
     lifts="views",
     mixes=True,
 )
@@ -84,13 +77,7 @@ def diagonal(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
 
 
 @rule(
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "tensor_split",
-    "unbind",
-    "unsafe_chunk",
-    "unsafe_split",
+    *("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split"),
     lifts="moves",
     mixes=True,
 )

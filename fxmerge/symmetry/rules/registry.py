@@ -176,7 +176,7 @@ def multiplied(node: fx.Node) -> list[fx.Node]:
 def summed_over(node: Any) -> list[int] | None:
     """The dimensions over which a product of two tensors, or a square, is summed; None for all other nodes, and where
     the product is used otherwise, too."""
-    if not isinstance(node, fx.Node) or _name(node.target) not in _PRODUCTS:
+    if not isinstance(node, fx.Node) or _name(node.target) not in (*_TIMES, *_SQUARES):
         return None
     if not is_square(node) and not all(isinstance(a, fx.Node) for a in node.args):
         return None
@@ -189,14 +189,14 @@ def summed_over(node: Any) -> list[int] | None:
     return list(found.pop()) if len(found) == 1 else None
 
 
-_PRODUCTS = ("aten::mul", "aten::multiply", "aten::pow", "aten::square")
+_TIMES, _SQUARES = ("aten::mul", "aten::multiply"), ("aten::pow", "aten::square")
 
 
 def is_square(node: fx.Node | None) -> bool:
     """Whether a node squares a tensor."""
-    if node is None or _name(node.target) in ("aten::mul", "aten::multiply"):
-        return node is not None and node.args[0] is node.args[1]
-    return _name(node.target) in ("aten::pow", "aten::square") and node.args[1:] in ((), (2,))
+    if node is not None and _name(node.target) in _TIMES:
+        return node.args[0] is node.args[1]
+    return node is not None and _name(node.target) in _SQUARES and node.args[1:] in ((), (2,))
 
 
 def normalize_dims(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
