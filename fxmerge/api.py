@@ -25,6 +25,7 @@ from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import attach, named_errors, report, widths_of
 from fxmerge.sizing import configured, nothing_lost, same_on_example, sized
 from fxmerge.symmetry.group import Symmetry
+from fxmerge.truncating import fewer_units_left, truncated
 from fxmerge.validate import Model
 
 logger = logging.getLogger(__name__)
@@ -168,8 +169,8 @@ def _merged(
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
     if of_scores(recipe):
         check_scores(job)
-    group = in_one_basis(job, recipe, run, symmetry, reference)
-    job = group.job
+    group = truncated(in_one_basis(job, recipe, run, symmetry, reference), recipe, run)
+    job, truncation = group.job, group.truncation
     if recipe.share == NOTHING:
         return _side_by_side(group, recipe, weights)
     # The result must not depend on the order of models that are all matched with each other.
@@ -179,10 +180,11 @@ def _merged(
     with job.timed("combining"):
         aligned = [matching.alignment.apply(state, m) for m, state in enumerate(states)]
     counts = weights if base is not None else [weights[i] for i in order]
-    state = combine(group, recipe, matching.merged, aligned, counts, order)
+    confined = aligned if truncation is None else [truncation.project(own) for own in aligned]
+    state = combine(group, recipe, matching.merged, confined, counts, order)
     program = sized(group, matching.merged, state)
     refitted = Refitted(state, {}, {}, {}, held_out=False)
-    settled = nothing_lost(group, program, matching.merged, state)
+    settled = truncation is None and nothing_lost(group, program, matching.merged, state)
     if not settled and job.heads and isinstance(recipe.match, Zip) and recipe.match.width == len(models):
         # As many units as all models have are to lose nothing.
         logger.info("some units are of all models, or an op goes over them: the models stand side by side instead")
@@ -197,7 +199,10 @@ def _merged(
             warn_of_nearer_parent(refitted.errors, job.names)
     if recipe.fit is None and not settled:
         refitted = replace(refitted, state=dict(calibrated(group, run, program, matching.merged, aligned, state)))
-    merged = emit(group, program, refitted.state)
+    state, sizes, whole = refitted.state, matching.merged, group
+    if truncation is not None:
+        whole, program, sizes, state = fewer_units_left(group, sizes, state)
+    merged = emit(group, program, state)
     if len(models) == 1 and job.data is None and not settled and not same_on_example(group, program, state):
         warn_of_fold_without_data()
     back = sorted(range(len(order)), key=order.__getitem__)
@@ -211,8 +216,8 @@ def _merged(
         units_of=order[matching.reference] if base is None else None,
         images=tuple(group.images(own, i) for own, i in maps),
         heads=tuple(asdict(head) for head in job.heads),
-        widths=widths_of(matching.units),
-        config=configured(group, matching.merged, merged),
+        widths=widths_of(sizes),
+        config=configured(whole, sizes, merged),
         quality=renumbered(matching.quality, back if reference is None else ()),
         objective=(*group.objectives, *matching.objectives),
         zip_objective=matching.zip_objective,
@@ -289,12 +294,14 @@ def fold(
         raise OptionError("Recipe.match is not Zip, and fold merges units: pass Zip(...), or leave it out.")
     if recipe.share != AUTO:
         raise OptionError("Recipe.share is of several networks: leave it at 'auto' to fold one.")
-    if recipe.match.continuous:
-        raise OptionError("Zip.continuous is of several networks: leave it at False to fold one.")
-    recipe = replace(recipe, match=replace(recipe.match, width=width, reference=None))
+    part = replace(recipe.match, width=width, reference=None)
+    recipe = replace(recipe, match=part)
     if isinstance(width, int | float) and width > 1:
         raise OptionError(f"width is {width}, and fold makes a network smaller: pass a share up to 1, such as 0.7.")
-    return _merged((model,), loader, recipe, example=example, inputs=inputs, run=run)
+    how = {"loaders": None, "example": example, "inputs": inputs, "run": run}
+    if part.continuous == "auto":
+        return better_of(_merged, (model,), loader, recipe, how)
+    return _merged((model,), loader, recipe, **how)
 
 
 def align(

@@ -61,10 +61,10 @@ def in_one_basis(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, ref
     part = recipe.match
     assert not isinstance(part, str)
     wider = isinstance(part, Zip) and part.width == len(job.states)  # All units of all models: nothing is matched.
-    if part is None or part.continuous is not True or len(job.states) == 1 or wider:
+    if part is None or part.continuous is not True or (wider and len(job.states) > 1):
         return Prepared.of(job, recipe, run, given)
     group = Prepared.of(with_gains_moved(job), recipe, run, given, continuous=True)
-    if not _mixing(group.symmetry):
+    if not mixing(group.symmetry):
         if given is not None:
             logger.warning(
                 "The symmetry that was given has no class that a change of basis may mix, so units are only permuted. "
@@ -74,7 +74,7 @@ def in_one_basis(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, ref
     return _rebased(group, part, run, canonical_order(job.states)[0] if reference is None else reference)
 
 
-def _mixing(symmetry: Symmetry) -> set[int]:
+def mixing(symmetry: Symmetry) -> set[int]:
     """The classes whose units a change of basis may mix."""
     return {n for n in range(len(symmetry.units)) if symmetry.kind(n) > Kind.PERMUTATION}
 
@@ -86,14 +86,14 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
     are matched along with these, but stay as they were.
     """
     job, symmetry, trunk = group.job, group.symmetry, group.trunk
-    mixing = _mixing(symmetry)
-    placed = moving_together(symmetry, mixing)
+    numbers = mixing(symmetry)
+    placed = moving_together(symmetry, numbers)
     gauges = [balance(symmetry, state) for state in job.states]
     balanced = [gauge.apply(floats(symmetry, state)) for gauge, state in zip(gauges, job.states, strict=True)]
     others = [i for i in range(len(job.states)) if i != reference]
     pairs = {i: (min(reference, i), max(reference, i)) for i in others}
     correlations = {}
-    if job.data is not None and part.alpha != 1:
+    if job.data is not None and part.alpha != 1 and others:
         states = [{**state, **own} for state, own in zip(job.states, balanced, strict=True)]
         with job.timed("activations"):
             correlations = similarities(
@@ -105,7 +105,7 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
                 list(pairs.values()),
                 part.similarity,
                 job.owner,
-                mixing,
+                numbers,
             )
     alpha = alpha_by_class(part, trunk) if job.data is not None else 1.0
     states, images = list(job.states), [symmetry.identity().images] * len(job.states)
@@ -125,7 +125,7 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
             )
             moved = symmetry.restrict(Permutation(symmetry.layout, matched.permutation.images), placed)
             change = Basis(symmetry.mixed, matched.basis.matrices)
-            states[i] = _changed(symmetry, job.states[i], (gauges[i], moved, change, gauges[reference].inverse()))
+            states[i] = transformed(symmetry, job.states[i], (gauges[i], moved, change, gauges[reference].inverse()))
             images[i] = moved.images
             objectives.append(matched.trace)
     smaller, names = freeze(symmetry, placed, lambda _: IN_ONE_BASIS)
@@ -133,14 +133,15 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
         group,
         job=replace(job, states=tuple(states)),
         symmetry=smaller,
+        unfrozen=symmetry,
         still=group.still | {*names},
-        bases={symmetry.names[n]: str(symmetry.kind(n)) for n in sorted(mixing)},
-        placed=tuple({symmetry.names[n]: own[n] for n in placed - mixing} for own in images),
+        bases={symmetry.names[n]: str(symmetry.kind(n)) for n in sorted(numbers)},
+        placed=tuple({symmetry.names[n]: own[n] for n in placed - numbers} for own in images),
         objectives=tuple(objectives),
     )
 
 
-def _changed(
+def transformed(
     symmetry: Symmetry, state: Mapping[str, Tensor], steps: Sequence[Basis | Permutation]
 ) -> dict[str, Tensor]:
     """A state dict after some changes of its units, in float64 and rounded once."""

@@ -25,11 +25,10 @@ from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.layers import find_layers
-from fxmerge.refitting.places import Places
+from fxmerge.refitting.places import Confined, Places
 from fxmerge.refitting.refit import Refitted, last_layers, refit, with_statistics, written_out
 from fxmerge.shared import agreed
 from fxmerge.sizing import nothing_merged, resized, room_for
-from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Propagation, propagate
 from fxmerge.symmetry.shown import classes_along, units_along
 from fxmerge.units.unit_map import UnitMap
@@ -164,7 +163,8 @@ def fit(
     with job.timed("fitting"):
         program = written_out(group.propagation.program)
         same = program is group.propagation.program
-        found = group.propagation if same or not units.moving else propagate(program)
+        plain = not units.moving and group.truncation is None
+        found = group.propagation if same or plain else propagate(program)
         into = into if same and units.resized else resized(group, program, found, units, start)
         refitted = refit(
             into,
@@ -172,7 +172,7 @@ def fit(
             start,
             _lessons(job, weights, part.own, order),
             parents_program=program,
-            teachers=None if not units.moving else _teachers(found, group.symmetry, units, states),
+            teachers=_teachers(group, found, units, states) if units.moving or group.truncation is not None else None,
             only_last=isinstance(part, Readout),
             repair=isinstance(part, Repair),
             scores=of_scores(recipe),
@@ -198,11 +198,20 @@ def _lessons(job: Job, weights: Sequence[float], own: float, order: Sequence[int
 
 
 def _teachers(
-    found: Propagation, symmetry: Symmetry, units: UnitMap, states: Sequence[Mapping[str, Tensor]]
+    group: Prepared, found: Propagation, units: UnitMap, states: Sequence[Mapping[str, Tensor]]
 ) -> list[Teacher]:
     """The models as the layers of a network with merged units learn from them."""
-    classes, along = classes_along(found, symmetry), units_along(found, symmetry)
-    return [Teacher(*units.produce(state, m), Places(classes, along, units, m)) for m, state in enumerate(states)]
+    classes, along = classes_along(found, group.symmetry), units_along(found, group.symmetry)
+    truncation, confined = group.truncation, None
+    if truncation is not None:
+        confined = Confined(
+            classes_along(found, truncation.symmetry), units_along(found, truncation.symmetry), truncation
+        )
+    given = [
+        units.produce(state if truncation is None else truncation.project(state, produced_only=True), m)
+        for m, state in enumerate(states)
+    ]
+    return [Teacher(*own, Places(classes, along, units, m, confined)) for m, own in enumerate(given)]
 
 
 def _agreed(group: Prepared, units: UnitMap, states: Sequence[Mapping[str, Tensor]]) -> frozenset[str]:

@@ -22,6 +22,7 @@ from fxmerge.shared import staying, without_shared
 from fxmerge.symmetry.flow import Flow, flows, never_merged
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis, Propagation
+from fxmerge.symmetry.truncation import Truncation
 from fxmerge.symmetry.units import Ids
 
 
@@ -39,6 +40,8 @@ class Prepared:
         bases: the kinds of the classes of which all models are in one basis already, by name.
         placed: for every model, where the units of the blocks that these lie in were put to get there.
         objectives: of the search for these bases, for every model but one, at the start and after every step.
+        unfrozen: the symmetry with these classes in it, and the blocks that they lie in; None where there are none.
+        truncation: the directions of these that are left, where the result is to have fewer units of them.
     """
 
     job: Job
@@ -50,6 +53,8 @@ class Prepared:
     bases: Mapping[str, str] = field(default_factory=dict)
     placed: tuple[Mapping[str, Ids], ...] = ()
     objectives: tuple[tuple[float, ...], ...] = ()
+    unfrozen: Symmetry | None = None
+    truncation: Truncation | None = None
 
     @staticmethod
     def of(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, *, continuous: bool = False) -> Prepared:

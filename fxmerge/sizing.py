@@ -52,12 +52,10 @@ def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room | Allotm
             "Another width than 1 needs a model that torch.export can capture, and this one it cannot: "
             f"{group.job.program.why_fixed}. Leave the width at 1."
         )
-    for pattern in part.width if isinstance(part.width, Mapping) else ():
-        if any(fits(name, pattern) for name in group.bases) and not any(fits(n, pattern) for n in symmetry.names):
-            raise OptionError(
-                f"Zip.width names {pattern!r}, which is matched by a change of basis and keeps its width: leave it "
-                "out, or pass continuous=False."
-            )
+    if isinstance(part.width, Mapping):  # Of classes in one basis, directions are left out.
+        mixed = {p for p in part.width if any(fits(name, p) for name in group.bases)}
+        left = {p: w for p, w in part.width.items() if p not in mixed or any(fits(n, p) for n in symmetry.names)}
+        part = replace(part, width=left)
     classes = mergeable(group.trunk, group.flow, group.one_to_one)
     fewer, more = may_change(symmetry, group.flow, classes)
     if isinstance(part.width, Budget):
@@ -92,10 +90,10 @@ def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dic
         if run.verify:
             sizes = [c.size for c in symmetry.units]
             fewer, more = ([n for n, w in found.items() if (w < sizes[n]) is less] for less in (True, False))
-            counted = _failing(group, fewer, partial(_same_when_merged, group))
+            counted = failing(group, fewer, partial(_same_when_merged, group))
             if counted:
                 leave(counted, "the network is another one when equal units become one, as if an op counted them.")
-            placed = _failing(group, more, partial(_same_when_twice, group))
+            placed = failing(group, more, partial(_same_when_twice, group))
             if placed:
                 leave(placed, "the network is another one with each unit twice, as if an op knew their places.")
     return found, reasons
@@ -135,7 +133,7 @@ def _allotment(
 
     def fits(widths: Mapping[int, int]) -> bool:
         room = Room.of(symmetry, {n: w for n, w in widths.items() if w != symmetry.units[n].size})
-        units = _any_map(symmetry, room)
+        units = any_map(symmetry, room)
         count = sum(math.prod(units.shape(n, job.states[0][n].shape)) for n in parameters)
         if budget.parameters is not None and count > budget.parameters * first:
             return False
@@ -154,7 +152,7 @@ def _blamed(symmetry: Symmetry, numbers: Collection[int], error: CannotResizeErr
     return found or list(numbers)
 
 
-def _failing(group: Prepared, numbers: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> list[int]:
+def failing(group: Prepared, numbers: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> list[int]:
     """The classes of some with which something does not hold, found by halves; and those with which it cannot be
     tried."""
     if not numbers:
@@ -164,11 +162,11 @@ def _failing(group: Prepared, numbers: Sequence[int], holds: Callable[[Sequence[
             return []
     except CannotResizeError as error:
         left = _blamed(group.symmetry, numbers, error)
-        return [*left, *_failing(group, [n for n in numbers if n not in left], holds)]
+        return [*left, *failing(group, [n for n in numbers if n not in left], holds)]
     half = len(numbers) // 2
     if not half:
         return list(numbers)
-    return [*_failing(group, numbers[:half], holds), *_failing(group, numbers[half:], holds)]
+    return [*failing(group, numbers[:half], holds), *failing(group, numbers[half:], holds)]
 
 
 def _same_when_merged(group: Prepared, numbers: Sequence[int]) -> bool:
@@ -194,13 +192,13 @@ def _same_when_twice(group: Prepared, numbers: Sequence[int]) -> bool:
 def _try(group: Prepared, room: Room) -> None:
     """Looks whether the graph can be given the sizes that merged units need."""
     symmetry = group.symmetry
-    units = _any_map(symmetry, room)
+    units = any_map(symmetry, room)
     state = {n: t.new_empty(units.shape(n, t.shape)) for n, t in group.job.states[0].items()}
     resize(group.propagation, symmetry, units, state, group.job.example)
     rewritten(group.ops, group.job.program, group.propagation, symmetry, units, state, group.job.example)
 
 
-def _any_map(symmetry: Symmetry, room: Room) -> UnitMap:
+def any_map(symmetry: Symmetry, room: Room) -> UnitMap:
     """A map of one model into a room, for the sizes that it gives."""
     maps = tuple(
         np.minimum(np.searchsorted(k, np.arange(c.size)), len(k) - 1)

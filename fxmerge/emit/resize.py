@@ -49,6 +49,8 @@ def resize(found: Propagation, symmetry: Symmetry, units: UnitMap, state: Mappin
     for old, node in copied.items():
         node.name, node.meta = old.name, dict(old.meta)  # A copy may be given another name.
         write(node, changes_of(old, sizes))
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default  # Other sizes may lie in memory so that no view shows them.
     resized = replace(
         program.aten, module=fx.GraphModule(program.graph, graph), state=state, exported=None, example=call
     )

@@ -9,8 +9,67 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fxmerge.symmetry.truncation import Truncation
 from fxmerge.units.layout import Ids, value_layout
 from fxmerge.units.unit_map import UnitMap
+
+
+@dataclass(frozen=True, eq=False)
+class Confined:
+    """What is left of a parent's values where a network has only some directions of a class.
+
+    Attributes:
+        classes, units: as for `Places`, but of all classes of the truncation.
+        truncation: the directions.
+    """
+
+    classes: Callable[[str, Collection[int]], set[int]]
+    units: Callable[[str, int], tuple[Ids, Ids] | None]
+    truncation: Truncation
+
+    def lies(self, node: str, dims: Collection[int]) -> bool:
+        """Whether units of such classes lie along some dimensions of a node's value."""
+        return not self.classes(node, dims).isdisjoint(self.truncation.widths)
+
+    def known(self, node: str, dim: int) -> bool:
+        """Whether it can be told which units lie along a dimension: of such classes alone, all of each as often."""
+        return self._positions(node, dim) is not None
+
+    def project(self, node: str, value: Tensor) -> Tensor:
+        """A node's value without the other directions."""
+        for dim in range(value.ndim):
+            for number, where in (self._positions(node, dim) or {}).items() if self.lies(node, [dim]) else ():
+                matrix, index = self.truncation.projector(number).to(value), torch.from_numpy(where).to(value.device)
+                parts = value.unflatten(dim, (-1, len(self._units(node, dim))))  # The units may repeat.
+                moved = parts.movedim(dim + 1, -1).clone()
+                moved[..., index] = torch.einsum("uv,...bvt->...but", matrix, moved[..., index])
+                value = moved.movedim(-1, dim + 1).flatten(dim, dim + 1)
+        return value
+
+    def _units(self, node: str, dim: int) -> Ids:
+        found = self.units(node, dim)
+        assert found is not None
+        return found[0]
+
+    def _positions(self, node: str, dim: int) -> dict[int, Ids] | None:
+        """Where the units of every class lie along a dimension: shape (blocks, units in each, times)."""
+        found = self.units(node, dim)
+        if found is None:
+            return None
+        number, unit = found
+        places: dict[int, Ids] = {}
+        for n in np.unique(number).tolist():
+            blocks = self.truncation.symmetry.by_block(n) if n in self.truncation.widths else None
+            if blocks is None:
+                return None
+            at = np.flatnonzero(number == n)
+            order = at[np.argsort(unit[at], kind="stable")]
+            if len(at) % blocks.size or not np.array_equal(
+                unit[order], np.repeat(np.arange(blocks.size), len(at) // blocks.size)
+            ):
+                return None
+            places[n] = order.reshape(blocks.size, -1)[blocks]
+        return places
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,17 +81,21 @@ class Places:
         units: tells the class and the unit at every position along a dimension, or None where that cannot be told.
         map: where the units of all models go.
         model: the number of the parent.
+        confined: what is left of classes of which the merged network has only some directions.
     """
 
     classes: Callable[[str, Collection[int]], set[int]]
     units: Callable[[str, int], tuple[Ids, Ids] | None]
     map: UnitMap
     model: int
+    confined: Confined | None = None
     _known: dict[str, dict[int, tuple[Ids, int] | None]] = field(default_factory=dict)
 
     def moved(self, node: fx.Node, dims: Collection[int]) -> bool:
         """Whether merged units lie along some dimensions of a node's value."""
-        return not self.map.moving.isdisjoint(self.classes(node.name, dims))
+        return not self.map.moving.isdisjoint(self.classes(node.name, dims)) or (
+            self.confined is not None and self.confined.lies(node.name, dims)
+        )
 
     def known(self, node: fx.Node) -> bool:
         """Whether it can be told what lies where in a node's value."""
@@ -59,14 +122,18 @@ class Places:
             value = sums.index_add_(dim + 1, index, parts).flatten(dim, dim + 1)
             counts = torch.from_numpy(np.bincount(target, minlength=size)).to(value).repeat(parts.shape[dim])
             members = members * counts.reshape([-1 if d == dim else 1 for d in range(value.ndim)])
-        return value, members
+        return value if self.confined is None else self.confined.project(node.name, value), members
 
     def _targets(self, node: fx.Node) -> dict[int, tuple[Ids, int] | None]:
         """For those dimensions of a node's value along which merged units lie, the position that the merged unit has
         for every position, and how many positions there are then; None if that cannot be told."""
         if node.name not in self._known:
             dims = [d for d in range(node.meta["val"].ndim) if self.moved(node, [d])]
-            self._known[node.name] = {d: self._target(node, d) for d in dims}
+            own = {d for d in dims if self.confined is not None and self.confined.lies(node.name, [d])}
+            known = {d: self._target(node, d) for d in dims if d not in own}
+            if self.confined is not None:
+                known |= {d: None for d in own if not self.confined.known(node.name, d)}
+            self._known[node.name] = known
         return self._known[node.name]
 
     def _target(self, node: fx.Node, dim: int) -> tuple[Ids, int] | None:

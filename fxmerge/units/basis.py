@@ -79,7 +79,7 @@ class Basis:
                     raise UnitMapError(
                         f"Parameter {name!r} {has}, but the symmetry was found for shape {own.axis.shape}."
                     )
-                moved[name] = _mix(moved[name], own, inverse if own.inverse else matrix)
+                moved[name] = mix(moved[name], own, inverse if own.inverse else matrix)
         for own in (own for number in self.matrices for own in self.mixed[number]):
             for alias in own.axis.aliases:
                 if alias in moved:
@@ -104,7 +104,8 @@ def gathered(tensor: Tensor, own: Mixed) -> Tensor:
     return flat[positions(own).to(tensor.device)].flatten(2)
 
 
-def _mix(tensor: Tensor, own: Mixed, matrix: Tensor) -> Tensor:
+def mix(tensor: Tensor, own: Mixed, matrix: Tensor) -> Tensor:
+    """A parameter with the units on one axis multiplied by a matrix, or each block by one of its own."""
     order = [*own.axis.dims, *_rest(own.axis)]
     moved = tensor.permute(order)
     flat = moved.reshape(own.axis.slot.size, -1).clone()

@@ -1,0 +1,131 @@
+"""Fewer units of classes that may be mixed: a subspace of each, and a network in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fxmerge.symmetry.base import Group
+from fxmerge.units.basis import Mixed, centred_frame, mix, positions
+from fxmerge.units.kind import Kind
+from fxmerge.units.unit_map import Axis
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """The first directions of some classes, to which a network is confined, and in which it has fewer units.
+
+    Which directions come first is a matter of the basis that the network is in.
+
+    Attributes:
+        symmetry: the classes.
+        consumed: the parameter axes along which the network consumes units.
+        widths: for some classes by number, how many units are left in every block.
+    """
+
+    symmetry: Group
+    consumed: frozenset[Axis]
+    widths: Mapping[int, int]
+
+    def projector(self, number: int) -> Tensor:
+        """The projector onto the directions of a class that are left: shape (units, units) of one block, float64."""
+        return self._projectors[number]
+
+    def project(self, state: Mapping[str, Tensor], *, produced_only: bool = False) -> dict[str, Tensor]:
+        """A network of the same sizes in which nothing is written or read along the other directions.
+
+        Arguments:
+            state: tensors by name, in the shapes that the symmetry was found for.
+            produced_only: whether what consumes units stays as it is: it reads all directions.
+        """
+        moved = dict(state)
+        for number in self.widths:
+            for own in self.symmetry.mixed[number]:
+                name = own.axis.parameter
+                if not (produced_only and (name, own.axis.dim) in self.consumed):
+                    moved[name] = mix(moved[name], own, self.projector(number))
+                    moved |= dict.fromkeys(own.axis.aliases, moved[name])
+        return moved
+
+    def reduce(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The network with fewer units that computes what a projected one does.
+
+        What gives units is multiplied so that their mean, and their mean square around it, are as before.
+
+        Arguments:
+            state: what `project` gave.
+        """
+        moved, gone = dict(state), dict[str, dict[int, Tensor]]()
+        for number, width in self.widths.items():
+            fewer, back = self._matrices[number]
+            for own in self.symmetry.mixed[number]:
+                name, at = own.axis.parameter, (own.axis.parameter, own.axis.dim)
+                matrix = back.T if at in self.consumed else fewer
+                whole = torch.cat([matrix, matrix.new_zeros(len(back) - width, len(back))])
+                moved[name] = mix(moved[name], own, whole)
+            for own in self._axes(number):
+                where = positions(own)[:, width:].reshape(-1)
+                along = gone.setdefault(own.axis.parameter, {})
+                along[own.axis.dim] = torch.cat([along[own.axis.dim], where]) if own.axis.dim in along else where
+        for name, along in gone.items():
+            for dim, where in along.items():
+                left = torch.ones(moved[name].shape[dim], dtype=torch.bool)
+                left[where] = False
+                moved[name] = moved[name].index_select(dim, left.nonzero().reshape(-1).to(moved[name].device))
+        for axis in self.symmetry.layout:
+            if axis.parameter in gone:
+                moved |= dict.fromkeys(axis.aliases, moved[axis.parameter])
+        return moved
+
+    @cached_property
+    def _matrices(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """For every class, the matrix that takes the units of a block to those that are left, and the one that takes
+        these back."""
+        sizes = {n: self.symmetry.by_block(n).shape[1] for n in self.widths}
+        return {n: fewer_units(self.symmetry.kind(n), sizes[n], width) for n, width in self.widths.items()}
+
+    @cached_property
+    def _projectors(self) -> dict[int, Tensor]:
+        return {n: back @ fewer for n, (fewer, back) in self._matrices.items()}
+
+    def _axes(self, number: int) -> Iterator[Mixed]:
+        """Where a class lies on parameters, also where it is not mixed."""
+        views, blocks = dict(self.symmetry.views[number]), self.symmetry.by_block(number)
+        for axis in self.symmetry.layout:
+            for shown, slots in axis.roles:
+                if shown in views:
+                    yield Mixed(axis, slots[views[shown]][blocks], inverse=False)
+
+
+def fewer_units(kind: Kind, size: int, width: int) -> tuple[Tensor, Tensor]:
+    """The matrix that takes units to fewer ones, and the one that takes these back: the first directions are left.
+
+    The product of the first with the second is the identity. In the subspace that is left, a norm over fewer units is
+    that over all units: neither the mean nor the mean square around it changes. (The mean only for `Kind.CENTRED`,
+    where it is a direction that is always left; the others are those of `centred_frame`.)
+
+    Arguments:
+        kind: what units may be mixed by.
+        size: how many units there are.
+        width: how many are left.
+
+    Returns:
+        Shapes (width, size) and (size, width), float64.
+
+    Example:
+        >>> fewer_units(Kind.ORTHOGONAL, 4, 1)
+        (tensor([[0.5000, 0.0000, 0.0000, 0.0000]], dtype=torch.float64), tensor([[2.],
+                [0.],
+                [0.],
+                [0.]], dtype=torch.float64))
+    """
+    scale = 1.0 if kind == Kind.GENERAL_LINEAR else (width / size) ** 0.5
+    if kind == Kind.CENTRED:
+        before, after = centred_frame(size)[:, : width - 1], centred_frame(width)
+        return scale * after @ before.T + 1 / size, before @ after.T / scale + 1 / width
+    eye = torch.eye(size, dtype=torch.float64)
+    return scale * eye[:width], eye[:, :width] / scale
