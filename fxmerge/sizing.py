@@ -22,7 +22,7 @@ from fxmerge.errors import OptionError
 from fxmerge.matching.allot import Allotment, widths_to_try
 from fxmerge.matching.assignment import descendants
 from fxmerge.matching.nested import is_block
-from fxmerge.matching.room import Room, alike, fits, may_change, wanted
+from fxmerge.matching.room import Room, alike, check_patterns, fits, may_change, wanted
 from fxmerge.matching.zip_search import mergeable
 from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
@@ -53,6 +53,7 @@ def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room | Allotm
             f"{group.job.program.why_fixed}. Leave the width at 1."
         )
     if isinstance(part.width, Mapping):  # Of classes in one basis, directions are left out.
+        check_patterns(part.width, (*group.bases, *symmetry.names))
         mixed = {p for p in part.width if any(fits(name, p) for name in group.bases)}
         left = {p: w for p, w in part.width.items() if p not in mixed or any(fits(n, p) for n in symmetry.names)}
         part = replace(part, width=left)
@@ -83,10 +84,10 @@ def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dic
     with group.job.timed("resizing"):
         while found:
             try:
-                _try(group, Room.of(symmetry, found))
+                try_sizes(group, any_map(symmetry, Room.of(symmetry, found)))
                 break
             except CannotResizeError as error:
-                leave(_blamed(symmetry, found, error), str(error))
+                leave(blamed(symmetry, found, error), str(error))
         if run.verify:
             sizes = [c.size for c in symmetry.units]
             fewer, more = ([n for n, w in found.items() if (w < sizes[n]) is less] for less in (True, False))
@@ -146,7 +147,7 @@ def _allotment(
     return Allotment(steps, price, fits, str(budget))
 
 
-def _blamed(symmetry: Symmetry, numbers: Collection[int], error: CannotResizeError) -> list[int]:
+def blamed(symmetry: Symmetry, numbers: Collection[int], error: CannotResizeError) -> list[int]:
     """The classes of some that an error is about; all if it is about none."""
     found = [n for n in numbers if not error.classes.isdisjoint(descendants(symmetry, n))]
     return found or list(numbers)
@@ -161,7 +162,7 @@ def failing(group: Prepared, numbers: Sequence[int], holds: Callable[[Sequence[i
         if holds(numbers):
             return []
     except CannotResizeError as error:
-        left = _blamed(group.symmetry, numbers, error)
+        left = blamed(group.symmetry, numbers, error)
         return [*left, *failing(group, [n for n in numbers if n not in left], holds)]
     half = len(numbers) // 2
     if not half:
@@ -189,10 +190,13 @@ def _same_when_twice(group: Prepared, numbers: Sequence[int]) -> bool:
     return same_when_repeated(group.propagation, symmetry, widths, job.states[0], job.example)
 
 
-def _try(group: Prepared, room: Room) -> None:
-    """Looks whether the graph can be given the sizes that merged units need."""
+def try_sizes(group: Prepared, units: UnitMap) -> None:
+    """Looks whether the graph can be given the sizes that merged units need.
+
+    Raises:
+        CannotResizeError: if it cannot.
+    """
     symmetry = group.symmetry
-    units = any_map(symmetry, room)
     state = {n: t.new_empty(units.shape(n, t.shape)) for n, t in group.job.states[0].items()}
     resize(group.propagation, symmetry, units, state, group.job.example)
     rewritten(group.ops, group.job.program, group.propagation, symmetry, units, state, group.job.example)

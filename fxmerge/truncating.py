@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxmerge.bases import mixing, transformed
 from fxmerge.emit.proof import outputs
+from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
 from fxmerge.evidence.activations import similarities
 from fxmerge.matching.balance import balance
@@ -23,7 +24,7 @@ from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
 from fxmerge.program.double import in_double
 from fxmerge.recipe import Budget, Recipe, Run, Zip
-from fxmerge.sizing import any_map, failing, resized, sized
+from fxmerge.sizing import any_map, blamed, failing, resized, sized, try_sizes
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.truncation import Truncation
@@ -118,20 +119,29 @@ def _in_principal_basis(
 
 def _possible(group: Prepared, truncation: Truncation, run: Run) -> tuple[Truncation, list[str]]:
     """What is left of a truncation where the graph allows it, and why it does not allow the rest."""
-    symmetry, left, reasons = group.unfrozen, dict(truncation.widths), list[str]()
-    assert symmetry is not None
+    whole, left, reasons = _with_bases(group), dict(truncation.widths), list[str]()
+    symmetry = whole.symmetry
+
+    def leave(numbers: Collection[int], why: str) -> None:
+        names = ", ".join(repr(symmetry.names[n]) for n in sorted(numbers))
+        logger.info("all directions are left of %s, since %s", names, why)
+        reasons.append(f"{names}: {why}")
+        for n in numbers:
+            del left[n]
 
     def same(numbers: Sequence[int]) -> bool:
         return _same(group, replace(truncation, widths={n: left[n] for n in numbers}))
 
     with group.job.timed("resizing"):
-        failed = failing(replace(group, symmetry=symmetry), sorted(left), same)
-    for n in failed:
-        reasons.append(
-            f"{symmetry.names[n]!r}: the network is another one when a direction without weights is left out."
-        )
-        logger.info("as many units as before: %s", reasons[-1])
-        del left[n]
+        while left:
+            try:
+                try_sizes(whole, _sizes(replace(truncation, widths=left), UnitMap.still(1)))
+                break
+            except CannotResizeError as error:
+                leave(blamed(symmetry, left, error), str(error))
+        other = failing(whole, sorted(left), same) if run.verify else []
+        if other:
+            leave(other, "the network is another one when directions are left out that nothing writes or reads.")
     return replace(truncation, widths=left), reasons
 
 
@@ -139,8 +149,9 @@ def _same(group: Prepared, truncation: Truncation) -> bool:
     """Whether the network with fewer units is the one that is confined to some directions of them, in float64."""
     job = group.job
     state = truncation.project({name: in_double(tensor) for name, tensor in job.states[0].items()})
-    small, units = _reduced(group, truncation, UnitMap.still(1), state)
-    into = resized(_with_bases(group), job.program, group.propagation, units, small)
+    small, units = _reduced(truncation, UnitMap.still(1), state)
+    narrow = {name: tensor.to(job.states[0][name].dtype) for name, tensor in small.items()}
+    into = resized(_with_bases(group), job.program, group.propagation, units, narrow)
     return agree(outputs(job.program, state, job.example), outputs(into, small, job.example))
 
 
@@ -158,7 +169,7 @@ def fewer_units_left(
         The models with all of their classes; the program, the sizes, and the parameters of the smaller network.
     """
     assert group.truncation is not None
-    small, sizes = _reduced(group, group.truncation, units, state)
+    small, sizes = _reduced(group.truncation, units, state)
     group = _with_bases(group)
     return group, sized(group, sizes, small), sizes, small
 
@@ -169,21 +180,19 @@ def _with_bases(group: Prepared) -> Prepared:
     return replace(group, symmetry=group.unfrozen)
 
 
-def _reduced(
-    group: Prepared, truncation: Truncation, units: UnitMap, state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], UnitMap]:
+def _reduced(truncation: Truncation, units: UnitMap, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], UnitMap]:
     """The parameters of the network with fewer units, and the sizes of all of its classes."""
-    symmetry = group.unfrozen
-    assert symmetry is not None
+    before = _sizes(replace(truncation, widths={}), units)
+    layout = tuple(before.into(axis) for axis in truncation.symmetry.layout)
+    merged = replace(truncation, symmetry=replace(truncation.symmetry, layout=layout))
+    return merged.reduce(state), _sizes(truncation, units)
+
+
+def _sizes(truncation: Truncation, units: UnitMap) -> UnitMap:
+    """The sizes of all classes: of some as a truncation leaves them, of others as merged units tell."""
+    symmetry = truncation.symmetry
     totals = {n: width * len(symmetry.by_block(n)) for n, width in truncation.widths.items()}
-    before, after = (_sizes(symmetry, own, units) for own in ({}, totals))
-    layout = tuple(before.into(axis) for axis in symmetry.layout)
-    return replace(truncation, symmetry=replace(symmetry, layout=layout)).reduce(state), after
-
-
-def _sizes(symmetry: Symmetry, widths: Mapping[int, int], units: UnitMap) -> UnitMap:
-    """The sizes of all classes: as given for some, and as merged units tell for others."""
-    room, merged = Room.of(symmetry, widths), {name: n for n, name in enumerate(units.names)}
+    room, merged = Room.of(symmetry, totals), {name: n for n, name in enumerate(units.names)}
     sizes, kept = list(room.widths), list(room.kept)
     for n, name in enumerate(symmetry.names):
         if name in merged:

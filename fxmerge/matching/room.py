@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -159,9 +159,8 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
     named = part.width if isinstance(part.width, Mapping) else None
     if named is not None:
         free = [symmetry.names[n] for n in sorted({*fewer, *more})]
+        check_patterns(named, symmetry.names)
         for pattern in named:
-            if not any(fits(name, pattern) for name in symmetry.names):
-                raise OptionError(f"Zip.width names {pattern!r}, which is no class; there are {_some(symmetry.names)}.")
             if not any(fits(name, pattern) for name in free):
                 raise OptionError(
                     f"Zip.width names {pattern!r}, but no class that it fits can have another width. These can: "
@@ -186,6 +185,17 @@ def wanted(part: Zip, symmetry: Symmetry, models: int, fewer: Collection[int], m
         raise OptionError(f"Zip.width names {pattern!r}, but {refused[pattern]}. Leave it out.")
     found = {n: width for n, width in found.items() if width != symmetry.units[n].size}
     return whole_or_inside(symmetry, found, named)
+
+
+def check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Every pattern must fit the name of a class.
+
+    Raises:
+        OptionError: if one fits none.
+    """
+    for pattern in patterns:
+        if not any(fits(name, pattern) for name in names):
+            raise OptionError(f"Zip.width names {pattern!r}, which is no class; there are {_some(names)}.")
 
 
 def whole_or_inside(

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry.base import Group
+from fxmerge.symmetry.group import Symmetry
 from fxmerge.units.basis import Mixed, centred_frame, mix, positions
 from fxmerge.units.kind import Kind
 from fxmerge.units.unit_map import Axis
@@ -27,7 +27,7 @@ class Truncation:
         widths: for some classes by number, how many units are left in every block.
     """
 
-    symmetry: Group
+    symmetry: Symmetry
     consumed: frozenset[Axis]
     widths: Mapping[int, int]
 
