@@ -25,7 +25,7 @@ from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import attach, named_errors, report, widths_of
 from fxmerge.sizing import configured, nothing_lost, same_on_example, sized
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.truncating import fewer_units_left, truncated
+from fxmerge.truncating import fewer_units_left, with_directions
 from fxmerge.validate import Model
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def _merged(
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
     if of_scores(recipe):
         check_scores(job)
-    group = truncated(in_one_basis(job, recipe, run, symmetry, reference), recipe, run)
+    group = with_directions(job, recipe, run, symmetry, reference)
     job, truncation = group.job, group.truncation
     if recipe.share == NOTHING:
         return _side_by_side(group, recipe, weights)
@@ -294,7 +294,12 @@ def fold(
         raise OptionError("Recipe.match is not Zip, and fold merges units: pass Zip(...), or leave it out.")
     if recipe.share != AUTO:
         raise OptionError("Recipe.share is of several networks: leave it at 'auto' to fold one.")
-    part = replace(recipe.match, width=width, reference=None)
+    by_bases = recipe.match.continuous
+    if by_bases is None:
+        by_bases = not isinstance(width, Budget)
+    elif by_bases and isinstance(width, Budget):
+        raise OptionError("width is a Budget, which counts no bases: pass a share, or Zip(continuous=False).")
+    part = replace(recipe.match, width=width, reference=None, continuous=by_bases)
     recipe = replace(recipe, match=part)
     if isinstance(width, int | float) and width > 1:
         raise OptionError(f"width is {width}, and fold makes a network smaller: pass a share up to 1, such as 0.7.")

@@ -61,7 +61,7 @@ def in_one_basis(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, ref
     part = recipe.match
     assert not isinstance(part, str)
     wider = isinstance(part, Zip) and part.width == len(job.states)  # All units of all models: nothing is matched.
-    if part is None or part.continuous is not True or (wider and len(job.states) > 1):
+    if part is None or part.continuous is not True or wider:
         return Prepared.of(job, recipe, run, given)
     group = Prepared.of(with_gains_moved(job), recipe, run, given, continuous=True)
     if not mixing(group.symmetry):
@@ -93,7 +93,7 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
     others = [i for i in range(len(job.states)) if i != reference]
     pairs = {i: (min(reference, i), max(reference, i)) for i in others}
     correlations = {}
-    if job.data is not None and part.alpha != 1 and others:
+    if job.data is not None and part.alpha != 1:
         states = [{**state, **own} for state, own in zip(job.states, balanced, strict=True)]
         with job.timed("activations"):
             correlations = similarities(

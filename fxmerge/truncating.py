@@ -9,16 +9,16 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from fxmerge.bases import mixing, transformed
+from fxmerge.bases import in_one_basis, mixing, transformed, with_gains_moved
 from fxmerge.emit.proof import outputs
 from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
 from fxmerge.evidence.activations import similarities
+from fxmerge.job import Job
 from fxmerge.matching.balance import balance
 from fxmerge.matching.models import alpha_by_class
-from fxmerge.matching.principal import principal_basis
+from fxmerge.matching.principal import principal_basis, used_first
 from fxmerge.matching.room import Room, fits, wanted
-from fxmerge.matching.search import floats
 from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
@@ -26,6 +26,7 @@ from fxmerge.program.double import in_double
 from fxmerge.recipe import Budget, Recipe, Run, Zip
 from fxmerge.sizing import any_map, blamed, failing, resized, sized, try_sizes
 from fxmerge.symmetry.flow import Flow
+from fxmerge.symmetry.freeze import freeze, moving_together
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.truncation import Truncation
 from fxmerge.units.basis import Basis
@@ -35,22 +36,58 @@ from fxmerge.validate import agree
 
 logger = logging.getLogger(__name__)
 
+TRUNCATED = "left in the directions that count most"
+"""The reason given for units that are not merged, since directions of them are left out."""
+
+MIXED = (Kind.CENTRED, Kind.ORTHOGONAL, Kind.GENERAL_LINEAR)
+"""The kinds of classes of which directions may be left out."""
+
+
+def with_directions(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, reference: int | None) -> Prepared:
+    """The models of a job and their symmetry. If the recipe takes changes of basis, several models come in one basis.
+    If it asks for fewer units of classes that may be mixed, all come in the basis in which the directions of these are
+    in the order of how much they count, and the first are to be left.
+
+    Arguments are those of `in_one_basis`.
+
+    Raises:
+        OptionError: if the recipe names a class of which there cannot be fewer units.
+    """
+    part = recipe.match
+    narrow = isinstance(part, Zip) and part.continuous is True and not isinstance(part.width, Budget)
+    if len(job.states) > 1:
+        group = in_one_basis(job, recipe, run, given, reference)
+        return truncated(group, recipe, run) if narrow and group.unfrozen is not None else group
+    if narrow:
+        group = Prepared.of(with_gains_moved(job), recipe, run, given, continuous=True)
+        found = truncated(replace(group, unfrozen=group.symmetry), recipe, run)
+        if found.truncation is not None:
+            return _left_alone(found, found.truncation.widths)
+    return Prepared.of(job, recipe, run, given)
+
+
+def _left_alone(group: Prepared, numbers: Collection[int]) -> Prepared:
+    """A model of which no units of some classes are merged, nor the blocks that these lie in."""
+    symmetry = group.symmetry
+    smaller, names = freeze(symmetry, moving_together(symmetry, numbers), lambda _: TRUNCATED)
+    bases = {symmetry.names[n]: str(symmetry.kind(n)) for n in sorted(numbers)}
+    return replace(group, symmetry=replace(smaller, kinds=()), still=group.still | {*names}, bases=bases)
+
 
 def truncated(group: Prepared, recipe: Recipe, run: Run) -> Prepared:
-    """The models in the basis in which the directions of classes that may be mixed come in the order of how much they
-    count, with the first of these to be left, as many as the recipe asks for.
+    """Models in the basis in which the directions of some classes come in the order of how much they count, with as
+    many of these to be left as a recipe asks for; as they are if it asks for none.
 
     Arguments:
         group: the models, in one basis.
-        recipe: without "auto".
+        recipe: whose `match` is a `Zip`, without "auto".
         run: how to run.
 
     Raises:
         OptionError: if the recipe names a class of which there cannot be fewer units.
     """
     part, symmetry = recipe.match, group.unfrozen
-    if not isinstance(part, Zip) or symmetry is None:
-        return group
+    assert isinstance(part, Zip) and symmetry is not None
     widths, named = _wanted(group, symmetry, part)
     if not widths:
         return group
@@ -58,7 +95,8 @@ def truncated(group: Prepared, recipe: Recipe, run: Run) -> Prepared:
     group = replace(group, job=replace(group.job, states=states))
     consumed = frozenset(axis for axis, kind in group.flow.items() if kind is Flow.CONSUMES)
     blocks = {n: width // len(symmetry.by_block(n)) for n, width in widths.items()}
-    found, reasons = _possible(group, Truncation(symmetry, consumed, blocks), run)
+    asked = Truncation(symmetry, consumed, blocks, _scaled(group, symmetry, blocks))
+    found, reasons = _possible(group, asked, run)
     if reasons and named:
         raise OptionError(f"Zip.width cannot be had for {reasons[0]} Leave these at 1.")
     if not found.widths:
@@ -68,30 +106,41 @@ def truncated(group: Prepared, recipe: Recipe, run: Run) -> Prepared:
 
 
 def _wanted(group: Prepared, symmetry: Symmetry, part: Zip) -> tuple[dict[int, int], bool]:
-    """How many units of some classes a recipe asks for, and whether it names them."""
-    if isinstance(part.width, Budget):
-        raise OptionError("Zip.width is a Budget, which does not count bases yet: pass shares, or continuous=False.")
-    names = [name for name in group.bases if name in symmetry.names]
-    width = part.width
+    """How many units of some classes a recipe asks for, and whether it names them. What lies in blocks that it names
+    keeps its width."""
+    assert not isinstance(part.width, Budget)
+    numbers, width = mixing(symmetry), part.width
     if isinstance(width, Mapping):
-        width = {p: share for p, share in width.items() if any(fits(name, p) for name in names)}
+        named = {n for n, name in enumerate(symmetry.names) if any(fits(name, p) for p in width)}
+        numbers = {n for n in numbers & named if named.isdisjoint(symmetry.ancestors(n))}
+        width = {p: share for p, share in width.items() if any(fits(symmetry.names[n], p) for n in numbers)}
         if not width:
             return {}, False
-    fewer = _may_be_fewer(group, symmetry)
+    fewer = [n for n in _may_be_fewer(group, symmetry) if n in numbers]
     return wanted(replace(part, width=width), symmetry, 1, fewer, ()), isinstance(width, Mapping)
 
 
 def _may_be_fewer(group: Prepared, symmetry: Symmetry) -> list[int]:
-    """The classes of which a subspace can be left: of blocks of one size, on axes that have the same units in every
-    row, and not along an output. A parameter that both gives and reads a class with norms has one scale for both."""
-    found = []
+    """The classes of which a subspace can be left: on axes that have the same units in every row, and not along an
+    output."""
     seen = {n for output in symmetry.free for n in output.classes.tolist()}
-    for n in mixing(symmetry) - seen:
-        axes = [own.axis for own in symmetry.mixed[n]]
-        both = any(group.flow[axis.parameter, axis.dim] is Flow.BOTH for axis in axes)
-        if all(len(axis.dims) == 1 for axis in axes) and not (both and symmetry.kind(n) < Kind.GENERAL_LINEAR):
-            found.append(n)
-    return sorted(found)
+    return sorted(
+        n
+        for n in mixing(symmetry) - seen
+        if symmetry.kind(n) in MIXED and all(len(own.axis.dims) == 1 for own in symmetry.mixed[n])
+    )
+
+
+def _scaled(group: Prepared, symmetry: Symmetry, numbers: Collection[int]) -> frozenset[int]:
+    """Those of some classes over which a norm may go, and of which no parameter both gives and reads the units, so that
+    these can be scaled."""
+    both = {axis for axis, kind in group.flow.items() if kind is Flow.BOTH}
+    return frozenset(
+        n
+        for n in numbers
+        if symmetry.kind(n) < Kind.GENERAL_LINEAR
+        and both.isdisjoint((own.axis.parameter, own.axis.dim) for own in symmetry.mixed[n])
+    )
 
 
 def _in_principal_basis(
@@ -100,8 +149,11 @@ def _in_principal_basis(
     """The parameters of the models, in a basis of some classes whose first directions count most."""
     job = group.job
     trunk = replace(symmetry, layout=tuple(a for a in symmetry.layout if a.parameter not in job.owner))
-    gauge = balance(symmetry, job.states[0])
-    balanced = [{**state, **gauge.apply(floats(symmetry, state))} for state in job.states]
+    consumed = [axis for axis, kind in group.flow.items() if kind is Flow.CONSUMES]
+    steps = [balance(symmetry, job.states[0])]
+    first, used = used_first(symmetry, [steps[0].apply(state) for state in job.states], numbers, consumed)
+    steps.append(first)
+    balanced = [transformed(symmetry, state, steps) for state in job.states]
     shown = {}
     if job.data is not None and part.alpha != 1:
         pairs = [(i, i) for i in range(len(balanced))]
@@ -112,8 +164,8 @@ def _in_principal_basis(
     alpha = alpha_by_class(part, trunk) if job.data is not None else 1.0
     correlations = [{n: own[i, i] for n, own in shown.items() if n in numbers} for i in range(len(balanced))]
     with job.timed("matching bases"):
-        turn = principal_basis(trunk, balanced, correlations, numbers, alpha=alpha)
-        steps = gauge, Basis(symmetry.mixed, turn.matrices)
+        turn = principal_basis(trunk, balanced, correlations, used, alpha=alpha)
+        steps.append(Basis(symmetry.mixed, turn.matrices))
         return tuple(transformed(symmetry, state, steps) for state in job.states)
 
 
@@ -129,8 +181,14 @@ def _possible(group: Prepared, truncation: Truncation, run: Run) -> tuple[Trunca
         for n in numbers:
             del left[n]
 
-    def same(numbers: Sequence[int]) -> bool:
-        return _same(group, replace(truncation, widths={n: left[n] for n in numbers}))
+    def other(scaled: Collection[int]) -> list[int]:
+        """The classes with which the network is another one."""
+        if not run.verify:
+            return []
+        asked = replace(truncation, scaled=frozenset(scaled))
+        return failing(
+            whole, sorted(left), lambda some: _same(group, replace(asked, widths={n: left[n] for n in some}))
+        )
 
     with group.job.timed("resizing"):
         while left:
@@ -139,10 +197,14 @@ def _possible(group: Prepared, truncation: Truncation, run: Run) -> tuple[Trunca
                 break
             except CannotResizeError as error:
                 leave(blamed(symmetry, left, error), str(error))
-        other = failing(whole, sorted(left), same) if run.verify else []
-        if other:
-            leave(other, "the network is another one when directions are left out that nothing writes or reads.")
-    return replace(truncation, widths=left), reasons
+        # Where there is no norm, there may be a product of the class with itself, which knows of its scale.
+        wrong = other(truncation.scaled)
+        scaled = truncation.scaled.difference(wrong)
+        if scaled != truncation.scaled:
+            wrong = other(scaled)
+        if wrong:
+            leave(wrong, "the network is another one when directions are left out that nothing writes or reads.")
+    return replace(truncation, widths=left, scaled=scaled), reasons
 
 
 def _same(group: Prepared, truncation: Truncation) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from fxmerge.program.double import in_double
 from fxmerge.symmetry.base import Group
-from fxmerge.units.basis import Basis, gathered
+from fxmerge.units.basis import Basis, Mixed, gathered
 from fxmerge.units.kind import Kind
 
 ROUNDS = 50
@@ -62,15 +62,24 @@ def balance(symmetry: Group, state: Mapping[str, Tensor]) -> Basis:
 
 def _step(symmetry: Group, number: int, state: Mapping[str, Tensor]) -> Tensor | None:
     """The matrices that balance a class, shape (blocks, units, units); None where nothing gives or reads its units."""
-    sums: dict[bool, Tensor] = {}
-    for own in symmetry.mixed[number]:
-        entries = gathered(state[own.axis.parameter], own)
-        product = entries @ entries.mT
-        sums[own.inverse] = sums[own.inverse] + product if own.inverse in sums else product
+    sums = outer_products(symmetry.mixed[number], state, lambda own: own.inverse)
     if len(sums) < 2 or not all(map(_spans, sums.values())):
         return None
     gives, root = (_power(sums[False], p) for p in (-0.5, 0.5))
     return _power(gives @ _power(root @ sums[True] @ root, 0.5) @ gives, 0.5)
+
+
+def outer_products(
+    mixed: Iterable[Mixed], state: Mapping[str, Tensor], side: Callable[[Mixed], bool]
+) -> dict[bool, Tensor]:
+    """The sums of the outer products of the weights of a class, shape (blocks, units, units), by what `side` tells of
+    the axis that its units lie on."""
+    sums: dict[bool, Tensor] = {}
+    for own in mixed:
+        entries = gathered(state[own.axis.parameter], own)
+        product = entries @ entries.mT
+        sums[side(own)] = sums[side(own)] + product if side(own) in sums else product
+    return sums
 
 
 def _spans(matrix: Tensor) -> bool:

@@ -2,24 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fxmerge.evidence import weights
+from fxmerge.matching.balance import outer_products
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import Problem, floats
+from fxmerge.program.double import in_double
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.units.basis import Basis, centred_frame
+from fxmerge.symmetry.propagate import Axis
+from fxmerge.units.basis import Basis, Mixed, centred_frame
 from fxmerge.units.kind import Kind
+
+NOTHING = 1e-12
+"""A direction is in no use if it has less than this share of the squared weights of the strongest one."""
+
+Used = Mapping[int, Sequence[int]]
+"""For every class, how many of the first directions of each block are in use. A class that keeps the mean has one
+direction fewer than units."""
+
+
+def used_first(
+    symmetry: Symmetry, states: Sequence[Mapping[str, Tensor]], numbers: Collection[int], consumed: Collection[Axis]
+) -> tuple[Basis, Used]:
+    """The change of basis after which the directions that are in use come first, and how many there are.
+
+    Of an orthogonal class these are the directions that something writes. Of a general linear one they are those that
+    something writes and something else reads.
+
+    Arguments:
+        symmetry: the group.
+        states: parameters of the models, which are all in one basis.
+        numbers: the classes.
+        consumed: the parameter axes along which units are consumed.
+    """
+    matrices, used = {}, {}
+    for n in numbers:
+        kind = symmetry.kind(n)
+
+        def reads(own: Mixed, linear: bool = kind == Kind.GENERAL_LINEAR) -> bool:
+            return own.inverse if linear else (own.axis.parameter, own.axis.dim) in consumed
+
+        names = {own.axis.parameter for own in symmetry.mixed[n]}
+        each = [{name: in_double(state[name].to("cpu")) for name in names} for state in states]
+        sums = [outer_products(symmetry.mixed[n], state, reads) for state in each]
+        written, read = (_total(own.get(side) for own in sums) for side in (False, True))
+        blocks, size = symmetry.by_block(n).shape
+        found = [(torch.eye(size, dtype=torch.float64), size)] * blocks
+        if written is not None and kind < Kind.GENERAL_LINEAR:
+            found = [_written_first(own, kind) for own in written]
+        elif written is not None and read is not None:
+            found = [_connected_first(*own) for own in zip(written, read, strict=True)]
+        matrices[n], used[n] = torch.stack([matrix for matrix, _ in found]), [count for _, count in found]
+    return Basis(symmetry.mixed, matrices), used
+
+
+def _total(parts: Iterable[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return sum(known[1:], start=known[0]) if known else None
+
+
+def _written_first(written: Tensor, kind: Kind) -> tuple[Tensor, int]:
+    """The orthogonal matrix that brings directions that are written before others, and how many these are.
+
+    Arguments:
+        written: the outer products of what writes units, summed up: shape (units, units).
+        kind: of the class. What keeps the mean acts on the directions of `centred_frame`.
+    """
+    if kind == Kind.CENTRED:
+        frame = centred_frame(len(written))
+        turn, count = _written_first(frame.T @ written @ frame, Kind.ORTHOGONAL)
+        return _in_frame(turn, frame), count
+    values, vectors = torch.linalg.eigh(written)
+    count = int((values > NOTHING * values[-1]).sum())
+    return (torch.eye(len(written), dtype=torch.float64) if count == len(written) else vectors.flip(1).T), count
+
+
+def _connected_first(written: Tensor, read: Tensor) -> tuple[Tensor, int]:
+    """The invertible matrix that brings directions that are both written and read before others, and how many these
+    are; where there are others, the first are balanced (square-root method: Laub et al., 1987, doi
+    10.1109/TAC.1987.1104549).
+
+    Arguments:
+        written, read: the outer products of what writes units and of what reads them, each summed up: shape
+            (units, units).
+    """
+    writes, reads = _root(written), _root(read)
+    u, values, vh = torch.linalg.svd(reads.T @ writes, full_matrices=False)
+    count = int((values > NOTHING**0.5 * values.max()).sum()) if len(values) else 0
+    if count == len(written):
+        return torch.eye(len(written), dtype=torch.float64), count
+    first = (reads @ u[:, :count] / values[:count].sqrt()).T
+    back = writes @ vh[:count].T
+    others = torch.linalg.qr(back, mode="complete")[0][:, count:]
+    return torch.cat([first, others.T]), count
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """A matrix of full column rank that is, times its transpose, a symmetric matrix without negative values."""
+    values, vectors = torch.linalg.eigh(matrix)
+    in_use = values > NOTHING * values[-1]
+    root: Tensor = vectors[:, in_use] * values[in_use].sqrt()
+    return root
 
 
 def principal_basis(
     symmetry: Symmetry,
     states: Sequence[Mapping[str, Tensor]],
     correlations: Sequence[Mapping[int, Tensor]],
-    numbers: Collection[int],
+    used: Used,
     *,
     alpha: float | Mapping[int, float],
 ) -> Basis:
@@ -34,7 +128,7 @@ def principal_basis(
         symmetry: the group.
         states: parameters of the models, which are all in one basis.
         correlations: for every model and some classes, the mean products of the activations of all pairs of units.
-        numbers: the classes.
+        used: the classes, and how many directions of each block are in use. These come first already; they are sorted.
         alpha: weight of the weight-space similarity, in [0, 1]: one for all classes, or one for each by its number.
     """
     slices, still = weights.slices(symmetry), symmetry.identity().images
@@ -43,19 +137,30 @@ def principal_basis(
         own = floats(symmetry, state)
         scales = {name: weights.scale(tensor, tensor) for name, tensor in own.items()}
         problem = Problem(symmetry, own, own, correlation, Mix.of(alpha, correlation), still, scales, slices)
-        for n in numbers:
+        for n in used:
             scores = torch.from_numpy(problem.scores(n, slices[n]))
             blocks = torch.stack([scores[units][:, units] for units in symmetry.by_block(n)])
             total[n] = total[n] + blocks if n in total else blocks
-    matrices = {n: torch.stack([_sorted(block, symmetry.kind(n)) for block in own]) for n, own in total.items()}
+    matrices = {
+        n: torch.stack([_sorted(*block, symmetry.kind(n)) for block in zip(own, used[n], strict=True)])
+        for n, own in total.items()
+    }
     return Basis(symmetry.mixed, matrices)
 
 
-def _sorted(scores: Tensor, kind: Kind) -> Tensor:
-    """The orthogonal matrix that brings the eigenvectors of symmetric scores to the first directions, in the order of
-    their eigenvalues; of what keeps the mean, to those of `centred_frame`."""
+def _sorted(scores: Tensor, used: int, kind: Kind) -> Tensor:
+    """The orthogonal matrix that brings the eigenvectors of symmetric scores, among the first directions, into the
+    order of their eigenvalues; of what keeps the mean, among those of `centred_frame`."""
     if kind == Kind.CENTRED:
         frame = centred_frame(len(scores))
-        return frame @ _sorted(frame.T @ scores @ frame, Kind.ORTHOGONAL) @ frame.T + 1 / len(scores)
-    vectors: Tensor = torch.linalg.eigh((scores + scores.T) / 2)[1]
-    return vectors.flip(1).T
+        return _in_frame(_sorted(frame.T @ scores @ frame, used, Kind.ORTHOGONAL), frame)
+    among = scores[:used, :used]
+    turn = torch.eye(len(scores), dtype=torch.float64)
+    turn[:used, :used] = torch.linalg.eigh((among + among.T) / 2)[1].flip(1).T
+    return turn
+
+
+def _in_frame(turn: Tensor, frame: Tensor) -> Tensor:
+    """A matrix that acts on vectors whose entries sum to zero, and leaves the mean."""
+    whole: Tensor = frame @ turn @ frame.T + 1 / len(frame)
+    return whole

@@ -152,7 +152,7 @@ class Zip:
     reference: int | None = None
     width: Width = 1.0
     multiple_of: int = 1
-    continuous: bool | Literal["auto"] = False
+    continuous: bool | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         check_alpha(self)
@@ -167,7 +167,7 @@ class Zip:
         check_share(self, "damping")
         check_word(self, "similarity", get_args(Similarity))
         check_reference(self)
-        check_word(self, "continuous", (True, False, "auto"))
+        check_word(self, "continuous", (True, False, "auto", None))
 
 
 # -------------------------------------------------------------------------- combining

@@ -25,11 +25,13 @@ class Truncation:
         symmetry: the classes.
         consumed: the parameter axes along which the network consumes units.
         widths: for some classes by number, how many units are left in every block.
+        scaled: those of these whose units are scaled, so that their mean square is as before.
     """
 
     symmetry: Symmetry
     consumed: frozenset[Axis]
     widths: Mapping[int, int]
+    scaled: frozenset[int] = frozenset()
 
     def projector(self, number: int) -> Tensor:
         """The projector onto the directions of a class that are left: shape (units, units) of one block, float64."""
@@ -53,8 +55,6 @@ class Truncation:
 
     def reduce(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The network with fewer units that computes what a projected one does.
-
-        What gives units is multiplied so that their mean, and their mean square around it, are as before.
 
         Arguments:
             state: what `project` gave.
@@ -86,7 +86,8 @@ class Truncation:
         """For every class, the matrix that takes the units of a block to those that are left, and the one that takes
         these back."""
         sizes = {n: self.symmetry.by_block(n).shape[1] for n in self.widths}
-        return {n: fewer_units(self.symmetry.kind(n), sizes[n], width) for n, width in self.widths.items()}
+        kinds = {n: self.symmetry.kind(n) for n in self.widths}
+        return {n: fewer_units(kinds[n], sizes[n], w, scaled=n in self.scaled) for n, w in self.widths.items()}
 
     @cached_property
     def _projectors(self) -> dict[int, Tensor]:
@@ -101,29 +102,30 @@ class Truncation:
                     yield Mixed(axis, slots[views[shown]][blocks], inverse=False)
 
 
-def fewer_units(kind: Kind, size: int, width: int) -> tuple[Tensor, Tensor]:
+def fewer_units(kind: Kind, size: int, width: int, *, scaled: bool) -> tuple[Tensor, Tensor]:
     """The matrix that takes units to fewer ones, and the one that takes these back: the first directions are left.
 
-    The product of the first with the second is the identity. In the subspace that is left, a norm over fewer units is
-    that over all units: neither the mean nor the mean square around it changes. (The mean only for `Kind.CENTRED`,
-    where it is a direction that is always left; the others are those of `centred_frame`.)
+    The product of the first with the second is the identity.
 
     Arguments:
-        kind: what units may be mixed by.
+        kind: what units may be mixed by. With `Kind.CENTRED` their mean is left and stays what it is, and the other
+            directions are those of `centred_frame`.
         size: how many units there are.
         width: how many are left.
+        scaled: whether units are multiplied with a number so that, of a vector in the subspace that is left, the mean
+            square (with `Kind.CENTRED`, the variance) is as before. Then a norm over fewer units is that over all.
 
     Returns:
         Shapes (width, size) and (size, width), float64.
 
     Example:
-        >>> fewer_units(Kind.ORTHOGONAL, 4, 1)
-        (tensor([[0.5000, 0.0000, 0.0000, 0.0000]], dtype=torch.float64), tensor([[2.],
-                [0.],
-                [0.],
-                [0.]], dtype=torch.float64))
+        >>> fewer, back = fewer_units(Kind.ORTHOGONAL, 4, 1, scaled=True)
+        >>> fewer
+        tensor([[0.5000, 0.0000, 0.0000, 0.0000]], dtype=torch.float64)
+        >>> fewer @ back
+        tensor([[1.]], dtype=torch.float64)
     """
-    scale = 1.0 if kind == Kind.GENERAL_LINEAR else (width / size) ** 0.5
+    scale = (width / size) ** 0.5 if scaled else 1.0
     if kind == Kind.CENTRED:
         before, after = centred_frame(size)[:, : width - 1], centred_frame(width)
         return scale * after @ before.T + 1 / size, before @ after.T / scale + 1 / width
