@@ -1,16 +1,18 @@
 """Folding beside structured pruning: one trained network made smaller, at equal floating-point operations.
 
-Networks of `benchmarks/heads.py`, each trained on five classes of Fashion-MNIST, and a GPT of `benchmarks/tasks.py`,
-trained on Python's sources about doing many things at once. `fxmerge.fold` makes them smaller to a width, with the
-2,000 unlabelled training images (256 windows of text) or without data. torch-pruning removes channels to the same
-number of operations, by the L1 and by the L2 norm of all weights that belong to a channel (a group). It cannot know
-which units are heads of attention; in the rows "heads named" it is told, as its examples for transformers do.
-BatchNorm is estimated anew on the same images in all rows but those without data. Each network is also trained further
-for the same few steps. Accuracy is on the test images of the five classes, or that of next characters of test texts.
+Networks of `benchmarks/heads.py`, each trained on five classes of Fashion-MNIST, and a GPT and a Llama of
+`benchmarks/tasks.py`, trained on Python's sources about doing many things at once. `fxmerge.fold` makes them smaller to
+a width, with the 2,000 unlabelled training images (256 windows of text) or without data. It leaves out directions of
+residual streams and of attention heads, and merges units elsewhere; in the rows "units only" it merges units
+everywhere. Both are the same for networks without such streams. torch-pruning removes channels to the number of
+operations of the fold, by the L1 and by the L2 norm of all weights that belong to a channel (a group). It cannot know
+which units are heads of attention; in the rows "heads named" it is told, as its examples for transformers do. BatchNorm
+is estimated anew on the same images in all rows but those without data. Each network is also trained further for the
+same few steps. Accuracy is on the test images of the five classes, or that of next characters of test texts.
 
 Operations are those of layers with weights. The products of attention have none and are not counted.
 
-    python benchmarks/compression.py [--short] [--networks NAME ...] [--widths 0.9 0.7 0.5 0.3] [--steps 200]
+    python benchmarks/compression.py [--short] [--networks NAME ...] [--widths 0.9 0.8 0.7 0.5] [--steps 200]
         [--seeds 1] [--cache FOLDER] [--markdown FILE]
 
 Needs what `benchmarks/tasks.py` needs, and for the rows of pruning `pip install torch-pruning`.
@@ -36,7 +38,7 @@ from invariance import machine, table
 from tasks_suite import images, training
 from tasks_suite.images import ImageProblem
 from tasks_suite.problem import Problem
-from tasks_suite.sequences import Attention
+from tasks_suite.sequences import Attention, RotaryBlock
 from tasks_suite.suite import NETWORKS, PROBLEMS
 from tasks_suite.text import TextProblem
 from tasks_suite.training import cache_folder, default_cache
@@ -47,7 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxmerge
 from fxmerge.demo import count_parameters, recalibrated
 
-WIDTHS = (0.9, 0.7, 0.5, 0.3)
+WIDTHS = (0.9, 0.8, 0.7, 0.5)
 RATE = 1e-3
 """The learning rate of the further training, for all networks alike."""
 
@@ -144,8 +146,11 @@ def operations(model: nn.Module, x: Tensor) -> int:
     return counted.get_total_flops()
 
 
-def folded(model: nn.Module, batches: Sequence[Tensor] | None, width: float, example: Tensor) -> nn.Module:
-    return fxmerge.fold(model, batches, width, example=example, run=QUIET)
+def folded(
+    model: nn.Module, batches: Sequence[Tensor] | None, width: float, example: Tensor, *, units_only: bool = False
+) -> nn.Module:
+    match = fxmerge.Zip(continuous=not units_only)
+    return fxmerge.fold(model, batches, width, fxmerge.Recipe(match=match), example=example, run=QUIET)
 
 
 def pruned(model: nn.Module, batches: list[Tensor], power: int, named: bool, goal: int) -> nn.Module | None:
@@ -189,8 +194,8 @@ def pruned(model: nn.Module, batches: list[Tensor], power: int, named: bool, goa
 
 def heads_of(model: nn.Module) -> dict[nn.Module, int]:
     """How many heads every projection to queries, keys and values has."""
-    attentions = [m for m in model.modules() if isinstance(m, Attention)]
-    return {layer: m.heads for m in attentions for layer in m.children() if layer is not m.proj}
+    attentions = [m for m in model.modules() if isinstance(m, Attention | RotaryBlock)]
+    return {layer: m.heads for m in attentions for name, layer in m.named_children() if name in ("qkv", "q", "k", "v")}
 
 
 def further(model: nn.Module, task: Task, steps: int) -> nn.Module:
@@ -270,7 +275,12 @@ def results_of(network: str, widths: Sequence[float], steps: int, seed: int, cac
     for width in widths:
         one, small = result(width, "fold", partial(folded, model, batches, width, example))
         assert small is not None
-        results += [one, result(width, "fold, no data", partial(folded, model, None, width, example))[0]]
+        others = {
+            "fold, units only": partial(folded, model, batches, width, example, units_only=True),
+            "fold, no data": partial(folded, model, None, width, example),
+            "fold, units only, no data": partial(folded, model, None, width, example, units_only=True),
+        }
+        results += [one, *(result(width, name, make)[0] for name, make in others.items())]
         goal = operations(small, example)
         results += [
             result(width, name, partial(pruned, model, batches, power, named, goal))[0]
@@ -336,7 +346,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained networks")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     options = parser.parse_args()
-    networks = options.networks or (SHORT if options.short else (*LONG, "gpt"))
+    networks = options.networks or (SHORT if options.short else (*LONG, "gpt", "llama"))
     if any(NETWORKS[network].data == "fashion" for network in networks):
         images.check_installed()
     widths = [0.5] if options.short else options.widths

@@ -258,7 +258,9 @@ def fold(
     """Makes a network smaller by merging units of it that are alike (model folding, arXiv 2502.10216).
 
     Units are compared as by `merge`, and merged greedily: what gives a merged unit is the mean of what gave its
-    members, and what reads it the sum of what read them. Where there are data, every layer is then fitted, in closed
+    members, and what reads it the sum of what read them. Of classes that a change of basis may mix, such as residual
+    streams and the dimensions of attention heads, the directions that count most are left (SliceGPT, arXiv 2401.15024)
+    unless the recipe says `Zip(continuous=False)`. Where there are data, every layer is then fitted, in closed
     form, to what the network computes there. Nothing is trained.
 
     Arguments:

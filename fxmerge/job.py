@@ -203,7 +203,9 @@ def prepare(
             with timed(logger, seconds, "capture"):
                 wide = of_equal_width(originals, names, call, varying)
             if any(new is not old for new, old in zip(wide, originals, strict=True)):
-                models = modules = wide
+                models = wide
+                same = (new is old for new, old in zip(wide, originals, strict=True))
+                modules = tuple(m if kept else new for m, new, kept in zip(modules, wide, same, strict=True))
                 states = tuple(tensors(module) for module in wide)
         join = partial(_join, models, states, names, call, varying, recipe or Recipe(), based=base is not None)
         path: SamePath | None = None

@@ -30,7 +30,7 @@ from fxmerge.symmetry.freeze import freeze, moving_together
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.truncation import Truncation
 from fxmerge.units.basis import Basis
-from fxmerge.units.kind import Kind
+from fxmerge.units.kind import Kind, UnitKind
 from fxmerge.units.unit_map import UnitMap
 from fxmerge.validate import agree
 
@@ -150,7 +150,7 @@ def _in_principal_basis(
     job = group.job
     trunk = replace(symmetry, layout=tuple(a for a in symmetry.layout if a.parameter not in job.owner))
     consumed = [axis for axis, kind in group.flow.items() if kind is Flow.CONSUMES]
-    steps = [balance(symmetry, job.states[0])]
+    steps = [balance(symmetry, job.states[0], numbers)]
     first, used = used_first(symmetry, [steps[0].apply(state) for state in job.states], numbers, consumed)
     steps.append(first)
     balanced = [transformed(symmetry, state, steps) for state in job.states]
@@ -244,9 +244,11 @@ def _with_bases(group: Prepared) -> Prepared:
 
 def _reduced(truncation: Truncation, units: UnitMap, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], UnitMap]:
     """The parameters of the network with fewer units, and the sizes of all of its classes."""
-    before = _sizes(replace(truncation, widths={}), units)
-    layout = tuple(before.into(axis) for axis in truncation.symmetry.layout)
-    merged = replace(truncation, symmetry=replace(truncation.symmetry, layout=layout))
+    before, symmetry = _sizes(replace(truncation, widths={}), units), truncation.symmetry
+    layout = tuple(before.into(axis) for axis in symmetry.layout)
+    # Of other classes, there may be fewer units than their kinds are of.
+    kinds = tuple(own if n in truncation.widths else UnitKind() for n, own in enumerate(symmetry.kinds))
+    merged = replace(truncation, symmetry=replace(symmetry, layout=layout, kinds=kinds))
     return merged.reduce(state), _sizes(truncation, units)
 
 

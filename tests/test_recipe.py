@@ -36,7 +36,8 @@ NO_REFERENCES: list[Any] = [-1, 0.5, "A", True]
 WRONG: list[tuple[type, str, list[Any], str]] = [
     *((kind, "alpha", NO_ALPHAS, ALPHA) for kind in (Align, Zip)),
     *((kind, "similarity", ["dot", None, 1, "covariance"], SIMILARITY) for kind in (Align, Zip)),
-    *((kind, "continuous", [1, 0, None, "yes", NAN], FLAG) for kind in (Align, Zip)),
+    (Align, "continuous", [1, 0, None, "yes", NAN], FLAG),
+    (Zip, "continuous", [1, 0, "yes", NAN], "it must be True or False or 'auto' or None."),
     *((kind, "reference", NO_REFERENCES, REFERENCE) for kind in (Align, Zip)),
     *((Zip, name, NO_SHARES, SHARE) for name in ("budget", "damping")),
     (Zip, "width", [0, -0.5, NAN, "half", None, True, {"a": 0}], WIDTH),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ SMALLEST = 1e-6
 the mean over all directions: no basis would make both equal."""
 
 
-def balance(symmetry: Group, state: Mapping[str, Tensor]) -> Basis:
+def balance(symmetry: Group, state: Mapping[str, Tensor], numbers: Collection[int] | None = None) -> Basis:
     """The change of basis after which the general linear classes of a network are balanced.
 
     Let P be the sum of the outer products of the weights that give the units of a block, and C that of the weights that
@@ -33,6 +33,7 @@ def balance(symmetry: Group, state: Mapping[str, Tensor]) -> Basis:
     Arguments:
         symmetry: the group.
         state: tensors by name.
+        numbers: the classes to balance, if not all.
 
     Example:
         >>> import torch, fxmerge
@@ -43,7 +44,8 @@ def balance(symmetry: Group, state: Mapping[str, Tensor]) -> Basis:
         >>> torch.allclose(first @ first.T, second.T @ second)
         True
     """
-    classes = [n for n in range(len(symmetry.units)) if symmetry.kind(n) == Kind.GENERAL_LINEAR]
+    numbers = range(len(symmetry.units)) if numbers is None else numbers
+    classes = [n for n in numbers if symmetry.kind(n) == Kind.GENERAL_LINEAR]
     names = {own.axis.parameter for n in classes for own in symmetry.mixed[n]}
     wide: Mapping[str, Tensor] = {name: in_double(state[name].to("cpu")) for name in names}
     total = Basis(symmetry.mixed, {n: m for n, m in symmetry.identity_basis().matrices.items() if n in classes})
