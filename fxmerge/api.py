@@ -15,6 +15,7 @@ from fxmerge.choosing import better_of, within_distance
 from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
+from fxmerge.kv_heads import with_fewer_kv_heads
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of_nearer_parent, warn_of_no_scores
 from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered
@@ -160,6 +161,7 @@ def _merged(
     inputs: Inputs | None = None,
 ) -> fx.GraphModule:
     """One network of any number of models, by a recipe without "auto"."""
+    asked_for = recipe
     assert not isinstance(recipe.match, str) and not isinstance(recipe.combine, str)
     weights = validate.check_weights(recipe.combine.weights, len(models))
     asked = None if recipe.match is None else recipe.match.reference
@@ -168,7 +170,7 @@ def _merged(
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
     if of_scores(recipe):
         check_scores(job)
-    group = in_one_basis(job, recipe, run, symmetry, reference)
+    group, recipe = with_fewer_kv_heads(in_one_basis(job, recipe, run, symmetry, reference), recipe, run)
     job = group.job
     if recipe.share == NOTHING:
         return _side_by_side(group, recipe, weights)
@@ -206,7 +208,7 @@ def _merged(
     told = replace(
         group.report(merged),
         models=len(models),
-        recipe=recipe.to_dict(),
+        recipe=asked_for.to_dict(),
         weights=tuple(weights),
         units_of=order[matching.reference] if base is None else None,
         images=tuple(group.images(own, i) for own, i in maps),

@@ -94,11 +94,7 @@ def rewritten(
     Raises:
         CannotResizeError: as for `resize`; and if the graph does not run then.
     """
-    twins = _twins(module, program)
-    if found.program is not program:
-        further = _made_of(found.program.graph)
-        twins = {node: further.get(twin.name, twin) for node, twin in twins.items()}
-    sizes = Sizes(found, symmetry, units, twins)
+    sizes = Sizes(found, symmetry, units, twins_of(module, program, found))
     changes = {node: changes_of(node, sizes) for node in module.graph.nodes}
     graph = fx.Graph()
     copied: dict[fx.Node, Any] = {}
@@ -120,6 +116,18 @@ def _runs(module: fx.GraphModule, state: Mapping[str, Tensor], call: Any) -> Non
         inputs = [mode.from_tensor(v.detach()) if isinstance(v, Tensor) else v for v in pytree.tree_leaves(call)]
         own = {name: mode.from_tensor(tensor.detach()) for name, tensor in state.items()}
         _ShapeRun(module, own).run(*inputs)
+
+
+def twins_of(module: fx.GraphModule, program: Program, found: Propagation) -> dict[fx.Node, fx.Node]:
+    """For the nodes of a graph, those of the labelled program with the same value; of some there is none.
+
+    Arguments are those of `rewritten`.
+    """
+    twins = _twins(module, program)
+    if found.program is not program:
+        further = _made_of(found.program.graph)
+        twins = {node: further.get(twin.name, twin) for node, twin in twins.items()}
+    return twins
 
 
 def _twins(module: fx.GraphModule, program: Program) -> dict[fx.Node, fx.Node]:

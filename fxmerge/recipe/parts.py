@@ -26,6 +26,9 @@ OutputKind = Literal["values", "logits"]
 
 DEFAULT_ALPHA = 0.5
 
+KV_HEADS = "kv heads of "
+"""What names of key/value heads begin with, of which there may be fewer than query heads."""
+
 
 # -------------------------------------------------------------------------- costs
 

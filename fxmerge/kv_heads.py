@@ -1,0 +1,243 @@
+"""Fewer key/value heads and as many query heads: from multi-head attention to grouped-query attention.
+
+Grouped-query attention (arXiv 2305.13245) has one head of keys and values for several heads of queries. That paper
+takes the mean of the keys and values of neighbouring heads. Here the heads are ordered first, so that those with like
+keys and values are neighbours, and so are the dimensions inside of them. This moves query heads and what reads them,
+too, and leaves the function as it is. Then the graph gets an op that repeats each key/value head for its query heads.
+What lies before that op has classes of its own then, and is merged by the stages that merge other units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from torch import fx
+
+from fxmerge.emit.kv_sites import Attentions, Operand, with_repeat, with_written_parts
+from fxmerge.emit.resize import twins_of
+from fxmerge.errors import OptionError
+from fxmerge.evidence.activations import similarities, whole
+from fxmerge.matching.assignment import descendants
+from fxmerge.matching.head_groups import neighbours, placed, translated
+from fxmerge.matching.mix import Mix
+from fxmerge.matching.models import alpha_by_class
+from fxmerge.matching.room import Room, fits
+from fxmerge.matching.search import floats
+from fxmerge.matching.zip_search import Problem
+from fxmerge.prepared import Prepared
+from fxmerge.program.capture import capture_program
+from fxmerge.program.forms import op_name
+from fxmerge.recipe import KV_HEADS, Recipe, Run, Zip
+from fxmerge.sizing import refused_when_joined
+from fxmerge.symmetry.cuts import Cut, Cuts, repeats
+from fxmerge.symmetry.flow import flows
+from fxmerge.symmetry.freeze import demote, moving_together
+from fxmerge.symmetry.group import Symmetry, analyse
+from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.shown import places_and_blocks
+from fxmerge.units.layout import Ids
+from fxmerge.units.permutation import Permutation
+
+PARTS = ("chunk", "split", "unsafe_chunk", "unsafe_split")
+"""The ops that cut a dimension into equal parts."""
+
+
+def with_fewer_kv_heads(group: Prepared, recipe: Recipe, run: Run) -> tuple[Prepared, Recipe]:
+    """A model with its key/value heads ready to be merged, and the recipe with the widths of all other classes.
+
+    Arguments:
+        group: one model, and its symmetry.
+        recipe: how to match. Key/value heads are named in `Zip.width`.
+        run: how to run.
+
+    Raises:
+        OptionError: if key/value heads are named that the model does not have, or their number cannot be had.
+    """
+    part = recipe.match
+    named = part.width if isinstance(part, Zip) and isinstance(part.width, Mapping) else {}
+    own = {pattern: width for pattern, width in named.items() if pattern.startswith(KV_HEADS)}
+    if not own:
+        return group, recipe
+    assert isinstance(part, Zip)
+    if len(group.job.states) > 1:
+        raise OptionError(
+            f"Zip.width names {next(iter(own))!r}, which fxmerge.fold merges in one network: fold each network before, "
+            "or the merged one after."
+        )
+    rest = replace(recipe, match=replace(part, width={n: w for n, w in named.items() if n not in own}))
+    if group.job.program.follows_path:
+        return group, rest
+    widths = _widths(group, own)
+    return (_cut(group, part, run, widths) if widths else group), rest
+
+
+def _widths(group: Prepared, named: Mapping[str, float]) -> dict[int, tuple[int, list[Operand]]]:
+    """For the classes of blocks of which there are to be fewer key/value heads, how many, and where these are read.
+
+    Raises:
+        OptionError: if a pattern fits none, or a number cannot be had.
+    """
+    symmetry = group.symmetry
+    attentions = Attentions(group.propagation, symmetry)
+    read = {n: attentions.kv_operands(n) for n, c in enumerate(symmetry.units) if c.size > 1}
+    names = {n: _name(symmetry, n) for n, operands in read.items() if operands}
+    for pattern in named:
+        if not any(fits(name, pattern) for name in names.values()):
+            there = ", ".join(map(repr, names.values()))
+            raise OptionError(
+                f"Zip.width names {pattern!r}, and the model has no such heads of keys and values. "
+                + (f"It has {there}." if there else "It has none whose heads can be told from its graph.")
+            )
+    found = {}
+    for n, name in names.items():
+        pattern = next((p for p in named if fits(name, p)), None)
+        if pattern is None:
+            continue
+        share, size = named[pattern], symmetry.units[n].size
+        width = share if isinstance(share, int) and share > 1 else round(share * size)
+        if not 0 < width <= size or size % width:
+            possible = [k for k in range(1, size + 1) if size % k == 0]
+            nearest = min(possible, key=lambda k: (abs(k - width), k))
+            raise OptionError(
+                f"Zip.width asks for {width} of the {size} heads {name!r}. Each merged head takes the place of as many, "
+                f"so their number has to divide {size}: the nearest one is {nearest}."
+            )
+        if width < size:
+            found[n] = width, read[n]
+    return found
+
+
+def _name(symmetry: Symmetry, number: int) -> str:
+    """What the key/value heads of a class of blocks are called."""
+    name = symmetry.names[number]
+    while name.startswith("blocks of "):
+        name = name.removeprefix("blocks of ")
+    return KV_HEADS + name
+
+
+def _cut(group: Prepared, part: Zip, run: Run, widths: Mapping[int, tuple[int, list[Operand]]]) -> Prepared:
+    """The model in an order in which the heads to merge are neighbours, and as a graph that reads them through repeats,
+    with its labels and classes."""
+    job, symmetry = group.job, group.symmetry
+    with job.timed("capture"):
+        module, cuts = _with_cuts(group, {n: operands for n, (_, operands) in widths.items()})
+        program = replace(capture_program(module, *job.example, varying=set(job.varying)), route="torch.export")
+    with job.timed("symmetry"):
+        rule = Cuts(cuts)
+        found, apart = analyse(program, rules={"aten::repeat_interleave": rule}, states=job.states, continuous=False)
+        apart = demote(apart, [n for n, name in enumerate(apart.names) if name in symmetry.demoted])
+        heads, settled = _heads_before(group, found, apart, rule)
+    units = [replace(c, name=_name(symmetry, heads[n])) if n in heads else c for n, c in enumerate(apart.units)]
+    apart = replace(apart, units=tuple(units))
+    cut = replace(
+        group,
+        job=replace(job, program=program),
+        propagation=found,
+        whole=apart,
+        symmetry=apart,
+        still=frozenset(),
+        flow=flows(found),
+        settled=settled,
+        repeats=module,
+    )
+    orders = _orders(cut, part, {k: widths[n][0] for k, n in heads.items()}, run)
+    state, images = job.states[0], symmetry.identity().images
+    for k, n in heads.items():
+        moved = translated(symmetry, n, apart, k, orders[k])
+        state = Permutation(symmetry.layout, moved).apply(state)
+        images = tuple(after[before] for before, after in zip(images, moved, strict=True))
+    sizes = {k: symmetry.units[n].size // widths[n][0] for k, n in heads.items()}
+    cut = replace(
+        cut,
+        job=replace(cut.job, states=(state,)),
+        joined={k: np.arange(apart.units[k].size) // size for k, size in sizes.items()},
+        placed=(placed(symmetry, images, apart, settled),),
+    )
+    with job.timed("resizing"):
+        why = refused_when_joined(cut) if run.verify else None
+    if why is not None:
+        raise OptionError(f"Zip.width cannot be had for {', '.join(repr(apart.names[k]) for k in heads)}: {why}")
+    return cut
+
+
+def _with_cuts(
+    group: Prepared, read: Mapping[int, list[Operand]]
+) -> tuple[fx.GraphModule, list[Cut | None]]:
+    """The model as a graph of ops in which some operands are read through repeats, and for all repeats of the graph, in
+    order, what they are of; None for those that the model has itself.
+
+    Raises:
+        OptionError: if heads lie in another order than that of grouped queries, or the graph has no such product.
+    """
+    job, symmetry = group.job, group.symmetry
+    module, attentions = group.ops, Attentions(group.propagation, symmetry)
+    twins = twins_of(module, job.program, group.propagation)
+    ops: dict[str, fx.Node] = {}
+    for node, twin in twins.items():
+        if node.target is twin.target:
+            ops.setdefault(twin.name, node)
+    cuts: dict[fx.Node, Cut] = {}
+    for n, operands in read.items():
+        size = symmetry.units[n].size
+        for operand in operands:
+            if operand.node.name not in ops:
+                raise _cannot(symmetry, n, f"graph node {operand.node.name!r} is not one op of the graph to change")
+            if not np.array_equal(operand.heads, np.repeat(np.arange(size), len(operand.heads) // size)):
+                raise _cannot(symmetry, n, f"graph node {operand.node.name!r} reads them in an order of its own")
+            repeated = with_repeat(module, ops[operand.node.name], operand.name, operand.dim)
+            cuts[repeated] = Cut(n, operand.dim, operand.heads)
+        with_written_parts(node for node, t in twins.items() if op_name(node) in PARTS and attentions.holds(t, n))
+    module.recompile()
+    return module, [cuts.get(node) for node in repeats(module.graph)]
+
+
+def _heads_before(
+    group: Prepared, found: Propagation, apart: Symmetry, rule: Cuts
+) -> tuple[dict[int, int], frozenset[int]]:
+    """The classes of the heads before cuts, each with the class of heads that it was before; and all classes that lie
+    before or beyond cuts, with those tied to them.
+
+    Raises:
+        OptionError: if the two sides of a cut are tied by something else.
+    """
+    number, place = places_and_blocks(found, apart)
+    heads = dict[int, int]()
+    for n, blocks in rule.blocks.items():
+        k = int(number[blocks[0]])
+        if k < 0 or (number[blocks] != k).any() or not np.array_equal(place[blocks], np.arange(len(blocks))):
+            raise _cannot(group.symmetry, n, "beside attention, something else tells them apart")
+        heads[k] = n
+    beyond = {*np.unique(number[rule.beyond()]).tolist()} - {-1}
+    above = beyond.union(*map(apart.ancestors, beyond))
+    for k, n in heads.items():
+        if k in above:
+            raise _cannot(group.symmetry, n, "beside attention, something else ties them to the heads of queries")
+    return heads, frozenset(moving_together(apart, beyond.union(heads)))
+
+
+def _orders(cut: Prepared, part: Zip, widths: Mapping[int, int], run: Run) -> dict[int, dict[int, Ids]]:
+    """For classes of key/value heads, an order in which those are neighbours that are to be merged."""
+    job, symmetry = cut.job, cut.symmetry
+    inner = {n for k in widths for n in descendants(symmetry, k)}
+    correlation, alpha = {}, alpha_by_class(part, symmetry)
+    if job.data is not None and part.alpha != 1:
+        with job.timed("activations"):
+            layout = tuple(
+                replace(axis, roles=tuple((n, slots) for n, slots in axis.roles if n in inner)) for axis in symmetry.layout
+            )
+            alike = similarities(
+                cut.propagation, replace(symmetry, layout=layout), job.states, job.data, job.names, [(0, 0)],
+                part.similarity,
+            )
+            correlation = {n: whole(own, 1) for n, own in alike.items()}
+    with job.timed("matching"):
+        states = [floats(symmetry, state) for state in job.states]
+        alpha = alpha if job.data is not None else 1.0
+        problem = Problem(symmetry, states, correlation, Mix.of(alpha, correlation), Room.of(symmetry))
+        return {k: neighbours(problem, k, width) for k, width in widths.items()}
+
+
+def _cannot(symmetry: Symmetry, number: int, why: str) -> OptionError:
+    return OptionError(f"Zip.width names {_name(symmetry, number)!r}, which cannot be merged: {why}. Leave it out.")
