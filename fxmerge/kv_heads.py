@@ -25,12 +25,12 @@ from fxmerge.matching.mix import Mix
 from fxmerge.matching.models import alpha_by_class
 from fxmerge.matching.room import Room, fits
 from fxmerge.matching.search import floats
-from fxmerge.matching.zip_search import Problem
+from fxmerge.matching.zip_search import ZipProblem
 from fxmerge.prepared import Prepared
 from fxmerge.program.capture import capture_program
 from fxmerge.program.forms import op_name
 from fxmerge.recipe import KV_HEADS, Recipe, Run, Zip
-from fxmerge.sizing import refused_when_joined
+from fxmerge.sizing import check_joined
 from fxmerge.symmetry.cuts import Cut, Cuts, repeats
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.freeze import demote, moving_together
@@ -92,17 +92,17 @@ def _widths(group: Prepared, named: Mapping[str, float]) -> dict[int, tuple[int,
             )
     found = {}
     for n, name in names.items():
-        pattern = next((p for p in named if fits(name, p)), None)
-        if pattern is None:
+        asked = [share for pattern, share in named.items() if fits(name, pattern)]
+        if not asked:
             continue
-        share, size = named[pattern], symmetry.units[n].size
+        share, size = asked[0], symmetry.units[n].size
         width = share if isinstance(share, int) and share > 1 else round(share * size)
         if not 0 < width <= size or size % width:
             possible = [k for k in range(1, size + 1) if size % k == 0]
             nearest = min(possible, key=lambda k: (abs(k - width), k))
             raise OptionError(
-                f"Zip.width asks for {width} of the {size} heads {name!r}. Each merged head takes the place of as many, "
-                f"so their number has to divide {size}: the nearest one is {nearest}."
+                f"Zip.width asks for {width} of the {size} heads {name!r}. Each merged head stands for as many of them, "
+                f"so that their number has to divide {size}: the nearest one is {nearest}."
             )
         if width < size:
             found[n] = width, read[n]
@@ -156,15 +156,11 @@ def _cut(group: Prepared, part: Zip, run: Run, widths: Mapping[int, tuple[int, l
         placed=(placed(symmetry, images, apart, settled),),
     )
     with job.timed("resizing"):
-        why = refused_when_joined(cut) if run.verify else None
-    if why is not None:
-        raise OptionError(f"Zip.width cannot be had for {', '.join(repr(apart.names[k]) for k in heads)}: {why}")
+        check_joined(cut, run)
     return cut
 
 
-def _with_cuts(
-    group: Prepared, read: Mapping[int, list[Operand]]
-) -> tuple[fx.GraphModule, list[Cut | None]]:
+def _with_cuts(group: Prepared, read: Mapping[int, list[Operand]]) -> tuple[fx.GraphModule, list[Cut | None]]:
     """The model as a graph of ops in which some operands are read through repeats, and for all repeats of the graph, in
     order, what they are of; None for those that the model has itself.
 
@@ -225,17 +221,23 @@ def _orders(cut: Prepared, part: Zip, widths: Mapping[int, int], run: Run) -> di
     if job.data is not None and part.alpha != 1:
         with job.timed("activations"):
             layout = tuple(
-                replace(axis, roles=tuple((n, slots) for n, slots in axis.roles if n in inner)) for axis in symmetry.layout
+                replace(axis, roles=tuple((n, slots) for n, slots in axis.roles if n in inner))
+                for axis in symmetry.layout
             )
             alike = similarities(
-                cut.propagation, replace(symmetry, layout=layout), job.states, job.data, job.names, [(0, 0)],
+                cut.propagation,
+                replace(symmetry, layout=layout),
+                job.states,
+                job.data,
+                job.names,
+                [(0, 0)],
                 part.similarity,
             )
             correlation = {n: whole(own, 1) for n, own in alike.items()}
     with job.timed("matching"):
         states = [floats(symmetry, state) for state in job.states]
         alpha = alpha if job.data is not None else 1.0
-        problem = Problem(symmetry, states, correlation, Mix.of(alpha, correlation), Room.of(symmetry))
+        problem = ZipProblem(symmetry, states, correlation, Mix.of(alpha, correlation), Room.of(symmetry))
         return {k: neighbours(problem, k, width) for k, width in widths.items()}
 
 

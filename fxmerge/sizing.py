@@ -177,22 +177,31 @@ def _same_when_merged(group: Prepared, numbers: Sequence[int]) -> bool:
     return _same_when_equal(group, alike(group.symmetry, numbers, _consumed(group)))
 
 
-def refused_when_joined(group: Prepared) -> str | None:
-    """Why the graph does not allow what is settled to be merged; None if it does. This is proven on a network in which
-    the units that become one are equal."""
-    symmetry = group.symmetry
+def check_joined(group: Prepared, run: Run) -> None:
+    """The graph has to allow what is settled to be merged. This is proven on a network in which the units that become
+    one are equal.
+
+    Raises:
+        OptionError: if it does not.
+    """
+    symmetry, room = group.symmetry, group.room({})
     try:
-        room = group.room({})
         _try(group, room)
-        places = [np.arange(c.size) for c in symmetry.units]
-        for n, place in group.joined.items():
-            for nested, own in carry(symmetry, n, place, places).items():
-                places[nested] = own
-        maps = tuple(np.searchsorted(kept, own) for kept, own in zip(room.kept, places, strict=True))
-        units = UnitMap(symmetry.names, symmetry.layout, _consumed(group), (maps,), room.widths, room.kept)
-        return None if _same_when_equal(group, units) else "the network is another one when equal heads become one."
     except CannotResizeError as error:
-        return str(error)
+        names = ", ".join(repr(symmetry.names[n]) for n in _blamed(symmetry, [*group.joined], error))
+        raise OptionError(f"Zip.width cannot be had for {names}: {error} Leave these out.") from error
+    places = [np.arange(c.size) for c in symmetry.units]
+    for n, place in group.joined.items():
+        for nested, own in carry(symmetry, n, place, places).items():
+            places[nested] = own
+    maps = tuple(np.searchsorted(kept, own) for kept, own in zip(room.kept, places, strict=True))
+    units = UnitMap(symmetry.names, symmetry.layout, _consumed(group), (maps,), room.widths, room.kept)
+    if run.verify and not _same_when_equal(group, units):
+        names = ", ".join(repr(symmetry.names[n]) for n in group.joined)
+        raise OptionError(
+            f"Zip.width cannot be had for {names}: the network is another one when equal heads become one, as if an op "
+            "counted them. Leave these out."
+        )
 
 
 def _consumed(group: Prepared) -> frozenset[Axis]:

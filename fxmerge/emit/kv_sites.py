@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxmerge.matching.nested import inside
 from fxmerge.program.forms import argument, bind, form_of, op_name
 from fxmerge.symmetry.columns import axis_column, reshape, support
 from fxmerge.symmetry.cuts import REPEAT
+from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.propagate import Propagation, concrete, shape_of
 from fxmerge.symmetry.rules import find_rule, movement
-from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.shown import places_and_blocks, shown_by
 from fxmerge.units.layout import Ids
+
 
 @dataclass(frozen=True, eq=False)
 class Operand:
@@ -46,7 +47,7 @@ class Operand:
 
 @dataclass(frozen=True, eq=False)
 class _Product:
-    """A product of two activations for each head: its operands, and the letters of their dimensions and the result's."""
+    """A product of two activations for each head: its operands, and the letters of their dimensions and its own."""
 
     node: fx.Node
     operands: tuple[Operand, Operand]

@@ -62,7 +62,8 @@ def resize(found: Propagation, symmetry: Symmetry, units: UnitMap, state: Mappin
         if not isinstance(value, Tensor):
             continue
         size = list(before[old.name].shape)
-        expected = [sizes.size(old, d) or n for d, n in enumerate(size)] if old.name in found.labels else value.shape
+        told = old.name in found.labels and 0 not in size  # What holds nothing has no units.
+        expected = [sizes.size(old, d) or n for d, n in enumerate(size)] if told else value.shape
         if list(value.shape) != list(expected):
             raise sizes.cannot(old, f"would have the shape {tuple(value.shape)}, and not {tuple(expected)}")
         if list(value.shape) != size:

@@ -1,4 +1,4 @@
-"""Groups of heads of equal size, of heads that are alike, and the order in which the heads of a group are neighbours."""
+"""Groups of equal size of heads that are alike, and the order in which the heads of a group are neighbours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from fxmerge.matching.assignment import Scores
 from fxmerge.matching.nested import carry, inside, merge_blocks
-from fxmerge.matching.zip_search import Problem
+from fxmerge.matching.zip_search import ZipProblem
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import AxisLayout
@@ -66,7 +66,7 @@ def _exchange(alike: Scores, group: Ids) -> tuple[int, int] | None:
     return divmod(best, len(group)) if rises else None
 
 
-def neighbours(problem: Problem, number: int, groups: int) -> dict[int, Ids]:
+def neighbours(problem: ZipProblem, number: int, groups: int) -> dict[int, Ids]:
     """An order of blocks in which those of a group are neighbours, and of what lies in them, so that the units of a
     group that are most alike have one rank in their blocks.
 

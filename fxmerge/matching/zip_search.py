@@ -78,7 +78,7 @@ def zipped_classes(
 
 
 @dataclass
-class Problem:
+class ZipProblem:
     """The objective of the zip, and what is merged so far.
 
     With T the orthonormal matrix that takes units to merged units (one over the root of a merged unit's size
@@ -302,7 +302,9 @@ def match_zip(
         progress: whether to show a progress bar; None shows it on a terminal.
     """
     chosen = room if isinstance(room, Room) else Room.of(symmetry)
-    problem = Problem(symmetry, [floats(symmetry, s) for s in states], correlation, Mix.of(alpha, correlation), chosen)
+    problem = ZipProblem(
+        symmetry, [floats(symmetry, s) for s in states], correlation, Mix.of(alpha, correlation), chosen
+    )
     if isinstance(room, Allotment):
 
         def loss(number: int, widths: Sequence[int]) -> list[float]:
@@ -352,7 +354,7 @@ def _neighbours(symmetry: Symmetry, number: int, classes: Sequence[int]) -> set[
     return {n for n in classes if not on[n].isdisjoint(on[number])}
 
 
-def _within(symmetry: Symmetry, problem: Problem, classes: Sequence[int]) -> dict[str, int]:
+def _within(symmetry: Symmetry, problem: ZipProblem, classes: Sequence[int]) -> dict[str, int]:
     found = {}
     for n in classes:
         several = [np.bincount(own[n], minlength=problem.widths[n]) > 1 for own in problem.labels]
