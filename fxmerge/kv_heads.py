@@ -101,7 +101,7 @@ def _widths(group: Prepared, named: Mapping[str, float]) -> dict[int, tuple[int,
             possible = [k for k in range(1, size + 1) if size % k == 0]
             nearest = min(possible, key=lambda k: (abs(k - width), k))
             raise OptionError(
-                f"Zip.width asks for {width} of the {size} heads {name!r}. Each merged head stands for as many of them, "
+                f"Zip.width asks for {width} of the {size} heads {name!r}. Each merged head stands for as many, "
                 f"so that their number has to divide {size}: the nearest one is {nearest}."
             )
         if width < size:

@@ -175,7 +175,7 @@ def test_units_that_may_only_be_reversed_are_not_merged_with_their_mirror_images
 
 
 def test_what_activations_give_is_a_trace_however_units_are_merged() -> None:
-    """The trace of T' correlations T, with T as in the docstring of `ZipProblem`; also of the search for permutations."""
+    """The trace of T' correlations T, with T as in the docstring of `ZipProblem`; also where units are permuted."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     symmetry = fxmerge.find_symmetry(model, (torch.randn(2, 3),))
