@@ -142,7 +142,7 @@ def _cut(group: Prepared, part: Zip, run: Run, widths: Mapping[int, tuple[int, l
         settled=settled,
         repeats=module,
     )
-    orders = _orders(cut, part, {k: widths[n][0] for k, n in heads.items()}, run)
+    orders = orders_of(cut, part, {k: widths[n][0] for k, n in heads.items()})
     state, images = job.states[0], symmetry.identity().images
     for k, n in heads.items():
         moved = translated(symmetry, n, apart, k, orders[k])
@@ -213,7 +213,7 @@ def _heads_before(
     return heads, frozenset(moving_together(apart, beyond.union(heads)))
 
 
-def _orders(cut: Prepared, part: Zip, widths: Mapping[int, int], run: Run) -> dict[int, dict[int, Ids]]:
+def orders_of(cut: Prepared, part: Zip, widths: Mapping[int, int]) -> dict[int, dict[int, Ids]]:
     """For classes of key/value heads, an order in which those are neighbours that are to be merged."""
     job, symmetry = cut.job, cut.symmetry
     inner = {n for k in widths for n in descendants(symmetry, k)}
