@@ -258,12 +258,18 @@ def fold(
     members, and what reads it the sum of what read them. Where there are data, every layer is then fitted, in closed
     form, to what the network computes there. Nothing is trained.
 
+    Heads of attention are merged where they are named: `{"blocks of *": 0.5}` merges heads with their queries, keys and
+    values, `{"kv heads of *": 0.5}` those of keys and values only. Then several heads of queries read one of these, as in
+    grouped-query attention (arXiv 2305.13245). Heads that are alike are merged, as many into each, and query heads are
+    put in the order that this needs.
+
     Arguments:
         model: any nn.Module, GraphModule or ExportedProgram; it is not modified.
         loader: calibration data, unlabelled, as for `merge`. Without it, units are compared by their weights alone, and
             running variances are estimated from the weights.
         width: the share of its units that each class keeps, or shares or numbers for classes by name or pattern, or a
-            `Budget` from which they follow: see `Zip.width`.
+            `Budget` from which they follow: see `Zip.width`. Key/value heads have the name of the blocks of heads, with
+            "kv heads of" in place of "blocks of"; their number has to divide that of the network.
         recipe: how to match and fit; None is `Recipe()`. Its `match` has to be a `Zip`, whose width this one replaces.
         example: as for `merge`.
         inputs: as for `merge`.
