@@ -15,7 +15,7 @@ from fxmerge.choosing import better_of, within_distance
 from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
-from fxmerge.kv_heads import with_fewer_kv_heads
+from fxmerge.kv_heads import names_kv_heads, with_fewer_kv_heads
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of_nearer_parent, warn_of_no_scores
 from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered
@@ -259,9 +259,9 @@ def fold(
     form, to what the network computes there. Nothing is trained.
 
     Heads of attention are merged where they are named: `{"blocks of *": 0.5}` merges heads with their queries, keys and
-    values, `{"kv heads of *": 0.5}` those of keys and values only. Then several heads of queries read one of these, as in
-    grouped-query attention (arXiv 2305.13245). Heads that are alike are merged, as many into each, and query heads are
-    put in the order that this needs.
+    values, `{"kv heads of *": 0.5}` those of keys and values only. Several heads of queries then read one of these, as
+    in grouped-query attention (arXiv 2305.13245). Heads that are alike are merged, as many into each, and query heads
+    are put in the order that this needs.
 
     Arguments:
         model: any nn.Module, GraphModule or ExportedProgram; it is not modified.
@@ -297,8 +297,11 @@ def fold(
         raise OptionError("Recipe.match is not Zip, and fold merges units: pass Zip(...), or leave it out.")
     if recipe.share != AUTO:
         raise OptionError("Recipe.share is of several networks: leave it at 'auto' to fold one.")
-    if recipe.match.continuous:
-        raise OptionError("Zip.continuous is of several networks: leave it at False to fold one.")
+    if recipe.match.continuous and not (recipe.match.continuous is True and names_kv_heads(width)):
+        raise OptionError(
+            "Zip.continuous is of several networks, or of key/value heads that are named in the width: leave it at "
+            "False to fold one."
+        )
     recipe = replace(recipe, match=replace(recipe.match, width=width, reference=None))
     if isinstance(width, int | float) and width > 1:
         raise OptionError(f"width is {width}, and fold makes a network smaller: pass a share up to 1, such as 0.7.")

@@ -125,7 +125,7 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
             )
             moved = symmetry.restrict(Permutation(symmetry.layout, matched.permutation.images), placed)
             change = Basis(symmetry.mixed, matched.basis.matrices)
-            states[i] = _changed(symmetry, job.states[i], (gauges[i], moved, change, gauges[reference].inverse()))
+            states[i] = changed(symmetry, job.states[i], (gauges[i], moved, change, gauges[reference].inverse()))
             images[i] = moved.images
             objectives.append(matched.trace)
     smaller, names = freeze(symmetry, placed, lambda _: IN_ONE_BASIS)
@@ -140,9 +140,7 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
     )
 
 
-def _changed(
-    symmetry: Symmetry, state: Mapping[str, Tensor], steps: Sequence[Basis | Permutation]
-) -> dict[str, Tensor]:
+def changed(symmetry: Symmetry, state: Mapping[str, Tensor], steps: Sequence[Basis | Permutation]) -> dict[str, Tensor]:
     """A state dict after some changes of its units, in float64 and rounded once."""
     moved: Mapping[str, Tensor] = {
         axis.parameter: in_double(state[axis.parameter].to("cpu")) for axis in symmetry.layout

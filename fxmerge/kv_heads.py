@@ -9,18 +9,20 @@ What lies before that op has classes of its own then, and is merged by the stage
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 from torch import fx
 
+from fxmerge.bases import changed
 from fxmerge.emit.kv_sites import Attentions, Operand, with_repeat, with_written_parts
 from fxmerge.emit.resize import twins_of
 from fxmerge.errors import OptionError
 from fxmerge.evidence.activations import similarities, whole
-from fxmerge.matching.assignment import descendants
-from fxmerge.matching.head_groups import neighbours, placed, translated
+from fxmerge.matching.assignment import Scores, descendants
+from fxmerge.matching.head_bases import agreeing
+from fxmerge.matching.head_groups import counterparts, neighbours, placed, translated, units_of
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.models import alpha_by_class
 from fxmerge.matching.room import Room, fits
@@ -37,11 +39,18 @@ from fxmerge.symmetry.freeze import demote, moving_together
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.propagate import Propagation
 from fxmerge.symmetry.shown import places_and_blocks
+from fxmerge.units.basis import Basis
+from fxmerge.units.kind import Kind, UnitKind
 from fxmerge.units.layout import Ids
 from fxmerge.units.permutation import Permutation
 
 PARTS = ("chunk", "split", "unsafe_chunk", "unsafe_split")
 """The ops that cut a dimension into equal parts."""
+
+
+def names_kv_heads(width: object) -> bool:
+    """Whether key/value heads are named in a width."""
+    return isinstance(width, Mapping) and any(pattern.startswith(KV_HEADS) for pattern in width)
 
 
 def with_fewer_kv_heads(group: Prepared, recipe: Recipe, run: Run) -> tuple[Prepared, Recipe]:
@@ -70,7 +79,7 @@ def with_fewer_kv_heads(group: Prepared, recipe: Recipe, run: Run) -> tuple[Prep
     if group.job.program.follows_path:
         return group, rest
     widths = _widths(group, own)
-    return (_cut(group, part, run, widths) if widths else group), rest
+    return (_cut(group, recipe, run, widths) if widths else group), rest
 
 
 def _widths(group: Prepared, named: Mapping[str, float]) -> dict[int, tuple[int, list[Operand]]]:
@@ -117,10 +126,12 @@ def _name(symmetry: Symmetry, number: int) -> str:
     return KV_HEADS + name
 
 
-def _cut(group: Prepared, part: Zip, run: Run, widths: Mapping[int, tuple[int, list[Operand]]]) -> Prepared:
+def _cut(group: Prepared, recipe: Recipe, run: Run, widths: Mapping[int, tuple[int, list[Operand]]]) -> Prepared:
     """The model in an order in which the heads to merge are neighbours, and as a graph that reads them through repeats,
     with its labels and classes."""
-    job, symmetry = group.job, group.symmetry
+    job, part = group.job, recipe.match
+    assert isinstance(part, Zip)
+    symmetry = _with_bases(group, recipe, run, widths) if part.continuous else group.symmetry
     with job.timed("capture"):
         module, cuts = _with_cuts(group, {n: operands for n, (_, operands) in widths.items()})
         program = replace(capture_program(module, *job.example, varying=set(job.varying)), route="torch.export")
@@ -142,22 +153,68 @@ def _cut(group: Prepared, part: Zip, run: Run, widths: Mapping[int, tuple[int, l
         settled=settled,
         repeats=module,
     )
-    orders = orders_of(cut, part, {k: widths[n][0] for k, n in heads.items()})
-    state, images = job.states[0], symmetry.identity().images
-    for k, n in heads.items():
-        moved = translated(symmetry, n, apart, k, orders[k])
-        state = Permutation(symmetry.layout, moved).apply(state)
-        images = tuple(after[before] for before, after in zip(images, moved, strict=True))
-    sizes = {k: symmetry.units[n].size // widths[n][0] for k, n in heads.items()}
+    based = {k: _based(symmetry, n, apart, k) for k, n in heads.items()}
+    problem, products = _problem(cut, part, heads, {c for own in based.values() for c in own.values()})
+    steps: list[Basis | Permutation] = []
+    images, sizes = symmetry.identity().images, dict[int, int]()
+    with job.timed("matching"):
+        for k, n in heads.items():
+            own = {m: c for m, c in based[k].items() if c in products}
+            order = neighbours(problem, k, widths[n][0], {c: products[c] for c in own.values()})
+            moved = translated(symmetry, n, apart, k, order)
+            images = tuple(after[before] for before, after in zip(images, moved, strict=True))
+            sizes[k] = apart.units[k].size // widths[n][0]
+            turns = {
+                m: agreeing(_moved(products[c], order[c]), units_of(apart, c, k), sizes[k]) for m, c in own.items()
+            }
+            steps += [Permutation(symmetry.layout, moved), Basis(symmetry.mixed, turns)]
+    mixing = [m for own in based.values() for m in own]
+    tied = {c for own in counterparts(symmetry, mixing, apart, settled).values() for c, _ in own.values()}
     cut = replace(
         cut,
-        job=replace(cut.job, states=(state,)),
+        job=replace(cut.job, states=(changed(symmetry, job.states[0], steps),)),
         joined={k: np.arange(apart.units[k].size) // size for k, size in sizes.items()},
+        bases={apart.names[c]: str(Kind.ORTHOGONAL) for c in sorted(tied)},
         placed=(placed(symmetry, images, apart, settled),),
     )
     with job.timed("resizing"):
         check_joined(cut, run)
     return cut
+
+
+def _moved(products: Scores, image: Ids) -> Scores:
+    """The products of all pairs of units after these went to other places."""
+    found = np.empty_like(products)
+    found[np.ix_(image, image)] = products
+    return found
+
+
+def _with_bases(group: Prepared, recipe: Recipe, run: Run, numbers: Iterable[int]) -> Symmetry:
+    """The symmetry with the kinds of the classes that lie in some blocks, and in nothing else."""
+    symmetry = group.job.symmetry(None, recipe.free, verify=run.verify, continuous=True)[1]
+    if symmetry.names != group.symmetry.names:  # Something failed verification.
+        return group.symmetry
+    inner = {
+        m for n in numbers for m in descendants(symmetry, n)[1:] if [p for p, _ in symmetry.units[m].parents] == [n]
+    }
+    kinds = (own if n in inner and own.kind >= Kind.ORTHOGONAL else UnitKind() for n, own in enumerate(symmetry.kinds))
+    return replace(symmetry, kinds=tuple(kinds))
+
+
+def _based(symmetry: Symmetry, number: int, apart: Symmetry, number_there: int) -> dict[int, int]:
+    """The classes that have a basis of their own in each of some blocks, each with the class that its units before a
+    cut are."""
+    found = {}
+    mixing = [m for m in descendants(symmetry, number) if symmetry.kind(m) > Kind.PERMUTATION]
+    known = counterparts(symmetry, mixing, apart, descendants(apart, number_there))
+    for m in mixing:
+        units, there = units_of(symmetry, m, number), {c for c, _ in known[m].values()}
+        if len(there) == 1 and len(known[m]) == units.size:
+            (c,) = there
+            at = np.array([known[m][u][1] for u in range(units.size)])
+            if np.array_equal(at[units], units_of(apart, c, number_there)):
+                found[m] = c
+    return found
 
 
 def _with_cuts(group: Prepared, read: Mapping[int, list[Operand]]) -> tuple[fx.GraphModule, list[Cut | None]]:
@@ -213,32 +270,35 @@ def _heads_before(
     return heads, frozenset(moving_together(apart, beyond.union(heads)))
 
 
-def orders_of(cut: Prepared, part: Zip, widths: Mapping[int, int]) -> dict[int, dict[int, Ids]]:
-    """For classes of key/value heads, an order in which those are neighbours that are to be merged."""
+def _problem(
+    cut: Prepared, part: Zip, numbers: Iterable[int], mixing: Collection[int]
+) -> tuple[ZipProblem, dict[int, Scores]]:
+    """What tells how alike key/value heads are, and what lies in them; and of classes that have a basis of their own in
+    each head, the products of all pairs of units."""
     job, symmetry = cut.job, cut.symmetry
-    inner = {n for k in widths for n in descendants(symmetry, k)}
-    correlation, alpha = {}, alpha_by_class(part, symmetry)
+    inner = {n for k in numbers for n in descendants(symmetry, k)}
+    alpha = alpha_by_class(part, symmetry) if job.data is not None else 1.0
+    alike = {}
     if job.data is not None and part.alpha != 1:
+        layout = (replace(a, roles=tuple(role for role in a.roles if role[0] in inner)) for a in symmetry.layout)
+        inside = replace(symmetry, layout=tuple(layout))
         with job.timed("activations"):
-            layout = tuple(
-                replace(axis, roles=tuple((n, slots) for n, slots in axis.roles if n in inner))
-                for axis in symmetry.layout
+            found = similarities(
+                *(cut.propagation, inside, job.states, job.data, job.names, [(0, 0)], part.similarity), mixed=mixing
             )
-            alike = similarities(
-                cut.propagation,
-                replace(symmetry, layout=layout),
-                job.states,
-                job.data,
-                job.names,
-                [(0, 0)],
-                part.similarity,
-            )
-            correlation = {n: whole(own, 1) for n, own in alike.items()}
-    with job.timed("matching"):
-        states = [floats(symmetry, state) for state in job.states]
-        alpha = alpha if job.data is not None else 1.0
-        problem = ZipProblem(symmetry, states, correlation, Mix.of(alpha, correlation), Room.of(symmetry))
-        return {k: neighbours(problem, k, width) for k, width in widths.items()}
+        alike = {n: whole(own, 1) for n, own in found.items()}
+    correlation = {n: own for n, own in alike.items() if n not in mixing}
+    states = [floats(symmetry, state) for state in job.states]
+    problem = ZipProblem(symmetry, states, correlation, Mix.of(alpha, correlation), Room.of(symmetry))
+    products = {}
+    for n in mixing:
+        own = problem.gram(n).double().numpy()
+        own = np.triu(own) + np.triu(own, 1).T
+        products[n] = own / max(np.trace(own), np.finfo(float).tiny)
+        if n in alike:
+            share = alpha[n] if isinstance(alpha, Mapping) else alpha
+            products[n] = share * products[n] + (1 - share) * alike[n] / max(np.trace(alike[n]), np.finfo(float).tiny)
+    return problem, products
 
 
 def _cannot(symmetry: Symmetry, number: int, why: str) -> OptionError:

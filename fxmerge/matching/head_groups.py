@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from fxmerge.matching.assignment import Scores
+from fxmerge.matching.assignment import Scores, descendants
+from fxmerge.matching.head_bases import likeness
 from fxmerge.matching.nested import carry, inside, merge_blocks
 from fxmerge.matching.zip_search import ZipProblem
 from fxmerge.symmetry.group import Symmetry
@@ -66,7 +67,9 @@ def _exchange(alike: Scores, group: Ids) -> tuple[int, int] | None:
     return divmod(best, len(group)) if rises else None
 
 
-def neighbours(problem: ZipProblem, number: int, groups: int) -> dict[int, Ids]:
+def neighbours(
+    problem: ZipProblem, number: int, groups: int, products: Mapping[int, Scores] | None = None
+) -> dict[int, Ids]:
     """An order of blocks in which those of a group are neighbours, and of what lies in them, so that the units of a
     group that are most alike have one rank in their blocks.
 
@@ -74,12 +77,21 @@ def neighbours(problem: ZipProblem, number: int, groups: int) -> dict[int, Ids]:
         problem: what tells how alike units are, of one model.
         number: the class of blocks.
         groups: how many groups of equal size there are to be.
+        products: for classes that lie in the blocks and have a basis of their own in each, the products of all pairs of
+            units. They are compared in the bases in which they are most alike, and keep their order.
 
     Returns:
         For the class and all that are nested in it, the place of each unit: a permutation.
     """
     symmetry, size = problem.symmetry, problem.symmetry.units[number].size // groups
-    similarity, gains = problem.pairs(number)
+    products = products or {}
+    similarity, gains = problem.pairs(number, without=products)
+    if products:
+        tree = set(descendants(symmetry, number))
+        known = {n for n, own in problem.slices.items() if n in tree and (own or n in problem.correlation)}
+        shares = problem.shares(number, known.union(products))
+        based = {n: shares.pop(n) * likeness(own, units_of(symmetry, n, number)) for n, own in products.items()}
+        similarity = sum(shares.values()) * similarity + sum(based.values())
     group = equal_groups(similarity, size)
     order = np.argsort(group, kind="stable")
     place = np.empty_like(order)
@@ -92,6 +104,13 @@ def neighbours(problem: ZipProblem, number: int, groups: int) -> dict[int, Ids]:
         return free[ranks]
 
     return carry(symmetry, number, place, problem.places[0], choose)
+
+
+def units_of(symmetry: Symmetry, number: int, block: int) -> Ids:
+    """The units of a class that lie in each block of another one, shape (blocks, units of a block)."""
+    arranged = symmetry.arranged(number, block)
+    units: Ids = arranged.reshape(len(arranged), -1)
+    return units
 
 
 def translated(
@@ -110,10 +129,7 @@ def translated(
     Returns:
         For every class of `symmetry`, the place of each unit.
     """
-    there = {slot: (n, u) for n in images for u, slot in _slots(other.layout, n)}
-    pairs: dict[int, dict[int, tuple[int, int]]] = {}
-    for n in range(len(symmetry.units)):
-        pairs[n] = {u: there[slot] for u, slot in _slots(symmetry.layout, n) if slot in there}
+    pairs = counterparts(symmetry, range(len(symmetry.units)), other, images)
     blocks = inside(other, number_there)
     to = np.full(symmetry.units[number].size, -1)
     for n, block in inside(symmetry, number).items():
@@ -132,6 +148,15 @@ def translated(
     places = [np.arange(c.size) for c in symmetry.units]
     moved = carry(symmetry, number, back[images[number_there][to]], places, choose)
     return tuple(moved.get(n, place) for n, place in enumerate(places))
+
+
+def counterparts(
+    symmetry: Symmetry, numbers: Iterable[int], other: Symmetry, numbers_there: Iterable[int]
+) -> dict[int, dict[int, tuple[int, int]]]:
+    """For some classes, the units that lie in the same places as units of classes of another symmetry of the same
+    parameters, each with the class and the unit there."""
+    there = {slot: (n, u) for n in numbers_there for u, slot in _slots(other.layout, n)}
+    return {n: {u: there[slot] for u, slot in _slots(symmetry.layout, n) if slot in there} for n in numbers}
 
 
 def placed(symmetry: Symmetry, images: tuple[Ids, ...], other: Symmetry, numbers: Collection[int]) -> dict[str, Ids]:

@@ -202,27 +202,39 @@ class ZipProblem:
         size = self.symmetry.units[number].size * len(self.states)
         if self.mix.alpha(number) == 0 or not self.slices[number]:
             return np.zeros((size, size))
-        gram: Tensor | None = None
-        for s in self.slices[number]:
-            name = s.axis.parameter
-            x = torch.cat([s.of(self.expressed(name, m, s.axis)) for m in range(len(self.states))]).float()
-            gram = x.new_zeros(size, size) if gram is None else gram
-            weights.add_products(gram, x, self.scales[name])
-        assert gram is not None
+        gram = self.gram(number)
         norms = gram.diagonal().clamp(min=0).sqrt()
         inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
         cosines: Scores = gram.mul_(inverse[:, None]).mul_(inverse).cpu().double().numpy()
         return cosines
 
-    def pairs(self, number: int) -> tuple[Scores, dict[int, Scores]]:
-        """How similar all units of a class are; and for blocks, what those gain that lie in them."""
+    def gram(self, number: int) -> Tensor:
+        """The products of the units' weights with each other, above the diagonal; shape (units, units), of a class that
+        lies on parameters."""
+        gram: Tensor | None = None
+        for s in self.slices[number]:
+            name = s.axis.parameter
+            x = torch.cat([s.of(self.expressed(name, m, s.axis)) for m in range(len(self.states))]).float()
+            gram = x.new_zeros(len(x), len(x)) if gram is None else gram
+            weights.add_products(gram, x, self.scales[name])
+        assert gram is not None
+        return gram
+
+    def pairs(self, number: int, without: Collection[int] = ()) -> tuple[Scores, dict[int, Scores]]:
+        """How similar all units of a class are; and for blocks, what those in them gain, but for some classes."""
         if not is_block(self.symmetry, number):
             return self.similarity(number), {}
         known = {n for n, slices in self.slices.items() if slices or n in self.correlation}
-        known &= set(descendants(self.symmetry, number))
+        known &= set(descendants(self.symmetry, number)).difference(without)
         gains = similar_blocks(self.symmetry, number, len(self.states), {n: self._gain(n) for n in known})
         size = self.symmetry.units[number].size
-        return gains[number] / sum(self.weight(n) * self.symmetry.units[n].size / size for n in known), gains
+        none = np.zeros((size * len(self.states),) * 2)
+        return gains.get(number, none) / (sum(self.shares(number, known).values()) or 1.0), gains
+
+    def shares(self, number: int, nested: Collection[int]) -> dict[int, float]:
+        """How much of a unit of a class lies in the units of each of some that are nested in it."""
+        units = self.symmetry.units
+        return {n: self.weight(n) * units[n].size / units[number].size for n in nested}
 
     def blocks(self, number: int) -> Ids:
         """For every model and unit of a class, the block in which it lies."""
