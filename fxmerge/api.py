@@ -299,8 +299,8 @@ def fold(
         raise OptionError("Recipe.share is of several networks: leave it at 'auto' to fold one.")
     if recipe.match.continuous and not (recipe.match.continuous is True and names_kv_heads(width)):
         raise OptionError(
-            "Zip.continuous is of several networks, or of key/value heads that are named in the width: leave it at "
-            "False to fold one."
+            f"Zip.continuous is {recipe.match.continuous!r}. To fold one network, it may be True if the width names "
+            "key/value heads: leave it at False."
         )
     recipe = replace(recipe, match=replace(recipe.match, width=width, reference=None))
     if isinstance(width, int | float) and width > 1:

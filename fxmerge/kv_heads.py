@@ -30,6 +30,7 @@ from fxmerge.matching.search import floats
 from fxmerge.matching.zip_search import ZipProblem
 from fxmerge.prepared import Prepared
 from fxmerge.program.capture import capture_program
+from fxmerge.program.double import in_double
 from fxmerge.program.forms import op_name
 from fxmerge.recipe import KV_HEADS, Recipe, Run, Zip
 from fxmerge.sizing import check_joined
@@ -79,7 +80,14 @@ def with_fewer_kv_heads(group: Prepared, recipe: Recipe, run: Run) -> tuple[Prep
     if group.job.program.follows_path:
         return group, rest
     widths = _widths(group, own)
-    return (_cut(group, recipe, run, widths) if widths else group), rest
+    if not widths:
+        return group, rest
+    symmetry = _with_bases(group, recipe, run, widths) if part.continuous else group.symmetry
+    cut, heads = _cut(group, symmetry, widths)
+    cut = _arranged(cut, symmetry, part, heads, {n: width for n, (width, _) in widths.items()})
+    with group.job.timed("resizing"):
+        check_joined(cut, run)
+    return cut, rest
 
 
 def _widths(group: Prepared, named: Mapping[str, float]) -> dict[int, tuple[int, list[Operand]]]:
@@ -97,7 +105,7 @@ def _widths(group: Prepared, named: Mapping[str, float]) -> dict[int, tuple[int,
             there = ", ".join(map(repr, names.values()))
             raise OptionError(
                 f"Zip.width names {pattern!r}, and the model has no such heads of keys and values. "
-                + (f"It has {there}." if there else "It has none whose heads can be told from its graph.")
+                + (f"It has {there}." if there else "It has none whose heads may take the place of each other.")
             )
     found = {}
     for n, name in names.items():
@@ -126,12 +134,12 @@ def _name(symmetry: Symmetry, number: int) -> str:
     return KV_HEADS + name
 
 
-def _cut(group: Prepared, recipe: Recipe, run: Run, widths: Mapping[int, tuple[int, list[Operand]]]) -> Prepared:
-    """The model in an order in which the heads to merge are neighbours, and as a graph that reads them through repeats,
-    with its labels and classes."""
-    job, part = group.job, recipe.match
-    assert isinstance(part, Zip)
-    symmetry = _with_bases(group, recipe, run, widths) if part.continuous else group.symmetry
+def _cut(
+    group: Prepared, symmetry: Symmetry, widths: Mapping[int, tuple[int, list[Operand]]]
+) -> tuple[Prepared, dict[int, int]]:
+    """The model as a graph that reads key/value heads through repeats, with its labels and classes; and the classes of
+    these heads, each with the class of heads that it was before."""
+    job = group.job
     with job.timed("capture"):
         module, cuts = _with_cuts(group, {n: operands for n, (_, operands) in widths.items()})
         program = replace(capture_program(module, *job.example, varying=set(job.varying)), route="torch.export")
@@ -153,33 +161,46 @@ def _cut(group: Prepared, recipe: Recipe, run: Run, widths: Mapping[int, tuple[i
         settled=settled,
         repeats=module,
     )
+    return cut, heads
+
+
+def _arranged(
+    cut: Prepared, symmetry: Symmetry, part: Zip, heads: Mapping[int, int], widths: Mapping[int, int]
+) -> Prepared:
+    """The model in an order in which the heads to merge are neighbours, and in which the dimensions inside of these
+    agree. Its function is the same.
+
+    Arguments:
+        cut: the model as a graph that reads key/value heads through repeats.
+        symmetry: of the model itself, by which it may be changed.
+        part: how to match.
+        heads: the classes of key/value heads, each with the class of heads in `symmetry`.
+        widths: for these, how many there are to be.
+    """
+    job, apart = cut.job, cut.symmetry
     based = {k: _based(symmetry, n, apart, k) for k, n in heads.items()}
     problem, products = _problem(cut, part, heads, {c for own in based.values() for c in own.values()})
     steps: list[Basis | Permutation] = []
-    images, sizes = symmetry.identity().images, dict[int, int]()
+    images, joined = symmetry.identity().images, dict[int, Ids]()
     with job.timed("matching"):
         for k, n in heads.items():
-            own = {m: c for m, c in based[k].items() if c in products}
-            order = neighbours(problem, k, widths[n][0], {c: products[c] for c in own.values()})
+            size = apart.units[k].size // widths[n]
+            order = neighbours(problem, k, widths[n], {c: products[c] for c in based[k].values()})
             moved = translated(symmetry, n, apart, k, order)
             images = tuple(after[before] for before, after in zip(images, moved, strict=True))
-            sizes[k] = apart.units[k].size // widths[n][0]
-            turns = {
-                m: agreeing(_moved(products[c], order[c]), units_of(apart, c, k), sizes[k]) for m, c in own.items()
-            }
+            alike = {c: _moved(products[c], order[c]) for c in based[k].values()}
+            turns = {m: agreeing(alike[c], units_of(apart, c, k), size) for m, c in based[k].items()}
             steps += [Permutation(symmetry.layout, moved), Basis(symmetry.mixed, turns)]
-    mixing = [m for own in based.values() for m in own]
-    tied = {c for own in counterparts(symmetry, mixing, apart, settled).values() for c, _ in own.values()}
-    cut = replace(
+            joined[k] = np.arange(apart.units[k].size) // size
+    tied = counterparts(symmetry, [m for own in based.values() for m in own], apart, cut.settled)
+    names = {apart.names[c] for own in tied.values() for c, _ in own.values()}
+    return replace(
         cut,
-        job=replace(cut.job, states=(changed(symmetry, job.states[0], steps),)),
-        joined={k: np.arange(apart.units[k].size) // size for k, size in sizes.items()},
-        bases={apart.names[c]: str(Kind.ORTHOGONAL) for c in sorted(tied)},
-        placed=(placed(symmetry, images, apart, settled),),
+        job=replace(job, states=(changed(symmetry, job.states[0], steps),)),
+        joined=joined,
+        bases=dict.fromkeys(sorted(names), str(Kind.ORTHOGONAL)),
+        placed=(placed(symmetry, images, apart, cut.settled),),
     )
-    with job.timed("resizing"):
-        check_joined(cut, run)
-    return cut
 
 
 def _moved(products: Scores, image: Ids) -> Scores:
@@ -292,8 +313,8 @@ def _problem(
     problem = ZipProblem(symmetry, states, correlation, Mix.of(alpha, correlation), Room.of(symmetry))
     products = {}
     for n in mixing:
-        own = problem.gram(n).double().numpy()
-        own = np.triu(own) + np.triu(own, 1).T
+        rows = [(s.of(in_double(job.states[0][s.axis.parameter])), s.axis.parameter) for s in problem.slices[n]]
+        own = sum(problem.scales[name] * (x @ x.T).cpu().numpy() for x, name in rows)
         products[n] = own / max(np.trace(own), np.finfo(float).tiny)
         if n in alike:
             share = alpha[n] if isinstance(alpha, Mapping) else alpha

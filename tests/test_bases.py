@@ -411,5 +411,5 @@ def test_a_base_stays_in_its_basis() -> None:
 
 def test_one_network_has_no_other_basis() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    with pytest.raises(fxmerge.OptionError, match="leave it at False to fold one"):
+    with pytest.raises(fxmerge.OptionError, match="leave it at False"):
         fxmerge.fold(model, recipe=Recipe(match=Zip(continuous=True)), example=torch.zeros(1, 4))

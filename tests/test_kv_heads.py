@@ -265,6 +265,44 @@ def test_heads_that_meet_those_of_queries_elsewhere_are_refused() -> None:
         fold(Mixed().double(), {"kv heads of *": 2}, (tokens(),))
 
 
+def turn(pairs: Sequence[Sequence[Tensor]], heads: int, groups: int) -> None:
+    """Makes the heads of random groups copies of each other, each in a basis of its own."""
+    with torch.no_grad():
+        for own in torch.randperm(heads).view(groups, -1).tolist():
+            for head in own[1:]:
+                for tensors in pairs:
+                    rotation = torch.linalg.qr(torch.randn(SIZE, SIZE, dtype=torch.float64))[0]
+                    for tensor in tensors:
+                        by_head = tensor.view(heads, SIZE, -1)
+                        by_head[head] = rotation @ by_head[own[0]]
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["no data", "data"])
+@pytest.mark.parametrize("name", but_slow(["sdpa", "matmul and softmax", "grouped queries, native", "chunk"]))
+def test_rotated_heads_come_back_by_changes_of_basis(name: str, data: bool) -> None:
+    torch.manual_seed(0)
+    model = CASES[name]().double().eval()
+    turn(model.pairs(), 4, 2)
+    x, run = tokens(), fxmerge.Run(progress=False)
+    loader = [tokens(8) for _ in range(2)] if data else None
+    found = {}
+    for continuous in (False, True):
+        recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=continuous), fit=None)
+        found[continuous] = fxmerge.fold(model, loader, {"kv heads of *": 0.5}, recipe, example=x, run=run)
+    errors = {continuous: (folded(x) - model(x)).detach().abs().max().item() for continuous, folded in found.items()}
+    # Products of activations are sums in single precision.
+    assert errors[True] < (1e-5 if data else 1e-9) < 1e-4 < errors[False]
+    report = fxmerge.report(found[True])
+    assert "orthogonal" in report.bases.values() and report.images[0].keys().isdisjoint(report.bases)
+
+
+@pytest.mark.parametrize(("width", "continuous"), [(0.5, True), ({"kv heads of *": 0.5}, "auto")])
+def test_bases_of_one_network_are_those_inside_of_key_value_heads(width: Any, continuous: Any) -> None:
+    recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=continuous))
+    with pytest.raises(fxmerge.OptionError, match="may be True if the width names key/value heads"):
+        fxmerge.fold(Apart(sdpa), None, width, recipe, example=tokens().float())
+
+
 def test_keys_and_values_are_told_from_queries() -> None:
     """By what the second product sums over, wherever the operands stand; a product with weights is no attention."""
     for attend in (sdpa, products, einsums):

@@ -202,23 +202,17 @@ class ZipProblem:
         size = self.symmetry.units[number].size * len(self.states)
         if self.mix.alpha(number) == 0 or not self.slices[number]:
             return np.zeros((size, size))
-        gram = self.gram(number)
-        norms = gram.diagonal().clamp(min=0).sqrt()
-        inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-        cosines: Scores = gram.mul_(inverse[:, None]).mul_(inverse).cpu().double().numpy()
-        return cosines
-
-    def gram(self, number: int) -> Tensor:
-        """The products of the units' weights with each other, above the diagonal; shape (units, units), of a class that
-        lies on parameters."""
         gram: Tensor | None = None
         for s in self.slices[number]:
             name = s.axis.parameter
             x = torch.cat([s.of(self.expressed(name, m, s.axis)) for m in range(len(self.states))]).float()
-            gram = x.new_zeros(len(x), len(x)) if gram is None else gram
+            gram = x.new_zeros(size, size) if gram is None else gram
             weights.add_products(gram, x, self.scales[name])
         assert gram is not None
-        return gram
+        norms = gram.diagonal().clamp(min=0).sqrt()
+        inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+        cosines: Scores = gram.mul_(inverse[:, None]).mul_(inverse).cpu().double().numpy()
+        return cosines
 
     def pairs(self, number: int, without: Collection[int] = ()) -> tuple[Scores, dict[int, Scores]]:
         """How similar all units of a class are; and for blocks, what those in them gain, but for some classes."""
