@@ -15,7 +15,7 @@ from fxmerge.choosing import better_of, within_distance
 from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
-from fxmerge.kv_heads import names_kv_heads, with_fewer_kv_heads
+from fxmerge.kv_heads import check_one_network, names_kv_heads, with_fewer_kv_heads
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of_nearer_parent, warn_of_no_scores
 from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered
@@ -167,6 +167,7 @@ def _merged(
     asked = None if recipe.match is None else recipe.match.reference
     reference = validate.check_reference(asked, len(models), base is not None)
     reference = reference if base is None else 0  # The base comes first.
+    check_one_network(recipe, len(models))
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
     if of_scores(recipe):
         check_scores(job)
@@ -271,6 +272,7 @@ def fold(
             `Budget` from which they follow: see `Zip.width`. Key/value heads have the name of the blocks of heads, with
             "kv heads of" in place of "blocks of"; their number has to divide that of the network.
         recipe: how to match and fit; None is `Recipe()`. Its `match` has to be a `Zip`, whose width this one replaces.
+            It may be `continuous` where the width names key/value heads, whose dimensions rotations then match.
         example: as for `merge`.
         inputs: as for `merge`.
         run: as for `merge`.

@@ -51,7 +51,27 @@ PARTS = ("chunk", "split", "unsafe_chunk", "unsafe_split")
 
 def names_kv_heads(width: object) -> bool:
     """Whether key/value heads are named in a width."""
-    return isinstance(width, Mapping) and any(pattern.startswith(KV_HEADS) for pattern in width)
+    return bool(_named(width))
+
+
+def _named(width: object) -> dict[str, float]:
+    """The part of a width that names key/value heads."""
+    given = width if isinstance(width, Mapping) else {}
+    return {pattern: share for pattern, share in given.items() if pattern.startswith(KV_HEADS.removesuffix(" of "))}
+
+
+def check_one_network(recipe: Recipe, models: int) -> None:
+    """Key/value heads are merged in one network only.
+
+    Raises:
+        OptionError: if they are named for several.
+    """
+    own = _named(recipe.match.width) if isinstance(recipe.match, Zip) else {}
+    if own and models > 1:
+        raise OptionError(
+            f"Zip.width names {next(iter(own))!r}, which fxmerge.fold merges in one network: fold each network before, "
+            "or the merged one after."
+        )
 
 
 def with_fewer_kv_heads(group: Prepared, recipe: Recipe, run: Run) -> tuple[Prepared, Recipe]:
@@ -66,17 +86,9 @@ def with_fewer_kv_heads(group: Prepared, recipe: Recipe, run: Run) -> tuple[Prep
         OptionError: if key/value heads are named that the model does not have, or their number cannot be had.
     """
     part = recipe.match
-    named = part.width if isinstance(part, Zip) and isinstance(part.width, Mapping) else {}
-    own = {pattern: width for pattern, width in named.items() if pattern.startswith(KV_HEADS)}
-    if not own:
+    if not isinstance(part, Zip) or not isinstance(part.width, Mapping) or not (own := _named(part.width)):
         return group, recipe
-    assert isinstance(part, Zip)
-    if len(group.job.states) > 1:
-        raise OptionError(
-            f"Zip.width names {next(iter(own))!r}, which fxmerge.fold merges in one network: fold each network before, "
-            "or the merged one after."
-        )
-    rest = replace(recipe, match=replace(part, width={n: w for n, w in named.items() if n not in own}))
+    rest = replace(recipe, match=replace(part, width={n: w for n, w in part.width.items() if n not in own}))
     if group.job.program.follows_path:
         return group, rest
     widths = _widths(group, own)

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxmerge
-from fxmerge.emit.kv_sites import Attentions
-from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Inputs
-from fxmerge.symmetry.group import analyse
 from tests.slow import but_slow, slow
 
 SIZE = 4
@@ -301,29 +298,6 @@ def test_bases_of_one_network_are_those_inside_of_key_value_heads(width: Any, co
     recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=continuous))
     with pytest.raises(fxmerge.OptionError, match="may be True if the width names key/value heads"):
         fxmerge.fold(Apart(sdpa), None, width, recipe, example=tokens().float())
-
-
-def test_keys_and_values_are_told_from_queries() -> None:
-    """By what the second product sums over, wherever the operands stand; a product with weights is no attention."""
-    for attend in (sdpa, products, einsums):
-        program = capture_program(Apart(attend), (tokens().float(),))
-        found, symmetry = analyse(program, continuous=False)
-        number = symmetry.names.index("blocks of q.weight[0]")
-        names = [operand.value.name for operand in Attentions(found, symmetry).kv_operands(number)]
-        layers = [n.name for n in program.graph.graph.nodes if n.op == "call_function" and "linear" in n.name][2:4]
-        reached = [{m.name for m in _before(found.program.graph, name)} for name in names]
-        assert [own & set(layers) for own in reached] == [{layers[0]}, {layers[1]}]
-
-
-def _before(module: Any, name: str) -> set[Any]:
-    (node,) = (n for n in module.graph.nodes if n.name == name)
-    found, open_ = {node}, [node]
-    while open_:
-        for other in open_.pop().all_input_nodes:
-            if other not in found:
-                found.add(other)
-                open_.append(other)
-    return found
 
 
 # ------------------------------------------------------------------------------------ transformers

@@ -168,27 +168,30 @@ class Attentions:
 
 def _followed(path: Sequence[fx.Node], dim: int) -> int | None:
     """Where a dimension of the first node's value is in that of the last; None if that is not clear."""
-    dims = {path[0]: dim}
+    dims: dict[fx.Node, int] = {path[0]: dim}
     for node in path[1:]:
-        source = next(n for n in node.all_input_nodes if n in dims)
-        rule, shape = find_rule(node.target), shape_of(node)
-        if rule in movement.MOVEMENTS:
-            column = axis_column(shape_of(source), dims[source])
-            if rule is movement.view:
-                moved = reshape(column, shape)
-            elif rule is movement.movement:
-                args, kwargs = fx.map_arg((node.args[1:], node.kwargs), lambda n: concrete(n.meta["val"]))
-                moved = movement.on_columns(node.target, *args, **kwargs)(column)
-            else:
-                return None
-            if len(support(moved)) != 1:
-                return None
-            dims[node] = support(moved)[0]
-        elif len(shape) == len(shape_of(source)):
-            dims[node] = dims[source]
-        else:
-            return None
-    return dims[path[-1]]
+        found = {_moved(node, source, dims[source]) for source in node.all_input_nodes if source in dims} - {None}
+        if len(found) == 1:
+            dims[node] = found.pop()  # type: ignore[assignment]
+    return dims.get(path[-1])
+
+
+def _moved(node: fx.Node, source: fx.Node, dim: int) -> int | None:
+    """Where a dimension of an operand's value is in that of a node: what does not rearrange it leaves dimensions where
+    they are. None if it is gone or in several."""
+    rule, shape = find_rule(node.target), shape_of(node)
+    if rule not in movement.MOVEMENTS:
+        return dim if len(shape) == len(shape_of(source)) else None
+    column = axis_column(shape_of(source), dim)
+    if rule is movement.view:
+        moved = reshape(column, shape)
+    elif rule is movement.movement:
+        args, kwargs = fx.map_arg((node.args[1:], node.kwargs), lambda n: concrete(n.meta["val"]))
+        moved = movement.on_columns(node.target, *args, **kwargs)(column)
+    else:
+        return None
+    along = support(moved)
+    return along[0] if len(along) == 1 else None
 
 
 def with_repeat(module: fx.GraphModule, node: fx.Node, name: str, dim: int) -> fx.Node:
