@@ -2,9 +2,10 @@
 
 Grouped-query attention (arXiv 2305.13245) has one head of keys and values for several heads of queries. That paper
 takes the mean of the keys and values of neighbouring heads. Here the heads are ordered first, so that those with like
-keys and values are neighbours, and so are the dimensions inside of them. This moves query heads and what reads them,
-too, and leaves the function as it is. Then the graph gets an op that repeats each key/value head for its query heads.
-What lies before that op has classes of its own then, and is merged by the stages that merge other units.
+keys and values are neighbours. The dimensions inside of them are ordered too, or rotated by Procrustes analysis (arXiv
+2412.20677). This moves query heads and what reads them along, and leaves the function as it is. Then the graph gets an
+op that repeats each key/value head for its query heads. What lies before that op has classes of its own, which are
+merged by the stages that merge other units.
 """
 
 from __future__ import annotations
@@ -258,7 +259,8 @@ def _with_cuts(group: Prepared, read: Mapping[int, list[Operand]]) -> tuple[fx.G
         OptionError: if heads lie in another order than that of grouped queries, or the graph has no such product.
     """
     job, symmetry = group.job, group.symmetry
-    module, attentions = group.ops, Attentions(group.propagation, symmetry)
+    module = group.ops  # It is changed: the group that is made here takes it along, and no other one reads it.
+    attentions = Attentions(group.propagation, symmetry)
     twins = twins_of(module, job.program, group.propagation)
     ops: dict[str, fx.Node] = {}
     for node, twin in twins.items():
