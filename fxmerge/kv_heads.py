@@ -288,7 +288,7 @@ def _heads_before(
     before or beyond cuts, with those tied to them.
 
     Raises:
-        OptionError: if the two sides of a cut are tied by something else.
+        OptionError: if the two sides of a cut are tied by something else, or there cannot be fewer of what gives heads.
     """
     number, place = places_and_blocks(found, apart)
     heads = dict[int, int]()
@@ -297,6 +297,12 @@ def _heads_before(
         if k < 0 or (number[blocks] != k).any() or not np.array_equal(place[blocks], np.arange(len(blocks))):
             raise _cannot(group.symmetry, n, "beside attention, something else tells them apart")
         heads[k] = n
+    rows = {(axis.parameter, d) for axis in apart.layout if len(axis.dims) > 1 for d in axis.dims}
+    for k, n in heads.items():
+        tree = set(descendants(apart, k))
+        for axis in apart.layout:
+            if (axis.parameter, axis.dim) in rows and any(m in tree for m, _ in axis.roles):
+                raise _cannot(group.symmetry, n, f"rows of {axis.parameter!r} have inputs of their own")
     beyond = {*np.unique(number[rule.beyond()]).tolist()} - {-1}
     above = beyond.union(*map(apart.ancestors, beyond))
     for k, n in heads.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import fxmerge
 from fxmerge.program.run import Inputs
+from tests.oracle import architectures
 from tests.slow import but_slow, slow
 
 SIZE = 4
@@ -298,6 +300,30 @@ def test_bases_of_one_network_are_those_inside_of_key_value_heads(width: Any, co
     recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=continuous))
     with pytest.raises(fxmerge.OptionError, match="may be True if the width names key/value heads"):
         fxmerge.fold(Apart(sdpa), None, width, recipe, example=tokens().float())
+
+
+ARCHITECTURES: dict[str, str] = {
+    "grouped queries": "",
+    "decoder layer": "rows of 'layer.multihead_attn.in_proj_weight' have inputs of their own",
+    "grouped queries, native": "",
+    "rotary attention, norms of queries and keys": "",
+    "rotary attention over a plane, but for one token": "",
+    "attention, three streams of three widths": "cannot be had for 'kv heads of attention.q_proj_weight.0.'",
+    "ViT": "cannot be had for 'kv heads of attention.1.qkv.weight.0.'",
+    "weights by head": "It has none",
+}
+"""Networks of the tests of symmetries, each with why its key/value heads cannot be merged, if they cannot."""
+
+
+@pytest.mark.parametrize("name", but_slow(ARCHITECTURES, 2))
+def test_an_architecture_has_fewer_heads_or_an_error_says_why_not(name: str) -> None:
+    """That a result with merged heads is right, where these are equal, is proven before anything is returned."""
+    model, args = architectures.CASES[name]()
+    example: dict[str, Any] = {"example": args, "inputs": lambda given: (given, {})}
+    why = ARCHITECTURES[name]
+    with pytest.raises(fxmerge.OptionError, match=why) if why else nullcontext():
+        folded = fxmerge.fold(model.eval(), width={"kv heads of *": 0.5}, **example)
+        assert (2, 1) in fxmerge.report(folded).widths.values()
 
 
 # ------------------------------------------------------------------------------------ transformers
