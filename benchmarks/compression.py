@@ -10,10 +10,12 @@ which units are heads of attention; in the rows "heads named" it is told, as its
 is estimated anew on the same images in all rows but those without data. Each network is also trained further for the
 same few steps. Accuracy is on the test images of the five classes, or that of next characters of test texts.
 
+With --kv-heads, only heads of keys and values are merged, and all heads of queries are kept: see `kv_heads.py`.
+
 Operations are those of layers with weights. The products of attention have none and are not counted.
 
-    python benchmarks/compression.py [--short] [--networks NAME ...] [--widths 0.9 0.8 0.7 0.5] [--steps 200]
-        [--seeds 1] [--cache FOLDER] [--markdown FILE]
+    python benchmarks/compression.py [--short] [--kv-heads] [--networks NAME ...] [--widths 0.9 0.8 0.7 0.5]
+        [--steps 200] [--seeds 1] [--cache FOLDER] [--markdown FILE]
 
 Needs what `benchmarks/tasks.py` needs, and for the rows of pruning `pip install torch-pruning`.
 """
@@ -32,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import kv_heads
 import torch
 from heads import CLASSES, LONG, QUIET, SHORT, Row, of_task, percent, train
 from invariance import machine, table
@@ -252,8 +255,10 @@ class Result:
         }
 
 
-def results_of(network: str, widths: Sequence[float], steps: int, seed: int, cache: Path) -> list[Result]:
-    """All methods at all widths, after the network itself."""
+def results_of(
+    network: str, widths: Sequence[float], steps: int, seed: int, cache: Path, *, kv: bool = False
+) -> list[Result]:
+    """All methods at all widths, after the network itself; those of key/value heads only, or all others."""
     task = task_of(network, cache)
     model, batches = task.trained(seed), task.problem.calibration()
     example = batches[0][:1]
@@ -273,6 +278,9 @@ def results_of(network: str, widths: Sequence[float], steps: int, seed: int, cac
 
     results = [result(1, WHOLE, lambda: model)[0]]
     for width in widths:
+        if kv:
+            results += [result(width, *method)[0] for method in kv_heads.methods(model, batches, width).items()]
+            continue
         one, small = result(width, "fold", partial(folded, model, batches, width, example))
         assert small is not None
         others = {
@@ -340,21 +348,24 @@ def main() -> int:
         choices=[n for n, entry in NETWORKS.items() if entry.data != "dense"],
         help="only these",
     )
-    parser.add_argument("--widths", nargs="+", type=float, default=list(WIDTHS), help="shares of the units")
+    parser.add_argument("--widths", nargs="+", type=float, help="shares of the units")
+    parser.add_argument("--kv-heads", action="store_true", help="merge heads of keys and values only")
     parser.add_argument("--steps", type=int, default=200, help="of the further training")
     parser.add_argument("--seeds", type=int, default=1, help="how many networks of each kind")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the trained networks")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     options = parser.parse_args()
-    networks = options.networks or (SHORT if options.short else (*LONG, "gpt", "llama"))
+    usual, short = ((*LONG, "gpt", "llama"), SHORT) if not options.kv_heads else (kv_heads.NETWORKS, kv_heads.SHORT)
+    networks = options.networks or (short if options.short else usual)
     if any(NETWORKS[network].data == "fashion" for network in networks):
         images.check_installed()
-    widths = [0.5] if options.short else options.widths
+    widths = [0.5] if options.short else options.widths or (kv_heads.WIDTHS if options.kv_heads else WIDTHS)
     with cache_folder(options.cache, short=options.short) as cache:
         results = []
         for network in networks:
             for seed in range(1 if options.short else options.seeds):
-                results += results_of(network, widths, 20 if options.short else options.steps, seed, cache)
+                steps = 20 if options.short else options.steps
+                results += results_of(network, widths, steps, seed, cache, kv=options.kv_heads)
     text = table([result.row() for result in results])
     mean = f"As a share of the whole network's, the mean over networks:\n\n{table(means(results))}"
     print(f"{text}\n\n{mean}")

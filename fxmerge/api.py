@@ -15,6 +15,7 @@ from fxmerge.choosing import better_of, within_distance
 from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
+from fxmerge.kv_heads import check_one_network, with_fewer_kv_heads
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of_nearer_parent, warn_of_no_scores
 from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered
@@ -161,15 +162,17 @@ def _merged(
     inputs: Inputs | None = None,
 ) -> fx.GraphModule:
     """One network of any number of models, by a recipe without "auto"."""
+    asked_for = recipe
     assert not isinstance(recipe.match, str) and not isinstance(recipe.combine, str)
     weights = validate.check_weights(recipe.combine.weights, len(models))
     asked = None if recipe.match is None else recipe.match.reference
     reference = validate.check_reference(asked, len(models), base is not None)
     reference = reference if base is None else 0  # The base comes first.
+    check_one_network(recipe, len(models))
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
     if of_scores(recipe):
         check_scores(job)
-    group = with_directions(job, recipe, run, symmetry, reference)
+    group, recipe = with_fewer_kv_heads(with_directions(job, recipe, run, symmetry, reference), recipe, run)
     job, truncation = group.job, group.truncation
     if recipe.share == NOTHING:
         return _side_by_side(group, recipe, weights)
@@ -211,7 +214,7 @@ def _merged(
     told = replace(
         group.report(merged),
         models=len(models),
-        recipe=recipe.to_dict(),
+        recipe=asked_for.to_dict(),
         weights=tuple(weights),
         units_of=order[matching.reference] if base is None else None,
         images=tuple(group.images(own, i) for own, i in maps),
@@ -263,13 +266,20 @@ def fold(
     unless the recipe says `Zip(continuous=False)`. Where there are data, every layer is then fitted, in closed
     form, to what the network computes there. Nothing is trained.
 
+    Heads of attention are merged where they are named: `{"blocks of *": 0.5}` merges heads with their queries, keys and
+    values, `{"kv heads of *": 0.5}` those of keys and values only. Several heads of queries then read one of these, as
+    in grouped-query attention (arXiv 2305.13245). Heads that are alike are merged, as many into each, and query heads
+    are put in the order that this needs.
+
     Arguments:
         model: any nn.Module, GraphModule or ExportedProgram; it is not modified.
         loader: calibration data, unlabelled, as for `merge`. Without it, units are compared by their weights alone, and
             running variances are estimated from the weights.
         width: the share of its units that each class keeps, or shares or numbers for classes by name or pattern, or a
-            `Budget` from which they follow: see `Zip.width`.
+            `Budget` from which they follow: see `Zip.width`. Key/value heads have the name of the blocks of heads, with
+            "kv heads of" in place of "blocks of"; their number has to divide that of the network.
         recipe: how to match and fit; None is `Recipe()`. Its `match` has to be a `Zip`, whose width this one replaces.
+            It may be `continuous` where the width names key/value heads, whose dimensions rotations then match.
         example: as for `merge`.
         inputs: as for `merge`.
         run: as for `merge`.

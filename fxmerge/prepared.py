@@ -13,6 +13,7 @@ from torch import fx
 from fxmerge import validate
 from fxmerge.combine.masks import masked, pruned
 from fxmerge.job import Job
+from fxmerge.matching.room import Room
 from fxmerge.notices import warn_of_outputs
 from fxmerge.program.capture import capture_ops
 from fxmerge.recipe import Recipe, Run
@@ -38,10 +39,13 @@ class Prepared:
         still: the names of these classes.
         flow: what every parameter axis does with its units.
         bases: the kinds of the classes of which all models are in one basis already, by name.
-        placed: for every model, where the units of the blocks that these lie in were put to get there.
+        placed: for every model, where units of some classes, by name, were put before they are matched.
         objectives: of the search for these bases, for every model but one, at the start and after every step.
         unfrozen: the symmetry with these classes in it, and the blocks that they lie in; None where there are none.
         truncation: the directions of these that are left, where the result is to have fewer units of them.
+        joined: for classes of which it is settled what is merged, the unit in whose place each unit goes.
+        settled: the numbers of the classes of which nothing else is merged, since these are tied to them.
+        repeats: the model as a graph in which these are read through repeats, if there are any.
     """
 
     job: Job
@@ -55,6 +59,9 @@ class Prepared:
     objectives: tuple[tuple[float, ...], ...] = ()
     unfrozen: Symmetry | None = None
     truncation: Truncation | None = None
+    joined: Mapping[int, Ids] = field(default_factory=dict)
+    settled: frozenset[int] = frozenset()
+    repeats: fx.GraphModule | None = None
 
     @staticmethod
     def of(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, *, continuous: bool = False) -> Prepared:
@@ -105,13 +112,18 @@ class Prepared:
             place = axis.parameter, axis.dim
             if place in apart or (axis.parameter in owner and self.flow[place] is not Flow.CONSUMES):
                 numbers |= {number for number, _ in axis.roles}
-        return frozenset(numbers)
+        return self.settled.union(numbers)
+
+    def room(self, widths: Mapping[int, int]) -> Room:
+        """The room for some classes of other widths, and for what is settled."""
+        joined = {n: len(np.unique(place)) for n, place in self.joined.items()}
+        return Room.of(self.symmetry, joined | dict(widths), self.joined)
 
     @cached_property
     def ops(self) -> fx.GraphModule:
         """The model as a graph of ops, in which sizes can be changed."""
         job = self.job
-        return capture_ops(job.model, *job.example, varying=set(job.varying))
+        return capture_ops(self.repeats or job.model, *job.example, varying=set(job.varying))
 
     def images(self, own: Sequence[Ids], model: int) -> dict[str, list[int]]:
         """For every class by name, the merged unit that each unit of one model goes into; not for those whose units are
@@ -124,9 +136,9 @@ class Prepared:
         moved, placed = iter(own), self.placed[model] if self.placed else {}
         found = {}
         for name, c in zip(self.whole.names, self.whole.units, strict=True):
-            image = placed.get(name, np.arange(c.size)) if name in self.still else next(moved)
+            image = np.arange(c.size) if name in self.still else next(moved)
             if name not in self.bases:
-                found[name] = image.tolist()
+                found[name] = image[placed.get(name, np.arange(c.size))].tolist()
         return found
 
     def report(self, result: fx.GraphModule) -> Report:

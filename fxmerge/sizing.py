@@ -21,7 +21,7 @@ from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
 from fxmerge.matching.allot import Allotment, widths_to_try
 from fxmerge.matching.assignment import descendants
-from fxmerge.matching.nested import is_block
+from fxmerge.matching.nested import carry, is_block
 from fxmerge.matching.room import Room, alike, check_patterns, fits, may_change, wanted
 from fxmerge.matching.zip_search import mergeable
 from fxmerge.notices import warn_of_width
@@ -32,7 +32,7 @@ from fxmerge.program.run import Runner
 from fxmerge.recipe import Budget, Run, Zip
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagate import Axis, Propagation
 from fxmerge.units.unit_map import UnitMap
 from fxmerge.validate import agree, check_emitted
 
@@ -67,7 +67,7 @@ def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room | Allotm
         raise OptionError(f"Zip.width cannot be had for {reasons[0]} Leave these at 1.")
     if widths and not found:
         warn_of_width(reasons)
-    return Room.of(symmetry, found)
+    return group.room(found)
 
 
 def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dict[int, int], list[str]]:
@@ -84,7 +84,7 @@ def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dic
     with group.job.timed("resizing"):
         while found:
             try:
-                try_sizes(group, any_map(symmetry, Room.of(symmetry, found)))
+                try_sizes(group, any_map(symmetry, group.room(found)))
                 break
             except CannotResizeError as error:
                 leave(blamed(symmetry, found, error), str(error))
@@ -173,9 +173,43 @@ def failing(group: Prepared, numbers: Sequence[int], holds: Callable[[Sequence[i
 def _same_when_merged(group: Prepared, numbers: Sequence[int]) -> bool:
     """Whether the network is the same when equal units of some classes become one. It is not where an op counts them
     and does not only add them up, as a softmax along them does."""
-    symmetry, call = group.symmetry, group.job.example
-    consumed = frozenset(axis for axis, kind in group.flow.items() if kind is Flow.CONSUMES)
-    units = alike(symmetry, numbers, consumed)
+    return _same_when_equal(group, alike(group.symmetry, numbers, _consumed(group)))
+
+
+def check_joined(group: Prepared, run: Run) -> None:
+    """The graph has to allow what is settled to be merged. This is proven on a network in which the units that become
+    one are equal.
+
+    Raises:
+        OptionError: if it does not.
+    """
+    symmetry, room = group.symmetry, group.room({})
+    try:
+        try_sizes(group, any_map(symmetry, room))
+    except CannotResizeError as error:
+        names = ", ".join(repr(symmetry.names[n]) for n in blamed(symmetry, [*group.joined], error))
+        raise OptionError(f"Zip.width cannot be had for {names}: {error} Leave these out.") from error
+    places = [np.arange(c.size) for c in symmetry.units]
+    for n, place in group.joined.items():
+        for nested, own in carry(symmetry, n, place, places).items():
+            places[nested] = own
+    maps = tuple(np.searchsorted(kept, own) for kept, own in zip(room.kept, places, strict=True))
+    units = UnitMap(symmetry.names, symmetry.layout, _consumed(group), (maps,), room.widths, room.kept)
+    if run.verify and not _same_when_equal(group, units):
+        names = ", ".join(repr(symmetry.names[n]) for n in group.joined)
+        raise OptionError(
+            f"Zip.width cannot be had for {names}: the network is another one when equal heads become one, as if an op "
+            "counted them. Leave these out."
+        )
+
+
+def _consumed(group: Prepared) -> frozenset[Axis]:
+    return frozenset(axis for axis, kind in group.flow.items() if kind is Flow.CONSUMES)
+
+
+def _same_when_equal(group: Prepared, units: UnitMap) -> bool:
+    """Whether a network in which units that become one are equal is the same when they do."""
+    call = group.job.example
     small = units.apply(group.job.states[0])
     into = resized(group, group.propagation.program, group.propagation, units, small)
     small = {name: in_double(tensor) for name, tensor in small.items()}

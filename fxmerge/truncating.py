@@ -15,6 +15,7 @@ from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
 from fxmerge.evidence.activations import similarities
 from fxmerge.job import Job
+from fxmerge.kv_heads import names_kv_heads
 from fxmerge.matching.balance import balance
 from fxmerge.matching.models import alpha_by_class
 from fxmerge.matching.principal import principal_basis, used_first
@@ -55,6 +56,8 @@ def with_directions(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, 
     """
     part = recipe.match
     narrow = isinstance(part, Zip) and part.continuous is True and not isinstance(part.width, Budget)
+    if isinstance(part, Zip) and names_kv_heads(part.width):
+        narrow = False  # Heads of keys and values are merged in another basis.
     if len(job.states) > 1:
         group = in_one_basis(job, recipe, run, given, reference)
         return truncated(group, recipe, run) if narrow and group.unfrozen is not None else group

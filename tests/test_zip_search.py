@@ -13,7 +13,7 @@ from fxmerge.evidence.weights import slices
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.room import Room
 from fxmerge.matching.search import Problem, floats
-from fxmerge.matching.zip_search import _Problem, match_zip, zipped_classes
+from fxmerge.matching.zip_search import ZipProblem, match_zip, zipped_classes
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Data, batch_inputs
 from fxmerge.symmetry.flow import Flow, flows
@@ -175,7 +175,7 @@ def test_units_that_may_only_be_reversed_are_not_merged_with_their_mirror_images
 
 
 def test_what_activations_give_is_a_trace_however_units_are_merged() -> None:
-    """The trace of T' correlations T, with T as in the docstring of `_Problem`; also of the search for permutations."""
+    """The trace of T' correlations T, with T as in the docstring of `ZipProblem`; also where units are permuted."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     symmetry = fxmerge.find_symmetry(model, (torch.randn(2, 3),))
@@ -183,7 +183,7 @@ def test_what_activations_give_is_a_trace_however_units_are_merged() -> None:
     rng = np.random.default_rng(0)
     features = {n: rng.normal(size=(3 * symmetry.units[n].size, 7)) for n in symmetry.choices}
     correlation = {n: np.corrcoef(x) for n, x in features.items()}
-    problem = _Problem(symmetry, states, correlation, Mix.of(0.5, correlation), Room.of(symmetry))
+    problem = ZipProblem(symmetry, states, correlation, Mix.of(0.5, correlation), Room.of(symmetry))
     for _ in range(20):
         number = int(rng.choice(symmetry.choices))
         size = symmetry.units[number].size

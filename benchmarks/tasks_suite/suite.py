@@ -78,6 +78,7 @@ NETWORKS: dict[str, Entry] = {
     "digits-mlp": Entry(partial(MLP, 64, 64, EMBEDDING), "digits", 300, 3e-3, seeds=1),
     "digits-vgg-bn": Entry(partial(VGG, ((16,), (32,)), nn.BatchNorm2d, EMBEDDING), "digits", 100, 1e-2, seeds=1),
     "digits-vgg-gn": Entry(partial(VGG, ((16,), (32,)), group_norm, EMBEDDING), "digits", 100, 1e-2, seeds=1),
+    "digits-vit": Entry(partial(ViT, 8, 2, 32, 1, 4, EMBEDDING, fused=False), "digits", 100, 5e-3, seeds=1),
 }
 
 SHORT = ("digits-mlp", "digits-vgg-bn")

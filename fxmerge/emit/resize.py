@@ -64,7 +64,8 @@ def resize(found: Propagation, symmetry: Symmetry, units: UnitMap, state: Mappin
         if not isinstance(value, Tensor):
             continue
         size = list(before[old.name].shape)
-        expected = [sizes.size(old, d) or n for d, n in enumerate(size)] if old.name in found.labels else value.shape
+        told = old.name in found.labels and 0 not in size  # What holds nothing has no units.
+        expected = [sizes.size(old, d) or n for d, n in enumerate(size)] if told else value.shape
         if list(value.shape) != list(expected):
             raise sizes.cannot(old, f"would have the shape {tuple(value.shape)}, and not {tuple(expected)}")
         if list(value.shape) != size:
@@ -96,11 +97,7 @@ def rewritten(
     Raises:
         CannotResizeError: as for `resize`; and if the graph does not run then.
     """
-    twins = _twins(module, program)
-    if found.program is not program:
-        further = _made_of(found.program.graph)
-        twins = {node: further.get(twin.name, twin) for node, twin in twins.items()}
-    sizes = Sizes(found, symmetry, units, twins)
+    sizes = Sizes(found, symmetry, units, twins_of(module, program, found))
     changes = {node: changes_of(node, sizes) for node in module.graph.nodes}
     graph = fx.Graph()
     copied: dict[fx.Node, Any] = {}
@@ -122,6 +119,18 @@ def _runs(module: fx.GraphModule, state: Mapping[str, Tensor], call: Any) -> Non
         inputs = [mode.from_tensor(v.detach()) if isinstance(v, Tensor) else v for v in pytree.tree_leaves(call)]
         own = {name: mode.from_tensor(tensor.detach()) for name, tensor in state.items()}
         _ShapeRun(module, own).run(*inputs)
+
+
+def twins_of(module: fx.GraphModule, program: Program, found: Propagation) -> dict[fx.Node, fx.Node]:
+    """For the nodes of a graph, those of the labelled program with the same value; of some there is none.
+
+    Arguments are those of `rewritten`.
+    """
+    twins = _twins(module, program)
+    if found.program is not program:
+        further = _made_of(found.program.graph)
+        twins = {node: further.get(twin.name, twin) for node, twin in twins.items()}
+    return twins
 
 
 def _twins(module: fx.GraphModule, program: Program) -> dict[fx.Node, fx.Node]:

@@ -21,6 +21,15 @@ def is_block(symmetry: Symmetry, number: int) -> bool:
     return not set(descendants(symmetry, number)[1:]).isdisjoint(symmetry.choices)
 
 
+def inside(symmetry: Symmetry, number: int) -> dict[int, Ids]:
+    """For a class and all that are nested in it, the unit of the class in which each unit lies."""
+    found = {number: np.arange(symmetry.units[number].size)}
+    for n in descendants(symmetry, number)[1:]:
+        parent, at = next((p, at) for p, at in symmetry.units[n].parents if p in found)
+        found[n] = found[parent][at]
+    return found
+
+
 def carry(
     symmetry: Symmetry,
     number: int,

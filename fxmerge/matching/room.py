@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -28,20 +28,25 @@ class Room:
         kept: for every class, the units of a model in whose places merged units stand, ascending. Where there are more
             merged units than units, the others come after them.
         changed: the numbers of the classes of which there are more or fewer than units of a model.
+        joined: for classes of which it is settled what is merged, the unit in whose place each unit goes.
     """
 
     widths: tuple[int, ...]
     kept: tuple[Ids, ...]
     changed: frozenset[int] = frozenset()
+    joined: Mapping[int, Ids] = field(default_factory=dict)
 
     @staticmethod
-    def of(symmetry: Symmetry, widths: Mapping[int, int] | None = None) -> Room:
+    def of(
+        symmetry: Symmetry, widths: Mapping[int, int] | None = None, joined: Mapping[int, Ids] | None = None
+    ) -> Room:
         """The room for some classes of other widths, and for what is nested in them; all others have as many merged
         units as units. Of every block, as many units are kept.
 
         Arguments:
             symmetry: the classes.
             widths: for some classes by number, how many merged units there are to be, as `may_change` allows.
+            joined: for some of them, the unit in whose place each unit goes: one that is kept.
         """
         sizes, kept = list[int](), list[Ids]()
         for n, c in enumerate(symmetry.units):
@@ -57,7 +62,7 @@ class Room:
             kept.append(np.flatnonzero(left))
             sizes.append(max(width, c.size) if left.all() else len(kept[n]))
         changed = (n for n, c in enumerate(symmetry.units) if sizes[n] != c.size)
-        return Room(tuple(sizes), tuple(kept), frozenset(changed))
+        return Room(tuple(sizes), tuple(kept), frozenset(changed), joined or {})
 
 
 def alike(symmetry: Symmetry, classes: Collection[int], consumed: frozenset[Axis]) -> UnitMap:

@@ -22,7 +22,7 @@ from fxmerge.matching.allot import Allotment, zip_losses
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.nested import is_block, merge_blocks, similar_blocks
+from fxmerge.matching.nested import carry, is_block, merge_blocks, similar_blocks
 from fxmerge.matching.room import Room, cells
 from fxmerge.matching.search import floats
 from fxmerge.matching.zipping import zip_blocks
@@ -78,8 +78,8 @@ def zipped_classes(
 
 
 @dataclass
-class _Problem:
-    """The objective, and what is merged so far.
+class ZipProblem:
+    """The objective of the zip, and what is merged so far.
 
     With T the orthonormal matrix that takes units to merged units (one over the root of a merged unit's size
     where a unit is its member), the objective is
@@ -214,15 +214,21 @@ class _Problem:
         cosines: Scores = gram.mul_(inverse[:, None]).mul_(inverse).cpu().double().numpy()
         return cosines
 
-    def pairs(self, number: int) -> tuple[Scores, dict[int, Scores]]:
-        """How similar all units of a class are; and for blocks, what those gain that lie in them."""
+    def pairs(self, number: int, without: Collection[int] = ()) -> tuple[Scores, dict[int, Scores]]:
+        """How similar all units of a class are; and for blocks, what those in them gain, but for some classes."""
         if not is_block(self.symmetry, number):
             return self.similarity(number), {}
         known = {n for n, slices in self.slices.items() if slices or n in self.correlation}
-        known &= set(descendants(self.symmetry, number))
+        known &= set(descendants(self.symmetry, number)).difference(without)
         gains = similar_blocks(self.symmetry, number, len(self.states), {n: self._gain(n) for n in known})
         size = self.symmetry.units[number].size
-        return gains[number] / sum(self.weight(n) * self.symmetry.units[n].size / size for n in known), gains
+        none = np.zeros((size * len(self.states),) * 2)
+        return gains.get(number, none) / (sum(self.shares(number, known).values()) or 1.0), gains
+
+    def shares(self, number: int, nested: Collection[int]) -> dict[int, float]:
+        """How much of a unit of a class lies in the units of each of some that are nested in it."""
+        units = self.symmetry.units
+        return {n: self.weight(n) * units[n].size / units[number].size for n in nested}
 
     def blocks(self, number: int) -> Ids:
         """For every model and unit of a class, the block in which it lies."""
@@ -302,7 +308,9 @@ def match_zip(
         progress: whether to show a progress bar; None shows it on a terminal.
     """
     chosen = room if isinstance(room, Room) else Room.of(symmetry)
-    problem = _Problem(symmetry, [floats(symmetry, s) for s in states], correlation, Mix.of(alpha, correlation), chosen)
+    problem = ZipProblem(
+        symmetry, [floats(symmetry, s) for s in states], correlation, Mix.of(alpha, correlation), chosen
+    )
     if isinstance(room, Allotment):
 
         def loss(number: int, widths: Sequence[int]) -> list[float]:
@@ -312,6 +320,8 @@ def match_zip(
 
         problem.room = room.room(symmetry, loss)
     room = problem.room
+    for n, place in room.joined.items():
+        problem.take([carry(symmetry, n, place, own) for own in problem.places])
     rng = np.random.default_rng(seed)
     classes = zipped_classes(symmetry, flow, one_to_one, room.changed)
     with tqdm(total=None, desc="zipping", disable=None if progress is None else not progress, leave=False) as bar:
@@ -350,7 +360,7 @@ def _neighbours(symmetry: Symmetry, number: int, classes: Sequence[int]) -> set[
     return {n for n in classes if not on[n].isdisjoint(on[number])}
 
 
-def _within(symmetry: Symmetry, problem: _Problem, classes: Sequence[int]) -> dict[str, int]:
+def _within(symmetry: Symmetry, problem: ZipProblem, classes: Sequence[int]) -> dict[str, int]:
     found = {}
     for n in classes:
         several = [np.bincount(own[n], minlength=problem.widths[n]) > 1 for own in problem.labels]

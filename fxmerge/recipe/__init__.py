@@ -1,6 +1,7 @@
 """How models are merged (`Recipe` and its parts), and how the merge is computed (`Run`)."""
 
 from fxmerge.recipe.parts import DEFAULT_ALPHA as DEFAULT_ALPHA
+from fxmerge.recipe.parts import KV_HEADS as KV_HEADS
 from fxmerge.recipe.parts import OWN as OWN
 from fxmerge.recipe.parts import Align as Align
 from fxmerge.recipe.parts import Alpha as Alpha

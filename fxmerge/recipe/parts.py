@@ -26,6 +26,9 @@ OutputKind = Literal["values", "logits"]
 
 DEFAULT_ALPHA = 0.5
 
+KV_HEADS = "kv heads of "
+"""What names of key/value heads begin with, of which there may be fewer than query heads."""
+
 
 # -------------------------------------------------------------------------- costs
 
@@ -132,8 +135,9 @@ class Zip:
         width: how many merged units there are, as a share of the units of one model: 1 is the size of one model, 0.5
             half of it, 2 for two models is all of their units. A mapping gives shares, or as whole numbers above 1
             the number of merged units, for classes by name or pattern such as "layer3.*"; of patterns that fit, the
-            first counts, and what none fits has width 1. Classes of which the graph allows no other number keep theirs,
-            and so do blocks, such as heads, where one number below 1 is for all. A `Budget` chooses the widths.
+            first counts, and what none fits has width 1. "kv heads of *" names heads of keys and values, which `fold`
+            merges while all heads of queries stay. Classes of which the graph allows no other number keep theirs, and
+            so do blocks, such as heads, where one number below 1 is for all. A `Budget` chooses the widths.
         multiple_of: what the number of merged units is rounded to a multiple of, where the width is not 1.
         continuous: as for `Align`. Of classes that a change of basis may mix, no units are merged. With a width below
             1, the directions that count most are left (SliceGPT, arXiv 2401.15024, by the similarity above).

@@ -112,7 +112,7 @@ class Group:
             while not self.units[first].roles and first in children:
                 first, depth = children[first], depth + 1
             axis = self.units[first].roles[0].axis if self.units[first].roles else ("?", 0)
-            own.append("blocks of " * depth + f"{axis[0]}[{axis[1]}]")
+            own.append(self.units[number].name or "blocks of " * depth + f"{axis[0]}[{axis[1]}]")
         seen: Counter[str] = Counter()
         for i, name in enumerate(own):
             seen[name] += 1

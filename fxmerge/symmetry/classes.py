@@ -31,12 +31,14 @@ class UnitClass:
         roles: the parameter axes that the units index.
         parents: classes in which the units are nested, with each unit's parent unit.
         fixed: for every unit, a number that must not change when it moves (zeros where nothing is fixed).
+        name: what the class is called, if not after the first axis that it indexes.
     """
 
     size: int
     roles: tuple[Role, ...]
     parents: tuple[tuple[int, Ids], ...]
     fixed: Ids
+    name: str = ""
 
     @property
     def blocks(self) -> Ids:

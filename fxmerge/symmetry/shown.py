@@ -107,15 +107,23 @@ def places_and_blocks(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
         return number, place
     child, parent = (np.concatenate(ids) for ids in zip(*found.units.member, strict=True))
     for n, c in reversed(list(enumerate(symmetry.units))):
-        if len(c.parents) == 1:
-            ((p, at),) = c.parents
-            own = number[child] == n
-            block, unit = parent[own], at[place[child[own]]]
-            pairs = np.unique(np.stack([block, unit]), axis=1)
-            raw, count = np.unique(pairs[0], return_counts=True)
-            clear = pairs[:, np.isin(pairs[0], raw[(count == 1) & (number[raw] < 0)])]
-            number[clear[0]], place[clear[0]] = p, clear[1]
+        own = number[child] == n
+        block, member = parent[own], place[child[own]]
+        clear = [_only(block, at[member]) for _, at in c.parents]
+        several = np.bincount(
+            np.concatenate([np.zeros(0, np.int64), *(raw for raw, _ in clear)]), minlength=len(number)
+        )
+        for (p, _), (raw, unit) in zip(c.parents, clear, strict=True):
+            new = (several[raw] == 1) & (number[raw] < 0)
+            number[raw[new]], place[raw[new]] = p, unit[new]
     return number, place
+
+
+def _only(block: Ids, unit: Ids) -> tuple[Ids, Ids]:
+    """The blocks whose members all lie in one unit, and this unit."""
+    pairs = np.unique(np.stack([block, unit]), axis=1)
+    raw, first, count = np.unique(pairs[0], return_index=True, return_counts=True)
+    return raw[count == 1], pairs[1][first[count == 1]]
 
 
 def _slots(units: AxisUnits, axis: AxisLayout) -> tuple[Ids, Ids]:
