@@ -100,7 +100,8 @@ class _Closing(Contracted):
                         continue
                     new |= self._pin([self.ids(c), self.first[block]], "a unit is a member of two blocks of one kind")
                 elif len(self.members(p)) == len(block) and self.pinned[block[0]]:
-                    new |= self._pin([self.ids(c)], "each is alone at a fixed position")
+                    if not self._turned(c):
+                        new |= self._pin([self.ids(c)], "each is alone at a fixed position")
                 elif len(self.members(p)) == len(block):
                     self.units.equate(self.ids(c), self.first[block])
                     new = True
@@ -293,7 +294,8 @@ class _Closing(Contracted):
                 self.units.segment(self.ids(c)[together == size], "fixed positions hold different numbers of units")
             return True
         if not free:
-            return together.max() == 1 and self._pin([self.ids(c)], "each is alone at a fixed position")
+            alone = together.max() == 1 and not self._turned(c)
+            return alone and self._pin([self.ids(c)], "each is alone at a fixed position")
         if any(self._segment_by_fixed(p, block, fixed) for p, block in free.items()):
             return True
         columns = [*free.values(), fixed]
@@ -304,6 +306,10 @@ class _Closing(Contracted):
             even = rows.shape[1] == _combinations(rows)
         ids = [self.ids(c), *(self.first[np.unique(b)] for b in free.values())]
         return not even and self._pin(ids, "units are spread unevenly over their blocks")
+
+    def _turned(self, c: int) -> bool:
+        """Whether the units of a class lie in planes that are turned: these may change where none is permuted."""
+        return bool(self.turned[self.members(c)].all())
 
     def _segment_by_fixed(self, p: int, block: Ids, fixed: Ids) -> bool:
         """Tells blocks apart that could be exchanged but hold members at different fixed positions."""
