@@ -165,9 +165,11 @@ class _Closing(Contracted):
         """Blocks with the same members are one block; True if there were any.
 
         Not so two of one creation: their members are parts of units that have become one, and tell them apart
-        (unless they are no more than the names of fixed positions).
+        (unless they are no more than the names of fixed positions). Nor is a unit of a plane that is turned one with the
+        name of a fixed position.
         """
         members = np.zeros(self.count, np.uint64)
+        members[self.turned & ~self.pinned] = mix(np.array([1]))[0]
         np.add.at(members, self.parent, mix(self.child))
         raw = np.unique(concatenate(self.units.member)[1])
         made = np.unique(
@@ -253,7 +255,7 @@ class _Closing(Contracted):
 
     def _relate_pinned(self, p: int, met: Pairs) -> bool:
         """Blocks p that meet different pinned units stay with those."""
-        broken = ~met.complete | (met.a_count == 1)
+        broken = ~met.complete | ((met.a_count == 1) & (not self._turned(p)))
         if self._pin([self.first[met.a[broken[met.a_part]]]], "blocks hold different fixed positions"):
             return True
         if any(

@@ -26,7 +26,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
-from fxmerge.symmetry.columns import axis_column, compact, core, joint_column, reshape, spread, support
+from fxmerge.symmetry.columns import axis_column, compact, core, joint_column, reshape, shrink, spread, support
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.rules import elementwise, movement, reduction
 from fxmerge.symmetry.rules.registry import Lookup
@@ -288,16 +288,18 @@ def _cat(parts: Sequence[_Form], dim: int, shape: tuple[int, ...]) -> _Form:
         used = {dim, *(d for p in pieces for d in support(p))}
         thin = [p[tuple(slice(None) if d in used else slice(0, 1) for d in range(p.ndim))] for p in pieces]
         dtype = torch.complex128 if any(p.is_complex() for p in pieces) else pieces[0].dtype
-        return torch.cat([p.to(dtype) for p in thin], dim).expand(shape)
+        return shrink(torch.cat([p.to(dtype) for p in thin], dim).expand(shape))
 
     terms = []
     for i in range(max(len(p.terms) for p in parts)):
-        own = [
-            p.terms[i] if i < len(p.terms) else (torch.full_like(p.terms[0][0], NO_ENTRY), 0 * p.terms[0][1])
-            for p in parts
-        ]
+        own = [p.terms[i] if i < len(p.terms) else _nothing(tuple(p.place.shape)) for p in parts]
         terms.append((together([e for e, _ in own]), together([f for _, f in own])))
     return _Form(together([p.place for p in parts]), tuple(terms))
+
+
+def _nothing(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    one = (1,) * len(shape)
+    return torch.full(one, NO_ENTRY).expand(shape), torch.zeros(one, dtype=torch.float64).expand(shape)
 
 
 def _conjugate(form: _Form) -> _Form:
