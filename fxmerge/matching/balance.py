@@ -1,4 +1,4 @@
-"""The basis of a general linear class in which what gives its units is as large as what reads them."""
+"""The basis of a class in which what gives its units is as large as what reads them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ SMALLEST = 1e-6
 the mean over all directions: no basis would make both equal."""
 
 
+_SCALED = (Kind.GENERAL_LINEAR, Kind.COMPLEX)
+"""The kinds of which matrices change lengths."""
+
+
 def balance(symmetry: Group, state: Mapping[str, Tensor]) -> Basis:
-    """The change of basis after which the general linear classes of a network are balanced.
+    """The change of basis after which the general linear and the complex classes of a network are balanced.
 
     Let P be the sum of the outer products of the weights that give the units of a block, and C that of the weights that
     read them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. The class is balanced where both are equal. This is so
     if MᵀM is the geometric mean of P⁻¹ and C. Balanced bases of one class differ by orthogonal matrices only. So two
     networks that differ by invertible matrices differ by orthogonal ones once both are balanced. Classes that meet in
-    one weight are balanced in turn, until all are. A class stays as it is if what writes or reads its units does not
+    one weight are balanced in turn, until all are. A plane that is turned is only scaled: P and C count by their traces. A class stays as it is if what writes or reads its units does not
     span all of its directions.
 
     Arguments:
@@ -43,7 +47,7 @@ def balance(symmetry: Group, state: Mapping[str, Tensor]) -> Basis:
         >>> torch.allclose(first @ first.T, second.T @ second)
         True
     """
-    classes = [n for n in range(len(symmetry.units)) if symmetry.kind(n) == Kind.GENERAL_LINEAR]
+    classes = [n for n in range(len(symmetry.units)) if symmetry.kind(n) in _SCALED]
     names = {own.axis.parameter for n in classes for own in symmetry.mixed[n]}
     wide: Mapping[str, Tensor] = {name: in_double(state[name].to("cpu")) for name in names}
     total = Basis(symmetry.mixed, {n: m for n, m in symmetry.identity_basis().matrices.items() if n in classes})
@@ -66,6 +70,8 @@ def _step(symmetry: Group, number: int, state: Mapping[str, Tensor]) -> Tensor |
     for own in symmetry.mixed[number]:
         entries = gathered(state[own.axis.parameter], own)
         product = entries @ entries.mT
+        if symmetry.kind(number) == Kind.COMPLEX:
+            product = product.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(2, dtype=product.dtype)
         sums[own.inverse] = sums[own.inverse] + product if own.inverse in sums else product
     if len(sums) < 2 or not all(map(_spans, sums.values())):
         return None
