@@ -173,9 +173,7 @@ def analyse(
         still |= more
 
 
-def _symmetry(
-    found: Propagation, resolution: Resolution, program: Program, outputs: Iterable[FreeOutput]
-) -> Symmetry:
+def _symmetry(found: Propagation, resolution: Resolution, program: Program, outputs: Iterable[FreeOutput]) -> Symmetry:
     """The classes that a walk found, as they lie on parameters."""
     shapes = {name: tuple(tensor.shape) for name, tensor in program.parameters.items()}
     raw = {axis: np.unique(units.ids) for axis, units in found.axes.items()}

@@ -271,14 +271,16 @@ def _kinds(entries: Sequence[Mapping[str, Any]]) -> tuple[UnitKind, ...]:
 def _planes(entry: Mapping[str, Any], kind: Kind, where: str) -> tuple[tuple[int, int], ...]:
     """The units of every plane of a class of a kind that turns planes."""
     size, lists = int(entry["size"]), _typed(entry, "planes", list, where, [])
-    half = size // 2 if kind.turns else 0
-    units = [_numbers(text, where, "units of planes", size, half).tolist() for text in lists]
-    if kind.turns != (len(units) == 2) or (kind.turns and sorted(units[0] + units[1]) != list(range(size))):
-        raise SpecError(
-            f"{where} has the kind {str(kind)!r} and the planes {lists!r}; a kind that turns planes has two lists of units, "
-            "which hold each unit once, and no other kind has planes."
-        )
-    return tuple(zip(*units, strict=True)) if units else ()
+    wrong = SpecError(
+        f"{where} has the kind {str(kind)!r} and the planes {lists!r}; a kind that turns planes has two lists of units, "
+        "which hold each unit once, and no other kind has planes."
+    )
+    if len(lists) != 2 * kind.turns:
+        raise wrong
+    units = [_numbers(text, where, "units of planes", size, size // 2).tolist() for text in lists]
+    if units and sorted(sum(units, [])) != list(range(size)):
+        raise wrong
+    return tuple(zip(*units, strict=True))
 
 
 def _role(entry: Any, size: int, where: str, parameters: _Parameters) -> Role:

@@ -81,9 +81,7 @@ class _Form:
     def times(self, value: Tensor, shape: tuple[int, ...]) -> _Form:
         value = value.expand(shape)
         wide = self.map(lambda t: t.expand(shape))
-        return _Form(
-            wide.place, tuple((e, (compact(f) * compact(value)).expand(shape)) for e, f in wide.terms)
-        )
+        return _Form(wide.place, tuple((e, (compact(f) * compact(value)).expand(shape)) for e, f in wide.terms))
 
 
 class Turns:
@@ -324,11 +322,11 @@ def _turn(form: _Form, column: Tensor) -> tuple[Tensor, Ids, Ids, Ids] | None:
     result, its units, their codes, and the planes."""
     raw = core(column, support(column)).reshape(-1).numpy()
     shape = tuple(form.place.shape)
-    dims = sorted({d for entry, _ in form.terms for d in support(entry)})
+    dims = [d for d in range(len(shape)) if shape[d] > 1 and d not in support(form.place)]
     sizes = [shape[d] for d in dims]
     if int(np.prod(sizes)) != len(raw) or len(distinct(raw)) < len(raw) or (raw == NOTHING).any():
         return None
-    if not set(dims).isdisjoint(support(form.place)) or any(f.is_complex() for _, f in form.terms):
+    if any(f.is_complex() or not set(support(e)) <= set(dims) for e, f in form.terms):
         return None
     entry, factor = _table(form, dims)
     if not (0 < (count := (entry != NO_ENTRY).sum(0)).min() and count.max() <= 2):

@@ -36,13 +36,16 @@ class Kind(IntEnum):
 
     @property
     def subgroups(self) -> tuple[Kind, ...]:
-        """The kinds that a class of this kind may turn out to be, the largest first.
+        """The kinds that a class of this kind may turn out to be, the largest first: only a class that turns planes has any.
 
         Example:
-            >>> [str(kind) for kind in Kind.COMPLEX.subgroups]
-            ['complex', 'unitary', 'permutation']
+            >>> for kind in (Kind.COMPLEX, Kind.ORTHOGONAL):
+            ...     print(", ".join(map(str, kind.subgroups)))
+            complex, unitary, permutation
+            orthogonal, orthogonal, keeps the mean, permutation
         """
-        return tuple(kind for kind in reversed(Kind) if self.meet(kind) == kind)
+        own = (kind for kind in reversed(Kind) if self.meet(kind) == kind)
+        return tuple(kind for kind in own if kind.turns == self.turns or kind == Kind.PERMUTATION)
 
     def meet(self, other: Kind) -> Kind:
         """The largest kind of matrices that are of this kind and of another one.
