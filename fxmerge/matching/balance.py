@@ -27,12 +27,13 @@ _SCALED = (Kind.GENERAL_LINEAR, Kind.COMPLEX)
 def balance(symmetry: Group, state: Mapping[str, Tensor]) -> Basis:
     """The change of basis after which the general linear and the complex classes of a network are balanced.
 
-    Let P be the sum of the outer products of the weights that give the units of a block, and C that of the weights that
-    read them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. The class is balanced where both are equal. This is so
-    if MᵀM is the geometric mean of P⁻¹ and C. Balanced bases of one class differ by orthogonal matrices only. So two
-    networks that differ by invertible matrices differ by orthogonal ones once both are balanced. Classes that meet in
-    one weight are balanced in turn, until all are. A plane that is turned is only scaled: P and C count by their traces. A class stays as it is if what writes or reads its units does not
-    span all of its directions.
+    Let P be the sum of the outer products of the weights that give the units of a block, and C that of the weights
+    that read them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. The class is balanced where both are equal.
+    This is so if MᵀM is the geometric mean of P⁻¹ and C. Balanced bases of one class differ by orthogonal matrices
+    only. So two networks that differ by invertible matrices differ by orthogonal ones once both are balanced.
+    Classes that meet in one weight are balanced in turn, until all are. A plane that is turned is only scaled: P
+    and C count by their traces. A class stays as it is if what writes or reads its units does not span all of its
+    directions.
 
     Arguments:
         symmetry: the group.

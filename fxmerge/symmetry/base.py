@@ -191,8 +191,11 @@ class Group:
         )
 
     def by_block(self, number: int) -> Ids:
-        """The units of a class that are mixed with each other: shape (blocks, units). A block is a plane of a class whose
-        planes are turned, and a combination of parents and fixed positions of any other class."""
+        """The units of a class that are mixed with each other: shape (blocks, units).
+
+        A block is a plane of a class whose planes are turned; in other classes it is a combination of parents and fixed
+        positions.
+        """
         if self.kind(number).turns:
             return np.array(self.kinds[number].planes, np.int64)
         return np.argsort(self.units[number].blocks, kind="stable").reshape(combinations(self.units[number]))
@@ -215,7 +218,10 @@ class Group:
             Together with `sample`, which permutes, they give the whole group.
         """
         numbers = [n for n in range(len(self.units)) if self.kind(n) > Kind.PERMUTATION]
-        drawn = {n: random_matrices(self.kind(n), *self.by_block(n).shape, generator) for n in numbers}
+        drawn = {}
+        for n in numbers:
+            blocks, size = self.by_block(n).shape
+            drawn[n] = random_matrices(self.kind(n), blocks, size, generator)
         return Basis(self.mixed, drawn)
 
     def log_order(self) -> float:

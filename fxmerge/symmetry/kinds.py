@@ -90,7 +90,8 @@ def _planes(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> tup
             own = planes[(number[planes] == n).any(1)]
             why.setdefault(n, node)
             pairs[n].update(
-                (a, b) if m == n else (-1, -1) for m, a, b in zip(number[own[:, 1]], *place[own].T.tolist())
+                (a, b) if m == n else (-1, -1)
+                for m, a, b in zip(number[own[:, 1]], *place[own].T.tolist(), strict=True)
             )
     kinds = [UnitKind() for _ in symmetry.units]
     for n, own_pairs in pairs.items():

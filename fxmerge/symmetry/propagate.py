@@ -75,8 +75,8 @@ def propagate(
 ) -> Propagation:
     """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
     those parameters split whose rows are used apart. Units may move along the outputs whose numbers are in `free`. The
-    parameters named in `uniform` are vectors of one number each. Planes that a part of the graph turns are told, but for
-    the parts that end with nodes named in `still`; if this is None, none are."""
+    parameters named in `uniform` are vectors of one number each. Planes that a part of the graph turns are told,
+    but for the parts that end with nodes named in `still`; if this is None, none are."""
     splits: dict[Axis, Ids] = {}
     prober, tried = None, set[Any]()
     while True:

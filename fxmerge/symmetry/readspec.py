@@ -272,13 +272,13 @@ def _planes(entry: Mapping[str, Any], kind: Kind, where: str) -> tuple[tuple[int
     """The units of every plane of a class of a kind that turns planes."""
     size, lists = int(entry["size"]), _typed(entry, "planes", list, where, [])
     wrong = SpecError(
-        f"{where} has the kind {str(kind)!r} and the planes {lists!r}; a kind that turns planes has two lists of units, "
-        "which hold each unit once, and no other kind has planes."
+        f"{where} has the kind {str(kind)!r} and the planes {lists!r}; a kind that turns planes has two lists of "
+        "units, which hold each unit once, and no other kind has planes."
     )
     if len(lists) != 2 * kind.turns:
         raise wrong
     units = [_numbers(text, where, "units of planes", size, size // 2).tolist() for text in lists]
-    if units and sorted(sum(units, [])) != list(range(size)):
+    if units and sorted(n for own in units for n in own) != list(range(size)):
         raise wrong
     return tuple(zip(*units, strict=True))
 

@@ -201,8 +201,10 @@ class UnitGraph:
         self.mixing_at.append(self.node)
 
     def turn(self, ids: Ids, code: Ids, planes: Ids, reason: str) -> None:
-        """The units of each of the `planes`, shape (planes, 2), are multiplied by matrices that turn a plane. The number
-        `code[i]` tells what happens to unit `ids[i]`: it is the same for units that are treated alike."""
+        """The units of each of the `planes`, shape (planes, 2), are multiplied by matrices that turn a plane.
+
+        The number `code[i]` tells what happens to unit `ids[i]`: it is the same for units that are treated alike.
+        """
         tag = self.fresh(int(code.max()) + 1, ("fixed", reason))
         self.pin(tag, reason)
         self.include(ids, tag[code])

@@ -124,11 +124,11 @@ def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, toleranc
         return symmetry, error
     kinds = list(symmetry.kinds)
     for n in open_:
-        own = kinds[n]
+        own, (blocks, size) = kinds[n], symmetry.by_block(n).shape
         for kind in own.kind.subgroups:
             if kind == Kind.PERMUTATION:
                 break
-            alone = random_matrices(kind, *symmetry.by_block(n).shape, generator)
+            alone = random_matrices(kind, blocks, size, generator)
             if probe.change(Basis(basis.mixed, {n: alone}).apply(probe.state)) <= tolerance:
                 break
         if kind < own.kind:

@@ -161,8 +161,7 @@ def random_matrices(kind: Kind, blocks: int, size: int, generator: torch.Generat
 
 
 def plane(numbers: Tensor) -> Tensor:
-    """The matrices that multiply a plane by complex numbers, shape (numbers, 2, 2): with real part a and imaginary part b,
-    ((a, -b), (b, a))."""
+    """The matrices that multiply a plane by complex numbers a + bi: ((a, -b), (b, a)), shape (numbers, 2, 2)."""
     a, b = numbers.real, numbers.imag
     return torch.stack([torch.stack([a, -b], -1), torch.stack([b, a], -1)], -2)
 

@@ -36,7 +36,9 @@ class Kind(IntEnum):
 
     @property
     def subgroups(self) -> tuple[Kind, ...]:
-        """The kinds that a class of this kind may turn out to be, the largest first: only a class that turns planes has any.
+        """The kinds that a class of this kind may turn out to be, the largest first.
+
+        Only a class with planes turns these.
 
         Example:
             >>> for kind in (Kind.COMPLEX, Kind.ORTHOGONAL):
