@@ -208,12 +208,13 @@ def test_a_gain_of_each_unit_leaves_no_turn() -> None:
     assert groups(find_symmetry(model, args)) == []
 
 
-def test_permutations_alone_are_as_they_are_without_planes() -> None:
-    """Where changes of basis are not asked for, a plane is one unit."""
-    model, args = generic(Scores(lambda x: rotary_halves(x, (0.5, 0.5))), (TOKENS,))
-    _, symmetry = analyse(capture_program(model, args), continuous=False)
-    (planes,) = symmetry.units
-    assert (planes.size, len(planes.roles), symmetry.kinds) == (4, 4, ())
+@pytest.mark.parametrize("name", ["halves", "an activation"])
+def test_classes_do_not_depend_on_whether_kinds_are_asked_for(name: str) -> None:
+    model, args = generic(Scores({**TURNS, **NO_TURNS}[name]), (TOKENS,))
+    with_kinds, without = (analyse(capture_program(model, args), continuous=way)[1] for way in (True, False))
+    assert without.kinds == () and len(with_kinds.kinds) == len(with_kinds.units)
+    assert with_kinds.names == without.names
+    assert [c.size for c in with_kinds.units] == [c.size for c in without.units]
 
 
 SIZES: dict[str, Any] = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1}

@@ -165,8 +165,8 @@ class _Closing(Contracted):
         """Blocks with the same members are one block; True if there were any.
 
         Not so two of one creation: their members are parts of units that have become one, and tell them apart
-        (unless they are no more than the names of fixed positions). Nor does a unit of a plane that is turned become the
-        name of a fixed position.
+        (unless they are no more than the names of fixed positions). Nor does a unit of a plane that is turned become
+        the name of a fixed position.
         """
         members = np.zeros(self.count, np.uint64)
         members[self.turned & ~self.pinned] = mix(np.array([1]))[0]

@@ -150,7 +150,7 @@ def analyse(
     values = states or [program.parameters]
     uniform = {name for name in program.parameters if all(is_uniform(own[name]) for own in values)}
     asked = pinned_axes(pin, shapes, program.aliases)
-    still: set[str] | None = set() if continuous else None
+    still = set[str]()
     while True:
         found = propagate(program, overriding(rules), leaves, uniform, still)
         found.units.node = ""
@@ -163,13 +163,12 @@ def analyse(
         if unknown_leaves:
             continue
         symmetry = _symmetry(found, resolution, program, outputs)
-        if still is None:
+        if not continuous and not found.units.turned:
             return found, symmetry
         kinds = find_kinds(found, symmetry, resolution.number, resolution.place)
-        symmetry = replace(symmetry, kinds=kinds)
-        more = not_turned(found, symmetry, resolution.number)
+        more = not_turned(found, replace(symmetry, kinds=kinds), resolution.number)
         if not more:
-            return found, symmetry
+            return found, replace(symmetry, kinds=kinds if continuous else ())
         still |= more
 
 

@@ -89,10 +89,8 @@ def _planes(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> tup
         for n in np.unique(number[planes]).tolist():
             own = planes[(number[planes] == n).any(1)]
             why.setdefault(n, node)
-            pairs[n].update(
-                (a, b) if m == n else (-1, -1)
-                for m, a, b in zip(number[own[:, 1]], *place[own].T.tolist(), strict=True)
-            )
+            whole = (number[own] == n).all(1).tolist()
+            pairs[n].update((a, b) if w else (-1, -1) for w, (a, b) in zip(whole, place[own].tolist(), strict=True))
     kinds = [UnitKind() for _ in symmetry.units]
     for n, own_pairs in pairs.items():
         units = sorted(unit for pair in own_pairs for unit in pair)

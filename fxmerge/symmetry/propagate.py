@@ -71,12 +71,12 @@ def propagate(
     find_rule: rules.Lookup = rules.find_rule,
     free: Collection[int] = frozenset(),
     uniform: Collection[str] = (),
-    still: Collection[str] | None = None,
+    still: Collection[str] = (),
 ) -> Propagation:
     """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
     those parameters split whose rows are used apart. Units may move along the outputs whose numbers are in `free`. The
     parameters named in `uniform` are vectors of one number each. Planes that a part of the graph turns are told,
-    but for the parts that end with nodes named in `still`; if this is None, none are."""
+    but for the parts that end with nodes named in `still`."""
     splits: dict[Axis, Ids] = {}
     prober, tried = None, set[Any]()
     while True:
@@ -171,7 +171,7 @@ class _Walk(fx.Interpreter):
         prober: Prober | None,
         free: Collection[int],
         uniform: Collection[str],
-        still: Collection[str] | None,
+        still: Collection[str],
     ) -> None:
         super().__init__(program.graph, garbage_collect_values=True)
         self.program, self.splits, self.find_rule, self.prober = program, splits, find_rule, prober
@@ -182,8 +182,8 @@ class _Walk(fx.Interpreter):
         self.written: list[fx.Node] = []
         self.wide: dict[int, tuple[Tensor, Tensor]] = {}
         self.parts = parts(program.graph.graph, self._combines, self._moves)
-        moved = {n for n, (kind, _) in program.sources.items() if kind == "parameter" and still is not None}
-        self.turns, self.still = Turns(program.graph.graph, moved, find_rule), still or ()
+        moved = {n for n, (kind, _) in program.sources.items() if kind == "parameter"}
+        self.turns, self.still = Turns(program.graph.graph, moved, find_rule), still
         self.factors: dict[fx.Node, Any] = {}
         self.turned: dict[fx.Node, Turn] = {}
 
