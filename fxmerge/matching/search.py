@@ -306,6 +306,11 @@ def _tree_slices(problem: Problem, root: int) -> list[tuple[int, Slices]]:
     return [(n, s) for n in tree if n in problem.symmetry.choices for s in problem.slices[n]]
 
 
+def _shown(s: Slices) -> int:
+    """The class that lies where some slices do: that of their units, or one that moves along with it."""
+    return next(n for n, slots in s.axis.roles if s.slots.flat[0] in slots)
+
+
 def _roots_on(problem: Problem, roots: list[int]) -> dict[tuple[str, int], set[int]]:
     """For every parameter axis, the roots of the classes on it."""
     found: dict[tuple[str, int], set[int]] = {}
@@ -331,6 +336,9 @@ def _first_sweep(problem: Problem, roots: list[int], bar: tqdm[None]) -> None:
         for n, s in _tree_slices(problem, root):
             name, dim = s.axis.parameter, s.axis.dim
             across: set[int] = set().union(*(on for (m, d), on in on_axis.items() if m == name and d != dim))
+            beside = ({_shown(s)} | problem.symmetry.ancestors(_shown(s))) & set(roots)
+            if any(_mixed(problem, r) for r in beside):  # In another basis the same units are not alike.
+                across |= beside - {root}
             others[root].append((n, s, across))
     matched: set[int] = set()
     while len(matched) < len(roots):

@@ -104,7 +104,7 @@ class Turns:
         while source in self.before:
             source = self.before[source]
             own = labels.get(source.name)
-            if own is None or len(own.columns) != 1 or _size(source) != size:
+            if own is None or own.uniform is not None or len(own.columns) != 1 or _size(source) != size:
                 continue
             part = self._between(source, n)
             if any(name_of(m) in (*TIMES, *OVER) for m in part):
