@@ -35,7 +35,6 @@ TABLE = [
     "grouped queries",
     "rotary",
     "rotary, grouped queries",
-    "rotary, two groups of queries",
     "rotary, half of a head",
     "rotary, neighbouring units",
     "norms of queries and keys, rotary",
