@@ -231,7 +231,8 @@ def _with_bases(group: Prepared, recipe: Recipe, run: Run, numbers: Iterable[int
     inner = {
         m for n in numbers for m in descendants(symmetry, n)[1:] if [p for p, _ in symmetry.units[m].parents] == [n]
     }
-    kinds = (own if n in inner and own.kind >= Kind.ORTHOGONAL else UnitKind() for n, own in enumerate(symmetry.kinds))
+    turned = (Kind.ORTHOGONAL, Kind.GENERAL_LINEAR)
+    kinds = (own if n in inner and own.kind in turned else UnitKind() for n, own in enumerate(symmetry.kinds))
     return replace(symmetry, kinds=tuple(kinds))
 
 

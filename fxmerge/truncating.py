@@ -141,7 +141,7 @@ def _scaled(group: Prepared, symmetry: Symmetry, numbers: Collection[int]) -> fr
     return frozenset(
         n
         for n in numbers
-        if symmetry.kind(n) < Kind.GENERAL_LINEAR
+        if symmetry.kind(n) != Kind.GENERAL_LINEAR
         and both.isdisjoint((own.axis.parameter, own.axis.dim) for own in symmetry.mixed[n])
     )
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxmerge import Symmetry
-from fxmerge.symmetry.structure import combinations
 from fxmerge.units.kind import Kind
 
 
@@ -95,10 +94,11 @@ NETS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], list[Tensor]]]] =
 
 
 def groups(symmetry: Symmetry) -> list[str]:
-    """The groups of matrices of all classes that have one, sorted, such as `GL(3)^2`."""
+    """The groups of matrices of all classes that have one, sorted, such as `GL(3)^2`: C and U are of planes."""
     found = []
-    for c, own in zip(symmetry.units, symmetry.kinds, strict=True):
-        count, size = combinations(c)
-        word = {Kind.CENTRED: "O1", Kind.ORTHOGONAL: "O", Kind.GENERAL_LINEAR: "GL"}.get(own.kind)
-        found += [f"{word}({size})" + (f"^{count}" if count > 1 else "")] if word else []
+    for n, own in enumerate(symmetry.kinds):
+        count, size = symmetry.by_block(n).shape
+        words = {Kind.CENTRED: f"O1({size})", Kind.ORTHOGONAL: f"O({size})", Kind.GENERAL_LINEAR: f"GL({size})"}
+        word = (words | {Kind.COMPLEX: "C", Kind.UNITARY: "U"}).get(own.kind)
+        found += [word + (f"^{count}" if count > 1 else "")] if word else []
     return sorted(found)

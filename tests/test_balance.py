@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,22 @@ def test_what_is_left_of_an_invertible_matrix_is_an_orthogonal_one(name: str) ->
             a, b = (gathered(s[own.axis.parameter], own) for s in (first, second))
             lengths, others = torch.linalg.svdvals(a), torch.linalg.svdvals(b)
             assert torch.allclose(lengths, others, rtol=1e-6), symmetry.names[n]
+
+
+def test_planes_are_balanced_by_their_scales() -> None:
+    model, args, symmetry = planted("rotary")
+    basis = symmetry.sample_basis(torch.Generator().manual_seed(3))
+    for state in (model.state_dict(), basis.apply(model.state_dict())):
+        state = balance(symmetry, state).apply(state)
+        (number,) = [n for n in range(len(symmetry.units)) if symmetry.kind(n) == Kind.COMPLEX]
+        gives, reads = (sums(symmetry, number, state, inverse=inverse) for inverse in (False, True))
+        sizes, others = (s.diagonal(dim1=-2, dim2=-1).sum(-1) for s in (gives, reads))
+        assert sizes.shape == (4,) and torch.allclose(sizes, others, rtol=1e-9)
+        with torch.no_grad():
+            expected = model(*args)
+            changed = copy.deepcopy(model)
+            changed.load_state_dict(state)
+            assert torch.allclose(changed(*args), expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
 
 
 def test_names_dtypes_and_what_does_not_change_are_kept() -> None:

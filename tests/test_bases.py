@@ -34,6 +34,10 @@ TABLE = [
     "attention, packed, fused and causal",
     "grouped queries",
     "rotary",
+    "rotary, grouped queries",
+    "rotary, half of a head",
+    "rotary, neighbouring units",
+    "norms of queries and keys, rotary",
     "norms of queries and keys",
     "keys and values of a latent",
     "two bottlenecks of one width in a row",
@@ -45,7 +49,7 @@ TABLE = [
 ]
 """Networks with classes of every kind: alone, in heads, in a row, tied, and beside classes that are permuted."""
 
-QUICK = TABLE[:6]
+QUICK = [*TABLE[:6], "rotary"]
 
 
 @cache
@@ -210,6 +214,18 @@ def test_the_nearest_matrix_of_a_group(kind: Kind) -> None:
     assert torch.allclose(best.sum(1), torch.ones(5, dtype=torch.float64)) == (kind == Kind.CENTRED)
     for other in random_matrices(kind, 200, 5, generator):
         assert float((scores * other).sum()) <= float((scores * best).sum()) + 1e-9
+
+
+@pytest.mark.parametrize("kind", [Kind.UNITARY, Kind.COMPLEX])
+def test_the_nearest_turn(kind: Kind) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 2, dtype=torch.float64, generator=generator)
+    best = nearest(scores, kind)
+    for other in random_matrices(Kind.UNITARY, 200, 2, generator):
+        assert float((scores * other).sum()) <= float((scores * best).sum()) + 1e-9
+    assert torch.allclose(nearest(3 * best, kind), best)
+    nothing = nearest(torch.zeros(2, 2, dtype=torch.float64), kind)
+    assert torch.equal(nothing, torch.eye(2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", QUICK[:3])

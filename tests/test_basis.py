@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmerge import Symmetry, UnitMapError, find_symmetry
-from fxmerge.units.basis import Basis, centred_frame, gathered, random_matrices
+from fxmerge.units.basis import Basis, centred_frame, gathered, plane, random_matrices
 from fxmerge.units.kind import Kind
 from tests.oracle.continuous_networks import NETWORKS, SEQUENCES, WORDS
 from tests.oracle.nullity import generic
@@ -116,7 +116,27 @@ def test_an_error_names_the_parameter(edit: Callable[[dict[str, Tensor]], object
         basis.apply(state)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in Kind if kind > Kind.PERMUTATION])
+@pytest.mark.parametrize("kind", [Kind.UNITARY, Kind.COMPLEX])
+def test_random_turns(kind: Kind) -> None:
+    drawn = random_matrices(kind, 50, 2, torch.Generator().manual_seed(0))
+    assert drawn.shape == (50, 2, 2) and drawn.dtype == torch.float64
+    assert torch.equal(drawn, random_matrices(kind, 50, 2, torch.Generator().manual_seed(0)))
+    assert torch.allclose(drawn[:25] @ drawn[25:], drawn[25:] @ drawn[:25], rtol=0, atol=1e-12)
+    values, ones = torch.linalg.svdvals(drawn), torch.ones(50, 2, dtype=torch.float64)
+    assert torch.allclose(values[:, :1], values[:, 1:]) and bool((torch.linalg.det(drawn) > 0).all())
+    assert torch.allclose(values, ones) == (kind == Kind.UNITARY)
+    assert float(values.min()) > 0.5 - 1e-9 and float(values.max()) < 2 + 1e-9
+    corners = {(bool(a > 0), bool(b > 0)) for a, b in drawn[:, :, 0]}
+    assert len(corners) == 4  # All angles.
+
+
+def test_a_plane_is_multiplied_by_complex_numbers() -> None:
+    numbers = torch.randn(5, 2, dtype=torch.complex128)
+    product = plane(numbers[:, 0]) @ torch.view_as_real(numbers[:, 1])[..., None]
+    assert torch.allclose(torch.view_as_complex(product[..., 0]), numbers[:, 0] * numbers[:, 1])
+
+
+@pytest.mark.parametrize("kind", [Kind.CENTRED, Kind.ORTHOGONAL, Kind.GENERAL_LINEAR])
 def test_random_matrices(kind: Kind) -> None:
     drawn = random_matrices(kind, 50, 4, torch.Generator().manual_seed(0))
     again = random_matrices(kind, 50, 4, torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ import fxmerge
 from fxmerge import Symmetry, find_symmetry
 from fxmerge.units.kind import Kind, UnitKind
 from tests.networks import groups
-from tests.oracle.continuous_networks import NETWORKS
+from tests.oracle.continuous_networks import NETWORKS, SEQUENCES
 from tests.oracle.nullity import generic
 from tests.real import REAL, drawn
 from tests.slow import but_slow
@@ -25,8 +25,8 @@ EXPECTED: dict[str, list[str]] = {
     # The last gains lie before an embedding that other layers read, too, so they stay, and the stream is permuted.
     "GPT-2": HEADS,
     "T5": 3 * HEADS,
-    # Of heads with rotary positions, only values are mixed.
-    "Llama": ["GL(4)^2", "O(8)"],
+    # Two planes in each head are turned by rotary positions.
+    "Llama": ["C^4", "GL(4)^2", "O(8)"],
     # Norms come after the sums, and their gains stay.
     "BERT": HEADS,
     # The norm behind the patches has gains; that of the second stage has none left.
@@ -106,6 +106,7 @@ TOLD = {
     "LayerNorm": ["O(4) (orthogonal, keeps the mean: layer_norm)", "GL(3)^2"],
     "tied linear autoencoder": ["O(2) (orthogonal: the same units are summed over with each other)"],
     "linear bottleneck": ["GL(2)"],
+    "rotary": ["GL(4)^2"],
 }
 
 
@@ -115,6 +116,36 @@ def test_the_report_tells_groups_and_what_limits_them(name: str) -> None:
     lines = str(find_symmetry(model, args)).splitlines()
     for words in TOLD[name]:
         assert any(f"!, {words} |" in line or f"!^2, {words} |" in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("rotary", "GL(1, C)^4 (complex: cat)"), ("norms of queries and keys, rotary", "U(1)^4 (unitary: rms_norm_1)")],
+)
+def test_the_report_tells_planes(name: str, words: str) -> None:
+    model, args = generic(NETWORKS[name].model(), NETWORKS[name].args)
+    assert f"moves with d and fixed, {words} |" in str(find_symmetry(model, args))
+
+
+def test_planes_that_scale_are_lowered_to_rotations() -> None:
+    model, args = generic(NETWORKS["norms of queries and keys, rotary"].model(), SEQUENCES)
+    right = find_symmetry(model, args)
+    wrong = replace(
+        right, kinds=tuple(replace(k, kind=Kind.COMPLEX) if k.kind == Kind.UNITARY else k for k in right.kinds)
+    )
+    assert [own.kind for own in wrong.verify(model, args).kinds] == [own.kind for own in right.kinds]
+
+
+def test_planes_that_are_none_are_not_mixed() -> None:
+    """The planes of heads that were turned otherwise: each has a unit of two planes."""
+    model, args = generic(NETWORKS["rotary"].model(), SEQUENCES)
+    right = find_symmetry(model, args)
+    ((number, own),) = [(n, own) for n, own in enumerate(right.kinds) if own.kind == Kind.COMPLEX]
+    (a, b), (c, d), *rest = own.planes
+    kinds = list(right.kinds)
+    kinds[number] = replace(own, planes=((a, d), (c, b), *rest))
+    proven = replace(right, kinds=tuple(kinds)).verify(model, args)
+    assert proven.kind(number) == Kind.PERMUTATION and proven.kinds[number].planes == ()
 
 
 def test_classes_tell_their_kind() -> None:
@@ -129,7 +160,9 @@ def test_classes_tell_their_kind() -> None:
     [
         (Kind.PERMUTATION, "permutation", [0, 0, 0, 0]),
         (Kind.CENTRED, "orthogonal, keeps the mean", [0, 0, 1, 3]),
+        (Kind.UNITARY, "unitary", [0, 1, 1, 2]),
         (Kind.ORTHOGONAL, "orthogonal", [0, 1, 3, 6]),
+        (Kind.COMPLEX, "complex", [1, 2, 3, 4]),
         (Kind.GENERAL_LINEAR, "general linear", [1, 4, 9, 16]),
     ],
 )

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.symmetry.ranges import read_ranges, write_ranges
+from tests.oracle.continuous_networks import NETWORKS
 from tests.oracle.inferred import FACTORIES, each, inferred
+from tests.oracle.nullity import generic
 
 
 def same(a: fxmerge.Symmetry, b: fxmerge.Symmetry) -> bool:
@@ -283,7 +285,10 @@ def test_a_spec_without_kinds_is_of_permutations() -> None:
 
 
 WRONG_KINDS: dict[str, tuple[str, Any, str]] = {
-    "a word that is none": ("kind", "unitary", "the kind 'unitary'; it must be one of 'permutation', "),
+    "a word that is none": ("kind", "symplectic", "the kind 'symplectic'; it must be one of 'permutation', "),
+    "a kind without its planes": ("kind", "complex", "a kind that turns planes has two lists of units"),
+    "planes of a kind that has none": ("planes", ["0:2", "2:4"], "no other kind has planes"),
+    "planes that are no list": ("planes", "0:2", "it must be a list"),
     "a number": ("kind", 3, "the kind 3; it must be a text"),
     "a limit that is no text": ("limited", ["norm"], "it must be a text"),
     "inverse axes that are no list": ("inverse", {"parameter": "up.weight"}, "it must be a list"),
@@ -296,6 +301,30 @@ WRONG_KINDS: dict[str, tuple[str, Any, str]] = {
     "a slot that is no number": ("inverse", [{"parameter": "up.weight", "dim": 1, "first": "0"}], "a whole number"),
     "scales that are no list": ("scales", "norm.weight", "it must be a list"),
 }
+
+
+@pytest.mark.parametrize(
+    ("planes", "message"),
+    [
+        (["0:4"], "two lists of units"),
+        (["0:4", "0:4"], "hold each unit once"),
+        (["0:3", "3:8"], "3 units of planes"),
+        (["0:4", "5:9"], "out of range: 8"),
+        ([0, 1], "must be a text"),
+    ],
+)
+def test_wrong_planes_are_told(planes: Any, message: str) -> None:
+    model, args = generic(NETWORKS["rotary"].model(), NETWORKS["rotary"].args)
+    symmetry = fxmerge.find_symmetry(model, args)
+    text = symmetry.to_json()
+    back = fxmerge.Symmetry.from_json(text)
+    assert back.kinds == symmetry.kinds and back.to_json() == text
+    spec = json.loads(text)
+    entry = next(c for c in spec["classes"] if c["kind"] == "complex")
+    entry["planes"] = planes
+    with pytest.raises(fxmerge.SpecError) as caught:
+        fxmerge.Symmetry.from_json(json.dumps(spec))
+    assert message in str(caught.value) and repr(entry["name"]) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", WRONG_KINDS)

@@ -38,7 +38,7 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
         root: the class at the root of the tree.
         own: for classes of the tree, the scores of all pairs (place, unit). Units of a class that a change of basis
             mixes stay in their order in each block. What two of its blocks can gain is the sum of the singular values
-            of their scores, which no change of basis changes.
+            of their scores, or of the absolute values of complex ones, which no change of basis changes.
 
     Returns:
         For every class of the symmetry, the place of each unit.
@@ -49,7 +49,7 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
         if n in gain:
             for parent, _ in symmetry.units[n].parents:
                 if parent in tree:
-                    lifted = lift(symmetry.arranged(n, parent), gain[n], symmetry.kind(n))
+                    lifted = lift(_members(symmetry, n, parent), gain[n], symmetry.kind(n))
                     gain[parent] = gain[parent] + lifted if parent in gain else lifted
     members = set(tree)
 
@@ -65,6 +65,19 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
     return symmetry.build(choose).images
 
 
+def _members(symmetry: Symmetry, number: int, parent: int) -> Ids:
+    """The units of a class by parent, by what may not be exchanged, and by what may: see `Group.arranged`. Of a class
+    whose planes are turned, the two units of a plane are the latter."""
+    arranged = symmetry.arranged(number, parent)
+    if not symmetry.kind(number).turns:
+        return arranged
+    first, second = symmetry.by_block(number).T
+    partner = np.full(symmetry.units[number].size, -1)
+    partner[first] = second
+    own = arranged[:, partner[arranged[0, :, 0]] >= 0, 0]  # At one place in all parents.
+    return np.stack([own, partner[own]], axis=-1)
+
+
 def lift(arranged: Ids, gain: Scores, kind: Kind = Kind.PERMUTATION) -> Scores:
     """The best total gain of the members of every pair of blocks; `arranged` is (blocks, combinations, members).
     Members are matched one to one, or by the orthogonal matrices that their kind allows."""
@@ -77,6 +90,9 @@ def lift(arranged: Ids, gain: Scores, kind: Kind = Kind.PERMUTATION) -> Scores:
         for i in range(blocks):
             if kind > Kind.PERMUTATION:
                 pairs = gain[arranged[i, c][:, None, None], arranged[:, c].T[None]].transpose(2, 0, 1)
+                if kind.turns:
+                    lifted[i] += np.hypot(pairs[:, 0, 0] + pairs[:, 1, 1], pairs[:, 1, 0] - pairs[:, 0, 1])
+                    continue
                 if kind == Kind.CENTRED:
                     lifted[i] += pairs.sum((1, 2)) / members
                     frame = centred_frame(members).numpy()

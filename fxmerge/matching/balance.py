@@ -1,4 +1,4 @@
-"""The basis of a general linear class in which what gives its units is as large as what reads them."""
+"""The basis of a class in which what gives its units is as large as what reads them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ SMALLEST = 1e-6
 the mean over all directions: no basis would make both equal."""
 
 
-def balance(symmetry: Group, state: Mapping[str, Tensor], numbers: Collection[int] | None = None) -> Basis:
-    """The change of basis after which the general linear classes of a network are balanced.
+_SCALED = (Kind.GENERAL_LINEAR, Kind.COMPLEX)
+"""The kinds of which matrices change lengths."""
 
-    Let P be the sum of the outer products of the weights that give the units of a block, and C that of the weights that
-    read them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. The class is balanced where both are equal. This is so
-    if MᵀM is the geometric mean of P⁻¹ and C. Balanced bases of one class differ by orthogonal matrices only. So two
-    networks that differ by invertible matrices differ by orthogonal ones once both are balanced. Classes that meet in
-    one weight are balanced in turn, until all are. A class stays as it is if what writes or reads its units does not
-    span all of its directions.
+
+def balance(symmetry: Group, state: Mapping[str, Tensor], numbers: Collection[int] | None = None) -> Basis:
+    """The change of basis after which the general linear and the complex classes of a network are balanced.
+
+    Let P be the sum of the outer products of the weights that give the units of a block, and C that of the weights
+    that read them. A matrix M takes P to M P Mᵀ and C to M⁻ᵀ C M⁻¹. The class is balanced where both are equal.
+    This is so if MᵀM is the geometric mean of P⁻¹ and C. Balanced bases of one class differ by orthogonal matrices
+    only. So two networks that differ by invertible matrices differ by orthogonal ones once both are balanced.
+    Classes that meet in one weight are balanced in turn, until all are. A plane that is turned is only scaled: P
+    and C count by their traces. A class stays as it is if what writes or reads its units does not span all of its
+    directions.
 
     Arguments:
         symmetry: the group.
@@ -45,7 +50,7 @@ def balance(symmetry: Group, state: Mapping[str, Tensor], numbers: Collection[in
         True
     """
     numbers = range(len(symmetry.units)) if numbers is None else numbers
-    classes = [n for n in numbers if symmetry.kind(n) == Kind.GENERAL_LINEAR]
+    classes = [n for n in numbers if symmetry.kind(n) in _SCALED]
     names = {own.axis.parameter for n in classes for own in symmetry.mixed[n]}
     wide: Mapping[str, Tensor] = {name: in_double(state[name].to("cpu")) for name in names}
     total = Basis(symmetry.mixed, {n: m for n, m in symmetry.identity_basis().matrices.items() if n in classes})
@@ -65,6 +70,8 @@ def balance(symmetry: Group, state: Mapping[str, Tensor], numbers: Collection[in
 def _step(symmetry: Group, number: int, state: Mapping[str, Tensor]) -> Tensor | None:
     """The matrices that balance a class, shape (blocks, units, units); None where nothing gives or reads its units."""
     sums = outer_products(symmetry.mixed[number], state, lambda own: own.inverse)
+    if symmetry.kind(number) == Kind.COMPLEX:
+        sums = {side: _of_planes(product) for side, product in sums.items()}
     if len(sums) < 2 or not all(map(_spans, sums.values())):
         return None
     gives, root = (_power(sums[False], p) for p in (-0.5, 0.5))
@@ -82,6 +89,12 @@ def outer_products(
         product = entries @ entries.mT
         sums[side(own)] = sums[side(own)] + product if side(own) in sums else product
     return sums
+
+
+def _of_planes(products: Tensor) -> Tensor:
+    """Outer products as far as planes that are turned know of them: their mean over all turns."""
+    mean: Tensor = products.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(2, dtype=products.dtype)
+    return mean
 
 
 def _spans(matrix: Tensor) -> bool:

@@ -52,7 +52,7 @@ def used_first(
         written, read = (_total(own.get(side) for own in sums) for side in (False, True))
         blocks, size = symmetry.by_block(n).shape
         found = [(torch.eye(size, dtype=torch.float64), size)] * blocks
-        if written is not None and kind < Kind.GENERAL_LINEAR:
+        if written is not None and kind != Kind.GENERAL_LINEAR:
             found = [_written_first(own, kind) for own in written]
         elif written is not None and read is not None:
             found = [_connected_first(*own) for own in zip(written, read, strict=True)]

@@ -17,7 +17,7 @@ from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
-from fxmerge.units.basis import Basis, centred_frame
+from fxmerge.units.basis import Basis, centred_frame, plane
 from fxmerge.units.kind import Kind
 from fxmerge.units.layout import move_axis
 from fxmerge.units.permutation import Permutation
@@ -146,7 +146,9 @@ class Problem:
         self.images = tuple(s[i] for s, i in zip(step, self.images, strict=True))
         for n in moved & self.matrices.keys():
             blocks = self.symmetry.by_block(n)
-            came = np.argsort(self.symmetry.units[n].blocks[step[n][blocks[:, 0]]])
+            number = np.empty(blocks.size, np.int64)
+            number[blocks] = np.arange(len(blocks))[:, None]
+            came = np.argsort(number[step[n][blocks[:, 0]]])
             self.matrices = self.matrices | {n: self.matrices[n][torch.from_numpy(came)]}
         self.agreed = self.agreed | {n: float(self.agreement(n).sum()) for n in moved & self.agreed.keys()}
 
@@ -154,7 +156,7 @@ class Problem:
         """Mixes the units of some classes of b by the orthogonal matrices that fit those of a best.
 
         For each block this is the orthogonal factor of its scores (Procrustes), on vectors whose entries sum to zero
-        where the mean must be kept.
+        where the mean must be kept, and among rotations where a plane is turned.
         """
         for n in numbers:
             scores = torch.from_numpy(self.scores(n, usable[n]))
@@ -280,7 +282,8 @@ def nearest(scores: Tensor, kind: Kind) -> Tensor:
 
     Arguments:
         scores: shape (units, units), float64.
-        kind: `Kind.CENTRED` for a matrix that keeps the vector of ones.
+        kind: `Kind.CENTRED` for a matrix that keeps the vector of ones, `Kind.UNITARY` or `Kind.COMPLEX` for a rotation
+            of a plane, which has two units.
 
     Example:
         >>> turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
@@ -290,6 +293,9 @@ def nearest(scores: Tensor, kind: Kind) -> Tensor:
     if kind == Kind.CENTRED:
         frame = centred_frame(len(scores))
         return frame @ nearest(frame.T @ scores @ frame, Kind.ORTHOGONAL) @ frame.T + 1 / len(scores)
+    if kind.turns:
+        number = torch.complex(scores[0, 0] + scores[1, 1], scores[1, 0] - scores[0, 1])
+        return plane(number / number.abs() if number != 0 else torch.ones_like(number))
     u, _, vh = torch.linalg.svd(scores)
     factor: Tensor = u @ vh
     return factor
@@ -298,6 +304,11 @@ def nearest(scores: Tensor, kind: Kind) -> Tensor:
 def _tree_slices(problem: Problem, root: int) -> list[tuple[int, Slices]]:
     tree = descendants(problem.symmetry, root)
     return [(n, s) for n in tree if n in problem.symmetry.choices for s in problem.slices[n]]
+
+
+def _shown(s: Slices) -> int:
+    """The class that lies where some slices do: that of their units, or one that moves along with it."""
+    return next(n for n, slots in s.axis.roles if s.slots.flat[0] in slots)
 
 
 def _roots_on(problem: Problem, roots: list[int]) -> dict[tuple[str, int], set[int]]:
@@ -325,6 +336,9 @@ def _first_sweep(problem: Problem, roots: list[int], bar: tqdm[None]) -> None:
         for n, s in _tree_slices(problem, root):
             name, dim = s.axis.parameter, s.axis.dim
             across: set[int] = set().union(*(on for (m, d), on in on_axis.items() if m == name and d != dim))
+            beside = ({_shown(s)} | problem.symmetry.ancestors(_shown(s))) & set(roots)
+            if any(_mixed(problem, r) for r in beside):  # In another basis the same units are not alike.
+                across |= beside - {root}
             others[root].append((n, s, across))
     matched: set[int] = set()
     while len(matched) < len(roots):

@@ -171,7 +171,7 @@ class Group:
             >>> fxmerge.find_symmetry(bottleneck, (torch.zeros(1, 4),)).dimension()  # of GL(3)
             9
         """
-        sizes = map(combinations, self.units)
+        sizes = (self.by_block(n).shape for n in range(len(self.units)))
         return sum(count * self.kind(n).dimension(each) for n, (count, each) in enumerate(sizes))
 
     @cached_property
@@ -191,13 +191,19 @@ class Group:
         )
 
     def by_block(self, number: int) -> Ids:
-        """The units of a class by the combination of parents and fixed positions that they are in: (blocks, units)."""
+        """The units of a class that are mixed with each other: shape (blocks, units).
+
+        A block is a plane of a class whose planes are turned; in other classes it is a combination of parents and fixed
+        positions.
+        """
+        if self.kind(number).turns:
+            return np.array(self.kinds[number].planes, np.int64)
         return np.argsort(self.units[number].blocks, kind="stable").reshape(combinations(self.units[number]))
 
     def identity_basis(self) -> Basis:
         """The change of basis that changes nothing, with an entry for every class that has one."""
         mixing = [n for n in range(len(self.units)) if self.kind(n) > Kind.PERMUTATION]
-        sizes = {n: combinations(self.units[n]) for n in mixing}
+        sizes = {n: self.by_block(n).shape for n in mixing}
         return Basis(self.mixed, {n: torch.eye(k, dtype=torch.float64).repeat(m, 1, 1) for n, (m, k) in sizes.items()})
 
     def sample_basis(self, generator: torch.Generator | None = None) -> Basis:
@@ -208,10 +214,14 @@ class Group:
 
         Returns:
             Uniformly distributed orthogonal matrices for orthogonal classes, and invertible ones with singular values
-            from 1/2 to 2 for general linear ones. Together with `sample`, which permutes, they give the whole group.
+            from 1/2 to 2 for general linear ones. Planes are turned by any angle, complex ones scaled by 1/2 to 2, too.
+            Together with `sample`, which permutes, they give the whole group.
         """
         numbers = [n for n in range(len(self.units)) if self.kind(n) > Kind.PERMUTATION]
-        drawn = {n: random_matrices(self.kind(n), *combinations(self.units[n]), generator) for n in numbers}
+        drawn = {}
+        for n in numbers:
+            blocks, size = self.by_block(n).shape
+            drawn[n] = random_matrices(self.kind(n), blocks, size, generator)
         return Basis(self.mixed, drawn)
 
     def log_order(self) -> float:
@@ -288,7 +298,7 @@ class Group:
     @cached_property
     def choices(self) -> tuple[int, ...]:
         """The classes with a choice of their own: those whose units do not just move along with their parents."""
-        return tuple(n for n, c in enumerate(self.units) if combinations(c)[1] > 1)
+        return tuple(n for n, c in enumerate(self.units) if combinations(c)[1] > 1 or self.kind(n).turns)
 
     @cached_property
     def views(self) -> dict[int, tuple[tuple[int, Ids], ...]]:

@@ -102,7 +102,8 @@ class _Closing(Contracted):
                         continue
                     new |= self._pin([self.ids(c), self.first[block]], "a unit is a member of two blocks of one kind")
                 elif len(self.members(p)) == len(block) and self.pinned[block[0]]:
-                    new |= self._pin([self.ids(c)], "each is alone at a fixed position")
+                    if not self._turned(c):
+                        new |= self._pin([self.ids(c)], "each is alone at a fixed position")
                 elif len(self.members(p)) == len(block):
                     self.units.equate(self.ids(c), self.first[block])
                     new = True
@@ -166,9 +167,11 @@ class _Closing(Contracted):
         """Blocks with the same members are one block; True if there were any.
 
         Not so two of one creation: their members are parts of units that have become one, and tell them apart
-        (unless they are no more than the names of fixed positions).
+        (unless they are no more than the names of fixed positions). Nor does a unit of a plane that is turned become
+        the name of a fixed position.
         """
         members = np.zeros(self.count, np.uint64)
+        members[self.turned & ~self.pinned] = mix(np.array([1]))[0]
         np.add.at(members, self.parent, mix(self.child))
         raw = np.unique(concatenate(self.units.member)[1])
         made = np.unique(
@@ -254,7 +257,7 @@ class _Closing(Contracted):
 
     def _relate_pinned(self, p: int, met: Pairs) -> bool:
         """Blocks p that meet different pinned units stay with those."""
-        broken = ~met.complete | (met.a_count == 1)
+        broken = ~met.complete | ((met.a_count == 1) & (not self._turned(p)))
         if self._pin([self.first[met.a[broken[met.a_part]]]], "blocks hold different fixed positions"):
             return True
         if any(
@@ -295,7 +298,8 @@ class _Closing(Contracted):
                 self.units.segment(self.ids(c)[together == size], "fixed positions hold different numbers of units")
             return True
         if not free:
-            return together.max() == 1 and self._pin([self.ids(c)], "each is alone at a fixed position")
+            alone = together.max() == 1 and not self._turned(c)
+            return alone and self._pin([self.ids(c)], "each is alone at a fixed position")
         if any(self._segment_by_fixed(p, block, fixed) for p, block in free.items()):
             return True
         columns = [*free.values(), fixed]
@@ -306,6 +310,10 @@ class _Closing(Contracted):
             even = rows.shape[1] == _combinations(rows)
         ids = [self.ids(c), *(self.first[np.unique(b)] for b in free.values())]
         return not even and self._pin(ids, "units are spread unevenly over their blocks")
+
+    def _turned(self, c: int) -> bool:
+        """Whether the units of a class lie in planes that are turned: these may change where none is permuted."""
+        return bool(self.turned[self.members(c)].all())
 
     def _segment_by_fixed(self, p: int, block: Ids, fixed: Ids) -> bool:
         """Tells blocks apart that could be exchanged but hold members at different fixed positions."""

@@ -146,6 +146,14 @@ class Contracted:
         return is_raw
 
     @cached_property
+    def turned(self) -> NDArray[np.bool_]:
+        """The contracted units that lie in planes that are turned."""
+        turned = np.zeros(self.count, bool)
+        for planes in self.units.turned:
+            turned[self.unit[planes]] = True
+        return turned
+
+    @cached_property
     def is_tag(self) -> NDArray[np.bool_]:
         """The units that are no more than names of fixed positions, and lie on no column."""
         tag = np.array([origin[0] in ("segment", "fixed") for origin in self.units.origins])

@@ -16,11 +16,11 @@ def describe(symmetry: Group) -> str:
     shapes = {a.parameter: a.shape for a in symmetry.layout}
     letters = [_letters(n) for n in range(len(movable))]
     lines = []
-    for letter, c, unit in zip(letters, movable, symmetry.units, strict=True):
+    for n, (letter, c, unit) in enumerate(zip(letters, movable, symmetry.units, strict=True)):
         count, each = combinations(unit)
         inside = [letters[p] for p, _ in unit.parents] + ["fixed"] * bool(unit.fixed.any())
         moves = f"{each}!" + (f"^{count}" if count > 1 else "") if each > 1 else "moves with " + " and ".join(inside)
-        moves += _group(c, count, each)
+        moves += _group(c, *symmetry.by_block(n).shape)
         where = f" in {' x '.join(inside)}" if inside else ""
         pattern = letter if not inside else f"({' '.join([*inside, *([letter] if each > 1 else [])])})"
         axes = [_pattern(axis, shapes[axis.parameter], pattern) for axis in c.axes[:SHOWN]]
@@ -37,7 +37,8 @@ def _group(c: EquivalenceClass, count: int, each: int) -> str:
     """The group of matrices of a class, such as `, GL(64)^12`, and what limits it; nothing for permutations."""
     if c.kind == Kind.PERMUTATION:
         return ""
-    name = {Kind.GENERAL_LINEAR: f"GL({each})", Kind.ORTHOGONAL: f"O({each})", Kind.CENTRED: f"O({each - 1})"}[c.kind]
+    names = {Kind.GENERAL_LINEAR: f"GL({each})", Kind.ORTHOGONAL: f"O({each})", Kind.CENTRED: f"O({each - 1})"}
+    name = (names | {Kind.COMPLEX: "GL(1, C)", Kind.UNITARY: "U(1)"})[c.kind]
     return f", {name}" + (f"^{count}" if count > 1 else "") + (f" ({c.kind}: {c.limited})" if c.limited else "")
 
 

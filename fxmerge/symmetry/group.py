@@ -17,11 +17,11 @@ from fxmerge.symmetry import readspec, spec
 from fxmerge.symmetry.base import ClassAxis as ClassAxis
 from fxmerge.symmetry.base import EquivalenceClass as EquivalenceClass
 from fxmerge.symmetry.base import Group
-from fxmerge.symmetry.classes import resolve
+from fxmerge.symmetry.classes import Resolution, resolve
 from fxmerge.symmetry.contracted import Role
 from fxmerge.symmetry.describe import describe
-from fxmerge.symmetry.kinds import find_kinds, is_uniform
-from fxmerge.symmetry.outputs import free_leaves, free_outputs, paths_of
+from fxmerge.symmetry.kinds import find_kinds, is_uniform, not_turned
+from fxmerge.symmetry.outputs import FreeOutput, free_leaves, free_outputs, paths_of
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
 from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate
 from fxmerge.symmetry.units import Ids
@@ -150,17 +150,31 @@ def analyse(
     values = states or [program.parameters]
     uniform = {name for name in program.parameters if all(is_uniform(own[name]) for own in values)}
     asked = pinned_axes(pin, shapes, program.aliases)
+    still = set[str]()
     while True:
-        found = propagate(program, overriding(rules), leaves, uniform)
+        found = propagate(program, overriding(rules), leaves, uniform, still)
         found.units.node = ""
         for axis in asked:
             if axis in found.axes:
                 found.units.pin(np.unique(found.axes[axis].ids), REQUESTED)
         resolution = resolve(found.units, found.axes)
         outputs, unknown_leaves = free_outputs(found, resolution.classes, leaves)
-        if not unknown_leaves:
-            break
         leaves = leaves - unknown_leaves
+        if unknown_leaves:
+            continue
+        symmetry = _symmetry(found, resolution, program, outputs)
+        if not continuous and not found.units.turned:
+            return found, symmetry
+        kinds = find_kinds(found, symmetry, resolution.number, resolution.place)
+        more = not_turned(found, replace(symmetry, kinds=kinds), resolution.number)
+        if not more:
+            return found, replace(symmetry, kinds=kinds if continuous else ())
+        still |= more
+
+
+def _symmetry(found: Propagation, resolution: Resolution, program: Program, outputs: Iterable[FreeOutput]) -> Symmetry:
+    """The classes that a walk found, as they lie on parameters."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in program.parameters.items()}
     raw = {axis: np.unique(units.ids) for axis, units in found.axes.items()}
     # A symmetry outlives the unit graph, so units are counted anew along each axis.
     classes = tuple(
@@ -185,10 +199,7 @@ def analyse(
         for axis, reasons in resolution.pinned.items()
     }
     unknown, probed = ({str(op): n for op, n in ops.items()} for ops in (found.unknown, found.probed))
-    symmetry = Symmetry(classes, tuple(layout), stuck, unknown, probed, free=tuple(outputs))
-    if continuous:
-        symmetry = replace(symmetry, kinds=find_kinds(found, symmetry, resolution.number, resolution.place))
-    return found, symmetry
+    return Symmetry(classes, tuple(layout), stuck, unknown, probed, free=tuple(outputs))
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:

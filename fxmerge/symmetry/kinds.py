@@ -35,6 +35,7 @@ def find_kinds(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> 
         number: for every unit of the walk the class that it is in, -1 if in none.
         place: its place in that class.
     """
+    symmetry = replace(symmetry, kinds=_planes(found, symmetry, number, place))
     facts, sight = _Facts(symmetry), _Sight(symmetry, number, place)
     for record, operands, how, reason in found.units.mixing if facts.open else ():
         facts.reason = reason
@@ -62,6 +63,44 @@ def fitting(symmetry: G, states: Sequence[Mapping[str, Tensor]]) -> G:
         for uneven in [sorted(name for name in own.scales if not all(is_uniform(state[name]) for state in states))]
     )
     return replace(symmetry, kinds=kinds)
+
+
+def not_turned(found: Propagation, symmetry: Group, number: Ids) -> set[str]:
+    """The nodes that end turns of planes, of which some may not be turned after all.
+
+    Arguments:
+        found: the labelled program.
+        symmetry: its classes with their kinds.
+        number: for every unit of the walk the class that it is in, -1 if in none.
+    """
+    turns = [any(symmetry.kind(m).turns for m in (n, *(p for p, _ in c.parents))) for n, c in enumerate(symmetry.units)]
+    records = zip(found.units.turned, found.units.turned_at, strict=True)
+    return {node for planes, node in records if not all(n >= 0 and turns[n] for n in np.unique(number[planes]))}
+
+
+def _planes(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> tuple[UnitKind, ...]:
+    """For every class of which the units lie in planes that are turned, the kind of these, and permutations for others.
+
+    A class in such a class moves along with it: it must have the same planes, and has no kind of its own.
+    """
+    pairs: dict[int, set[tuple[int, int]]] = defaultdict(set)
+    why: dict[int, str] = {}
+    for planes, node in zip(found.units.turned, found.units.turned_at, strict=True):
+        for n in np.unique(number[planes]).tolist():
+            own = planes[(number[planes] == n).any(1)]
+            why.setdefault(n, node)
+            whole = (number[own] == n).all(1).tolist()
+            pairs[n].update((a, b) if w else (-1, -1) for w, (a, b) in zip(whole, place[own].tolist(), strict=True))
+    kinds = [UnitKind() for _ in symmetry.units]
+    for n, own_pairs in pairs.items():
+        units = sorted(unit for pair in own_pairs for unit in pair)
+        if n >= 0 and units == list(range(symmetry.units[n].size)) and pairs.keys().isdisjoint(symmetry.ancestors(n)):
+            kinds[n] = UnitKind(Kind.COMPLEX, why[n], planes=tuple(sorted(own_pairs)))
+    for n, own_pairs in pairs.items():
+        for p, at in symmetry.units[n].parents if n >= 0 else ():
+            if p in pairs and any((int(at[a]), int(at[b])) not in pairs[p] for a, b in own_pairs):
+                kinds[p] = UnitKind()
+    return tuple(kinds)
 
 
 class _Sight:
@@ -155,9 +194,14 @@ class _Facts:
 
     def __post_init__(self) -> None:
         numbers, open_ = range(len(self.symmetry.units)), set(_may_mix(self.symmetry))
-        self.kind = [Kind.GENERAL_LINEAR if n in open_ else Kind.PERMUTATION for n in numbers]
-        self.why = ["" if n in open_ else "it is of blocks" for n in numbers]
-        self.first = [np.unique(c.blocks, return_index=True)[1][c.blocks] for c in self.symmetry.units]
+        largest = [kind if kind.turns else Kind.GENERAL_LINEAR for kind in map(self.symmetry.kind, numbers)]
+        self.kind = [largest[n] if n in open_ else Kind.PERMUTATION for n in numbers]
+        self.why = [self.symmetry.kinds[n].why if n in open_ else "it is of blocks" for n in numbers]
+        self.first = []
+        for n, c in enumerate(self.symmetry.units):
+            blocks = self.symmetry.by_block(n)
+            self.first.append(np.empty(c.size, np.int64))
+            self.first[n][blocks] = blocks[:, :1]
 
     @property
     def open(self) -> bool:
@@ -193,8 +237,9 @@ class _Facts:
         self._lower(column.number, kind)
 
     def _lower(self, number: int, kind: Kind, reason: str = "") -> None:
-        if kind < self.kind[number]:
-            self.kind[number], self.why[number] = kind, reason or self.reason
+        lower = self.kind[number].meet(kind)
+        if lower < self.kind[number]:
+            self.kind[number], self.why[number] = lower, reason or self.reason
 
     def scale(self, column: Column, parameters: Collection[str]) -> None:
         self.scaling[column.number].update(parameters)
@@ -234,7 +279,7 @@ class _Facts:
             if axes is None:
                 self._lower(n, Kind.ORTHOGONAL, "units of one axis are mixed in two ways")
         return tuple(
-            UnitKind(kind, why, inverse[n] or frozenset(), frozenset(self.scaling[n]))
+            UnitKind(kind, why, inverse[n] or frozenset(), frozenset(self.scaling[n]), self.symmetry.kinds[n].planes)
             if kind > Kind.PERMUTATION
             else UnitKind(kind, why)
             for n, (kind, why) in enumerate(zip(self.kind, self.why, strict=True))

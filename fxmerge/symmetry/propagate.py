@@ -22,12 +22,13 @@ from fxmerge.program.models import same_draws
 from fxmerge.symmetry import mixing, rules
 from fxmerge.symmetry.columns import Shape, core, reshape, spread, support
 from fxmerge.symmetry.deferred import Deferred
-from fxmerge.symmetry.labels import Labels, inert, pin
+from fxmerge.symmetry.labels import Labels, inert, pin, prune
 from fxmerge.symmetry.parts import COMMUTATIVE, Part, combine, parts
 from fxmerge.symmetry.probe import Prober
-from fxmerge.symmetry.relate import relate
+from fxmerge.symmetry.relate import relate, rows_along
 from fxmerge.symmetry.rules import elementwise, movement
 from fxmerge.symmetry.rules.random import draws
+from fxmerge.symmetry.turns import Turn, Turns
 from fxmerge.symmetry.units import Ids, UnitGraph, distinct, mix
 
 logger = logging.getLogger(__name__)
@@ -70,14 +71,16 @@ def propagate(
     find_rule: rules.Lookup = rules.find_rule,
     free: Collection[int] = frozenset(),
     uniform: Collection[str] = (),
+    still: Collection[str] = (),
 ) -> Propagation:
     """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
     those parameters split whose rows are used apart. Units may move along the outputs whose numbers are in `free`. The
-    parameters named in `uniform` are vectors of one number each."""
+    parameters named in `uniform` are vectors of one number each. Planes that a part of the graph turns are told,
+    but for the parts that end with nodes named in `still`."""
     splits: dict[Axis, Ids] = {}
     prober, tried = None, set[Any]()
     while True:
-        walk = _Walk(program, splits, find_rule, prober, free, uniform)
+        walk = _Walk(program, splits, find_rule, prober, free, uniform, still)
         found = walk.run_all()
         if found.unknown and prober is None:
             simpler = program.aten.decompose(found.unknown.keys() - tried)
@@ -168,6 +171,7 @@ class _Walk(fx.Interpreter):
         prober: Prober | None,
         free: Collection[int],
         uniform: Collection[str],
+        still: Collection[str],
     ) -> None:
         super().__init__(program.graph, garbage_collect_values=True)
         self.program, self.splits, self.find_rule, self.prober = program, splits, find_rule, prober
@@ -178,6 +182,10 @@ class _Walk(fx.Interpreter):
         self.written: list[fx.Node] = []
         self.wide: dict[int, tuple[Tensor, Tensor]] = {}
         self.parts = parts(program.graph.graph, self._combines, self._moves)
+        moved = {n for n, (kind, _) in program.sources.items() if kind == "parameter"}
+        self.turns, self.still = Turns(program.graph.graph, moved, find_rule), still
+        self.factors: dict[fx.Node, Any] = {}
+        self.turned: dict[fx.Node, Turn] = {}
 
     def run_all(self) -> Propagation:
         with torch.no_grad():
@@ -193,7 +201,7 @@ class _Walk(fx.Interpreter):
             node = open_.pop()
             if node not in read and node not in self.fixed:
                 read.add(node)
-                open_ += node.all_input_nodes
+                open_ += self.turned[node].inputs if node in self.turned else node.all_input_nodes
         return read
 
     def run_node(self, n: fx.Node) -> Any:
@@ -205,7 +213,12 @@ class _Walk(fx.Interpreter):
             value = None
         elif n.op == "call_function":
             args, kwargs = self.fetch_args_kwargs_from_env(n)
+            turn = None if n.name in self.still else self.turns.at(n, self.found.labels, self.factors)
+            if turn is not None:  # What the op says by itself is forgotten.
+                self.found.units.node = f"{n.name} in parts"
             value = self._call(n, args, kwargs)
+            if turn is not None and isinstance(value, Labels):
+                value = self._turned(n, turn, value)
         else:
             value = self._widened(super().run_node(n))
         if isinstance(value, Labels):
@@ -216,7 +229,19 @@ class _Walk(fx.Interpreter):
             self.found.deferred[n.name] = value
         elif isinstance(value, Tensor) or n.name.startswith("sym_"):
             self.fixed.add(n)
+        if n in self.turns.factors:
+            self.factors[n] = value
         return value
+
+    def _turned(self, n: fx.Node, turn: Turn, value: Labels) -> Labels:
+        """The labels of a node that ends a turn, from those that it has by itself."""
+        units, self.turned[n] = self.found.units, turn
+        units.node = n.name
+        units.turn(turn.units, turn.code, turn.planes, n.name)
+        self._use(self.found.labels[turn.inputs[0].name])
+        others = [d for d in range(value.ndim) if d not in support(turn.column)]
+        inert_ = [rows_along(f, others) for f in value.inert if not set(others).isdisjoint(support(f))]
+        return Labels(value.shape, (turn.column,), prune(inert_, [turn.column]))
 
     def _placeholder(self, n: fx.Node) -> Any:
         shape = shape_of(n)

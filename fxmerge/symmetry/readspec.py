@@ -210,7 +210,7 @@ def _classes(
     taken: dict[Axis, Ids] = {}
     for number, (name, entry) in enumerate(zip(names, entries, strict=True)):
         where = f"Class {name!r}"
-        _check_keys(entry, ("name", "size", "axes", "parents", "fixed", "kind", "limited", "inverse", "scales"), where)
+        _check_keys(entry, ("name", "size", "axes", "parents", "fixed", *_OF_KINDS), where)
         if name in names[:number]:
             raise SpecError(f"{where} is listed twice.")
         size = _typed(entry, "size", int, where)
@@ -243,6 +243,10 @@ def _classes(
     return tuple(units), roles
 
 
+_OF_KINDS = ("kind", "limited", "inverse", "planes", "scales")
+"""The entries of a class that say by which matrices its units may be mixed."""
+
+
 def _kinds(entries: Sequence[Mapping[str, Any]]) -> tuple[UnitKind, ...]:
     """By which matrices the units of each class may be mixed; empty if no class says so."""
     words = {str(kind): kind for kind in Kind}
@@ -259,8 +263,24 @@ def _kinds(entries: Sequence[Mapping[str, Any]]) -> tuple[UnitKind, ...]:
             dim, first = (_typed(axis, key, int, inside) for key in ("dim", "first"))
             inverse.add((_typed(axis, "parameter", str, inside), dim, first))
         scales = frozenset(map(str, _typed(entry, "scales", list, where, [])))
-        found.append(UnitKind(words[word], _typed(entry, "limited", str, where, ""), frozenset(inverse), scales))
+        why, planes = _typed(entry, "limited", str, where, ""), _planes(entry, words[word], where)
+        found.append(UnitKind(words[word], why, frozenset(inverse), scales, planes))
     return tuple(found) if any("kind" in entry for entry in entries) else ()
+
+
+def _planes(entry: Mapping[str, Any], kind: Kind, where: str) -> tuple[tuple[int, int], ...]:
+    """The units of every plane of a class of a kind that turns planes."""
+    size, lists = int(entry["size"]), _typed(entry, "planes", list, where, [])
+    wrong = SpecError(
+        f"{where} has the kind {str(kind)!r} and the planes {lists!r}; a kind that turns planes has two lists of "
+        "units, which hold each unit once, and no other kind has planes."
+    )
+    if len(lists) != 2 * kind.turns:
+        raise wrong
+    units = [_numbers(text, where, "units of planes", size, size // 2).tolist() for text in lists]
+    if units and sorted(n for own in units for n in own) != list(range(size)):
+        raise wrong
+    return tuple(zip(*units, strict=True))
 
 
 def _role(entry: Any, size: int, where: str, parameters: _Parameters) -> Role:

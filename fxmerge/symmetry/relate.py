@@ -232,7 +232,7 @@ def _told_apart(
     new, old = ([f for f in fs if any(d in dims for d in support(f))] for fs in (factors, known))
     if not new:
         return None
-    joint = cast(Tensor, joint_column([_rows_along(f, dims) for f in (*new, *old)]))
+    joint = cast(Tensor, joint_column([rows_along(f, dims) for f in (*new, *old)]))
     shared = [d for d in dims if d in support(joint)]
     size = math.prod(column.shape[d] for d in shared)
     place = np.unique(core(joint, shared).reshape(size, 1).numpy(), return_inverse=True)[1].reshape(size, 1)
@@ -241,7 +241,7 @@ def _told_apart(
     return ids, part, all(set(support(f)) <= set(dims) for f in (*new, *old))
 
 
-def _rows_along(column: Tensor, dims: Sequence[int]) -> Tensor:
+def rows_along(column: Tensor, dims: Sequence[int]) -> Tensor:
     """The column along those of some dimensions on which it depends: a number for all that lies at each place there."""
     kept, rest = ([d for d in support(column) if (d in dims) is is_kept] for is_kept in (True, False))
     if not rest:
@@ -276,7 +276,7 @@ def relate_sets(
     if not beside:
         return None
     # All that a unit meets at a place of its own is compared first: this is far less than every meeting.
-    whole = _Sets.of(column, [_rows_along(c, support(column)) for c in beside], gone)
+    whole = _Sets.of(column, [rows_along(c, support(column)) for c in beside], gone)
     if not whole.irregular(np.zeros_like(whole.ids)).any():
         return None
     # Units that are told apart may meet others than each other.

@@ -92,6 +92,8 @@ def _kind(own: UnitKind) -> dict[str, Any]:
         entries["limited"] = own.why
     if own.inverse:
         entries["inverse"] = [{"parameter": p, "dim": d, "first": slot} for p, d, slot in sorted(own.inverse)]
+    if own.planes:
+        entries["planes"] = [write_ranges(np.array(units)) for units in zip(*own.planes, strict=True)]
     if own.scales:
         entries["scales"] = sorted(own.scales)
     return entries

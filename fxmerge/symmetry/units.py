@@ -97,6 +97,7 @@ class UnitGraph:
     summed: list[Ids] = field(default_factory=list)
     contracted: list[Ids] = field(default_factory=list)
     followed: list[Followed] = field(default_factory=list)
+    turned: list[Ids] = field(default_factory=list)
     mixing: list[tuple[Mix, tuple[Any, ...], Mapping[str, Any], str]] = field(default_factory=list)
     node: str = ""
     equal_at: list[str] = field(default_factory=list)
@@ -105,6 +106,7 @@ class UnitGraph:
     used_at: list[str] = field(default_factory=list)
     contracted_at: list[str] = field(default_factory=list)
     summed_at: list[str] = field(default_factory=list)
+    turned_at: list[str] = field(default_factory=list)
     mixing_at: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -139,7 +141,7 @@ class UnitGraph:
     def keep(self, nodes: Collection[str]) -> None:
         """Forgets the facts of all graph nodes but these."""
         nodes = {"", *nodes}
-        for kind in ("equal", "member", "pinned", "used", "contracted", "summed", "mixing"):
+        for kind in ("equal", "member", "pinned", "used", "contracted", "summed", "turned", "mixing"):
             facts, at = getattr(self, kind), getattr(self, f"{kind}_at")
             kept = [i for i, node in enumerate(at) if node in nodes]
             setattr(self, kind, [facts[i] for i in kept])
@@ -197,6 +199,19 @@ class UnitGraph:
         are."""
         self.mixing.append((mix, tuple(operands), how, reason))
         self.mixing_at.append(self.node)
+
+    def turn(self, ids: Ids, code: Ids, planes: Ids, reason: str) -> None:
+        """The units of each of the `planes`, shape (planes, 2), are multiplied by matrices that turn a plane.
+
+        The number `code[i]` tells what happens to unit `ids[i]`: it is the same for units that are treated alike.
+        """
+        tag = self.fresh(int(code.max()) + 1, ("fixed", reason))
+        self.pin(tag, reason)
+        self.include(ids, tag[code])
+        block = self.fresh(len(planes), ("block", reason))
+        self.include(planes.reshape(-1), block.repeat(2))
+        self.turned.append(planes)
+        self.turned_at.append(self.node)
 
     def segment(self, ids: Ids, reason: str) -> None:
         """The units `ids` are told apart from all others, but may move among themselves."""

@@ -23,7 +23,6 @@ from fxmerge.program.models import evaluating
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.freeze import demote
 from fxmerge.symmetry.outputs import FreeOutput
-from fxmerge.symmetry.structure import combinations
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.basis import Basis, random_matrices
 from fxmerge.units.kind import Kind, UnitKind
@@ -125,16 +124,17 @@ def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, toleranc
         return symmetry, error
     kinds = list(symmetry.kinds)
     for n in open_:
-        own = kinds[n]
-        for kind in [kind for kind in reversed(Kind) if Kind.PERMUTATION < kind <= own.kind]:
-            alone = random_matrices(kind, *combinations(symmetry.units[n]), generator)
+        own, (blocks, size) = kinds[n], symmetry.by_block(n).shape
+        for kind in own.kind.subgroups:
+            if kind == Kind.PERMUTATION:
+                break
+            alone = random_matrices(kind, blocks, size, generator)
             if probe.change(Basis(basis.mixed, {n: alone}).apply(probe.state)) <= tolerance:
                 break
-        else:
-            kind = Kind.PERMUTATION
         if kind < own.kind:
             logger.warning("%s failed verification as %s, and is %s", symmetry.names[n], own.kind, kind)
-            kinds[n] = replace(own, kind=kind, why="it failed verification")
+            planes = own.planes if kind.turns else ()
+            kinds[n] = replace(own, kind=kind, why="it failed verification", planes=planes)
     smaller = replace(symmetry, kinds=tuple(kinds))
     error = probe.change(smaller.sample_basis(generator).apply(probe.state))
     if error <= tolerance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,8 +136,8 @@ def random_matrices(kind: Kind, blocks: int, size: int, generator: torch.Generat
     """Random elements of a group of matrices, shape (blocks, size, size), float64.
 
     Arguments:
-        kind: the group, a `Kind`: orthogonal matrices are uniformly distributed; invertible ones have singular values
-            from 1/2 to 2.
+        kind: the group, a `Kind`: orthogonal matrices and angles are uniformly distributed; singular values of others,
+            and absolute values of complex numbers, are from 1/2 to 2.
         blocks: how many.
         size: of each.
         generator: source of randomness, on the CPU; torch's default one if None.
@@ -152,8 +153,18 @@ def random_matrices(kind: Kind, blocks: int, size: int, generator: torch.Generat
         return (orthogonal(size) * scales) @ orthogonal(size)
     if kind == Kind.ORTHOGONAL:
         return orthogonal(size)
+    if kind.turns:
+        angles = 2 * math.pi * torch.rand(blocks, dtype=torch.float64, generator=generator)
+        scales = 2 ** (2 * torch.rand(blocks, dtype=torch.float64, generator=generator) - 1)
+        return plane(torch.polar(scales if kind == Kind.COMPLEX else torch.ones_like(scales), angles))
     frame = centred_frame(size)
     return frame @ orthogonal(size - 1) @ frame.T + 1 / size
+
+
+def plane(numbers: Tensor) -> Tensor:
+    """The matrices that multiply a plane by complex numbers a + bi: ((a, -b), (b, a)), shape (numbers, 2, 2)."""
+    a, b = numbers.real, numbers.imag
+    return torch.stack([torch.stack([a, -b], -1), torch.stack([b, a], -1)], -2)
 
 
 def centred_frame(size: int) -> Tensor:

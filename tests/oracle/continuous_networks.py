@@ -172,6 +172,31 @@ def rotary(x: Tensor, frequencies: Sequence[float]) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 
+def _cos_sin(x: Tensor, frequencies: Sequence[float]) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(x.shape[-2])[:, None] * torch.tensor(frequencies, dtype=x.dtype)
+    return angles.cos(), angles.sin()
+
+
+def rotary_halves(x: Tensor, frequencies: Sequence[float]) -> Tensor:
+    """`rotary`, as a sum of x and of x with its halves exchanged and one of them negated."""
+    cos, sin = (torch.cat([part, part], -1) for part in _cos_sin(x, frequencies))
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def rotary_pairs(x: Tensor, frequencies: Sequence[float]) -> Tensor:
+    """Turns pairs of neighbouring units."""
+    cos, sin = _cos_sin(x, frequencies)
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
+
+def rotary_complex(x: Tensor, frequencies: Sequence[float]) -> Tensor:
+    """`rotary_pairs`, by complex numbers."""
+    turn = torch.complex(*_cos_sin(x, frequencies))
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+
 class Attention(nn.Module):
     """Attention with heads, of which the options are those of usual transformers.
 
@@ -185,6 +210,7 @@ class Attention(nn.Module):
         packed: one weight for queries, keys and values.
         fused: by `F.scaled_dot_product_attention`, with a causal mask.
         frequencies: of a rotary embedding of queries and keys.
+        rotate: how that is computed.
         norm: makes the norms of queries and keys, which all heads share.
         relative: the number of tokens, if every head has a bias for every distance.
         linear: without a softmax.
@@ -202,12 +228,13 @@ class Attention(nn.Module):
         packed: bool = False,
         fused: bool = False,
         frequencies: Sequence[float] = (),
+        rotate: Callable[[Tensor, Sequence[float]], Tensor] = rotary,
         norm: Callable[[int], nn.Module] | None = None,
         relative: int = 0,
         linear: bool = False,
     ) -> None:
         super().__init__()
-        self.heads, self.groups, self.size = heads, groups or heads, size
+        self.heads, self.groups, self.size, self.rotate = heads, groups or heads, size, rotate
         self.packed, self.fused, self.frequencies, self.linear = packed, fused, frequencies, linear
         self.sizes = [n * size for n in (heads, self.groups, self.groups)]
         if packed:
@@ -228,7 +255,7 @@ class Attention(nn.Module):
         if self.norms:
             q, k = (norm(part) for norm, part in zip(self.norms, (q, k), strict=True))
         if self.frequencies:
-            q, k = (rotary(part, self.frequencies) for part in (q, k))
+            q, k = (self.rotate(part, self.frequencies) for part in (q, k))
         if self.groups < self.heads:
             k, v = (part.repeat_interleave(self.heads // self.groups, 1) for part in (k, v))
         y: Tensor = self.o(self.mix(q, k, v).transpose(1, 2).flatten(2))
@@ -835,6 +862,29 @@ NETWORKS: dict[str, Network] = {
         SEQUENCES,
         (("O", 5, 1), ("C", 2, 1), ("GL", 4, 1)),
     ),
+    "rotary, two groups of queries": Network(
+        lambda: attentive(5, heads=4, size=4, groups=2, frequencies=(1.0, 0.3), bias="qkvo"),
+        SEQUENCES,
+        (("O", 5, 1), ("C", 2, 2), ("GL", 4, 2)),
+        {VALUES: 2 * 4},
+    ),
+    "rotary, packed and fused": Network(
+        lambda: attentive(5, size=4, packed=True, fused=True, frequencies=(1.0, 0.3)),
+        SEQUENCES,
+        (("O", 5, 1), ("C", 2, 2), ("GL", 4, 2)),
+    ),
+    **{
+        f"rotary, {name}": Network(
+            lambda rotate=rotate: attentive(5, size=4, frequencies=(1.0, 0.3), rotate=rotate),
+            SEQUENCES,
+            (("O", 5, 1), ("C", 2, 2), ("GL", 4, 2)),
+        )
+        for name, rotate in (
+            ("halves exchanged", rotary_halves),
+            ("neighbouring units", rotary_pairs),
+            ("complex numbers", rotary_complex),
+        )
+    },
     "rotary, half of a head": Network(
         lambda: attentive(5, size=4, frequencies=(1.0,)),
         SEQUENCES,
