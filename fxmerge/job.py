@@ -105,15 +105,17 @@ class Job:
         """A state dict with buffers that fit its parameters where an average of buffers does not.
 
         Arguments:
-            state: the merged state dict.
+            state: the merged state dict. What has another size in it than in the model is left as it is.
             model: the state dict of the model that counts most, in the same units.
         """
-        names = [*(self.derived.names if self.derived else ()), *self.of_one_model]
+        derived = self.derived.of_sizes(state) if self.derived else None
+        others = [name for name in self.of_one_model if state[name].shape == model[name].shape]
+        names = [*(derived.names if derived else ()), *others]
         if not names:
             return dict(state)
         found = {**state, **{name: model[name] for name in names}}
         same = all(torch.equal(value, model[name]) for name, value in found.items() if value.is_floating_point())
-        return found if same or self.derived is None else self.derived.settle(found)
+        return found if same or derived is None else derived.settle(found)
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Adds the seconds spent inside to the entry of a stage, and logs when it begins and ends."""

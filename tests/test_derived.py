@@ -143,3 +143,18 @@ def test_only_what_weights_are_computed_with_is_not_averaged() -> None:
     assert not_averaged(capture_program(a, (X,)), set(vectors(a))) == sorted(vectors(a))
     frozen = nn.BatchNorm1d(4)
     assert not_averaged(capture_program(frozen.eval(), (X,)), {"running_mean", "running_var"}) == []
+
+
+def test_a_fold_of_layers_beside_derived_buffers() -> None:
+    """Other layers get other sizes, and the weights that the buffers follow from are those of the network."""
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 16), spectral_norm(nn.Linear(16, 16)), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    model = nn.Sequential(*layers).train()
+    with torch.no_grad():
+        for _ in range(1000):
+            model(X)
+    model.eval()
+    small = fxmerge.fold(model, [X], {"2.weight[0]": 0.5})
+    assert small.state_dict()["2.weight"].shape == (8, 16)
+    for name in vectors(model):
+        torch.testing.assert_close(small.state_dict()[name], model.state_dict()[name], atol=1e-3, rtol=0)

@@ -77,6 +77,13 @@ class Derived:
             return None
         return found if found.owners else None
 
+    def of_sizes(self, state: State) -> Derived:
+        """The buffers of submodules of which all tensors have the sizes that a state dict has."""
+        sizes = {name: value.shape for name, value in self.module.state_dict().items()}
+        other = [name for name, size in sizes.items() if state[name].shape != size]
+        kept = [o for o in self.owners if not any(name.startswith(f"{o}." if o else "") for name in other)]
+        return self._only([name for owner in kept for name in self.owners[owner]])
+
     def settle(self, state: State) -> dict[str, Tensor]:
         """A state dict with its derived buffers as its parameters have them, from where they are on."""
         self._load(state)
@@ -161,9 +168,11 @@ class Derived:
         return {name: own[name].clone() for name in self.names}
 
     def _load(self, state: State) -> None:
+        """Loads what has the sizes of the module: no derived buffer depends on the rest (see `of_sizes`)."""
         with torch.no_grad():
             for name, value in self.module.state_dict().items():
-                value.copy_(state[name])
+                if state[name].shape == value.shape:
+                    value.copy_(state[name])
 
 
 @contextmanager
