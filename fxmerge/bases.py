@@ -94,7 +94,7 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
     pairs = {i: (min(reference, i), max(reference, i)) for i in others}
     correlations = {}
     if job.data is not None and part.alpha != 1:
-        states = [{**state, **own} for state, own in zip(job.states, balanced, strict=True)]
+        states = [transformed(symmetry, state, [gauge]) for gauge, state in zip(gauges, job.states, strict=True)]
         with job.timed("activations"):
             correlations = similarities(
                 group.propagation,

@@ -350,6 +350,22 @@ def test_the_reference_stays_bit_by_bit_in_half_precision() -> None:
     assert all(torch.equal(merged.state_dict()[n], t) for n, t in models[0].state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_activations_are_compared_in_the_precision_of_the_models(dtype: torch.dtype) -> None:
+    """Also if matrices are balanced first."""
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    loader = [torch.randn(64, 6) for _ in range(2)]
+    symmetry, two = fxmerge.find_symmetry(one, (loader[0].double(),)), copy.deepcopy(one)
+    two.load_state_dict(symmetry.sample_basis(torch.Generator().manual_seed(0)).apply(one.state_dict()))
+    merged = fxmerge.merge(
+        one.to(dtype), two.to(dtype), [x.to(dtype) for x in loader], Recipe(match=Align(continuous=True), fit=None)
+    )
+    with torch.no_grad():
+        expected, got = (model(loader[0].to(dtype)).float() for model in (one, merged))
+    assert float((expected - got).abs().max()) < 0.05 * float(expected.abs().max())
+
+
 def test_covariances_around_a_large_mean_are_exact() -> None:
     """A stream with a constant that is many times its deviations."""
     torch.manual_seed(0)
