@@ -58,6 +58,8 @@ def with_directions(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, 
     narrow = isinstance(part, Zip) and part.continuous is True and not isinstance(part.width, Budget)
     if isinstance(part, Zip) and names_kv_heads(part.width):
         narrow = False  # Heads of keys and values are merged in another basis.
+    if job.program.follows_path:
+        narrow = False  # No class can have another width: `room_for` says so.
     if len(job.states) > 1:
         group = in_one_basis(job, recipe, run, given, reference)
         return truncated(group, recipe, run) if narrow and group.unfrozen is not None else group

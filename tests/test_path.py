@@ -177,3 +177,20 @@ def test_the_warning_names_what_is_fixed(caplog: pytest.LogCaptureFixture) -> No
         captured = fxmerge.capture(Messages(lambda to: int(to.numpy().max()) + 1), (graph(6, 4),))
     assert "whatever depends on the values of \"graph['edges']\"" in caplog.text
     assert captured(graph=graph(6, 4)).shape == (5, 2)
+
+
+@pytest.mark.parametrize("width", [0.5, {"stem.*": 0.5}], ids=["share", "named"])
+def test_a_fold_says_what_stands_in_the_way_of_other_widths(width: Any) -> None:
+    """Also where directions would be left out."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            return self.head(-x if float(x.sum()) > 1e9 else x)
+
+    with pytest.raises(fxmerge.OptionError, match=r"Another width than 1 needs a model that torch\.export can capture"):
+        fxmerge.fold(Branch(), [torch.randn(8, 4)], width)
