@@ -279,7 +279,6 @@ def fold(
             `Budget` from which they follow: see `Zip.width`. Key/value heads have the name of the blocks of heads, with
             "kv heads of" in place of "blocks of"; their number has to divide that of the network.
         recipe: how to match and fit; None is `Recipe()`. Its `match` has to be a `Zip`, whose width this one replaces.
-            It may be `continuous` where the width names key/value heads, whose dimensions rotations then match.
         example: as for `merge`.
         inputs: as for `merge`.
         run: as for `merge`.
