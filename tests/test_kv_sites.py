@@ -61,3 +61,16 @@ def test_products_with_weights_are_no_attention() -> None:
     attentions = Attentions(found, symmetry)
     assert any(c.size == 4 for c in symmetry.units)
     assert not any(attentions.kv_operands(n) for n in range(len(symmetry.units)))
+
+
+def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values are multiplied first, and summed over places; then over the dimensions of heads."""
+    return (nn.functional.elu(q) + 1) @ ((nn.functional.elu(k) + 1).mT @ v)
+
+
+def test_linear_attention_has_no_heads_of_keys_and_values_apart() -> None:
+    """What its second product sums over lies in heads: what stands there are queries, and no values."""
+    found, symmetry = analyse(capture_program(Apart(linear), (tokens().float(),)), continuous=False)
+    attentions = Attentions(found, symmetry)
+    assert any(c.size == 4 for c in symmetry.units)
+    assert not any(attentions.kv_operands(n) for n in range(len(symmetry.units)))

@@ -151,9 +151,19 @@ class Attentions:
         goal = second.terms[i].index(summed.pop())
         for j, operand in enumerate(first.operands):
             rows = set(first.terms[j]) & set(first.terms[2]) - set(first.terms[1 - j])
-            if len(rows) == 1 and _followed(path, first.terms[2].index(rows.pop())) == goal:
+            if len(rows) != 1:
+                continue
+            row = rows.pop()
+            inside = self._lie_along(operand.value, first.terms[j].index(row), within)
+            if not inside and _followed(path, first.terms[2].index(row)) == goal:
                 return operand
         return None
+
+    def _lie_along(self, node: fx.Node, dim: int, within: Mapping[int, Ids]) -> bool:
+        """Whether what lies in heads lies along a dimension of a node's value, which then is none of places. Linear
+        attention sums over such a dimension: keys and values are multiplied first."""
+        shown = [shown_by(c, self.number, self.place) for c in self.found.labels[node.name].columns]
+        return any(dim in s.dims and not within.keys().isdisjoint(np.unique(s.number).tolist()) for s in shown)
 
     def _path(self, start: fx.Node, end: fx.Node, within: Mapping[int, Ids]) -> list[fx.Node] | None:
         """The nodes by which one leads to another, each with heads along it; None if it does not."""
