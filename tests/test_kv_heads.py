@@ -169,7 +169,8 @@ def test_the_report_tells_where_units_went() -> None:
     torch.manual_seed(0)
     model = Apart(sdpa).double()
     plant(model.pairs(), 4, 2)
-    folded = fold(model, {"kv heads of *": 2}, (tokens(),))
+    recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=False), fit=None)
+    folded = fxmerge.fold(model, None, {"kv heads of *": 2}, recipe, example=tokens())
     (images,) = fxmerge.report(folded).images
     for name, merged in (("k", folded.k), ("v", folded.v)):
         torch.testing.assert_close(merged.weight[images[f"{name}.weight[0]"]], getattr(model, name).weight)
@@ -293,13 +294,6 @@ def test_rotated_heads_come_back_by_changes_of_basis(name: str, data: bool) -> N
     assert errors[True] < (1e-5 if data else 1e-9) < 1e-4 < errors[False]
     report = fxmerge.report(found[True])
     assert "orthogonal" in report.bases.values() and report.images[0].keys().isdisjoint(report.bases)
-
-
-@pytest.mark.parametrize(("width", "continuous"), [(0.5, True), ({"kv heads of *": 0.5}, "auto")])
-def test_bases_of_one_network_are_those_inside_of_key_value_heads(width: Any, continuous: Any) -> None:
-    recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=continuous))
-    with pytest.raises(fxmerge.OptionError, match="may be True if the width names key/value heads"):
-        fxmerge.fold(Apart(sdpa), None, width, recipe, example=tokens().float())
 
 
 ARCHITECTURES: dict[str, str] = {
