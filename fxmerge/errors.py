@@ -9,6 +9,14 @@ class CaptureError(FxmergeError, RuntimeError):
     """No route could turn a model into a graph."""
 
 
+class CheckpointError(FxmergeError, ValueError):
+    """A file of weights is missing, damaged, or does not fit the network that it is for."""
+
+
+class OutputError(FxmergeError, OSError):
+    """A result cannot be written: the target exists, is in use, or the disk is full."""
+
+
 class ArchitectureMismatchError(FxmergeError, ValueError):
     """The models to be merged or aligned do not have the same architecture."""
 
