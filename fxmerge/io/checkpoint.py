@@ -94,8 +94,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         left = [name for name in own.entries if name not in wanted]
         if missing or left:
             raise CheckpointError(f"{self.path} does not fit the network: {_told(missing, left)}")
-        for name, entry in own.entries.items():
-            need = wanted[name]
+        for name, need in wanted.items():
+            entry = own.entries.get(name, need)
             if entry.shape != need.shape:
                 raise CheckpointError(
                     f"{self.path} does not fit the network: {name!r} has shape {entry.shape}, and the network's has "

@@ -1,0 +1,78 @@
+"""Small networks as files, for tests of what reads files."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxmerge import io
+
+WORDS = re.findall(r"\w+", "the cat dog sat ran on under mat rug a big small red blue house tree and saw it then")
+
+
+def mlp(hidden: int = 8, num_classes: int = 3) -> tuple[nn.Module, torch.Tensor]:
+    """A factory as users write them, for `--arch tests.files:mlp`."""
+    return nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)), torch.zeros(1, 4)
+
+
+def tied() -> tuple[nn.Module, torch.Tensor]:
+    """A network with one tensor under two names."""
+    model = nn.Sequential(nn.Embedding(5, 3), nn.ReLU(), nn.Linear(3, 5, bias=False))
+    model[2].weight = model[0].weight
+    return model, torch.zeros(1, 2, dtype=torch.long)
+
+
+def unsettled() -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), torch.zeros(2, 4)
+
+
+def batches() -> list[torch.Tensor]:
+    """A loader, for `--data tests.files:batches`."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(16, 4, generator=generator) for _ in range(4)]
+
+
+def empty() -> list[torch.Tensor]:
+    return []
+
+
+def weights(path: Path, seed: int = 0, **sizes: Any) -> Path:
+    """The weights of `mlp`, as a file."""
+    torch.manual_seed(seed)
+    io.save(mlp(**sizes)[0].state_dict(), path)
+    return path
+
+
+def gpt2(folder: Path, seed: int = 0, tokenizer: bool = True) -> Path:
+    """A tiny GPT-2 with a tokenizer of twenty words, as a directory of transformers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    vocabulary = {word: i for i, word in enumerate([*WORDS, "<unk>", "<end>"])}
+    own = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    end = len(vocabulary) - 1
+    config = GPT2Config(
+        vocab_size=len(vocabulary),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    if tokenizer:
+        PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def corpus(path: Path, lines: int = 80) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(WORDS), (lines, 9), generator=generator).tolist()
+    path.write_text("\n".join(" ".join(WORDS[i] for i in own) for own in picks) + "\n")
+    return path
