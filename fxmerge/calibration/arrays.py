@@ -44,8 +44,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return dict(io.load(path).items())
-        found = np.load(path, allow_pickle=False)
-        arrays = {"": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            arrays = {"": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
         return {name: torch.from_numpy(array.copy("C")) for name, array in arrays.items()}
     except CheckpointError as error:
         raise LoaderError(str(error)) from error
