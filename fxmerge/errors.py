@@ -30,7 +30,13 @@ class LoaderError(FxmergeError, ValueError):
 
 
 class OptionError(FxmergeError, ValueError):
-    """An argument is outside of its range."""
+    """An argument is outside of its range.
+
+    Attributes:
+        field: the field of a recipe, a run or a plan that it is, if it is one.
+    """
+
+    field: str | None = None
 
 
 class PermutationError(FxmergeError, ValueError):
