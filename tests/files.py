@@ -34,6 +34,10 @@ def batches() -> list[torch.Tensor]:
     return [torch.randn(16, 4, generator=generator) for _ in range(4)]
 
 
+def strange() -> list[object]:
+    return [object()]
+
+
 def empty() -> list[torch.Tensor]:
     return []
 
@@ -76,3 +80,33 @@ def corpus(path: Path, lines: int = 80) -> Path:
     picks = torch.randint(len(WORDS), (lines, 9), generator=generator).tolist()
     path.write_text("\n".join(" ".join(WORDS[i] for i in own) for own in picks) + "\n")
     return path
+
+
+class Branching(nn.Module):
+    """A network whose path depends on its inputs, which torch.export does not write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.up(x)) if x.sum() > -1 else torch.tanh(self.up(x))
+        out: torch.Tensor = self.down(hidden)
+        return out
+
+
+def branching() -> tuple[nn.Module, torch.Tensor]:
+    return Branching(), torch.zeros(2, 4)
+
+
+class Ordered(nn.Sequential):
+    """A network in which the order of hidden units counts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self[0](x)).cumsum(-1)
+        out: torch.Tensor = self[2](hidden)
+        return out
+
+
+def ordered() -> tuple[nn.Module, torch.Tensor]:
+    return Ordered(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 4)
