@@ -124,6 +124,7 @@ def test_a_gpt_that_is_folded_is_built_from_its_configuration(call: Call, gpts: 
     assert inner == [32, 64]
 
 
+@pytest.mark.slow
 def test_shards_of_a_gpt(call: Call, gpts: Path, tmp_path: Path) -> None:
     shared = ("--arch", "hf", "--data", gpts / "corpus.txt", "--shard-size", "10KB")
     assert call("align", gpts / "a", gpts / "b", *shared, "--out", tmp_path / "aligned")[0] == 0
