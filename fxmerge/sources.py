@@ -126,7 +126,7 @@ def _factory(module: str, name: str, inputs: list[Tensor], config: dict[str, Any
 
 def _timm(name: str, inputs: list[Tensor], config: dict[str, Any], device: str | None) -> Source:
     timm = package("timm")
-    _known(name, timm.list_models(), "timm")
+    _known(name.partition(".")[0], timm.list_models(), "timm")  # What follows says how it was trained.
     model = timm.create_model(name, pretrained=False, **config)
     shape = (1, *getattr(model, "pretrained_cfg", {}).get("input_size", IMAGE[1:]))
     return Source(model, tuple(inputs) or (torch.randn(shape),))

@@ -75,6 +75,34 @@ def gpt2(folder: Path, seed: int = 0, tokenizer: bool = True) -> Path:
     return folder
 
 
+def bert(folder: Path, seed: int = 0) -> Path:
+    """A tiny BERT whose tokenizer puts a token before and after every line."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    vocabulary = {word: i for i, word in enumerate([*WORDS, "[UNK]", "[CLS]", "[SEP]"])}
+    own = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(word, vocabulary[word]) for word in ("[CLS]", "[SEP]")]
+    own.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    BertForSequenceClassification(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+def vit(folder: Path, seed: int = 0) -> Path:
+    """A tiny vision transformer with its image processor."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
 def corpus(path: Path, lines: int = 80) -> Path:
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(WORDS), (lines, 9), generator=generator).tolist()

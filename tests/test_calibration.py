@@ -119,6 +119,15 @@ def test_text_for_a_network_that_generates_is_cut_in_blocks(language: Network, t
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(found, again, strict=True))
 
 
+def test_text_for_a_network_that_classifies_is_read_line_by_line(tmp_path: Path) -> None:
+    own = build(io.load(files.bert(tmp_path)), "hf")
+    (tmp_path / "lines.txt").write_text("the cat sat\na dog ran\nthe big red cat\n")
+    found = list(read(str(tmp_path / "lines.txt"), own))
+    assert [tuple(batch["input_ids"].shape) for batch in found] == [(2, 5), (1, 6)]
+    assert found[0]["input_ids"][:, 0].tolist() == [len(files.WORDS) + 1] * 2
+    assert [tuple(b["input_ids"].shape) for b in read(str(tmp_path / "lines.txt"), own, length=4)] == [(3, 4)]
+
+
 def test_a_text_that_is_shorter_than_a_block(language: Network, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("the cat sat\n")
     assert [batch["input_ids"].shape for batch in read(str(tmp_path / "short.txt"), language)] == [(1, 4)]
@@ -186,6 +195,14 @@ def test_images_are_prepared_as_the_library_does(arch: str, tmp_path: Path) -> N
     assert len(found.files) == 2
     expected = (torch.tensor(100 / 255) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     assert torch.allclose(next(iter(found))[0, :, 5, 5], expected, atol=0.02)
+
+
+def test_images_are_prepared_by_the_processor_of_a_directory(tmp_path: Path) -> None:
+    own = build(io.load(files.vit(tmp_path)), "hf")
+    picture(tmp_path / "images" / "a.png")
+    (batch,) = read(str(tmp_path / "images"), own)
+    assert batch.shape == (1, 3, 16, 16)
+    assert torch.allclose(batch, torch.full_like(batch, 100 / 255 * 2 - 1), atol=1e-2)
 
 
 def test_images_that_are_none(network: Network, tmp_path: Path) -> None:

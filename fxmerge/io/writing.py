@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from fxmerge.errors import OptionError, OutputError
 from fxmerge.io.reading import SAFETENSORS, TORCH
@@ -57,8 +60,8 @@ def save(
         _check_whole(path, shard_size)
         import torch
 
-        with written(path) as place:
-            torch.save(dict(tensors), place)
+        with written(path) as place, Sink(place) as sink:
+            torch.save(dict(tensors), cast(IO[bytes], sink))
         return (path,)
     if path.suffix == SAFETENSORS:
         _check_whole(path, shard_size)
@@ -145,27 +148,71 @@ def told(path: Path) -> Iterator[None]:
     """Turns what the system says of files into a sentence.
 
     Raises:
-        OutputError: in place of any OSError, and of what safetensors and torch say of a disk that is full.
+        OutputError: in place of an OSError, and of what safetensors makes of one.
     """
     try:
         yield
     except OutputError:
         raise
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "Make room, or name another place." if full else "Name another place."
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}. {hint}") from error
     except Exception as error:
-        words = str(error)
-        if "No space left" in words or "PytorchStreamWriter failed" in words:
-            raise OutputError(
-                f"{path} cannot be written: No space left on device. Make room, or name another place."
-            ) from error
-        raise
+        found = re.search(r"\(os error (\d+)\)", str(error))  # As safetensors tells it.
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if number is None:  # Packages also raise an OSError where the system has said nothing.
+            raise
+        full = number in (errno.ENOSPC, errno.EDQUOT)
+        hint = "Make room, or name another place." if full else "Name another place."
+        raise OutputError(f"{path} cannot be written: {os.strerror(number)}. {hint}") from error
+
+
+class Sink(io.RawIOBase):
+    """A file for torch to write to. Where the disk takes no more, torch would end the process; so this keeps the error
+    until torch is done.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = Path(tempfile.mkdtemp()) / "zeros.pt"
+        >>> with Sink(path) as file:
+        ...     torch.save(torch.zeros(2), file)
+        >>> torch.load(path)
+        tensor([0., 0.])
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        size = memoryview(data).nbytes
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return size
+
+    def close(self) -> None:
+        """Closes the file.
+
+        Raises:
+            OSError: the first that the system gave.
+        """
+        if not self.closed:
+            super().close()
+            try:
+                self.file.close()
+            except OSError as error:
+                self.error = self.error or error
+            if self.error is not None:
+                raise self.error
 
 
 def flush(path: Path) -> None:
     """Waits until a file, or the entries of a directory, are on the disk."""
+    if sys.platform == "win32" and path.is_dir():
+        return  # Windows opens no directories.
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -6,12 +6,14 @@ import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxmerge.errors import OutputError
+from fxmerge.io.writing import Sink, told
 from fxmerge.output.library import difference
 from fxmerge.program.models import evaluating
 from fxmerge.program.run import Call
@@ -31,14 +33,20 @@ def write(module: fx.GraphModule, call: Call, place: Path) -> str:
 
     Returns:
         Why there is no archive; "" if there is one.
+
+    Raises:
+        OutputError: if the disk does not take it.
     """
     path = place / NAME
     args, kwargs = doubled(module, call)
     try:
         with evaluating(module):
             program = torch.export.export(module, args, kwargs, dynamic_shapes=_open(module, args, kwargs))
-        torch.export.save(program, path)
+        with told(path), Sink(path) as file:
+            torch.export.save(program, cast(IO[bytes], file))
         reason = difference(module, read(path), (args, kwargs))
+    except OutputError:
+        raise
     except Exception as error:
         logger.debug("%s", error, exc_info=True)
         reason = f"torch.export cannot write it: {str(error).strip().splitlines()[0]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import shutil
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxmerge.errors import OutputError
+from fxmerge.io.writing import told
 from fxmerge.networks import Network
 from fxmerge.networks.building import HF
 from fxmerge.networks.transformers_models import quiet
@@ -78,14 +81,20 @@ def write(
         place: the directory.
         call: example inputs, on which the outputs of both are compared.
         shard_size: how many bytes of tensors a file may hold.
+
+    Raises:
+        OutputError: if the disk does not take it.
     """
     kind = network.arch.partition(":")[0]
     writer = {HF: _transformers, "timm": _timm}.get(kind)
     if writer is None:
         return Written("")
     try:
-        other = writer(network, module.state_dict(), config or {}, place, shard_size)
+        with told(place):
+            other = writer(network, module.state_dict(), config or {}, place, shard_size)
         reason = difference(module, other, call)
+    except OutputError:
+        raise
     except Exception as error:
         logger.debug("%s", error, exc_info=True)
         reason = f"the class of the architecture does not take the weights: {str(error).strip().splitlines()[0]}"
@@ -123,7 +132,11 @@ def _timm(
         raise ValueError("timm loads one file, and shards were asked for")
     model = timm.create_model(network.arch.partition(":")[2], pretrained=False, **network.settings)
     _fill(model, state)
-    package("timm.models").save_for_hf(model, place, model_args=dict(network.settings), safe_serialization=True)
+    save = package("timm.models").save_for_hf
+    size = tuple(network.source.args[0].shape[1:])
+    other = size != tuple(model.pretrained_cfg["input_size"]) and "data_config" in inspect.signature(save).parameters
+    sizes = {"data_config": {"input_size": size}} if other else {}
+    save(model, place, model_args=dict(network.settings), safe_serialization=True, **sizes)
     loaded: nn.Module = timm.create_model(f"local-dir:{place}", pretrained=True)
     return loaded.to(_dtype(state))
 

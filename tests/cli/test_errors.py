@@ -214,6 +214,21 @@ def test_a_target_that_another_run_writes(call: Call, pair: tuple[Path, Path], t
         assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the system has no limit of the size of files")
+@pytest.mark.parametrize("most", [0, 100, 600, 2000, 5000])
+def test_a_disk_that_takes_no_more(most: int, call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The system refuses to write more than so many bytes to a file: the weights, the archive or a text."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        code, out, err = written(call, tmp_path, "merge", *pair, *ARCH, *DATA)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, out) == (4, "") and "cannot be written" in err
+
+
 # -------------------------------------------------------------------------- damage
 
 

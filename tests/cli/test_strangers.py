@@ -20,7 +20,7 @@ NAME = "test_resnet"
 
 def digits(folder: Path) -> tuple[np.ndarray[Any, Any], list[Path]]:
     """scikit-learn's digits as an image folder; the labels and the files."""
-    from PIL import Image
+    Image: Any = pytest.importorskip("PIL.Image")
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -122,6 +122,20 @@ def test_a_gpt_that_is_folded_is_built_from_its_configuration(call: Call, gpts: 
     assert small.num_parameters() < large.num_parameters()
     inner = [model.transformer.h[0].mlp.c_fc.weight.shape[1] for model in (small, large)]
     assert inner == [32, 64]
+
+
+def test_two_classifiers_of_images(call: Call, tmp_path: Path) -> None:
+    """Their image processor comes along."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    pair = files.vit(tmp_path / "a", 0), files.vit(tmp_path / "b", 1)
+    digits(tmp_path / "images")
+    shared = ("--arch", "hf", "--data", tmp_path / "images", "--samples", "64")
+    code, _, err = call("merge", *pair, *shared, "--out", tmp_path / "merged")
+    assert code == 0, err
+    image = torch.zeros(1, 3, 16, 16)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "merged")(image).logits.shape == (1, 3)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "merged").size["height"] == 16
 
 
 @pytest.mark.slow

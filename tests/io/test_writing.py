@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,24 @@ def test_a_full_disk_leaves_what_was_there(name: str, tmp_path: Path, monkeypatc
     with pytest.raises(OutputError, match="cannot be written: No space left on device"):
         save({"a": torch.ones(2)}, tmp_path / name)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the system has no limit of the size of files")
+@pytest.mark.parametrize("most", [0, 100, 3000])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "folder"])
+def test_a_disk_that_takes_no_more(name: str, most: int, tmp_path: Path) -> None:
+    """The system refuses to write more than so many bytes to a file. The writer of torch would end the process."""
+    import resource
+
+    before = sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot be written: File too large"):
+            save({"a": torch.zeros(1000)}, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
 
 
 @pytest.mark.parametrize("given", [{"path": "w.npz"}, {"path": "w.pt", "shard_size": 10}])
