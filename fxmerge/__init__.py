@@ -18,17 +18,21 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """A public name, or a module of the package, on first use (PEP 562)."""
-    if name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
-        return importlib.import_module(f"{__name__}.{name}")
-    public = importlib.import_module(f"{__name__}.public")
-    if not hasattr(public, name):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(public, name)
-    return value
+    if name == "__all__":
+        return _public()
+    if not name.startswith("__"):
+        if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name in _public():
+            value = globals()[name] = getattr(importlib.import_module(f"{__name__}.public"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    public = importlib.import_module(f"{__name__}.public")
-    return sorted({*globals(), *(name for name in vars(public) if not name.startswith("__"))})
+    return sorted({*globals(), *_public()})
+
+
+def _public() -> list[str]:
+    """The public names."""
+    return sorted(name for name in vars(importlib.import_module(f"{__name__}.public")) if not name.startswith("_"))

@@ -31,7 +31,10 @@ WHOLE = {f"merged/{name}": "new" for name in WRITTEN}
 def test_a_directory_takes_its_place(tmp_path: Path) -> None:
     write(tmp_path / "merged", "new")
     assert content(tmp_path) == WHOLE
-    assert (tmp_path / "merged").stat().st_mode & 0o777 == 0o777 & ~module._umask()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file").touch()
+    for new, own in [("new", "merged"), ("new/file", "merged/report.json")]:
+        assert (tmp_path / new).stat().st_mode == (tmp_path / own).stat().st_mode
 
 
 def test_an_empty_directory_may_be_the_target(tmp_path: Path) -> None:
@@ -95,7 +98,7 @@ def test_after_a_full_disk_all_is_as_before(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     write(tmp_path / "merged", "old")
-    monkeypatch.setattr(module, "flush", full)
+    monkeypatch.setattr(module, "settle", full)
     with pytest.raises(OutputError, match=r"merged cannot be written: No space left on device"):
         write(tmp_path / "merged", "new", force=True)
     assert content(tmp_path) == dict.fromkeys(WHOLE, "old")

@@ -137,7 +137,7 @@ def written(path: Path) -> Iterator[Path]:
     try:
         with told(path):
             yield place
-            flush(place)
+            settle(place)
             place.replace(path)
     finally:
         place.unlink(missing_ok=True)
@@ -184,6 +184,12 @@ class Sink(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return self.file.seek(offset, whence) if self.error is None else 0
+
     def write(self, data: Any, /) -> int:
         size = memoryview(data).nbytes
         if self.error is None:
@@ -207,6 +213,19 @@ class Sink(io.RawIOBase):
                 self.error = self.error or error
             if self.error is not None:
                 raise self.error
+
+
+def settle(path: Path) -> None:
+    """Waits until a file, or the entries of a directory, are on the disk. It may be read by whom new files may be read
+    by: safetensors writes files for their owner only."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+    flush(path)
+
+
+def _umask() -> int:
+    own = os.umask(0)
+    os.umask(own)
+    return own
 
 
 def flush(path: Path) -> None:

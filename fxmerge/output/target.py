@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fxmerge.errors import OutputError
-from fxmerge.io.writing import flush, told
+from fxmerge.io.writing import flush, settle, told
 
 if sys.platform == "win32":
     import msvcrt
@@ -58,23 +58,16 @@ def target(path: str | Path, *, force: bool = False, inputs: Iterable[Path] = ()
             _clean(path)
             _check_free(path, force, [Path(one).resolve() for one in inputs])
             place = Path(tempfile.mkdtemp(TEMPORARY, f".{path.name}.", path.parent))
-            place.chmod(0o777 & ~_umask())
         try:
             yield place
             with told(path):
                 for found in [*place.rglob("*"), place]:
-                    flush(found)
+                    settle(found)
                 _check_free(path, force, ())
                 _move(place, path)
                 flush(path.parent)
         finally:
             shutil.rmtree(place, ignore_errors=True)
-
-
-def _umask() -> int:
-    own = os.umask(0)
-    os.umask(own)
-    return own
 
 
 def _check_free(path: Path, force: bool, inputs: Iterable[Path]) -> None:

@@ -27,6 +27,13 @@ def test_a_full_disk_leaves_what_was_there(name: str, tmp_path: Path, monkeypatc
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_who_may_read_new_files_may_read_these(name: str, tmp_path: Path) -> None:
+    save({"a": torch.zeros(2)}, tmp_path / name)
+    (tmp_path / "new").touch()
+    assert (tmp_path / name).stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the system has no limit of the size of files")
 @pytest.mark.parametrize("most", [0, 100, 3000])
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "folder"])
