@@ -1,6 +1,17 @@
 """Every error a user can meet. Each message says what is wrong, where, and what to do next."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in one line without a full stop; its class, if it says nothing.
+
+    Example:
+        >>> first_line(ValueError("no such key.\\nAll keys: a, b"))
+        'no such key'
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines and lines[0].rstrip(".") else type(error).__name__
+
+
 class FxmergeError(Exception):
     """Base class of all errors raised by fxmerge."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxmerge import io
-from fxmerge.errors import CheckpointError, LoaderError
+from fxmerge.errors import CheckpointError, LoaderError, first_line
 from fxmerge.networks import Network
 from fxmerge.program import trees
 
@@ -51,7 +51,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except CheckpointError as error:
         raise LoaderError(str(error)) from error
     except Exception as error:
-        raise LoaderError(f"{path} cannot be read as arrays of numbers: {str(error).rstrip('.')}.") from error
+        raise LoaderError(f"{path} cannot be read as arrays of numbers: {first_line(error)}.") from error
 
 
 def _inputs(path: Path, arrays: Mapping[str, Tensor], network: Network) -> dict[str | None, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmerge.errors import LoaderError
+from fxmerge.errors import LoaderError, first_line
 from fxmerge.networks import Network
 from fxmerge.networks.building import HF
 from fxmerge.networks.transformers_models import quiet
@@ -48,7 +48,7 @@ def _image(path: Path, transform: Transform, mode: str) -> Tensor:
         with image.open(path) as opened:
             return transform(opened.convert(mode))
     except Exception as error:
-        raise LoaderError(f"The image {path} cannot be read: {str(error).rstrip('.')}.") from error
+        raise LoaderError(f"The image {path} cannot be read: {first_line(error)}.") from error
 
 
 def transform_of(network: Network) -> tuple[Transform, str]:

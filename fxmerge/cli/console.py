@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from fxmerge.errors import CheckpointError, FxmergeError, OutputError
+from fxmerge.errors import CheckpointError, FxmergeError, OutputError, first_line
 
 CODES = {
     0: "done",
@@ -66,9 +66,10 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        text = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         hint = "-v shows where. Please report it with the command"
-        return _told(f"an error that fxmerge does not know, {type(error).__name__}: {text}. {hint}.", FAULT, as_json)
+        return _told(
+            f"an error that fxmerge does not know, {type(error).__name__}: {first_line(error)}. {hint}.", FAULT, as_json
+        )
     return 0
 
 

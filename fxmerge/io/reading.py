@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxmerge.errors import CheckpointError
+from fxmerge.errors import CheckpointError, first_line
 from fxmerge.io.checkpoint import Checkpoint, entry_of
 from fxmerge.io.headers import AGAIN, Entry, read_header
 from fxmerge.io.wrappers import unwrapped
@@ -158,7 +158,7 @@ def _of_torch(path: Path, allow_pickle: bool) -> Checkpoint:
             raise CheckpointError(
                 f"{path} holds more than tensors, or is damaged, and reading it could run code that is in it. Save "
                 "model.state_dict() alone, as .safetensors at best. If you trust the file, pass allow_pickle=True (on "
-                f"the command line --allow-pickle). torch says: {_first_line(error)}"
+                f"the command line --allow-pickle). torch says: {first_line(error)}."
             ) from error
         logger.warning("%s is unpickled, as was asked for: this runs any code that is in the file.", path)
         notes.append("the file was unpickled.")
@@ -186,9 +186,4 @@ def _torch_load(path: Path, *, weights_only: bool) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read by torch: {_first_line(error)} {AGAIN}")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-    return f"{text}."
+    return CheckpointError(f"{path} cannot be read by torch: {first_line(error)}. {AGAIN}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxmerge.errors import CheckpointError, OptionError
+from fxmerge.errors import CheckpointError, OptionError, first_line
 from fxmerge.io.checkpoint import Checkpoint, entry_of
 from fxmerge.sources import Source, example, package, transformers_example
 
@@ -42,7 +42,9 @@ def load(
                 None, config=skeletal.model.config, state_dict=state, output_loading_info=True, dtype="auto"
             )
         except Exception as error:
-            raise CheckpointError(f"{checkpoint.path} does not fit {kind.__name__}: {_first_line(error)}.") from error
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit {kind.__name__}: {type(error).__name__}: {first_line(error)}."
+            ) from error
     for what, names in info.items():
         if names:
             said = what.replace("_", " ")
@@ -76,7 +78,9 @@ def skeleton(
             with torch.device("meta"):
                 model: nn.Module = kind(config)
     except Exception as error:
-        raise OptionError(f"{names[0]} cannot be built from {path}: {_first_line(error)}.") from error
+        raise OptionError(
+            f"{names[0]} cannot be built from {path}: {type(error).__name__}: {first_line(error)}."
+        ) from error
     wanted = {name: entry_of(tensor) for name, tensor in model.state_dict().items()}
     checkpoint = checkpoint.without_prefix(list(wanted))
     for name, entry in checkpoint.entries.items():
@@ -91,10 +95,6 @@ def skeleton(
 def _source(model: Any, inputs: Sequence[str]) -> Source:
     device = str(next(model.parameters()).device)
     return transformers_example(model, model.config, [example(text, device) for text in inputs])
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.') if str(error).strip() else ''}"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.errors import OutputError
+from fxmerge.errors import OutputError, first_line
 from fxmerge.io.writing import Sink, told
 from fxmerge.output.library import difference
 from fxmerge.program.models import evaluating
@@ -49,7 +49,7 @@ def write(module: fx.GraphModule, call: Call, place: Path) -> str:
         raise
     except Exception as error:
         logger.debug("%s", error, exc_info=True)
-        reason = f"torch.export cannot write it: {str(error).strip().splitlines()[0]}"
+        reason = f"torch.export cannot write it: {first_line(error)}"
     if reason:
         path.unlink(missing_ok=True)
     return reason

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.errors import OutputError
+from fxmerge.errors import OutputError, first_line
 from fxmerge.io.writing import told
 from fxmerge.networks import Network
 from fxmerge.networks.building import HF
@@ -97,7 +97,7 @@ def write(
         raise
     except Exception as error:
         logger.debug("%s", error, exc_info=True)
-        reason = f"the class of the architecture does not take the weights: {str(error).strip().splitlines()[0]}"
+        reason = f"the class of the architecture does not take the weights: {first_line(error)}"
     if reason:
         for path in place.iterdir():
             path.unlink()

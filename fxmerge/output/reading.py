@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxmerge import io
-from fxmerge.errors import CheckpointError, OptionError
+from fxmerge.errors import CheckpointError, OptionError, first_line
 from fxmerge.networks import build
 from fxmerge.output import exported
 from fxmerge.output.target import WRITTEN
@@ -58,7 +58,7 @@ def network_of(directory: Path, plan: Plan) -> nn.Module:
         try:
             return exported.read(path)
         except Exception as error:
-            raise CheckpointError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}.") from error
+            raise CheckpointError(f"{path} cannot be read: {first_line(error)}.") from error
     first = plan.models[0]
     arch = plan.arch_of(first)
     assert arch is not None  # A plan has one for every model.

@@ -144,3 +144,18 @@ def test_shards_of_a_gpt(call: Call, gpts: Path, tmp_path: Path) -> None:
     assert call("align", gpts / "a", gpts / "b", *shared, "--out", tmp_path / "aligned")[0] == 0
     assert len(io.load(tmp_path / "aligned").files) > 2
     assert call("merge", tmp_path / "aligned", gpts / "b", *shared, "--out", tmp_path / "merged")[0] == 0
+
+
+@pytest.mark.slow
+def test_a_network_that_its_library_cannot_build_has_an_archive(call: Call, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    io.save(timm.create_model(NAME, num_classes=5).state_dict(), tmp_path / "w.safetensors")
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(64, 3, 32, 32)))
+    shared = ("--arch", f"timm:{NAME}", "--input", "1x3x32x32", "--data", tmp_path / "x.npy")
+    code, _, err = call("fold", tmp_path / "w.safetensors", *shared, "--width", "0.5", "--out", tmp_path / "small")
+    assert code == 0
+    assert "as a directory of timm was not written: the class of the architecture does not take the weights" in err
+    assert not (tmp_path / "small" / "config.json").exists()
+    network = torch.export.load(tmp_path / "small" / "model.pt2").module()
+    assert network(torch.zeros(3, 3, 32, 32)).shape == (3, 5)
+    assert "## Warnings" in (tmp_path / "small" / "README.md").read_text()
