@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -61,7 +62,7 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
         code = 3 if isinstance(error, CheckpointError) else 4 if isinstance(error, OutputError) else 1
         return _told(str(error), code, as_json)
     except BrokenPipeError:
-        sys.stderr.close()  # Who read the output has gone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Who read the output has gone.
         return 0
     except Exception as error:
         if verbose:
@@ -130,7 +131,7 @@ def say(text: str, style: str = "") -> None:
     """Prints a line to the standard error."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style=style, markup=False)
+    Console(stderr=True, highlight=False, emoji=False, soft_wrap=True).print(text, style=style, markup=False)
 
 
 def show(text: object) -> None:
@@ -154,7 +155,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         found.add_column(name, overflow="fold")
     for row in rows:
         found.add_row(*(_escaped(cell) for cell in row))
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     console.print(found, width=None if console.is_terminal else 1000)
 
 

@@ -33,9 +33,10 @@ def run(plan: Plan, context: click.Context) -> None:
         return
     if plan.output is None:
         raise click.UsageError("--out is missing: name the directory to write.", context)
-    read = [path for one in opened(plan, allow_pickle=given["allow_pickle"]) for path in one.files]
+    checkpoints = opened(plan, allow_pickle=given["allow_pickle"])
+    read = [path for one in checkpoints for path in one.files]
     with target(plan.output.path, force=given["force"], inputs=read) as place:
-        result = execute(plan, allow_pickle=given["allow_pickle"])
+        result = execute(plan, checkpoints)
         for network in result.networks:
             for note in network.checkpoint.notes:
                 say(f"{network.checkpoint.path}: {note}", "dim")

@@ -57,19 +57,18 @@ def opened(plan: Plan, *, allow_pickle: bool = False) -> tuple[Checkpoint, ...]:
     return tuple(io.load(file.path, allow_pickle=allow_pickle) for file in files)
 
 
-def execute(plan: Plan, *, allow_pickle: bool = False) -> Result:
+def execute(plan: Plan, checkpoints: Sequence[Checkpoint]) -> Result:
     """Does what a plan says, but for writing its result.
 
     Arguments:
         plan: what to do.
-        allow_pickle: whether files of torch may be unpickled, which can run code in them.
+        checkpoints: the weights of its models, as `opened` gives them.
 
     Raises:
-        FxmergeError: if a file cannot be read, has changed since its checksum was taken, or does not fit; and as the
+        FxmergeError: if a file has changed since its checksum was taken, or does not fit; and as the
             verbs do.
     """
     with _warnings() as warnings:
-        checkpoints = opened(plan, allow_pickle=allow_pickle)
         files = (*plan.models, *([] if plan.base is None else [plan.base]))
         files = tuple(_summed(*pair) for pair in zip(files, checkpoints, strict=True))
         networks = []

@@ -187,6 +187,17 @@ def test_what_no_one_expects(
         assert code == 130 and "interrupted" in err
 
 
+def test_a_reader_that_goes_away() -> None:
+    command = f"{sys.executable} -m fxmerge.cli recipe --schema | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("{", "")
+
+
+def test_names_are_printed_as_they_are(call: Call, tmp_path: Path) -> None:
+    code, _, err = call("check", tmp_path / "[red]a:smile:b.pt")
+    assert code == 3 and "[red]a:smile:b.pt" in err
+
+
 # -------------------------------------------------------------------------- targets
 
 
