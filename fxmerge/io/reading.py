@@ -175,7 +175,36 @@ def _of_torch(path: Path, allow_pickle: bool) -> Checkpoint:
     if way:
         notes.append(f"the state dict is its entry {'.'.join(way)!r}.")
     entries = {name: entry_of(tensor) for name, tensor in state.items()}
-    return Checkpoint(path, (path,), entries, state.__getitem__).noted(*notes)
+    checked = cache(lambda: _check_sums(path))
+
+    def read(name: str) -> Tensor:
+        checked()
+        tensor: Tensor = state[name]
+        return tensor
+
+    return Checkpoint(path, (path,), entries, read).noted(*notes)
+
+
+def _check_sums(path: Path) -> None:
+    """The records of a zip file of torch must have the checksums that stand beside them, once a tensor is read.
+
+    Raises:
+        CheckpointError: if some have not. If none has, torch was told to write none, by `set_crc32_options`.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    good, bad = 0, []
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            try:
+                with archive.open(record) as content:
+                    while content.read(2**20):
+                        pass
+                good += record.file_size > 0
+            except (zipfile.BadZipFile, EOFError):
+                bad.append(record.filename)
+    if good and bad:
+        raise CheckpointError(f"{path} has a record {bad[0]!r} that is not as it was written. {AGAIN}")
 
 
 def _torch_load(path: Path, *, weights_only: bool) -> Any:

@@ -270,3 +270,23 @@ def test_files_of_torch_that_are_cut_short(suffix: str, tmp_path: Path) -> None:
         path.write_bytes(content[: int(share * len(content))])
         with pytest.raises(CheckpointError):
             load(path)
+
+
+def test_a_flipped_bit_in_the_values_of_a_file_of_torch(tmp_path: Path) -> None:
+    path, value = tmp_path / "w.pt", torch.randn(64)
+    save({"a": value, "b": torch.zeros(8)}, path)
+    content = path.read_bytes()
+    at = content.index(value.numpy().tobytes()) + 17
+    path.write_bytes(content[:at] + bytes([content[at] ^ 8]) + content[at + 1 :])
+    found = load(path)
+    with pytest.raises(CheckpointError, match=r"has a record 'archive/data/0' that is not as it was written"):
+        found["b"]
+
+
+def test_files_of_torch_without_checksums_are_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state(), tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert equal(load(tmp_path / "w.pt"), state())
