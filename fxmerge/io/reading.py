@@ -194,14 +194,18 @@ def _check_sums(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         return
     good, bad = 0, []
-    with zipfile.ZipFile(path) as archive:
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    with archive:
         for record in archive.infolist():
             try:
                 with archive.open(record) as content:
                     while content.read(2**20):
                         pass
                 good += record.file_size > 0
-            except (zipfile.BadZipFile, EOFError):
+            except Exception:  # A flipped bit may also say that a record is encrypted, or packed in an unknown way.
                 bad.append(record.filename)
     if good and bad:
         raise CheckpointError(f"{path} has a record {bad[0]!r} that is not as it was written. {AGAIN}")
