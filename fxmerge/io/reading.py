@@ -29,7 +29,7 @@ IN_DIRECTORY = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""What a directory of weights holds, the first of these that is there."""
+"""What a directory of weights holds; the first of these that is there is read."""
 
 
 def load(path: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -61,11 +61,7 @@ def load(path: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"There is no file or directory {str(path)!r}.")
     if path.is_dir():
-        found = next((path / name for name in IN_DIRECTORY if (path / name).exists()), None)
-        if found is None:
-            raise CheckpointError(f"The directory {path} has no weights: none of {', '.join(IN_DIRECTORY)} is in it.")
-        inside = load(found, allow_pickle=allow_pickle)
-        return Checkpoint(path, inside.files, inside.entries, inside.read, "", inside.notes, inside.metadata)
+        return _directory(path, allow_pickle)
     if path.name.endswith(INDEX):
         return _sharded(path, allow_pickle)
     if path.suffix == SAFETENSORS:
@@ -77,6 +73,21 @@ def load(path: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     raise CheckpointError(
         f"{path} is no file of weights by its name: it must end in {SAFETENSORS}, {INDEX} or {', '.join(TORCH)}."
     )
+
+
+def _directory(path: Path, allow_pickle: bool) -> Checkpoint:
+    """The weights in a directory: .safetensors before files of torch."""
+    found = [name for name in IN_DIRECTORY if (path / name).exists()]
+    if not found:
+        raise CheckpointError(f"The directory {path} has no weights: none of {', '.join(IN_DIRECTORY)} is in it.")
+    name, *others = found
+    if name + INDEX in others:
+        raise CheckpointError(
+            f"The directory {path} holds {name} and {name + INDEX}; give one of them, or remove the other."
+        )
+    inside = load(path / name, allow_pickle=allow_pickle)
+    checkpoint = Checkpoint(path, inside.files, inside.entries, inside.read, "", inside.notes, inside.metadata)
+    return checkpoint.noted(*(f"{other} beside {name} was not read." for other in others))
 
 
 def _check_any(path: Path, entries: Mapping[str, Entry]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from fxmerge.errors import OptionError, OutputError
-from fxmerge.io.reading import SAFETENSORS, TORCH
+from fxmerge.io.reading import INDEX, SAFETENSORS, TORCH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +71,9 @@ def save(
     with told(path):
         path.mkdir(parents=True, exist_ok=True)
     shards = list(_shards(tensors, shard_size))
+    other = path / (f"{NAME}{SAFETENSORS}{INDEX}" if len(shards) == 1 else f"{NAME}{SAFETENSORS}")
+    if other.exists():
+        raise OutputError(f"{other} is there, and would stand beside other weights. Remove it, or name another place.")
     if len(shards) == 1:
         return (_safetensors(tensors, shards[0], path / f"{NAME}{SAFETENSORS}", metadata),)
     files = []
@@ -79,7 +82,7 @@ def save(
         files.append(_safetensors(tensors, names, file, metadata))
     places = {name: file.name for names, file in zip(shards, files, strict=True) for name in names}
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = path / f"{NAME}{SAFETENSORS}.index.json"
+    index = path / f"{NAME}{SAFETENSORS}{INDEX}"
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2) + "\n"
     with written(index) as place:
         place.write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -184,8 +185,6 @@ def settings(texts: Sequence[str]) -> dict[str, Any]:
         >>> settings(["num_classes=5", "act_layer=gelu"])
         {'num_classes': 5, 'act_layer': 'gelu'}
     """
-    import ast
-
     found: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxmerge.errors import CheckpointError
+from fxmerge.errors import CheckpointError, OutputError
 from fxmerge.io import load, save
 from tests.slow import slow
 
@@ -198,6 +198,19 @@ def test_shards_that_are_missing_or_not_as_the_index_says(tmp_path: Path) -> Non
         with pytest.raises(CheckpointError, match=sentence):
             load(copy)
         shutil.rmtree(copy)
+
+
+def test_a_directory_with_several_weights(tmp_path: Path) -> None:
+    """One of two forms of one format may be old; of two formats, the safer one is read, and that is told."""
+    files = save(state(), tmp_path, shard_size=100)
+    torch.save(state(), tmp_path / "pytorch_model.bin")
+    assert load(tmp_path).notes == ("pytorch_model.bin beside model.safetensors.index.json was not read.",)
+    with pytest.raises(OutputError, match=r"model.safetensors.index.json is there, and would stand beside other"):
+        save(state(), tmp_path)
+    save(state(), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds model.safetensors and model.safetensors.index.json; give one"):
+        load(tmp_path)
+    assert equal(load(files[-1]), state())
 
 
 def header(**entry: Any) -> bytes:
