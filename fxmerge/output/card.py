@@ -56,7 +56,8 @@ def card(result: Result, report: Report, loads: Mapping[str, str], reasons: Mapp
         parts.append("## Warnings\n\n" + "\n".join(f"- {text}" for text in warnings) + "\n")
     listed = ", ".join(f"`{name}` ({name_of(i)})" for i, name in enumerate(names))
     parts.append(f"{DONE[plan.verb]} {listed}, by fxmerge, without training.\n")
-    parts.append("## Load it\n\n```python\n" + "\n".join(loads.values()) + "\n```\n")
+    code = "\n".join(loads.values()) or "network.load_state_dict(safetensors.torch.load_file('model.safetensors'))"
+    parts.append(f"## Load it\n\n```python\n{code}\n```\n")
     parts.append("## How it was made\n\n" + "\n".join(f"- {line}" for line in _method(report)) + "\n")
     parts.append(
         "## Figures\n\n"
