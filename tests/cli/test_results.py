@@ -178,8 +178,6 @@ def test_a_network_that_cannot_be_exported_is_told(call: Call, tmp_path: Path) -
     assert code == 0 and "model.pt2 was not written: torch.export cannot write it" in err
     assert "model.pt2" not in names(tmp_path / "merged")
     assert "network.load_state_dict(safetensors" in (tmp_path / "merged" / "README.md").read_text()
-    code, _, err = call("compare", tmp_path / "merged", *DATA)
-    assert code == 0, err
 
 
 # -------------------------------------------------------------------------- align and fold
