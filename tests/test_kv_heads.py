@@ -169,7 +169,8 @@ def test_the_report_tells_where_units_went() -> None:
     torch.manual_seed(0)
     model = Apart(sdpa).double()
     plant(model.pairs(), 4, 2)
-    folded = fold(model, {"kv heads of *": 2}, (tokens(),))
+    recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=False))
+    folded = fxmerge.fold(model, None, {"kv heads of *": 2}, recipe, example=tokens())
     (images,) = fxmerge.report(folded).images
     for name, merged in (("k", folded.k), ("v", folded.v)):
         torch.testing.assert_close(merged.weight[images[f"{name}.weight[0]"]], getattr(model, name).weight)
@@ -295,11 +296,16 @@ def test_rotated_heads_come_back_by_changes_of_basis(name: str, data: bool) -> N
     assert "orthogonal" in report.bases.values() and report.images[0].keys().isdisjoint(report.bases)
 
 
-@pytest.mark.parametrize(("width", "continuous"), [(0.5, True), ({"kv heads of *": 0.5}, "auto")])
-def test_bases_of_one_network_are_those_inside_of_key_value_heads(width: Any, continuous: Any) -> None:
-    recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=continuous))
-    with pytest.raises(fxmerge.OptionError, match="may be True if the width names key/value heads"):
-        fxmerge.fold(Apart(sdpa), None, width, recipe, example=tokens().float())
+def test_the_nearer_of_two_bases_is_kept() -> None:
+    torch.manual_seed(0)
+    model, data = Apart(sdpa), [tokens().float() for _ in range(4)]
+    errors = {}
+    for way in (True, False, "auto"):
+        recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=way))
+        report = fxmerge.report(fxmerge.fold(model, data, {"kv heads of *": 0.5}, recipe))
+        errors[way] = report.errors["merged"]
+        assert report.widths["kv heads of q.weight[0]"] == (4, 2)
+    assert errors["auto"] == min(errors[True], errors[False]) != max(errors[True], errors[False])
 
 
 ARCHITECTURES: dict[str, str] = {
