@@ -4,12 +4,17 @@
 def first_line(error: BaseException) -> str:
     """What an error of another package says, in one line without a full stop; its class, if it says nothing.
 
+    A line that ends in a colon says nothing without the next one, which is added.
+
     Example:
         >>> first_line(ValueError("no such key.\\nAll keys: a, b"))
         'no such key'
+        >>> first_line(RuntimeError("Errors for Net:\\n\\tsize mismatch for w.\\n\\tsize mismatch for b."))
+        'Errors for Net: size mismatch for w'
     """
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines and lines[0].rstrip(".") else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    count = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:count]).rstrip(".") or type(error).__name__
 
 
 class FxmergeError(Exception):

@@ -110,7 +110,7 @@ def show_check(found: Check, *, as_json: bool) -> None:
             show(f"{found.equal:.1%} of the parameters are in tensors that all have, with equal shapes.")
             if found.first_difference:
                 show(f"They first differ here: {found.first_difference}")
-        show(f"At least {_size(found.memory)} of memory are needed, and what --memory says.")
+        show(f"At least {_size(found.memory)} of memory are needed, and for activations what --memory allows.")
         for problem in found.problems:
             say(f"problem: {problem}", "red")
     if found.problems:
@@ -171,6 +171,11 @@ def verify_result(result: str, *, symmetry: bool, allow_pickle: bool, as_json: b
     if symmetry and not problems:
         network = _networks(plan, allow_pickle)[0]
         own = Symmetry.from_json(directory / "symmetry.json")
+        if not {axis.parameter for one in own.classes for axis in one.axes} <= set(network.model.state_dict()):
+            raise OptionError(
+                f"symmetry.json in {result} is of a network with heads apart, and --symmetry cannot prove it on one of "
+                "the models. Without --symmetry, verify checks all files."
+            )
         proven = own.verify(network.model, *example_of(network))
         error = proven.error
         problems += [f"Class {name!r} of symmetry.json failed verification." for name in proven.demoted]
@@ -197,6 +202,8 @@ def report_result(result: str, *, as_json: bool) -> None:
         return
     for text in found["warnings"]:
         show(f"warning: {text}")
+    for what, why in found.get("not_written", {}).items():
+        show(f"warning: {what} was not written: {why}")
     show(Report(**found["report"]))
     for name, code in found["loads"].items():
         show(f"{name}: {code}")

@@ -112,6 +112,10 @@ def _unfilled(
     """The network of the shapes of a checkpoint, with other weights."""
     if arch.partition(":")[0] == HF:
         raise OptionError(f"{arch!r} is no architecture of files: write hf, and put a config.json beside the weights.")
+    if not arch.partition(":")[2]:
+        raise OptionError(
+            f"{arch!r} is no architecture; write timm:NAME, torchvision:NAME, hf or package.module:factory."
+        )
     given = dict(settings or {})
     source = sources.load(arch, inputs, given, device)
     wanted = entries_of(source.model)

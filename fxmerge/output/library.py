@@ -136,7 +136,9 @@ def _timm(
     size = tuple(network.source.args[0].shape[1:])
     other = size != tuple(model.pretrained_cfg["input_size"]) and "data_config" in inspect.signature(save).parameters
     sizes = {"data_config": {"input_size": size}} if other else {}
-    save(model, place, model_args=dict(network.settings), safe_serialization=True, **sizes)
+    # What says how images are prepared is in the configuration that timm saves, and timm passes it on from there.
+    args = {key: value for key, value in network.settings.items() if not key.startswith("pretrained_cfg")}
+    save(model, place, model_args=args, safe_serialization=True, **sizes)
     loaded: nn.Module = timm.create_model(f"local-dir:{place}", pretrained=True)
     return loaded.to(_dtype(state))
 

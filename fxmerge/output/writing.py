@@ -92,7 +92,8 @@ class _Weights:
             self.loads[name] = written.loads.replace("DIRECTORY", name)
             return
         if written.reason:
-            self.reasons[f"{name} as a directory of {network.arch.partition(':')[0]}"] = written.reason
+            what = "The network" if name == "." else name
+            self.reasons[f"{what} as a directory of {network.arch.partition(':')[0]}"] = written.reason
         self.alone(module, name)
 
     def alone(self, module: fx.GraphModule, name: str = ".") -> None:

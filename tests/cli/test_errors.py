@@ -98,7 +98,7 @@ def written(call: Call, tmp_path: Path, *arguments: object) -> tuple[int, str, s
         (("merge", "a", "b"), 1, "a has no architecture: pass --arch, such as timm:resnet18 or hf."),
         (("align", "a", "b", "c", *ARCH), 1, "align takes 2 models, and 3 are given."),
         (("merge", "a", "b", *ARCH), 3, "There is no file or directory 'a'."),
-        (("merge", "a.pt", "b.pt", "--arch", "mlp"), 1, "'mlp' names no model; write package.module:factory"),
+        (("merge", "a.pt", "b.pt", "--arch", "mlp"), 1, "'mlp' is no architecture; write timm:NAME"),
         (("merge", "a.pt", "b.pt", "--arch", "hf"), 1, "config.json is not there"),
         (("merge", "a.pt", "b.pt", *ARCH, "--set", "hidden=6"), 3, "'0.weight' has shape (8, 4)"),
         (("merge", "a.pt", "b.pt", *ARCH, "--set", "x"), 1, "write key=value, not 'x'"),

@@ -176,6 +176,8 @@ def test_a_network_that_cannot_be_exported_is_told(call: Call, tmp_path: Path) -
         io.save(files.Branching().state_dict(), path)
     code, _, err = call("merge", *paths, "--arch", "tests.files:branching", "--out", tmp_path / "merged")
     assert code == 0 and "model.pt2 was not written: torch.export cannot write it" in err
+    code, out, _ = call("report", tmp_path / "merged")
+    assert code == 0 and out.index("warning: model.pt2 was not written: torch.export") < out.index("2 models")
     assert "model.pt2" not in names(tmp_path / "merged")
     assert "network.load_state_dict(safetensors" in (tmp_path / "merged" / "README.md").read_text()
 
@@ -258,6 +260,13 @@ def test_verify_finds_a_symmetry_of_another_network(call: Call, pair: tuple[Path
     assert code == 5 and "Class '0.weight[0]' of symmetry.json failed verification." in err
 
 
+def test_the_symmetry_of_heads_apart_is_told(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    call("merge", *pair, *ARCH, *DATA, "--share", "trunk", "--out", tmp_path / "merged")
+    code, _, err = call("verify", tmp_path / "merged", "--symmetry")
+    assert code == 1 and "is of a network with heads apart, and --symmetry cannot prove it" in err
+    assert call("verify", tmp_path / "merged")[0] == 0
+
+
 @pytest.mark.parametrize("command", [("report",), ("verify",), ("compare", *DATA)])
 def test_what_is_no_result(command: tuple[str, ...], call: Call, tmp_path: Path) -> None:
     code, _, err = call(*command, tmp_path)
@@ -294,6 +303,7 @@ def test_a_recipe_for_a_command_line(call: Call, pair: tuple[Path, Path], tmp_pa
 
 def test_check(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
     code, out, _ = call("check", *pair, *ARCH)
+    assert "for activations what --memory allows" in out
     assert code == 0 and "100.0% of the parameters" in out
     other = files.weights(tmp_path / "c.pt", 2, num_classes=6)
     code, out, _ = call("check", pair[0], other, *ARCH, "--json")

@@ -154,8 +154,29 @@ def test_a_network_that_its_library_cannot_build_has_an_archive(call: Call, tmp_
     shared = ("--arch", f"timm:{NAME}", "--input", "1x3x32x32", "--data", tmp_path / "x.npy")
     code, _, err = call("fold", tmp_path / "w.safetensors", *shared, "--width", "0.5", "--out", tmp_path / "small")
     assert code == 0
-    assert "as a directory of timm was not written: the class of the architecture does not take the weights" in err
+    assert "The network as a directory of timm was not written: the class of the architecture does not take" in err
+    assert "size mismatch for" in err
     assert not (tmp_path / "small" / "config.json").exists()
     network = torch.export.load(tmp_path / "small" / "model.pt2").module()
     assert network(torch.zeros(3, 3, 32, 32)).shape == (3, 5)
     assert "## Warnings" in (tmp_path / "small" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_how_images_are_prepared_is_kept_for_timm(call: Call, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    image = pytest.importorskip("PIL.Image")
+    for name in ("a", "b"):
+        io.save(timm.create_model(NAME, num_classes=5).state_dict(), tmp_path / f"{name}.safetensors")
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    way = 'pretrained_cfg_overlay={"mean": [0.5, 0.5, 0.5], "crop_pct": 1.0}'
+    shared = ("--arch", f"timm:{NAME}", "--input", "1x3x32x32", "--data", tmp_path / "images", "--set", way)
+    code, _, err = call("align", *paths, *shared, "--out", tmp_path / "out")
+    assert code == 0 and "was not written" not in err
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    config = timm.data.resolve_model_data_config(loaded)
+    assert tuple(config["mean"]) == (0.5, 0.5, 0.5) and config["crop_pct"] == 1.0
