@@ -22,8 +22,8 @@ Transform = Callable[[Any], Tensor]
 
 def read(
     directory: Path, network: Network, samples: int, batch: int, generator: torch.Generator
-) -> tuple[list[Tensor], list[Path]]:
-    """Some images of a directory and of those inside of it, in batches; and their files.
+) -> tuple[list[Tensor], list[Path], str]:
+    """Some images of a directory and of those inside of it, in batches; their files; and what prepared them.
 
     Raises:
         LoaderError: if there are none, one cannot be read, or the network has no transform.
@@ -34,12 +34,12 @@ def read(
     chosen = sorted(torch.randperm(len(files), generator=generator)[:samples].tolist())
     files = [files[i] for i in chosen]
     dtype = next((p.dtype for p in network.model.parameters() if p.is_floating_point()), torch.float32)
-    transform, mode = transform_of(network)
+    transform, mode, told = transform_of(network)
     tensors = [_image(path, transform, mode).to(dtype) for path in files]
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise LoaderError(f"The images of {directory} have the shapes {sorted(shapes)} after the network's transform.")
-    return list(torch.stack(tensors).split(batch)), files
+    return list(torch.stack(tensors).split(batch)), files, told
 
 
 def _image(path: Path, transform: Transform, mode: str) -> Tensor:
@@ -51,8 +51,8 @@ def _image(path: Path, transform: Transform, mode: str) -> Tensor:
         raise LoaderError(f"The image {path} cannot be read: {first_line(error)}.") from error
 
 
-def transform_of(network: Network) -> tuple[Transform, str]:
-    """How the library of a network prepares an image, and the mode in which the image has to be.
+def transform_of(network: Network) -> tuple[Transform, str, str]:
+    """How the library of a network prepares an image; the mode in which the image has to be; and the former in words.
 
     Raises:
         LoaderError: if the library is not known to have one.
@@ -66,14 +66,16 @@ def transform_of(network: Network) -> tuple[Transform, str]:
         config = data.resolve_model_data_config(network.model, args=given)
         if mode == "L":
             config |= {key: tuple(config[key][:1]) for key in ("mean", "std")}
-        return data.create_transform(**config, is_training=False), mode
+        transform = data.create_transform(**config, is_training=False)
+        return transform, mode, _told(transform)
     if kind == "torchvision":
         weights = package("torchvision").models.get_model_weights(name)
         if not len(weights):
             raise LoaderError(f"torchvision has no transform for {name}; pass --data package.module:loader.")
-        transform = next(iter(weights)).transforms
+        transforms = next(iter(weights)).transforms
         sizes = {} if size is None else {"crop_size": size[1], "resize_size": size[1]}
-        return transform(**sizes), mode
+        transform = transforms(**sizes)
+        return transform, mode, _told(transform)
     if kind == HF:
         try:
             with quiet():
@@ -85,11 +87,17 @@ def transform_of(network: Network) -> tuple[Transform, str]:
                 f"{network.directory} has no image processor ({type(error).__name__}). Copy preprocessor_config.json "
                 "beside the weights, or pass --data package.module:loader."
             ) from error
-        return lambda image: processor(image, return_tensors="pt")["pixel_values"][0], mode
+        told = f"the {type(processor).__name__} of {network.directory}"
+        return lambda image: processor(image, return_tensors="pt")["pixel_values"][0], mode, told
     raise LoaderError(
         f"{network.arch} says nothing of how images are prepared. Pass --data package.module:loader, a .npy or .npz "
         "file, or an architecture of timm, torchvision or hf."
     )
+
+
+def _told(transform: Any) -> str:
+    """A transform in one line."""
+    return " ".join(str(transform).split())
 
 
 def _size(network: Network) -> tuple[int, int, int] | None:

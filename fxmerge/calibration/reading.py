@@ -89,8 +89,8 @@ def read(
     generator = torch.Generator().manual_seed(seed)
     found: Sequence[Any]
     if place.is_dir():
-        found, files = images.read(place, network, samples, batch, generator)
-        what = f"{len(files)} images of {path}"
+        found, files, transform = images.read(place, network, samples, batch, generator)
+        what = f"{len(files)} images of {path}, prepared by {transform}"
     elif place.suffix in arrays.SUFFIXES:
         found, files = arrays.read(place, network, samples, batch, generator), [place]
         what = f"arrays of {path}"
@@ -101,7 +101,12 @@ def read(
         raise LoaderError(
             f"{path} is no file of data by its name: it must end in {', '.join((*arrays.SUFFIXES, *text.SUFFIXES))}."
         )
-    return Batches(tuple(found), tuple(files), f"{sum(map(_rows, found))} rows in {len(found)} batches, {what}.")
+    return Batches(tuple(found), tuple(files), f"{_counted(found)}, {what}.")
+
+
+def _counted(batches: Sequence[Any]) -> str:
+    rows, count = sum(map(_rows, batches)), len(batches)
+    return f"{rows} row{'s' * (rows != 1)} in {count} batch{'es' * (count != 1)}"
 
 
 def _rows(batch: Any) -> int:
@@ -131,4 +136,4 @@ def _function(module: str, name: str, samples: int) -> Batches:
         raise LoaderError(f"{module}:{name} gives no batches: {type(error).__name__}: {error}.") from error
     if not batches:
         raise LoaderError(f"{module}:{name} is empty: it gave no batch.")
-    return Batches(tuple(batches), (), f"{rows} rows in {len(batches)} batches, of {module}:{name}.")
+    return Batches(tuple(batches), (), f"{_counted(batches)}, of {module}:{name}.")

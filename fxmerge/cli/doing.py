@@ -46,6 +46,8 @@ def run(plan: Plan, context: click.Context) -> None:
         show_json({"out": plan.output.path, **summary})
         return
     show(Report(**summary["report"]))
+    for found in result.data:
+        show(f"data: {found.note}")
     for what, why in written.reasons.items():
         say(f"warning: {what} was not written: {why}", "yellow")
     show(f"\n{plan.output.path} is written. README.md in it is the model card. To load it, from inside of it:")
