@@ -36,7 +36,8 @@ QUIET = Run(progress=False)
 
 def made(parents: list[nn.Module], data: list[Tensor], width: float | Budget, *, merge: bool) -> fx.GraphModule:
     if not merge:
-        return fxmerge.fold(parents[0], data, width, run=QUIET)
+        units_only = fxmerge.Recipe(match=fxmerge.Zip(continuous=False))  # As with a budget.
+        return fxmerge.fold(parents[0], data, width, units_only, run=QUIET)
     return fxmerge.merge(parents[0], parents[1], data, Recipe(match=Zip(width=width), share="trunk"), run=QUIET)
 
 

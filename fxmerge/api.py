@@ -23,7 +23,7 @@ from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
 from fxmerge.recipe import AUTO, NOTHING, Align, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
-from fxmerge.reporting import attach, named_errors, report, widths_of
+from fxmerge.reporting import Made, attach, named_errors, report, widths_of
 from fxmerge.sizing import configured, nothing_lost, same_on_example, sized
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.truncating import fewer_units_left, with_directions
@@ -230,7 +230,7 @@ def _merged(
         errors=named_errors(refitted.errors),
         held_out=refitted.held_out,
     )
-    attach(told, merged)
+    attach(told, merged, Made(group.whole, replace(matching.units, maps=tuple(own for own, _ in maps))))
     return merged
 
 
@@ -244,7 +244,7 @@ def _side_by_side(group: Prepared, recipe: Recipe, weights: Sequence[float]) -> 
         weights=tuple(weights),
         heads=tuple(asdict(head) for head in job.heads),
     )
-    attach(told, merged)
+    attach(told, merged, Made(group.whole, None))
     return merged
 
 
@@ -372,7 +372,7 @@ def align(
         quality=renumbered(matching.quality, ()),
         objective=(*group.objectives, *matching.objectives),
     )
-    attach(told, aligned)
+    attach(told, aligned, Made(group.whole, matching.alignment))
     return aligned
 
 

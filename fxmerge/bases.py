@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 from torch import Tensor
 
@@ -12,8 +13,9 @@ from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.evidence.activations import similarities
 from fxmerge.job import Job
 from fxmerge.matching.balance import balance
+from fxmerge.matching.consensus import match_all
 from fxmerge.matching.models import alpha_by_class
-from fxmerge.matching.search import floats, match
+from fxmerge.matching.search import floats
 from fxmerge.matching.universe import canonical_order
 from fxmerge.prepared import Prepared
 from fxmerge.program.canonicalize import plan_folds
@@ -82,7 +84,7 @@ def mixing(symmetry: Symmetry) -> set[int]:
 def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Prepared:
     """Models of which all classes that a change of basis may mix are in one basis, with the blocks that these lie in.
 
-    Each of the others is matched with the reference, which stays as it is. The classes of which units are only permuted
+    The reference stays as it is. The classes of which units are only permuted
     are matched along with these, but stay as they were.
     """
     job, symmetry, trunk = group.job, group.symmetry, group.trunk
@@ -90,39 +92,20 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
     placed = moving_together(symmetry, numbers)
     gauges = [balance(symmetry, state) for state in job.states]
     balanced = [gauge.apply(floats(symmetry, state)) for gauge, state in zip(gauges, job.states, strict=True)]
-    others = [i for i in range(len(job.states)) if i != reference]
-    pairs = {i: (min(reference, i), max(reference, i)) for i in others}
     correlations = {}
     if job.data is not None and part.alpha != 1:
         states = [transformed(symmetry, state, [gauge]) for gauge, state in zip(gauges, job.states, strict=True)]
+        pairs = list(combinations(range(len(states)), 2))
         with job.timed("activations"):
             correlations = similarities(
-                group.propagation,
-                trunk,
-                states,
-                job.data,
-                job.names,
-                list(pairs.values()),
-                part.similarity,
-                job.owner,
-                numbers,
+                group.propagation, trunk, states, job.data, job.names, pairs, part.similarity, job.owner, numbers
             )
     alpha = alpha_by_class(part, trunk) if job.data is not None else 1.0
     states, images = list(job.states), [symmetry.identity().images] * len(job.states)
     objectives = []
     with job.timed("matching bases"):
-        for i in others:
-            pair = pairs[i]
-            matched = match(
-                trunk,
-                balanced[reference],
-                balanced[i],
-                {n: c[pair] if reference < i else c[pair].T for n, c in correlations.items()},
-                alpha=alpha,
-                continuous=True,
-                seed=run.seed,
-                progress=run.progress,
-            )
+        found = match_all(trunk, balanced, correlations, reference, alpha=alpha, seed=run.seed, progress=run.progress)
+        for i, matched in sorted(found.items()):
             moved = symmetry.restrict(Permutation(symmetry.layout, matched.permutation.images), placed)
             change = Basis(symmetry.mixed, matched.basis.matrices)
             states[i] = transformed(symmetry, job.states[i], (gauges[i], moved, change, gauges[reference].inverse()))

@@ -1,12 +1,36 @@
 """Every error a user can meet. Each message says what is wrong, where, and what to do next."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in one line without a full stop; its class, if it says nothing.
+
+    A line that ends in a colon says nothing without the next one, which is added.
+
+    Example:
+        >>> first_line(ValueError("no such key.\\nAll keys: a, b"))
+        'no such key'
+        >>> first_line(RuntimeError("Errors for Net:\\n\\tsize mismatch for w.\\n\\tsize mismatch for b."))
+        'Errors for Net: size mismatch for w'
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    count = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:count]).rstrip(".") or type(error).__name__
+
+
 class FxmergeError(Exception):
     """Base class of all errors raised by fxmerge."""
 
 
 class CaptureError(FxmergeError, RuntimeError):
     """No route could turn a model into a graph."""
+
+
+class CheckpointError(FxmergeError, ValueError):
+    """A file of weights is missing, damaged, or does not fit the network that it is for."""
+
+
+class OutputError(FxmergeError, OSError):
+    """A result cannot be written: the target exists, is in use, or the disk is full."""
 
 
 class ArchitectureMismatchError(FxmergeError, ValueError):
@@ -22,7 +46,13 @@ class LoaderError(FxmergeError, ValueError):
 
 
 class OptionError(FxmergeError, ValueError):
-    """An argument is outside of its range."""
+    """An argument is outside of its range.
+
+    Attributes:
+        field: the field of a recipe, a run or a plan that it is, if it is one.
+    """
+
+    field: str | None = None
 
 
 class PermutationError(FxmergeError, ValueError):

@@ -22,10 +22,34 @@ PICKLED = "fxmerge_report"
 """The attribute by which a report outlives pickling, which takes the `meta` of a GraphModule away."""
 
 
-def attach(report: Report, module: fx.GraphModule) -> None:
-    """Gives a network its report."""
+MADE = "fxmerge_made_with"
+"""The entry of a GraphModule's `meta` in which the values lie that it was made with."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The values that a network was made with, which are written beside it. They do not outlive pickling.
+
+    Attributes:
+        symmetry: of the models, verified unless the run says otherwise.
+        units: where the units of the models went; None where networks stand side by side.
+    """
+
+    symmetry: Symmetry
+    units: UnitMap | None
+
+
+def attach(report: Report, module: fx.GraphModule, made: Made) -> None:
+    """Gives a network its report, and the values that it was made with."""
     module.meta[KEY] = report.to_dict()
+    module.meta[MADE] = made
     setattr(module, PICKLED, module.meta[KEY])
+
+
+def made_with(module: fx.GraphModule) -> Made:
+    """The values that a network was made with."""
+    made: Made = module.meta[MADE]
+    return made
 
 
 @dataclass(frozen=True)

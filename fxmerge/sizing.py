@@ -19,6 +19,7 @@ from fxmerge.emit.proof import outputs, same_when_repeated
 from fxmerge.emit.resize import resize, rewritten, write
 from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
+from fxmerge.job import Job
 from fxmerge.matching.allot import Allotment, widths_to_try
 from fxmerge.matching.assignment import descendants
 from fxmerge.matching.nested import carry, is_block
@@ -47,11 +48,7 @@ def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room | Allotm
         OptionError: if the recipe names a class for which it does not.
     """
     symmetry = group.symmetry
-    if group.job.program.follows_path:
-        raise OptionError(
-            "Another width than 1 needs a model that torch.export can capture, and this one it cannot: "
-            f"{group.job.program.why_fixed}. Leave the width at 1."
-        )
+    check_resizable(group.job)
     if isinstance(part.width, Mapping):  # Of classes in one basis, directions are left out.
         check_patterns(part.width, (*group.bases, *symmetry.names))
         mixed = {p for p in part.width if any(fits(name, p) for name in group.bases)}
@@ -68,6 +65,19 @@ def room_for(group: Prepared, part: Zip, run: Run, models: int) -> Room | Allotm
     if widths and not found:
         warn_of_width(reasons)
     return group.room(found)
+
+
+def check_resizable(job: Job) -> None:
+    """The graph of a model must be such that its sizes can be changed.
+
+    Raises:
+        OptionError: if it follows the path of one example.
+    """
+    if job.program.follows_path:
+        raise OptionError(
+            "Another width than 1 needs a model that torch.export can capture, and this one it cannot: "
+            f"{job.program.why_fixed}. Leave the width at 1."
+        )
 
 
 def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dict[int, int], list[str]]:

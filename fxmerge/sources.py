@@ -85,7 +85,12 @@ def example(text: str, device: str | None = None) -> Tensor:
     return torch.randint(2, shape, device=device).to(dtype)
 
 
-def _package(name: str) -> Any:
+def package(name: str) -> Any:
+    """A package that may be missing.
+
+    Raises:
+        OptionError: if it is.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -120,15 +125,15 @@ def _factory(module: str, name: str, inputs: list[Tensor], config: dict[str, Any
 
 
 def _timm(name: str, inputs: list[Tensor], config: dict[str, Any], device: str | None) -> Source:
-    timm = _package("timm")
-    _known(name, timm.list_models(), "timm")
+    timm = package("timm")
+    _known(name.partition(".")[0], timm.list_models(), "timm")  # What follows says how it was trained.
     model = timm.create_model(name, pretrained=False, **config)
     shape = (1, *getattr(model, "pretrained_cfg", {}).get("input_size", IMAGE[1:]))
     return Source(model, tuple(inputs) or (torch.randn(shape),))
 
 
 def _torchvision(name: str, inputs: list[Tensor], config: dict[str, Any], device: str | None) -> Source:
-    models = _package("torchvision").models
+    models = package("torchvision").models
     _known(name, models.list_models(), "torchvision")
     builder: Callable[..., nn.Module] = models.get_model_builder(name)
     without = {k: None for k in ("weights", "weights_backbone") if k in inspect.signature(builder).parameters}
@@ -137,7 +142,7 @@ def _torchvision(name: str, inputs: list[Tensor], config: dict[str, Any], device
 
 
 def _transformers(name: str, inputs: list[Tensor], config: dict[str, Any], device: str | None) -> Source:
-    transformers = _package("transformers")
+    transformers = package("transformers")
     _known(name, transformers.CONFIG_MAPPING.keys(), "transformers")
     settings = transformers.AutoConfig.for_model(name, **config)
     settings.use_cache = False
@@ -145,6 +150,11 @@ def _transformers(name: str, inputs: list[Tensor], config: dict[str, Any], devic
         model: nn.Module = transformers.AutoModel.from_config(settings)
     if device is None and sum(p.numel() for p in model.parameters()) <= BIG:
         model = transformers.AutoModel.from_config(settings)
+    return transformers_example(model, settings, inputs)
+
+
+def transformers_example(model: Any, settings: Any, inputs: Sequence[Tensor] = ()) -> Source:
+    """A model of transformers with its example inputs: those given, and random ones for the rest."""
     where = next(model.parameters()).device
     given = {n: t.to(where) for n, t in zip(_input_names(model, settings), inputs, strict=False)}
     with torch.device(where):

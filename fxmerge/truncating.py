@@ -25,7 +25,7 @@ from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
 from fxmerge.program.double import in_double
 from fxmerge.recipe import Budget, Recipe, Run, Zip
-from fxmerge.sizing import any_map, blamed, failing, resized, sized, try_sizes
+from fxmerge.sizing import any_map, blamed, check_resizable, failing, resized, sized, try_sizes
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.freeze import freeze, moving_together
 from fxmerge.symmetry.group import Symmetry
@@ -58,8 +58,6 @@ def with_directions(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, 
     narrow = isinstance(part, Zip) and part.continuous is True and not isinstance(part.width, Budget)
     if isinstance(part, Zip) and names_kv_heads(part.width):
         narrow = False  # Heads of keys and values are merged in another basis.
-    if job.program.follows_path:
-        narrow = False  # No class can have another width: `room_for` says so.
     if len(job.states) > 1:
         group = in_one_basis(job, recipe, run, given, reference)
         return truncated(group, recipe, run) if narrow and group.unfrozen is not None else group
@@ -96,6 +94,7 @@ def truncated(group: Prepared, recipe: Recipe, run: Run) -> Prepared:
     widths, named = _wanted(group, symmetry, part)
     if not widths:
         return group
+    check_resizable(group.job)
     states = _in_principal_basis(group, symmetry, part, list(widths))
     group = replace(group, job=replace(group.job, states=states))
     consumed = frozenset(axis for axis, kind in group.flow.items() if kind is Flow.CONSUMES)
@@ -122,7 +121,10 @@ def _wanted(group: Prepared, symmetry: Symmetry, part: Zip) -> tuple[dict[int, i
         if not width:
             return {}, False
     fewer = [n for n in _may_be_fewer(group, symmetry) if n in numbers]
-    return wanted(replace(part, width=width), symmetry, 1, fewer, ()), isinstance(width, Mapping)
+    found = wanted(replace(part, width=width), symmetry, 1, fewer, ())
+    # A deviation from the mean needs two units.
+    least = {n: min(2, symmetry.by_block(n).shape[1]) if symmetry.kind(n) == Kind.CENTRED else 1 for n in found}
+    return {n: max(w, least[n] * len(symmetry.by_block(n))) for n, w in found.items()}, isinstance(width, Mapping)
 
 
 def _may_be_fewer(group: Prepared, symmetry: Symmetry) -> list[int]:

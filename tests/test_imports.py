@@ -1,6 +1,9 @@
 """The import graph of the package has no circle, neither between modules nor between folders."""
 
 import ast
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import networkx as nx
@@ -54,3 +57,21 @@ def test_relative_imports_are_not_used() -> None:
     for path in ROOT.rglob("*.py"):
         nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
         assert all(not n.level for n in nodes), path
+
+
+def test_the_public_names_are_imported_when_they_are_used() -> None:
+    code = """
+import sys, fxmerge, fxmerge.errors, fxmerge.io, fxmerge.cli.app
+assert "torch" not in sys.modules
+from fxmerge import *
+assert merge is fxmerge.merge is fxmerge.api.merge and fxmerge.Recipe is Recipe
+assert {"merge", "fold", "Symmetry", "__version__"} <= set(dir(fxmerge))
+assert not hasattr(fxmerge, "mrege") and not hasattr(fxmerge, "__wrapped__")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_is_documented_where_it_is_defined() -> None:
+    public = importlib.import_module("fxmerge.public")
+    names = [name for name in vars(public) if not name.startswith("_")]
+    assert len(names) > 40 and all(getattr(fxmerge, name).__doc__ for name in names)

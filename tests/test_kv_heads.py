@@ -169,7 +169,7 @@ def test_the_report_tells_where_units_went() -> None:
     torch.manual_seed(0)
     model = Apart(sdpa).double()
     plant(model.pairs(), 4, 2)
-    recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=False), fit=None)
+    recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=False))
     folded = fxmerge.fold(model, None, {"kv heads of *": 2}, recipe, example=tokens())
     (images,) = fxmerge.report(folded).images
     for name, merged in (("k", folded.k), ("v", folded.v)):
@@ -294,6 +294,18 @@ def test_rotated_heads_come_back_by_changes_of_basis(name: str, data: bool) -> N
     assert errors[True] < (1e-5 if data else 1e-9) < 1e-4 < errors[False]
     report = fxmerge.report(found[True])
     assert "orthogonal" in report.bases.values() and report.images[0].keys().isdisjoint(report.bases)
+
+
+def test_the_nearer_of_two_bases_is_kept() -> None:
+    torch.manual_seed(0)
+    model, data = Apart(sdpa), [tokens().float() for _ in range(4)]
+    errors = {}
+    for way in (True, False, "auto"):
+        recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=way))
+        report = fxmerge.report(fxmerge.fold(model, data, {"kv heads of *": 0.5}, recipe))
+        errors[way] = report.errors["merged"]
+        assert report.widths["kv heads of q.weight[0]"] == (4, 2)
+    assert errors["auto"] == min(errors[True], errors[False]) != max(errors[True], errors[False])
 
 
 ARCHITECTURES: dict[str, str] = {

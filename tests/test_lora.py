@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import Align, Recipe, Zip
+from tests.slow import but_slow
 
 # What peft itself calls.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -74,7 +75,7 @@ def off(expected: Tensor, got: Tensor) -> float:
     return float((expected - got).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("ranks", [(4, 4), (4, 8)])
+@pytest.mark.parametrize("ranks", but_slow([(4, 8), (4, 4)]))
 def test_adapters_of_any_ranks_merge_in_the_space_that_they_span(base: nn.Module, ranks: tuple[int, int]) -> None:
     """Their mean is exact, and the best one of lower rank is what a fold leaves (a truncated singular value
     decomposition, as KnOTS has it: arXiv 2410.19735)."""

@@ -173,3 +173,26 @@ def test_what_a_fold_by_bases_cannot_be_asked_for(images: list[torch.Tensor]) ->
         fxmerge.fold(net, images, {"steam*": 0.5})
     with pytest.raises(fxmerge.OptionError, match=r"names 'stem\*', but 'stem\.weight\[0\]' cannot have more units"):
         fxmerge.fold(net, images, {"stem*": 1.5})
+
+
+def test_a_stream_that_keeps_its_mean_has_two_units_at_least(images: list[torch.Tensor]) -> None:
+    small = fxmerge.fold(Attentive(0).eval(), images, {"stem*": 0.01})
+    assert fxmerge.report(small).widths["stem.weight[0]"] == (8, 2)
+    assert torch.isfinite(small(images[0])).all()
+
+
+class Branching(nn.Module):
+    """A bottleneck behind a branch on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)) if float(x.sum()) > 0 else self.b(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_that_follows_a_path_keeps_its_directions() -> None:
+    with pytest.raises(fxmerge.OptionError, match=r"needs a model that torch\.export can capture"):
+        fxmerge.fold(Branching().eval(), None, {"a*": 0.5}, example=torch.ones(3, 4))

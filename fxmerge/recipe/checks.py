@@ -10,7 +10,9 @@ from fxmerge.errors import OptionError
 
 
 def wrong(part: object, name: str, wanted: str) -> OptionError:
-    return OptionError(f"{type(part).__name__}.{name} is {getattr(part, name)!r}; it must be {wanted}.")
+    error = OptionError(f"{type(part).__name__}.{name} is {getattr(part, name)!r}; it must be {wanted}.")
+    error.field = name
+    return error
 
 
 def is_number(value: Any) -> bool:

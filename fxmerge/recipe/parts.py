@@ -96,7 +96,8 @@ class Align:
             are matched by matrices in place of permutations: see `Symmetry.kind`. Gains and shifts of normalizations
             are moved into the layers around them first, as by `canonicalize`. "auto" merges in both ways, if there are
             such classes, and keeps the result whose outputs miss less of the ensemble's on held-out data; without data
-            or a fit, it permutes. Of three or more models, each is matched with one of them in these classes.
+            or a fit, it permutes. Of three or more models, each is matched with the mean of all others in these classes
+            (generalized Procrustes analysis).
 
     Raises:
         OptionError: if a field is out of range.

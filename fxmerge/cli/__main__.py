@@ -1,0 +1,7 @@
+"""`python -m fxmerge.cli`."""
+
+import sys
+
+from fxmerge.cli import main
+
+sys.exit(main())

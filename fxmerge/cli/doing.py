@@ -1,0 +1,241 @@
+"""What the commands do, from what was typed to what is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+
+import fxmerge
+from fxmerge import calibration, io, sources
+from fxmerge.cli.console import Found, say, show, show_json, table
+from fxmerge.cli.options import PLANS
+from fxmerge.errors import OptionError
+from fxmerge.inspection import inspect
+from fxmerge.networks import Network, build
+from fxmerge.output import reading
+from fxmerge.output.target import target
+from fxmerge.output.writing import write
+from fxmerge.plan import Plan, from_yaml
+from fxmerge.plan.checking import Check, check
+from fxmerge.plan.parts import settings
+from fxmerge.plan.running import example_of, execute, opened
+from fxmerge.reporting import Report
+from fxmerge.symmetry.group import Symmetry
+
+
+def run(plan: Plan, context: click.Context) -> None:
+    """Does what a plan says, and writes the result."""
+    given = context.params
+    if given["dry_run"]:
+        show_check(check_plan(plan, allow_pickle=given["allow_pickle"]), as_json=given["json"])
+        return
+    if plan.output is None:
+        raise click.UsageError("--out is missing: name the directory to write.", context)
+    checkpoints = opened(plan, allow_pickle=given["allow_pickle"])
+    read = [path for one in checkpoints for path in one.files]
+    with target(plan.output.path, force=given["force"], inputs=read) as place:
+        result = execute(plan, checkpoints)
+        for network in result.networks:
+            for note in network.checkpoint.notes:
+                say(f"{network.checkpoint.path}: {note}", "dim")
+        written = write(result, place)
+        summary = reading.summary_of(place)
+    if given["json"]:
+        show_json({"out": plan.output.path, **summary})
+        return
+    show(Report(**summary["report"]))
+    for found in result.data:
+        show(f"data: {found.note}")
+    for what, why in written.reasons.items():
+        say(f"warning: {what} was not written: {why}", "yellow")
+    show(f"\n{plan.output.path} is written. README.md in it is the model card. To load it, from inside of it:")
+    for code in written.loads.values():
+        show(f"  {code}")
+
+
+# -------------------------------------------------------------------------- check
+
+
+def check_files(
+    models: Sequence[str],
+    arch: str | None,
+    given: Sequence[str],
+    inputs: Sequence[str],
+    *,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Compares headers, and prints what was found."""
+    if len(models) == 1 and models[0].endswith(PLANS):
+        if arch is not None or given or inputs:
+            raise OptionError(f"{models[0]} says what to check; write --arch, --set and --input into the file.")
+        found = check_plan(from_yaml(models[0]), allow_pickle=allow_pickle)
+    else:
+        checkpoints = [io.load(path, allow_pickle=allow_pickle) for path in models]
+        count = len(models)
+        found = check(checkpoints, [arch] * count, [settings(given)] * count, inputs)
+    show_check(found, as_json=as_json)
+
+
+def check_plan(plan: Plan, *, allow_pickle: bool) -> Check:
+    files = (*plan.models, *([] if plan.base is None else [plan.base]))
+    archs, own = [plan.arch_of(file) for file in files], [plan.settings_of(file) for file in files]
+    return check(opened(plan, allow_pickle=allow_pickle), archs, own, plan.input, [one.path for one in plan.data])
+
+
+def show_check(found: Check, *, as_json: bool) -> None:
+    """Prints a pre-flight.
+
+    Raises:
+        Found: if there are problems.
+    """
+    if as_json:
+        show_json(found.to_dict())
+    else:
+        rows = [
+            (
+                file.path,
+                f"{file.tensors}",
+                f"{file.parameters:,}",
+                _size(file.bytes),
+                ", ".join(f"{count} {dtype}" for dtype, count in file.dtypes.items()),
+            )
+            for file in found.files
+        ]
+        table(("model", "tensors", "parameters", "size", "dtypes"), rows)
+        for file in found.files:
+            for note in file.notes:
+                show(f"{file.path}: {note}")
+        if len(found.files) > 1:
+            show(f"{found.equal:.1%} of the parameters are in tensors that all have, with equal shapes.")
+            if found.first_difference:
+                show(f"They first differ here: {found.first_difference}")
+        show(f"At least {_size(found.memory)} of memory are needed, and for activations what --memory allows.")
+        for problem in found.problems:
+            say(f"problem: {problem}", "red")
+    if found.problems:
+        raise Found
+
+
+def _size(count: int) -> str:
+    """Bytes as they are written for people."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size >= 1024:
+            size, unit = size / 1024, larger
+    return f"{size:.4g} {unit}"
+
+
+# -------------------------------------------------------------------------- of results
+
+
+def compare_results(
+    results: Sequence[str], data: str, rows: Mapping[str, int], *, allow_pickle: bool, as_json: bool
+) -> None:
+    """Prints how near results and models are to the ensemble."""
+    plans = {path: reading.plan_of(Path(path)) for path in results}
+    plan = plans[results[0]]
+    networks = _networks(plan, allow_pickle)
+    loader = calibration.read(data, networks[0], **rows, seed=plan.run.seed)
+    found = {Path(path).name: reading.network_of(Path(path), own) for path, own in plans.items()}
+    models = [network.model for network in networks]
+    share = plan.recipe.share if isinstance(plan.recipe.share, str | float) else "auto"
+    compared = fxmerge.compare(found, models, loader, share=share, run=plan.run)
+    if as_json:
+        show_json([{"network": row.name, "distance": row.distance, "error": row.error} for row in compared.rows])
+    else:
+        show(compared)
+        show(f"\nThe nearest to the ensemble is {compared.best()}.")
+
+
+def _networks(plan: Plan, allow_pickle: bool) -> list[Network]:
+    """The models of a plan."""
+    found = []
+    for file in plan.models:
+        arch = plan.arch_of(file)
+        assert arch is not None  # A plan has one for every model.
+        checkpoint = io.load(file.path, allow_pickle=allow_pickle)
+        found.append(build(checkpoint, arch, plan.settings_of(file), plan.input))
+    return found
+
+
+def verify_result(result: str, *, symmetry: bool, allow_pickle: bool, as_json: bool) -> None:
+    """Prints what is wrong with a directory.
+
+    Raises:
+        Found: if anything is.
+    """
+    directory = Path(result)
+    plan = reading.plan_of(directory)
+    problems, error = reading.problems_of(directory, plan), None
+    if symmetry and not problems:
+        network = _networks(plan, allow_pickle)[0]
+        own = Symmetry.from_json(directory / "symmetry.json")
+        if not {axis.parameter for one in own.classes for axis in one.axes} <= set(network.model.state_dict()):
+            raise OptionError(
+                f"symmetry.json in {result} is of a network with heads apart, and --symmetry cannot prove it on one of "
+                "the models. Without --symmetry, verify checks all files."
+            )
+        proven = own.verify(network.model, *example_of(network))
+        error = proven.error
+        problems += [f"Class {name!r} of symmetry.json failed verification." for name in proven.demoted]
+    if as_json:
+        show_json({"problems": problems, "verification_error": error})
+    else:
+        for problem in problems:
+            say(f"problem: {problem}", "red")
+        if error is not None:
+            show(f"Elements of the symmetry change outputs by {error:.0e} at most, in float64.")
+        if not problems:
+            show(f"{result} is whole, and its inputs are unchanged where they are still there.")
+    if problems:
+        raise Found
+
+
+def report_result(result: str, *, as_json: bool) -> None:
+    """Prints how a result was made."""
+    directory = Path(result)
+    reading.plan_of(directory)
+    found = reading.summary_of(directory)
+    if as_json:
+        show_json(found)
+        return
+    for text in found["warnings"]:
+        show(f"warning: {text}")
+    for what, why in found.get("not_written", {}).items():
+        show(f"warning: {what} was not written: {why}")
+    show(Report(**found["report"]))
+    for name, code in found["loads"].items():
+        show(f"{name}: {code}")
+
+
+# -------------------------------------------------------------------------- inspect
+
+
+def inspect_architecture(
+    model: str,
+    inputs: Sequence[str],
+    config: Sequence[str],
+    device: str | None,
+    pin: Sequence[str],
+    free: Sequence[str],
+    *,
+    verify: bool,
+    chains: bool,
+    file: Path | None,
+) -> None:
+    """Prints the symmetry of an architecture."""
+    source = sources.load(model, inputs, settings(config), device)
+    if verify and any(p.is_meta for p in source.model.parameters()):
+        raise OptionError("A model on the meta device has no values to verify; make it smaller with --config.")
+    found = inspect(source.model, source.args, source.kwargs, pin=pin, free=free, verify=verify)
+    show(found)
+    if chains:
+        show("\n".join(["", *map(str, found.chains)]))
+    if file is not None:
+        try:
+            found.symmetry.to_json(file)
+        except OSError as error:
+            raise OptionError(f"The spec cannot be written: {error}") from error

@@ -1,0 +1,139 @@
+"""A directory that is written whole or not at all, by one run at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fxmerge.errors import OutputError
+from fxmerge.io.writing import flush, settle, told
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+WRITTEN = ("recipe.yaml", "report.json")
+"""The files by which a directory is known as one that fxmerge wrote."""
+
+TEMPORARY, OLD, LOCK = ".fxmerge-tmp", ".fxmerge-old", ".fxmerge-lock"
+
+EXCHANGE, HERE = 2, -100
+"""RENAME_EXCHANGE and AT_FDCWD of Linux."""
+
+
+@contextmanager
+def target(path: str | Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """A temporary directory beside the target, which takes its place once all is written and on the disk.
+
+    After an error nothing is left of it. What a killed run left is removed by the next run with the same target.
+    While a run works on a target, another one is refused.
+
+    Arguments:
+        path: the directory to write.
+        force: whether it may replace a directory that fxmerge wrote before. That one stays until the new one is whole.
+        inputs: files that are read meanwhile, none of which may lie in the target.
+
+    Raises:
+        OutputError: if the target exists, is used by another run, or cannot be written.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with target(folder / "merged") as place:
+        ...     _ = (place / "recipe.yaml").write_text("")
+        >>> sorted(found.name for found in folder.rglob("*"))
+        ['merged', 'recipe.yaml']
+    """
+    path = Path(path).absolute()
+    if not path.parent.is_dir():
+        raise OutputError(f"{path} cannot be written: {path.parent} is no directory. Make it, or name another place.")
+    with _locked(path):
+        with told(path):
+            _clean(path)
+            _check_free(path, force, [Path(one).resolve() for one in inputs])
+            place = Path(tempfile.mkdtemp(TEMPORARY, f".{path.name}.", path.parent))
+        try:
+            yield place
+            with told(path):
+                for found in [*place.rglob("*"), place]:
+                    settle(found)
+                _check_free(path, force, ())
+                _move(place, path)
+                flush(path.parent)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _check_free(path: Path, force: bool, inputs: Iterable[Path]) -> None:
+    """The target must not exist, or may be replaced."""
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_dir() or path.is_symlink():
+        raise OutputError(f"{path} exists and is no directory; name another place.")
+    inside = next((one for one in inputs if path.resolve() in one.parents), None)
+    if inside is not None:
+        raise OutputError(f"{path} holds {inside.name}, which is read; name another place.")
+    if not any(path.iterdir()):
+        return
+    if not all((path / name).is_file() for name in WRITTEN):
+        raise OutputError(f"{path} exists and was not written by fxmerge; name another place.")
+    if not force:
+        raise OutputError(f"{path} exists. Pass --force to replace it, or name another place.")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a target, which the system gives up if the process dies."""
+    file = path.with_name(f".{path.name}{LOCK}")
+    with told(path):
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = file.exists() and os.path.samestat(os.fstat(handle), file.stat())
+        except OSError:
+            ours = False
+        if not ours:  # Another run holds it, or has just removed the file that was locked.
+            raise OutputError(f"{path} is being written by another run. Wait for it, or name another place.")
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _clean(path: Path) -> None:
+    """Removes what killed runs left; a target that was moved away, and not yet replaced, is moved back."""
+    for found in path.parent.iterdir():
+        if found.name.startswith(f".{path.name}.") and found.name.endswith((TEMPORARY, OLD)):
+            if found.name.endswith(OLD) and not path.exists():
+                found.rename(path)
+            else:
+                shutil.rmtree(found)
+
+
+def _move(place: Path, path: Path) -> None:
+    """Puts a directory into the place of the target, at once where the system can."""
+    if not path.exists():
+        place.rename(path)
+    elif not _exchanged(place, path):
+        old = place.with_suffix(OLD)
+        path.rename(old)
+        place.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchanges two directories in one step; tells whether the system could."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0

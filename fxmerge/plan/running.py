@@ -1,0 +1,185 @@
+"""Does what a plan says: reads files, builds networks, and merges, aligns or folds them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxmerge import calibration, io
+from fxmerge.api import align, fold, merge_many
+from fxmerge.calibration import Batches
+from fxmerge.errors import CheckpointError, LoaderError
+from fxmerge.io import Checkpoint
+from fxmerge.networks import Network, build
+from fxmerge.plan.parts import Data, ModelFile, Plan
+from fxmerge.program.run import Call, batch_inputs
+from fxmerge.recipe import Zip
+
+logger = logging.getLogger(__name__)
+
+WIDTH = 0.7
+"""What a network is folded to where the plan does not say, as by `fold`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a plan gave.
+
+    Attributes:
+        plan: the plan, with the checksums of all files that were read.
+        networks: of the models.
+        data: the calibration data.
+        module: the network that was made.
+        warnings: what was warned of meanwhile, each in a sentence.
+        call: example inputs: (args, kwargs).
+    """
+
+    plan: Plan
+    networks: tuple[Network, ...]
+    data: tuple[Batches, ...]
+    module: fx.GraphModule
+    warnings: tuple[str, ...]
+    call: Call
+
+
+def opened(plan: Plan, *, allow_pickle: bool = False) -> tuple[Checkpoint, ...]:
+    """The weights of all models of a plan, the base last, with their headers checked."""
+    files = (*plan.models, *([] if plan.base is None else [plan.base]))
+    return tuple(io.load(file.path, allow_pickle=allow_pickle) for file in files)
+
+
+def execute(plan: Plan, checkpoints: Sequence[Checkpoint]) -> Result:
+    """Does what a plan says, but for writing its result.
+
+    Arguments:
+        plan: what to do.
+        checkpoints: the weights of its models, as `opened` gives them.
+
+    Raises:
+        FxmergeError: if a file has changed since its checksum was taken, or does not fit; and as the
+            verbs do.
+    """
+    with _warnings() as warnings:
+        files = (*plan.models, *([] if plan.base is None else [plan.base]))
+        files = tuple(_summed(*pair) for pair in zip(files, checkpoints, strict=True))
+        networks = []
+        for file, checkpoint in zip(files, checkpoints, strict=True):
+            arch = plan.arch_of(file)
+            assert arch is not None  # A plan has one for every model.
+            networks.append(build(checkpoint, arch, plan.settings_of(file), plan.input))
+        plan, base = replace(plan, models=files[: len(plan.models)]), None
+        if plan.base is not None:
+            plan, base = replace(plan, base=files[-1]), networks.pop()
+        data = tuple(_data(one, networks[i], plan.run.seed) for i, one in enumerate(plan.data))
+        plan = replace(plan, data=tuple(_checked(*pair) for pair in zip(plan.data, data, strict=True)))
+        module = _done(plan, networks, base, data)
+    return Result(plan, tuple(networks), data, module, tuple(warnings), _call(networks[0], data))
+
+
+def example_of(network: Network) -> Call:
+    """Example inputs of a network."""
+    return network.source.args, network.source.kwargs
+
+
+def _call(network: Network, data: Sequence[Batches]) -> Call:
+    """A few rows of the data as a network takes them, or its example inputs."""
+    if not data:
+        return example_of(network)
+    call = batch_inputs(network.model)(next(iter(data[0])))
+    few: Call = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor[:2] if tensor.ndim else tensor, call)
+    return few
+
+
+def _done(plan: Plan, networks: Sequence[Network], base: Network | None, data: Sequence[Batches]) -> fx.GraphModule:
+    models = [network.model for network in networks]
+    how: dict[str, Any] = {"run": plan.run}
+    if not data:  # The call itself is the example, then.
+        how |= {"example": example_of(networks[0]), "inputs": lambda call: call}
+    loader = data[0] if len(data) == 1 else None
+    if plan.verb == "align":
+        return align(models[0], models[1], loader, plan.recipe, **how)
+    if plan.verb == "fold":
+        asked = plan.recipe.match.width if isinstance(plan.recipe.match, Zip) else 1
+        return fold(models[0], loader, WIDTH if asked == 1 else asked, plan.recipe, **how)
+    loaders = data if len(data) > 1 else None
+    return merge_many(models, loader, plan.recipe, loaders=loaders, base=None if base is None else base.model, **how)
+
+
+def _data(data: Data, network: Network, seed: int) -> Batches:
+    found = calibration.read(data.path, network, samples=data.samples, batch=data.batch, length=data.length, seed=seed)
+    logger.info("%s", found.note)
+    return found
+
+
+# -------------------------------------------------------------------------- checksums
+
+
+def checksum(*files: Path) -> str:
+    """The SHA-256 of a file; of several, that of their checksums, one after the other."""
+    sums = []
+    for file in files:
+        own = hashlib.sha256()
+        with file.open("rb") as content:
+            while piece := content.read(2**20):
+                own.update(piece)
+        sums.append(own.hexdigest())
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _summed(file: ModelFile, checkpoint: Checkpoint) -> ModelFile:
+    """The file with its checksums.
+
+    Raises:
+        CheckpointError: if it had others.
+    """
+    sums = {path.name: checksum(path) for path in checkpoint.files}
+    for name in file.sha256:
+        if sums.get(name) != file.sha256[name]:
+            raise CheckpointError(
+                f"{name!r} of {file.path} is not the file of the recipe: its SHA-256 is {sums.get(name, 'missing')}, "
+                f"and the recipe says {file.sha256[name]}. Use that file, or take sha256 out of the recipe."
+            )
+    return replace(file, path=str(Path(file.path).absolute()), sha256=sums)
+
+
+def _checked(data: Data, found: Batches) -> Data:
+    """The data with their checksum.
+
+    Raises:
+        LoaderError: if they had another.
+    """
+    if not found.files:
+        return data
+    own = checksum(*found.files)
+    if data.sha256 not in (None, own):
+        raise LoaderError(
+            f"{data.path} are not the data of the recipe: their SHA-256 is {own}, and the recipe says {data.sha256}. "
+            "Use those data, or take sha256 out of the recipe."
+        )
+    return replace(data, path=str(Path(data.path).absolute()), sha256=own)
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collects what fxmerge warns of."""
+    told: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    handler, root = Collector(logging.WARNING), logging.getLogger("fxmerge")
+    root.addHandler(handler)
+    try:
+        yield told
+    finally:
+        root.removeHandler(handler)
