@@ -3,12 +3,13 @@
 Networks of `benchmarks/heads.py`, each trained on five classes of Fashion-MNIST, and a GPT and a Llama of
 `benchmarks/tasks.py`, trained on Python's sources about doing many things at once. `fxmerge.fold` makes them smaller to
 a width, with the 2,000 unlabelled training images (256 windows of text) or without data. It leaves out directions of
-residual streams and of attention heads, and merges units elsewhere; in the rows "units only" it merges units
-everywhere. Both are the same for networks without such streams. torch-pruning removes channels to the number of
-operations of the fold, by the L1 and by the L2 norm of all weights that belong to a channel (a group). It cannot know
-which units are heads of attention; in the rows "heads named" it is told, as its examples for transformers do. BatchNorm
-is estimated anew on the same images in all rows but those without data. Each network is also trained further for the
-same few steps. Accuracy is on the test images of the five classes, or that of next characters of test texts.
+residual streams and of attention heads (which it is told by name), and merges units elsewhere; in the rows "units only"
+it merges units everywhere. Both are the same for networks without such streams. torch-pruning removes channels to the
+number of operations of the fold, by the L1 and by the L2 norm of all weights that belong to a channel (a group). It
+cannot know which units are heads of attention; in the rows "heads named" it is told, as its examples for transformers
+do. BatchNorm is estimated anew on the same images in all rows but those without data. Each network is also trained
+further for the same few steps. Accuracy is on the test images of the five classes, or that of next characters of test
+texts.
 
 With --kv-heads, only heads of keys and values are merged, and all heads of queries are kept: see `kv_heads.py`.
 
@@ -51,6 +52,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
 from fxmerge.demo import count_parameters, recalibrated
+from fxmerge.units.kind import Kind
 
 WIDTHS = (0.9, 0.8, 0.7, 0.5)
 RATE = 1e-3
@@ -152,8 +154,18 @@ def operations(model: nn.Module, x: Tensor) -> int:
 def folded(
     model: nn.Module, batches: Sequence[Tensor] | None, width: float, example: Tensor, *, units_only: bool = False
 ) -> nn.Module:
-    match = fxmerge.Zip(continuous=not units_only)
-    return fxmerge.fold(model, batches, width, fxmerge.Recipe(match=match), example=example, run=QUIET)
+    recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=not units_only))
+    widths = width if units_only else in_heads_too(model, width, example)
+    return fxmerge.fold(model, batches, widths, recipe, example=example, run=QUIET)
+
+
+def in_heads_too(model: nn.Module, width: float, example: Tensor) -> float | dict[str, float]:
+    """The width of all classes of a network, by their names if some lie in heads: those keep theirs unless named."""
+    classes = fxmerge.find_symmetry(fxmerge.canonicalize(model, (example,)), (example,)).classes
+    blocks = {parent for c in classes for parent in c.parents}
+    named = [c for c in classes if c.name not in blocks and c.structure != "pinned" and not c.kind.turns]
+    inside = any(c.parents and c.kind > Kind.PERMUTATION for c in named)
+    return {c.name: width for c in named} if inside else width
 
 
 def pruned(model: nn.Module, batches: list[Tensor], power: int, named: bool, goal: int) -> nn.Module | None:

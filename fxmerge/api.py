@@ -262,9 +262,9 @@ def fold(
 
     Units are compared as by `merge`, and merged greedily: what gives a merged unit is the mean of what gave its
     members, and what reads it the sum of what read them. Of classes that a change of basis may mix, such as residual
-    streams and the dimensions of attention heads, the directions that count most are left (SliceGPT, arXiv 2401.15024)
-    unless the recipe says `Zip(continuous=False)`. Where there are data, every layer is then fitted, in closed
-    form, to what the network computes there. Nothing is trained.
+    streams and, if they are named, the dimensions of attention heads, the directions that count most are left
+    (SliceGPT, arXiv 2401.15024) unless the recipe says `Zip(continuous=False)`. Where there are data, every layer is
+    then fitted, in closed form, to what the network computes there. Nothing is trained.
 
     Heads of attention are merged where they are named: `{"blocks of *": 0.5}` merges heads with their queries, keys and
     values, `{"kv heads of *": 0.5}` those of keys and values only. Several heads of queries then read one of these, as

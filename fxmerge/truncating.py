@@ -37,7 +37,7 @@ from fxmerge.validate import agree
 
 logger = logging.getLogger(__name__)
 
-TRUNCATED = "left in the directions that count most"
+TRUNCATED = "left in the directions that count most, or inside of heads"
 """The reason given for units that are not merged, since directions of them are left out."""
 
 MIXED = (Kind.CENTRED, Kind.ORTHOGONAL, Kind.GENERAL_LINEAR)
@@ -55,26 +55,33 @@ def with_directions(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, 
         OptionError: if the recipe names a class of which there cannot be fewer units.
     """
     part = recipe.match
-    narrow = isinstance(part, Zip) and part.continuous is True and not isinstance(part.width, Budget)
-    if isinstance(part, Zip) and names_kv_heads(part.width):
-        narrow = False  # Heads of keys and values are merged in another basis.
+    width = part.width if isinstance(part, Zip) and part.continuous is True else None
+    # Heads of keys and values are merged in another basis.
+    narrow = width is not None and not isinstance(width, Budget) and not names_kv_heads(width)
     if len(job.states) > 1:
         group = in_one_basis(job, recipe, run, given, reference)
         return truncated(group, recipe, run) if narrow and group.unfrozen is not None else group
     if narrow:
         group = Prepared.of(with_gains_moved(job), recipe, run, given, continuous=True)
         found = truncated(replace(group, unfrozen=group.symmetry), recipe, run)
-        if found.truncation is not None:
-            return _left_alone(found, found.truncation.widths)
+        inside = set() if isinstance(width, Mapping) else {group.symmetry.names[n] for n in _inside(group.symmetry)}
+        return _left_alone(found if found.truncation is not None else Prepared.of(job, recipe, run, given), inside)
     return Prepared.of(job, recipe, run, given)
 
 
-def _left_alone(group: Prepared, numbers: Collection[int]) -> Prepared:
-    """A model of which no units of some classes are merged, nor the blocks that these lie in."""
-    symmetry = group.symmetry
+def _left_alone(group: Prepared, inside: Collection[str]) -> Prepared:
+    """A model of which no units are merged of classes that are truncated, nor of some others by name, nor the blocks
+    that these lie in."""
+    symmetry, fewer = group.symmetry, group.truncation.widths if group.truncation is not None else {}
+    numbers = {*fewer, *(n for n, name in enumerate(symmetry.names) if name in inside)}
     smaller, names = freeze(symmetry, moving_together(symmetry, numbers), lambda _: TRUNCATED)
-    bases = {symmetry.names[n]: str(symmetry.kind(n)) for n in sorted(numbers)}
+    bases = {symmetry.names[n]: str(symmetry.kind(n)) for n in sorted(fewer)}
     return replace(group, symmetry=replace(smaller, kinds=()), still=group.still | {*names}, bases=bases)
+
+
+def _inside(symmetry: Symmetry) -> set[int]:
+    """The classes that may be mixed and lie in blocks, as the dimensions of attention heads do."""
+    return {n for n in mixing(symmetry) if symmetry.units[n].parents}
 
 
 def truncated(group: Prepared, recipe: Recipe, run: Run) -> Prepared:
@@ -110,11 +117,12 @@ def truncated(group: Prepared, recipe: Recipe, run: Run) -> Prepared:
 
 
 def _wanted(group: Prepared, symmetry: Symmetry, part: Zip) -> tuple[dict[int, int], bool]:
-    """How many units of some classes a recipe asks for, and whether it names them. What lies in blocks that it names
-    keeps its width."""
+    """How many units of some classes a recipe asks for, and whether it names them. What lies in blocks keeps its width
+    unless it is named and the blocks are not: heads of an odd size are slow, and few classes can be built with them."""
     assert not isinstance(part.width, Budget)
-    numbers, width = mixing(symmetry), part.width
+    numbers, width = mixing(symmetry) - _inside(symmetry), part.width
     if isinstance(width, Mapping):
+        numbers = mixing(symmetry)
         named = {n for n, name in enumerate(symmetry.names) if any(fits(name, p) for p in width)}
         numbers = {n for n in numbers & named if named.isdisjoint(symmetry.ancestors(n))}
         width = {p: share for p, share in width.items() if any(fits(symmetry.names[n], p) for n in numbers)}

@@ -75,11 +75,11 @@ def off(expected: Tensor, got: Tensor) -> float:
     return float((expected - got).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("ranks", but_slow([(4, 8), (4, 4)]))
-def test_adapters_of_any_ranks_merge_in_the_space_that_they_span(base: nn.Module, ranks: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("first", "second"), but_slow([(4, 8), (4, 4)]))
+def test_adapters_of_any_ranks_merge_in_the_space_that_they_span(base: nn.Module, first: int, second: int) -> None:
     """Their mean is exact, and the best one of lower rank is what a fold leaves (a truncated singular value
     decomposition, as KnOTS has it: arXiv 2410.19735)."""
-    one, two = (adapted(base, seed, rank) for seed, rank in enumerate(ranks))
+    one, two = (adapted(base, seed, rank) for seed, rank in enumerate((first, second)))
     both = fxmerge.merge(one, two, recipe=Recipe(match=Zip(width=2.0), fit=None), example=TOKENS)
     small = fxmerge.fold(both, None, {"*lora_A*": 0.5}, Recipe(fit=None), example=TOKENS)
     for layer in LAYERS:
@@ -87,7 +87,7 @@ def test_adapters_of_any_ranks_merge_in_the_space_that_they_span(base: nn.Module
         assert off(mean, delta(both, layer)) < 1e-6
         u, s, vh = torch.linalg.svd(mean)
         rank = len(factors(small.state_dict(), layer)[0])
-        assert rank == max(ranks)
+        assert rank == max(first, second)
         best = (u[:, :rank] * s[:rank]) @ vh[:rank]
         assert off(mean, delta(small, layer)) == pytest.approx(off(mean, best), rel=1e-4)
     frozen = {name: tensor for name, tensor in one.state_dict().items() if "lora_" not in name}

@@ -129,6 +129,14 @@ def test_units_are_merged_beside_directions_that_are_left_out(images: list[torch
         assert distance(net(images[-1]), small(images[-1])) < 2 * told.errors["merged"] + 1e-6
 
 
+def test_heads_keep_their_dimensions_unless_these_are_named(images: list[torch.Tensor]) -> None:
+    net = Attentive(0).eval()
+    inside = {"qkv.weight[0]", "qkv.weight[0]#2"}
+    assert inside.isdisjoint(fxmerge.report(fxmerge.fold(net, images, 0.5)).widths)
+    told = fxmerge.report(fxmerge.fold(net, images, {"qkv*": 0.5}))
+    assert inside == set(told.bases) and told.widths["qkv.weight[0]"] == (8, 4)
+
+
 def test_blocks_that_are_named_are_merged_with_what_lies_in_them(images: list[torch.Tensor]) -> None:
     told = fxmerge.report(fxmerge.fold(Attentive(0).eval(), images, {"blocks of *": 0.5}))
     assert told.widths["blocks of qkv.weight[0]"] == (2, 1) and not told.bases
@@ -158,7 +166,7 @@ def test_a_merge_with_fewer_directions(images: list[torch.Tensor]) -> None:
     merged = fxmerge.merge(one, two, recipe=recipe, example=data[0])
     small = fxmerge.fold(one, None, 0.75, fxmerge.Recipe(match=match, fit=None), example=data[0])
     told = fxmerge.report(merged)
-    assert told.widths["stem.weight[0]"] == (8, 6) and told.bases == fxmerge.report(small).bases
+    assert told.widths == fxmerge.report(small).widths and told.widths["stem.weight[0]"] == (8, 6)
     with torch.no_grad():
         expected, (first, second) = small(data[0]), merged(data[0])
         torch.testing.assert_close(first, second)
