@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import fx, nn
 
@@ -22,10 +23,6 @@ PICKLED = "fxmerge_report"
 """The attribute by which a report outlives pickling, which takes the `meta` of a GraphModule away."""
 
 
-MADE = "fxmerge_made_with"
-"""The entry of a GraphModule's `meta` in which the values lie that it was made with."""
-
-
 @dataclass(frozen=True)
 class Made:
     """The values that a network was made with, which are written beside it. They do not outlive pickling.
@@ -39,17 +36,20 @@ class Made:
     units: UnitMap | None
 
 
+_MADE: WeakKeyDictionary[fx.GraphModule, Made] = WeakKeyDictionary()
+"""What networks were made with. In a network itself it would be pickled, and could then be read with fxmerge only."""
+
+
 def attach(report: Report, module: fx.GraphModule, made: Made) -> None:
     """Gives a network its report, and the values that it was made with."""
     module.meta[KEY] = report.to_dict()
-    module.meta[MADE] = made
+    _MADE[module] = made
     setattr(module, PICKLED, module.meta[KEY])
 
 
 def made_with(module: fx.GraphModule) -> Made:
     """The values that a network was made with."""
-    made: Made = module.meta[MADE]
-    return made
+    return _MADE[module]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from fxmerge.matching.balance import balance
 from fxmerge.matching.models import alpha_by_class
 from fxmerge.matching.principal import principal_basis, used_first
 from fxmerge.matching.room import Room, fits, wanted
-from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
 from fxmerge.program.double import in_double
@@ -86,7 +85,7 @@ def _inside(symmetry: Symmetry) -> set[int]:
 
 def truncated(group: Prepared, recipe: Recipe, run: Run) -> Prepared:
     """Models in the basis in which the directions of some classes come in the order of how much they count, with as
-    many of these to be left as a recipe asks for; as they are if it asks for none.
+    many of these to be left as a recipe asks for; as they are if it asks for none, or the graph allows none.
 
     Arguments:
         group: the models, in one basis.
@@ -99,21 +98,21 @@ def truncated(group: Prepared, recipe: Recipe, run: Run) -> Prepared:
     part, symmetry = recipe.match, group.unfrozen
     assert isinstance(part, Zip) and symmetry is not None
     widths, named = _wanted(group, symmetry, part)
-    if not widths:
-        return group
-    check_resizable(group.job)
-    states = _in_principal_basis(group, symmetry, part, list(widths))
-    group = replace(group, job=replace(group.job, states=states))
+    if widths:
+        check_resizable(group.job)
     consumed = frozenset(axis for axis, kind in group.flow.items() if kind is Flow.CONSUMES)
-    blocks = {n: width // len(symmetry.by_block(n)) for n, width in widths.items()}
-    asked = Truncation(symmetry, consumed, blocks, _scaled(group, symmetry, blocks))
-    found, reasons = _possible(group, asked, run)
-    if reasons and named:
-        raise OptionError(f"Zip.width cannot be had for {reasons[0]} Leave these at 1.")
-    if not found.widths:
-        warn_of_width(reasons)
-        return group
-    return replace(group, truncation=found)
+    while widths:
+        turned = replace(group, job=replace(group.job, states=_in_principal_basis(group, symmetry, part, list(widths))))
+        blocks = {n: width // len(symmetry.by_block(n)) for n, width in widths.items()}
+        asked = Truncation(symmetry, consumed, blocks, _scaled(group, symmetry, blocks))
+        found, reasons = _possible(turned, asked, run)
+        if not reasons:
+            return replace(turned, truncation=found)
+        if named and len(group.job.states) > 1:  # In one basis, their units cannot be merged either.
+            raise OptionError(f"Zip.width cannot be had for {reasons[0]} Leave these at 1.")
+        # The others stay in their own basis, in which their units may be merged.
+        widths = {n: widths[n] for n in found.widths}
+    return group
 
 
 def _wanted(group: Prepared, symmetry: Symmetry, part: Zip) -> tuple[dict[int, int], bool]:

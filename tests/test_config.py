@@ -57,11 +57,11 @@ FOLDS: list[tuple[int, Any, int, dict[str, int] | None]] = [
     (4, 0.7, 4, {"hidden_size": 12, "intermediate_size": 16}),
     (2, 0.7, 4, {"hidden_size": 12, "intermediate_size": 16}),
     (4, {"blocks of *": 0.5}, 1, ATTENTION),
-    (2, {"blocks of *attn.k_proj*": 0.5}, 1, {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    (2, {"blocks of *attn.v_proj*": 0.5}, 1, {"num_attention_heads": 2, "num_key_value_heads": 1}),
     (4, {"blocks of *": 0.7}, 1, None),  # Of three heads, of which the hidden size is no multiple.
     (4, {"blocks of *": 0.5, "*mlp*": 0.5}, 1, ATTENTION | MLP),
     (4, {"blocks of *": 0.5, "*mlp*": 0.5, "*embed*": 0.5}, 1, ATTENTION | NARROW),
-    (2, {"blocks of *k_proj*": 0.5, "*mlp*": 0.5, "*embed*": 0.5}, 1, ATTENTION | NARROW | {"num_key_value_heads": 1}),
+    (2, {"blocks of *v_proj*": 0.5, "*mlp*": 0.5, "*embed*": 0.5}, 1, ATTENTION | NARROW | {"num_key_value_heads": 1}),
 ]  # fmt: skip
 
 
