@@ -380,7 +380,7 @@ def test_batch_norm_follows_the_mode_of_the_model(route: str, kind: str) -> None
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_training_goes_on(route: str) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     x = torch.randn(64, 4)
     nets = [Routed(route, nn.Sequential(nn.Linear(4, 4), Trained("function"), nn.Linear(4, 2))) for _ in range(2)]
     merged = fxmerge.merge(*nets, [x]).train()
