@@ -6,6 +6,7 @@ exact one, so a model must stay small: some thousands of scalar operations.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -724,7 +725,7 @@ def _windows_over_units(name: str, width: int, *layers: nn.Module, out: int) -> 
     """A case with windows that overlap along hidden units, of which the oracle says what may be reversed."""
     case(name)(
         lambda: (
-            nn.Sequential(nn.Linear(2, width), *layers, nn.Linear(out, 3), nn.ReLU(), nn.Linear(3, 1)),
+            nn.Sequential(nn.Linear(2, width), *copy.deepcopy(layers), nn.Linear(out, 3), nn.ReLU(), nn.Linear(3, 1)),
             tokens(1, 2),
         )
     )
