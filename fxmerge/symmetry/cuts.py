@@ -16,7 +16,7 @@ from fxmerge.symmetry.columns import core, spread, support
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.rules import Site
 from fxmerge.symmetry.rules.movement import movement
-from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph
+from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, reached
 
 REPEAT = torch.ops.aten.repeat_interleave.self_int
 
@@ -99,15 +99,4 @@ class Cuts:
         one in it."""
         units = self._units
         assert units is not None
-        found = np.zeros(units.size, bool)
-        found[np.concatenate(self.fresh)] = True
-        before = 0
-        while found.sum() > before:
-            before = found.sum()
-            for a, b in units.equal:
-                found[a] |= found[b]
-                found[b] |= found[a]
-            for child, parent in units.member:
-                found[parent[found[child]]] = True
-            found[NOTHING] = False
-        return found
+        return reached(units, self.fresh, units.member)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
-import numpy as np
-
 from fxmerge.symmetry.propagate import Axis, Propagation
-from fxmerge.symmetry.units import NOTHING
+from fxmerge.symmetry.units import reached
 
 
 class Flow(Enum):
@@ -41,15 +39,5 @@ def never_merged(found: Propagation) -> frozenset[Axis]:
     units = found.units
     if not units.rigid:
         return frozenset()
-    apart = np.zeros(units.size, bool)
-    apart[np.concatenate(units.rigid)] = True
-    before = 0
-    while apart.sum() > before:
-        before = apart.sum()
-        for a, b in units.equal:
-            apart[a] |= apart[b]
-            apart[b] |= apart[a]
-        for child, parent in units.member:
-            apart[child] |= apart[parent]
-        apart[NOTHING] = False
+    apart = reached(units, units.rigid, ((parent, child) for child, parent in units.member))
     return frozenset(axis for axis, own in found.axes.items() if apart[own.ids].any())

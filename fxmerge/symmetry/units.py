@@ -218,3 +218,24 @@ class UnitGraph:
         tag = self.fresh(1, ("segment", reason))
         self.pin(tag, reason)
         self.include(ids, np.broadcast_to(tag, ids.shape))
+
+
+def reached(units: UnitGraph, start: Sequence[Ids], steps: Iterable[tuple[Ids, Ids]]) -> NDArray[np.bool_]:
+    """For every unit of a walk, whether it is one of some units or equal to one, or is reached from these by steps.
+
+    Arguments:
+        units: of the walk.
+        start: the first units.
+        steps: pairs of arrays of one length: from a unit of the first, a step goes to the unit at its place in the
+            second.
+    """
+    ways = [*units.equal, *((b, a) for a, b in units.equal), *steps]
+    found = np.zeros(units.size, bool)
+    found[np.concatenate(start)] = True
+    before = 0
+    while found.sum() > before:
+        before = found.sum()
+        for a, b in ways:
+            found[b[found[a]]] = True
+        found[NOTHING] = False
+    return found
