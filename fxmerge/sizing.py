@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -80,34 +80,52 @@ def check_resizable(job: Job) -> None:
         )
 
 
+@dataclass
+class Chosen:
+    """Classes that are to have other widths, as far as the graph allows it.
+
+    Attributes:
+        group: the models.
+        widths: of the classes, by number.
+        reasons: why others keep theirs, a sentence for each that names them.
+    """
+
+    group: Prepared
+    widths: dict[int, int]
+    reasons: list[str] = field(default_factory=list)
+
+    def leave(self, numbers: Collection[int], why: str) -> None:
+        """Some classes keep their width."""
+        if numbers:
+            names = ", ".join(repr(self.group.symmetry.names[n]) for n in sorted(numbers))
+            logger.info("as many units as before: %s, since %s", names, why)
+            self.reasons.append(f"{names}: {why}")
+            self.widths = {n: width for n, width in self.widths.items() if n not in numbers}
+
+    def leave_what_has_no_size(self, sizes: Callable[[Mapping[int, int]], UnitMap]) -> None:
+        """Classes keep their width that the graph cannot be given, by the sizes that all classes have with some
+        widths."""
+        while self.widths:
+            try:
+                return try_sizes(self.group, sizes(self.widths))
+            except CannotResizeError as error:
+                self.leave(blamed(self.group.symmetry, self.widths, error), str(error))
+
+
 def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dict[int, int], list[str]]:
     """Those of some widths that the graph allows together, and why it does not allow the others."""
-    symmetry, found, reasons = group.symmetry, dict(widths), list[str]()
-
-    def leave(numbers: Collection[int], why: str) -> None:
-        names = ", ".join(repr(symmetry.names[n]) for n in sorted(numbers))
-        logger.info("as many merged units as units: %s, since %s", names, why)
-        reasons.append(f"{names}: {why}")
-        for n in numbers:
-            del found[n]
-
+    symmetry, chosen = group.symmetry, Chosen(group, dict(widths))
     with group.job.timed("resizing"):
-        while found:
-            try:
-                try_sizes(group, any_map(symmetry, group.room(found)))
-                break
-            except CannotResizeError as error:
-                leave(blamed(symmetry, found, error), str(error))
+        chosen.leave_what_has_no_size(lambda own: any_map(symmetry, group.room(own)))
         if run.verify:
-            sizes = [c.size for c in symmetry.units]
-            fewer, more = ([n for n, w in found.items() if (w < sizes[n]) is less] for less in (True, False))
+            fewer, more = (
+                [n for n, w in chosen.widths.items() if (w < symmetry.units[n].size) is less] for less in (True, False)
+            )
             counted = failing(group, fewer, partial(_same_when_merged, group))
-            if counted:
-                leave(counted, "the network is another one when equal units become one, as if an op counted them.")
+            chosen.leave(counted, "the network is another one when equal units become one, as if an op counted them.")
             placed = failing(group, more, partial(_same_when_twice, group))
-            if placed:
-                leave(placed, "the network is another one with each unit twice, as if an op knew their places.")
-    return found, reasons
+            chosen.leave(placed, "the network is another one with each unit twice, as if an op knew their places.")
+    return chosen.widths, chosen.reasons
 
 
 def _allotment(
@@ -175,9 +193,10 @@ def failing(group: Prepared, numbers: Sequence[int], holds: Callable[[Sequence[i
         left = blamed(group.symmetry, numbers, error)
         return [*left, *failing(group, [n for n in numbers if n not in left], holds)]
     half = len(numbers) // 2
-    if not half:
+    found = [*failing(group, numbers[:half], holds), *failing(group, numbers[half:], holds)] if half else []
+    if not found:  # They fail by themselves, or only together.
         return list(numbers)
-    return [*failing(group, numbers[:half], holds), *failing(group, numbers[half:], holds)]
+    return [*found, *failing(group, [n for n in numbers if n not in found], holds)]
 
 
 def _same_when_merged(group: Prepared, numbers: Sequence[int]) -> bool:

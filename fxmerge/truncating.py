@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fxmerge.bases import in_one_basis, mixing, transformed, with_gains_moved
 from fxmerge.emit.proof import outputs
-from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
 from fxmerge.evidence.activations import similarities
 from fxmerge.job import Job
@@ -24,7 +23,7 @@ from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
 from fxmerge.program.double import in_double
 from fxmerge.recipe import Budget, Recipe, Run, Zip
-from fxmerge.sizing import any_map, blamed, check_resizable, failing, resized, sized, try_sizes
+from fxmerge.sizing import Chosen, any_map, check_resizable, failing, resized, sized
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.freeze import freeze, moving_together
 from fxmerge.symmetry.group import Symmetry
@@ -93,7 +92,7 @@ def truncated(group: Prepared, recipe: Recipe, run: Run) -> Prepared:
         run: how to run.
 
     Raises:
-        OptionError: if the recipe names a class of which there cannot be fewer units.
+        OptionError: if the recipe names a class of several models of which there cannot be fewer units.
     """
     part, symmetry = recipe.match, group.unfrozen
     assert isinstance(part, Zip) and symmetry is not None
@@ -120,14 +119,16 @@ def _wanted(group: Prepared, symmetry: Symmetry, part: Zip) -> tuple[dict[int, i
     unless it is named and the blocks are not: heads of an odd size are slow, and few classes can be built with them."""
     assert not isinstance(part.width, Budget)
     numbers, width = mixing(symmetry) - _inside(symmetry), part.width
+    fewer = _may_be_fewer(group, symmetry)
     if isinstance(width, Mapping):
-        numbers = mixing(symmetry)
         named = {n for n, name in enumerate(symmetry.names) if any(fits(name, p) for p in width)}
-        numbers = {n for n in numbers & named if named.isdisjoint(symmetry.ancestors(n))}
-        width = {p: share for p, share in width.items() if any(fits(symmetry.names[n], p) for n in numbers)}
+        numbers = {n for n in mixing(symmetry) & named if named.isdisjoint(symmetry.ancestors(n))}
+        # Of one model, units may be merged of what has no directions to leave out.
+        able = numbers.intersection(fewer) if len(group.job.states) == 1 else numbers
+        width = {p: share for p, share in width.items() if any(fits(symmetry.names[n], p) for n in able)}
         if not width:
             return {}, False
-    fewer = [n for n in _may_be_fewer(group, symmetry) if n in numbers]
+    fewer = [n for n in fewer if n in numbers]
     found = wanted(replace(part, width=width), symmetry, 1, fewer, ())
     # A deviation from the mean needs two units.
     least = {n: min(2, symmetry.by_block(n).shape[1]) if symmetry.kind(n) == Kind.CENTRED else 1 for n in found}
@@ -185,40 +186,28 @@ def _in_principal_basis(
 
 def _possible(group: Prepared, truncation: Truncation, run: Run) -> tuple[Truncation, list[str]]:
     """What is left of a truncation where the graph allows it, and why it does not allow the rest."""
-    whole, left, reasons = _with_bases(group), dict(truncation.widths), list[str]()
-    symmetry = whole.symmetry
-
-    def leave(numbers: Collection[int], why: str) -> None:
-        names = ", ".join(repr(symmetry.names[n]) for n in sorted(numbers))
-        logger.info("all directions are left of %s, since %s", names, why)
-        reasons.append(f"{names}: {why}")
-        for n in numbers:
-            del left[n]
+    chosen = Chosen(_with_bases(group), dict(truncation.widths))
 
     def other(scaled: Collection[int]) -> list[int]:
         """The classes with which the network is another one."""
-        if not run.verify:
-            return []
-        asked = replace(truncation, scaled=frozenset(scaled))
-        return failing(
-            whole, sorted(left), lambda some: _same(group, replace(asked, widths={n: left[n] for n in some}))
-        )
+        asked = replace(truncation, widths=chosen.widths, scaled=frozenset(scaled))
 
+        def same(some: Collection[int]) -> bool:
+            return _same(group, replace(asked, widths={n: asked.widths[n] for n in some}))
+
+        return failing(chosen.group, sorted(chosen.widths), same)
+
+    scaled = truncation.scaled
     with group.job.timed("resizing"):
-        while left:
-            try:
-                try_sizes(whole, _sizes(replace(truncation, widths=left), UnitMap.still(1)))
-                break
-            except CannotResizeError as error:
-                leave(blamed(symmetry, left, error), str(error))
-        # Where there is no norm, there may be a product of the class with itself, which knows of its scale.
-        wrong = other(truncation.scaled)
-        scaled = truncation.scaled.difference(wrong)
-        if scaled != truncation.scaled:
+        chosen.leave_what_has_no_size(lambda own: _sizes(replace(truncation, widths=own), UnitMap.still(1)))
+        if run.verify:
+            # Where there is no norm, there may be a product of the class with itself, which knows of its scale.
             wrong = other(scaled)
-        if wrong:
-            leave(wrong, "the network is another one when directions are left out that nothing writes or reads.")
-    return replace(truncation, widths=left, scaled=scaled), reasons
+            if not scaled.isdisjoint(wrong):
+                scaled = scaled.difference(wrong)
+                wrong = other(scaled)
+            chosen.leave(wrong, "the network is another one when directions that are not in use are left out.")
+    return replace(truncation, widths=chosen.widths, scaled=scaled), chosen.reasons
 
 
 def _same(group: Prepared, truncation: Truncation) -> bool:

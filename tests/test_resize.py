@@ -16,6 +16,7 @@ import fxmerge
 from fxmerge.matching.room import alike
 from fxmerge.program.capture import capture_program
 from fxmerge.program.captured import Program
+from fxmerge.sizing import failing
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import analyse
 from tests.networks import Attentive, Convolutional, mlp, pictures, vectors
@@ -99,6 +100,19 @@ HALVED = [
 def test_these_can_be_halved(name: str) -> None:
     """The tests above do not pass for want of anything to resize."""
     assert check(*CASES[name]())
+
+
+@pytest.mark.parametrize(
+    ("holds", "blamed"),
+    [
+        (lambda some: True, []),
+        (lambda some: 2 not in some, [2]),
+        (lambda some: not {0, 3} <= set(some), [0, 1, 2, 3]),  # Only together.
+        (lambda some: 1 not in some and not {0, 3} <= set(some), [1, 0, 2, 3]),
+    ],
+)
+def test_classes_that_fail_alone_or_together_are_found(holds: Any, blamed: list[int]) -> None:
+    assert failing(None, [0, 1, 2, 3], holds) == blamed  # type: ignore[arg-type]
 
 
 BLOCKS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -24,13 +23,7 @@ from tests.oracle.continuous_networks import NETWORKS
 from tests.oracle.nullity import generic
 from tests.slow import but_slow
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def planted(model: nn.Module, args: Any) -> tuple[nn.Module, dict[str, float]]:
@@ -56,7 +49,7 @@ def folded(model: nn.Module, args: Any, width: Any, *data: Any, **recipe: Any) -
 
 
 SIZES = "have the shape|not known to allow other sizes|cut inside of units"
-MEANING = "the network is another one when directions are left out"
+MEANING = "the network is another one when directions that are not in use are left out"
 WHOLE = {
     "tied embedding, RMSNorm": MEANING,  # One parameter gives and reads units that would be scaled.
     "norms of queries and keys": MEANING,
@@ -85,7 +78,7 @@ def test_directions_that_are_not_in_use_are_left_out_exactly(name: str, caplog: 
     if name in WHOLE:  # Units of these classes may be merged then.
         with caplog.at_level(logging.INFO, "fxmerge"), suppress(fxmerge.OptionError):
             assert width.keys() - fxmerge.report(folded(model, args, width)).bases.keys()
-        assert re.search(f"all directions are left of .*{WHOLE[name]}", caplog.text)
+        assert re.search(f"as many units as before: .*{WHOLE[name]}", caplog.text)
         return
     small = folded(model, args, width)
     told = fxmerge.report(small).widths
