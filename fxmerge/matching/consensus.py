@@ -53,42 +53,42 @@ def match_all(
     others = [i for i in canonical_order(states) if i != reference]
 
     def mean_of(targets: Mapping[int, Match | None], i: int) -> tuple[State, dict[int, Tensor]]:
-        """The mean of some models, each after what was found for it, and its correlations with another one."""
-        moved = [states[j] if own is None else _applied(own, states[j]) for j, own in targets.items()]
+        """The mean of some models, each after its match, and the correlations of another model with it."""
+        moved = [states[j] if step is None else _applied(step, states[j]) for j, step in targets.items()]
         mean = {name: torch.stack([state[name] for state in moved]).mean(0) for name in states[i]}
-        shown = {}
-        for n, own in correlations.items():
-            each = [_placed(symmetry, n, own[j, i] if j < i else own[i, j].T, m) for j, m in targets.items()]
-            shown[n] = torch.stack(each).mean(0)
-        return mean, shown
+        correlation = {}
+        for n, pairs in correlations.items():
+            each = [_placed(symmetry, n, pairs[j, i] if j < i else pairs[i, j].T, step) for j, step in targets.items()]
+            correlation[n] = torch.stack(each).mean(0)
+        return mean, correlation
 
-    def matched(i: int, mean: State, shown: Mapping[int, Tensor]) -> Match:
-        return match(symmetry, mean, states[i], shown, alpha=alpha, continuous=True, seed=seed, progress=progress)
+    def matched(i: int, mean: State, correlation: Mapping[int, Tensor]) -> Match:
+        return match(symmetry, mean, states[i], correlation, alpha=alpha, continuous=True, seed=seed, progress=progress)
 
-    found = {i: matched(i, *mean_of({reference: None}, i)) for i in others}
+    matches = {i: matched(i, *mean_of({reference: None}, i)) for i in others}
     for _ in range(ROUNDS if len(others) > 1 else 0):
         rose = False
         for i in others:
-            mean, shown = mean_of({reference: None, **{j: found[j] for j in others if j != i}}, i)
-            again = matched(i, mean, shown)
-            if rises(_objective(symmetry, mean, states[i], shown, found[i], alpha), again.trace[-1]):
-                found[i], rose = again, True
+            mean, correlation = mean_of({reference: None, **{j: matches[j] for j in others if j != i}}, i)
+            again = matched(i, mean, correlation)
+            if rises(_objective(symmetry, mean, states[i], correlation, matches[i], alpha), again.trace[-1]):
+                matches[i], rose = again, True
         if not rose:
             break
-    return found
+    return matches
 
 
-def _applied(own: Match, state: State) -> State:
-    return own.basis.apply(own.permutation.apply(state))
+def _applied(step: Match, state: State) -> State:
+    return step.basis.apply(step.permutation.apply(state))
 
 
-def _placed(symmetry: Symmetry, number: int, correlation: Tensor, own: Match | None) -> Tensor:
+def _placed(symmetry: Symmetry, number: int, correlation: Tensor, step: Match | None) -> Tensor:
     """Correlations of a class whose first model is permuted and mixed."""
-    if own is None:
+    if step is None:
         return correlation
-    placed = correlation[np.argsort(own.permutation.images[number])]
-    if number in own.basis.matrices:
-        placed, matrix = placed.clone(), own.basis.matrices[number].to(placed)
+    placed = correlation[np.argsort(step.permutation.images[number])]
+    if number in step.basis.matrices:
+        placed, matrix = placed.clone(), step.basis.matrices[number].to(placed)
         for units, block in zip(symmetry.by_block(number), matrix, strict=True):
             placed[units] = block @ placed[units]
     return placed
@@ -99,12 +99,12 @@ def _objective(
     mean: State,
     state: State,
     correlation: Mapping[int, Tensor],
-    own: Match,
+    step: Match,
     alpha: float | Mapping[int, float],
 ) -> float:
     """How similar a model is to others after what was found for it."""
-    a, b = floats(symmetry, mean), dict(floats(symmetry, _applied(own, state)))
-    shown = {n: _placed(symmetry, n, c.T, own).T for n, c in correlation.items()}
+    a, b = floats(symmetry, mean), dict(floats(symmetry, _applied(step, state)))
+    placed = {n: _placed(symmetry, n, c.T, step).T for n, c in correlation.items()}
     scales = {name: weights.scale(a[name], b[name]) for name in a}
     still = symmetry.identity().images
-    return Problem(symmetry, a, b, shown, Mix.of(alpha, shown), still, scales, weights.slices(symmetry)).objective()
+    return Problem(symmetry, a, b, placed, Mix.of(alpha, placed), still, scales, weights.slices(symmetry)).objective()

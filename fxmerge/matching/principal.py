@@ -43,20 +43,20 @@ def used_first(
     for n in numbers:
         kind = symmetry.kind(n)
 
-        def reads(own: Mixed, linear: bool = kind == Kind.GENERAL_LINEAR) -> bool:
-            return own.inverse if linear else (own.axis.parameter, own.axis.dim) in consumed
+        def reads(place: Mixed, linear: bool = kind == Kind.GENERAL_LINEAR) -> bool:
+            return place.inverse if linear else (place.axis.parameter, place.axis.dim) in consumed
 
-        names = {own.axis.parameter for own in symmetry.mixed[n]}
-        each = [{name: in_double(state[name].to("cpu")) for name in names} for state in states]
-        sums = [outer_products(symmetry.mixed[n], state, reads) for state in each]
-        written, read = (_total(own.get(side) for own in sums) for side in (False, True))
+        names = {place.axis.parameter for place in symmetry.mixed[n]}
+        wide = [{name: in_double(state[name].to("cpu")) for name in names} for state in states]
+        sums = [outer_products(symmetry.mixed[n], state, reads) for state in wide]
+        written, read = (_total(of_model.get(side) for of_model in sums) for side in (False, True))
         blocks, size = symmetry.by_block(n).shape
-        found = [(torch.eye(size, dtype=torch.float64), size)] * blocks
+        turns = [(torch.eye(size, dtype=torch.float64), size)] * blocks
         if written is not None and kind != Kind.GENERAL_LINEAR:
-            found = [_written_first(own, kind) for own in written]
+            turns = [_written_first(block, kind) for block in written]
         elif written is not None and read is not None:
-            found = [_connected_first(*own) for own in zip(written, read, strict=True)]
-        matrices[n], used[n] = torch.stack([matrix for matrix, _ in found]), [count for _, count in found]
+            turns = [_connected_first(*block) for block in zip(written, read, strict=True)]
+        matrices[n], used[n] = torch.stack([turn for turn, _ in turns]), [count for _, count in turns]
     return Basis(symmetry.mixed, matrices), used
 
 
@@ -134,16 +134,16 @@ def principal_basis(
     slices, still = weights.slices(symmetry), symmetry.identity().images
     total: dict[int, Tensor] = {}
     for state, correlation in zip(states, correlations, strict=True):
-        own = floats(symmetry, state)
-        scales = {name: weights.scale(tensor, tensor) for name, tensor in own.items()}
-        problem = Problem(symmetry, own, own, correlation, Mix.of(alpha, correlation), still, scales, slices)
+        moved = floats(symmetry, state)
+        scales = {name: weights.scale(tensor, tensor) for name, tensor in moved.items()}
+        problem = Problem(symmetry, moved, moved, correlation, Mix.of(alpha, correlation), still, scales, slices)
         for n in used:
             scores = torch.from_numpy(problem.scores(n, slices[n]))
             blocks = torch.stack([scores[units][:, units] for units in symmetry.by_block(n)])
             total[n] = total[n] + blocks if n in total else blocks
     matrices = {
-        n: torch.stack([_sorted(*block, symmetry.kind(n)) for block in zip(own, used[n], strict=True)])
-        for n, own in total.items()
+        n: torch.stack([_sorted(*block, symmetry.kind(n)) for block in zip(scores, used[n], strict=True)])
+        for n, scores in total.items()
     }
     return Basis(symmetry.mixed, matrices)
 

@@ -26,6 +26,7 @@ class Confined:
     classes: Callable[[str, Collection[int]], set[int]]
     units: Callable[[str, int], tuple[Ids, Ids] | None]
     truncation: Truncation
+    _known: dict[tuple[str, int], dict[int, Ids] | None] = field(default_factory=dict)
 
     def lies(self, node: str, dims: Collection[int]) -> bool:
         """Whether units of such classes lie along some dimensions of a node's value."""
@@ -38,21 +39,24 @@ class Confined:
     def project(self, node: str, value: Tensor) -> Tensor:
         """A node's value without the other directions."""
         for dim in range(value.ndim):
-            for number, where in (self._positions(node, dim) or {}).items() if self.lies(node, [dim]) else ():
+            places = self._positions(node, dim) or {}
+            count = sum(where.size for where in places.values())
+            for number, where in places.items():
                 matrix, index = self.truncation.projector(number).to(value), torch.from_numpy(where).to(value.device)
-                parts = value.unflatten(dim, (-1, len(self._units(node, dim))))  # The units may repeat.
+                parts = value.unflatten(dim, (-1, count))  # The units may repeat.
                 moved = parts.movedim(dim + 1, -1).clone()
                 moved[..., index] = torch.einsum("uv,...bvt->...but", matrix, moved[..., index])
                 value = moved.movedim(-1, dim + 1).flatten(dim, dim + 1)
         return value
 
-    def _units(self, node: str, dim: int) -> Ids:
-        found = self.units(node, dim)
-        assert found is not None
-        return found[0]
-
     def _positions(self, node: str, dim: int) -> dict[int, Ids] | None:
-        """Where the units of every class lie along a dimension: shape (blocks, units in each, times)."""
+        """Where the units of every class lie along a dimension: shape (blocks, units in each, times). {} if no such
+        units lie there, None if it cannot be told."""
+        if (node, dim) not in self._known:
+            self._known[node, dim] = self._find(node, dim) if self.lies(node, [dim]) else {}
+        return self._known[node, dim]
+
+    def _find(self, node: str, dim: int) -> dict[int, Ids] | None:
         found = self.units(node, dim)
         if found is None:
             return None
