@@ -9,7 +9,6 @@ slow.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -20,13 +19,7 @@ from tests.oracle.hunt import EXACT, INCOMPLETE, UNUSED, examine, excuses, short
 from tests.oracle.regressions import REGRESSIONS
 from tests.slow import but_slow, examples
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("seed", examples(range, quick=6, count=200))
