@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_equal_units_of_a_random_architecture_are_one(seed: int) -> None:
 
 HALVED = [
     *("conv, BatchNorm, flatten", "grouped queries", "DenseNet", "inverted residual, squeeze-excite", "ViT", "VGG"),
-    *("residual CNN, projection shortcut", "U-Net", "ConvNeXt block", "SwiGLU, packed", "MLP-Mixer"),
+    *("residual CNN, projection shortcut", "U-Net", "ConvNeXt block", "SwiGLU, packed", "MLP-Mixer", "LSTM", "GRU"),
 ]
 
 
@@ -199,7 +200,6 @@ def test_more_blocks() -> None:
 
 FIXED = {
     "places of channels": "looks at units by their places",
-    "LSTM": "is a call of aten::lstm, which is not known to allow other sizes",
     "residual CNN, padded shortcut": "adds to a dimension along which units lie",
 }
 
@@ -217,6 +217,76 @@ def test_what_cannot_be_resized_keeps_its_width_under_one_number_for_all(name: s
     model, args = CASES[name]()
     example: dict[str, Any] = {"example": args, "inputs": lambda given: (given, {})}
     assert len(fxmerge.report(fxmerge.fold(model, width=0.5, **example)).widths) < len(find_classes(model, args))
+
+
+class Recurrence(nn.Module):
+    """A recurrent layer, read at all steps or as it ends."""
+
+    def __init__(self, layer: nn.RNNBase, ends: bool) -> None:
+        super().__init__()
+        self.embed, self.layer, self.ends = nn.Linear(3, 6), layer, ends
+        size, directions = layer.proj_size or layer.hidden_size, 1 + layer.bidirectional
+        self.head = nn.Linear(size * directions, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, state = self.layer(self.embed(x))
+        if not self.ends:
+            return self.head(steps)  # type: ignore[no-any-return]
+        final = state[0] if isinstance(state, tuple) else state
+        return self.head(torch.cat(list(final[-(1 + self.layer.bidirectional) :]), -1))  # type: ignore[no-any-return]
+
+
+class Written(nn.Module):
+    """Cells, called step by step on zeros of a written size, at last scaled by what nothing is known of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru, self.head = nn.LSTMCell(3, 6), nn.GRUCell(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(len(x), 6), torch.zeros(1, 6, dtype=x.dtype).expand(len(x), 6)
+        seen = x.new_zeros(len(x), 6).neg() + 1
+        for step in x.unbind(1):
+            state = self.lstm(step, state)
+            seen = self.gru(state[0], seen)
+        return self.head(seen)  # type: ignore[no-any-return]
+
+
+RECURRENCES: dict[str, Callable[[], nn.Module]] = {
+    "cells": Written,
+    "LSTM": lambda: Recurrence(nn.LSTM(6, 4, batch_first=True), False),
+    "LSTM, stacked, both ways, projected": lambda: Recurrence(
+        nn.LSTM(6, 8, num_layers=2, bidirectional=True, proj_size=4), True
+    ),
+    "LSTM, stacked, without biases": lambda: Recurrence(nn.LSTM(6, 4, num_layers=2, bias=False), True),
+    "GRU, stacked, both ways": lambda: Recurrence(nn.GRU(6, 4, num_layers=2, bidirectional=True), True),
+    "GRU without biases": lambda: Recurrence(nn.GRU(6, 4, batch_first=True, bias=False), False),
+    "RNN, both ways, without biases": lambda: Recurrence(nn.RNN(6, 4, bidirectional=True, bias=False), True),
+}
+
+
+@pytest.mark.parametrize("name", but_slow(RECURRENCES, 1))
+def test_units_of_recurrent_layers(name: str) -> None:
+    """They are halved, and doubled in a merge of two networks, of which nothing is lost then."""
+    torch.manual_seed(0)
+    a, b = (RECURRENCES[name]().double().eval() for _ in range(2))
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    widths = check(copy.deepcopy(a), (x,))
+    assert all(2 * after == before for before, after in widths.values())
+    assert any("weight_ih" in axis for axis in widths)
+    recipe = fxmerge.Recipe(match=fxmerge.Zip(width=2.0))
+    for data in (None, [x]):
+        both = fxmerge.merge(a, b, data, recipe, example=x)
+        assert error((a(x) + b(x)) / 2, both(x)) < 1e-9
+        assert {after // before for before, after in fxmerge.report(both).widths.values()} == {2}
+    assert error(both(x), pickle.loads(pickle.dumps(both))(x)) == 0.0
+
+
+def test_layers_of_one_recurrence_have_one_size() -> None:
+    model, x = Recurrence(nn.GRU(6, 4, num_layers=2, batch_first=True), False), torch.randn(5, 4, 3)
+    first = next(name for name in find_classes(model, (x,)) if "ih_l0" in name)
+    with pytest.raises(fxmerge.OptionError, match="Graph node 'gru'"):
+        fxmerge.fold(model, width={first: 0.5}, example=x)
 
 
 def find_classes(model: nn.Module, args: Any) -> tuple[str, ...]:
@@ -346,17 +416,18 @@ def test_with_all_units_apart_nothing_is_lost() -> None:
 
 
 class Counted(nn.Module):
-    """A LayerNorm over a stream, and an LSTM, whose units cannot be more."""
+    """A LayerNorm over a stream, and units with two zeros after them, which cannot be more."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.embed, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
-        self.cells, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, classes)
+        self.padded, self.head = nn.Linear(6, 5), nn.Linear(7, classes)
         self.double().eval()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
-        return self.head(self.cells(x + self.norm(x))[0])  # type: ignore[no-any-return]
+        x = nn.functional.pad(self.padded(x + self.norm(x)).tanh(), (0, 2))
+        return self.head(x)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("data", but_slow([True, False]))

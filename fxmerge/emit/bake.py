@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from fxmerge.program.captured import Program
 from fxmerge.program.emission import duplicate
@@ -20,4 +21,18 @@ def bake(program: Program, state: Mapping[str, Tensor]) -> fx.GraphModule:
             if own[name].shape != tensor.shape:
                 own[name].data = torch.empty_like(tensor, dtype=own[name].dtype)
             own[name].copy_(tensor)
+    _make_traceable(module)
     return module
+
+
+def _make_traceable(module: fx.GraphModule) -> None:
+    """Fills tensors by torch's functions in place of their overloads, which take the same arguments.
+
+    torch traces what it unpickles, and does not see a size that the graph computes inside of an overload's list.
+    """
+    for node in module.graph.nodes:
+        if isinstance(node.target, OpOverload) and node.all_input_nodes:
+            schema = node.target._schema
+            if not any("Tensor" in str(argument.type) for argument in schema.arguments):
+                node.target = getattr(torch, schema.name.removeprefix("aten::"), node.target)
+    module.recompile()

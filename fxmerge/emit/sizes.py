@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor, fx
 
+from fxmerge.emit.constants import needed
 from fxmerge.errors import FxmergeError
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.labels import Labels
@@ -50,6 +51,7 @@ class Sizes:
         twins: Mapping[fx.Node, fx.Node] | None = None,
     ) -> None:
         self.found, self.symmetry, self.units, self.twins = found, symmetry, units, twins or {}
+        self._graph = found.program.graph.graph
         self.counts = [c.size for c in symmetry.units]
         self.number, self.place = places_and_blocks(found, symmetry)
         self.dims: dict[str, dict[int, tuple[AxisLayout, AxisLayout] | int]] = {}
@@ -72,12 +74,19 @@ class Sizes:
                         if dim in changed and _size(changed[dim]) != _size(size):
                             raise self.cannot(node, "has units of several sizes along one dimension")
                         changed[dim] = size
+            if node.graph is self._graph and not self.has_units(node):
+                changed |= needed(node, self)
             self.dims[node.name] = changed
         return self.dims[node.name]
 
+    def has_units(self, node: fx.Node) -> bool:
+        """Whether units are known to lie along some dimension of a node's value."""
+        labels = self._labels(self.twins.get(node, node))
+        return labels is not None and bool(labels.columns)
+
     def _labels(self, node: fx.Node) -> Labels | None:
         """What is known of a node of the labelled graph."""
-        return self.found.labels.get(node.name) if node.graph is self.found.program.graph.graph else None
+        return self.found.labels.get(node.name) if node.graph is self._graph else None
 
     def shape(self, node: fx.Node) -> Sequence[int]:
         """The shape of a node's value before."""

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import fx
 
+from fxmerge.emit.constants import ENTRY_BY_ENTRY, FILLED, parts
 from fxmerge.emit.sizes import Sizes
 from fxmerge.program.forms import bind
-from fxmerge.symmetry.rules import elementwise, find_rule
+from fxmerge.symmetry.rules import find_rule
 
 Changes = dict[str, Any]
 """New arguments of a call, by the names of its op's schema."""
@@ -26,6 +27,7 @@ _FREE_NAMES = """
     unbind unsqueeze cat concat numpy_T mT sym_size sym_numel expand_as view_as reshape_as empty_like full_like
     randn_like broadcast_tensors bernoulli
     addmm baddbmm bilinear bmm dot einsum linear matmul mm mv embedding
+    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d
     max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices upsample_bilinear2d
@@ -39,8 +41,6 @@ _FREE_NAMES = """
 
 _FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split())
 """The ops that say nothing of the sizes of what they read, beside those that go entry by entry."""
-
-_POINTWISE = (elementwise.pointwise, elementwise.identity, elementwise.prelu, elementwise.copy, elementwise.filled)
 
 
 def rule(*names: str) -> Callable[[R], R]:
@@ -67,7 +67,7 @@ def changes_of(node: fx.Node, sizes: Sizes) -> Changes:
     if schema.name in _RULES:
         call = bind(node)
         return {name: new for name, new in _RULES[schema.name](node, call, sizes).items() if new != call[name]}
-    if schema.name in _FREE or find_rule(node.target) in _POINTWISE:
+    if schema.name in _FREE or find_rule(node.target) in ENTRY_BY_ENTRY:
         return {}
     raise sizes.cannot(node, f"is a call of {schema.name}, which is not known to allow other sizes")
 
@@ -82,7 +82,7 @@ def _written(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     }
 
 
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+@rule(*FILLED)
 def _filled(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     return _written(node, call, sizes)
 
@@ -180,11 +180,10 @@ def _split(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     name, x, dim = "split_size" if "split_size" in call else "split_sizes", call["self"], call["dim"]
     if sizes.size(x, dim) is None:
         return {}
-    size, parts = sizes.shape(x)[dim], call[name]
-    cuts = list(range(0, size, parts)) if isinstance(parts, int) else np.cumsum([0, *parts[:-1]]).tolist()
-    ends = [sizes.boundary(x, dim, cut) for cut in (*cuts, size)]
-    new = [b - a for a, b in itertools.pairwise(ends)]
-    if not isinstance(parts, int):
+    size, old = sizes.shape(x)[dim], call[name]
+    cuts = list(range(0, size, old)) if isinstance(old, int) else np.cumsum([0, *old[:-1]]).tolist()
+    new = _lengths(node, x, dim, [*cuts, size], sizes)
+    if not isinstance(old, int):
         return {name: new}
     if len(set(new[:-1])) > 1 or new[-1] > new[0]:
         raise sizes.cannot(node, "splits a dimension into equal parts, which would differ in size")
@@ -197,10 +196,17 @@ def _chunk(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     if sizes.size(x, dim) is not None:
         size = sizes.shape(x)[dim]
         step = -(-size // call["chunks"])
-        ends = [sizes.boundary(x, dim, cut) for cut in (*range(0, size, step), size)]
-        if len({b - a for a, b in itertools.pairwise(ends)}) > 1:
+        if len(set(_lengths(node, x, dim, [*range(0, size, step), size], sizes))) > 1:
             raise sizes.cannot(node, "splits a dimension into equal parts, which would differ in size")
     return {}
+
+
+def _lengths(node: fx.Node, x: fx.Node, dim: int, cuts: list[int], sizes: Sizes) -> list[int]:
+    """How long the parts of a dimension are: as the units between the cuts, or, if there are none, as their readers
+    need."""
+    if not sizes.has_units(x):
+        return parts(node, sizes)
+    return [b - a for a, b in itertools.pairwise(sizes.boundary(x, dim, cut) for cut in cuts)]
 
 
 @rule("constant_pad_nd", "pad", "reflection_pad2d", "replication_pad2d")

@@ -122,6 +122,8 @@ class LayerFit:
                 chosen = torch.randperm(rows, generator=self.generator)[: self.limit].sort().values
             x = use.features(mine, chosen)
             y = self.targets(use, taught, shares, chosen)
+            if not x.any() and not y.any():
+                continue  # Such as the state that a recurrence begins with. Of what is zero, no units are known.
             if use in self.summands:
                 summand = self.summands[use]
                 y = y + use.outputs(summand.placed(self._off(summand.node, values, taught, shares)), mine, chosen)
