@@ -10,8 +10,8 @@ from fxmerge.evidence.moments import Moments
 from fxmerge.refitting.ridge import Fit, NormalEquations, fit
 
 
-def fitted(x: Tensor, y: Tensor, centre: Tensor) -> Fit:
-    folds = [NormalEquations.none(*centre.shape, torch.device("cpu")) for _ in range(2)]
+def fitted(x: Tensor, y: Tensor, centre: Tensor, few: int = 0) -> Fit:
+    folds = [NormalEquations(*centre.shape, torch.device("cpu"), few) for _ in range(2)]
     for fold, part in zip(folds, zip(x.chunk(2, 1), y.chunk(2, 1), strict=True), strict=True):
         fold.add(*part, centre, 1.0)
     return fit(folds)
@@ -38,6 +38,25 @@ def test_moments_that_take_much_memory_are_kept_in_fewer_parts(features: int, fo
     assert len(NormalEquations.folds(1, features, 10, torch.device("meta"))) == folds
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("rows", [2, 7, 9])
+def test_few_rows_give_what_their_sums_give(rows: int, groups: int) -> None:
+    """Of 30 features, with rows that are kept; the most are too many for that, which turns out on the way."""
+    g = torch.Generator().manual_seed(rows)
+    x, y = (torch.randn(groups, 4 * rows, n, generator=g, dtype=torch.float64) for n in (30, 3))
+    centre = torch.randn(groups, 30, 3, generator=g, dtype=torch.float64)
+    found = []
+    for few in (0, 15):
+        folds = [NormalEquations(groups, 30, 3, torch.device("cpu"), few) for _ in range(2)]
+        for i, part in enumerate(zip(x.chunk(4, 1), y.chunk(4, 1), strict=True)):
+            folds[i % 2].add(*part, centre, 0.5 + i)
+        found.append(fit(folds))
+    sums, kept = found
+    torch.testing.assert_close(kept.step, sums.step, rtol=1e-8, atol=1e-10)
+    for name in ("ridge", "before", "after", "held_out", "rank"):
+        assert getattr(kept, name) == pytest.approx(getattr(sums, name), rel=1e-7, abs=1e-9)
+
+
 def test_pure_noise_leaves_the_centre() -> None:
     x, _, w = problem(40, features=30)
     y = torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -61,7 +80,7 @@ def test_directions_without_data_are_not_moved() -> None:
 
 
 def test_no_rows_are_no_step() -> None:
-    found = fit([NormalEquations.none(1, 4, 2, torch.device("cpu")) for _ in range(2)])
+    found = fit([NormalEquations(1, 4, 2, torch.device("cpu")) for _ in range(2)])
     assert torch.equal(found.step, torch.zeros(1, 4, 2, dtype=torch.float64))
     assert math.isfinite(found.after)
 
@@ -78,7 +97,7 @@ def test_what_is_linear_is_fitted_whatever_rounding_leaves_of_the_error(seed: in
     """The sum of squares is a difference of large numbers, which may fall below zero."""
     g = torch.Generator().manual_seed(seed)
     x, truth = torch.randn(1, 512, 7, generator=g), torch.randn(1, 7, 3, generator=g)
-    folds = [NormalEquations.none(1, 7, 3, torch.device("cpu")) for _ in range(2)]
+    folds = [NormalEquations(1, 7, 3, torch.device("cpu")) for _ in range(2)]
     for fold, part in zip(folds, x.chunk(2, 1), strict=True):
         fold.add(part, part @ truth, -truth, 1.0)
     found = fit(folds)

@@ -13,7 +13,7 @@ from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import Problem, floats, search
 from fxmerge.notices import warn_of_nearer_parent
 from fxmerge.ordering import error_of, score_of
-from fxmerge.refitting.ridge import NormalEquations, fit
+from fxmerge.refitting.ridge import Many, NormalEquations, fit
 
 NAN = math.nan
 
@@ -44,25 +44,27 @@ def test_a_network_whose_error_is_nan_is_not_nearer(
     assert [text.partition(" alone")[0] for text in caplog.messages] == ([nearer] if nearer else [])
 
 
-def test_a_ridge_whose_error_is_nan_is_not_chosen() -> None:
+def test_a_ridge_whose_error_is_nan_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     folds = []
     for _ in range(3):
-        own = NormalEquations.none(1, 4, 2, torch.device("cpu"))
+        own = NormalEquations(1, 4, 2, torch.device("cpu"))
         x = torch.randn(1, 20, 4)
         own.add(x, x @ torch.randn(4, 2), torch.zeros(1, 4, 2), 1.0)
         folds.append(own)
     expected = fit(folds)
     assert math.isfinite(expected.ridge)
 
-    class Broken(NormalEquations):
+    class Broken(Many):
         """Its error is NaN for the strong ridges."""
 
         def error(self, step: torch.Tensor) -> float:
             return NAN if float(step.norm()) < 0.5 * float(expected.step.norm()) else super().error(step)
 
-    broken = [Broken(f.features, f.cross, f.residuals, f.targets) for f in folds]
-    found = fit(broken)
+    for fold in folds:
+        sums = fold.sums()
+        monkeypatch.setattr(fold, "sums", lambda own=sums: Broken(own.features, own.cross, own.squares))
+    found = fit(folds)
     assert math.isfinite(found.held_out) and torch.isfinite(found.step).all()
 
 

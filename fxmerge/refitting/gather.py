@@ -19,7 +19,7 @@ from fxmerge.program.forms import bind
 from fxmerge.refitting.cross_entropy import ScoreRows, fit_scores
 from fxmerge.refitting.layers import Layer, Use
 from fxmerge.refitting.places import Places
-from fxmerge.refitting.ridge import Fit, NormalEquations, fit, step_without
+from fxmerge.refitting.ridge import Fit, NormalEquations, fit, joined, step_without
 from fxmerge.refitting.sums import Summand
 
 ROWS_PER_FEATURE, MIN_ROWS = 16, 8192
@@ -185,7 +185,7 @@ class LayerFit:
 
     def settle(self, state: dict[str, Tensor]) -> dict[str, float]:
         """Puts the fitted coefficients into a state dict, and tells how they were found."""
-        if not all(bool(torch.isfinite(m.features).all() and torch.isfinite(m.cross).all()) for m in self.folds):
+        if not all(fold.is_finite for fold in self.folds):
             raise not_finite(self.layer)
         found = fit(self.folds)
         self.layer.write(state, self.centre + found.step)
@@ -217,9 +217,9 @@ class LayerFit:
         if found.coefficients is not None:
             self.layer.write(state, found.coefficients[None])
             # What the outputs miss is now known on the rows that were held out, and taken to be alike on the others.
-            spread = sum(others, start=first).targets.spread
+            spread = self._targets.spread
             if first.targets.spread > 0:
-                self.held_out = first.error(found.held_out - self.centre) * spread / first.targets.spread
+                self.held_out = joined([first]).error(found.held_out - self.centre) * spread / first.targets.spread
         return {
             "cross_entropy_before": found.before,
             "cross_entropy_after": found.after,
@@ -227,9 +227,13 @@ class LayerFit:
             "cross_entropy_ridge": found.ridge,
         }
 
+    @property
+    def _targets(self) -> Moments:
+        return sum((fold.targets for fold in self.folds), start=Moments())
+
     def output_error(self, number: int | None) -> float:
         """What the outputs of a parent, or those of the fit on rows held out, miss of the variance of the targets."""
-        variance = sum(self.folds[1:], start=self.folds[0]).targets.spread
+        variance = self._targets.spread
         missed = self.held_out if number is None else self.missed[number]
         return missed / variance if variance > 0 else math.nan
 

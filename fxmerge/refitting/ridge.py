@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,55 +26,169 @@ MARGIN, NEGLIGIBLE = 0.01, 1e-10
 """A stronger ridge is preferred if its error is greater by no more than this share, and this share of the targets."""
 
 
-@dataclass
-class NormalEquations:
-    """Sums over rows of products of features, and of features with what is to be explained.
+@dataclass(frozen=True)
+class Solution:
+    """A ridge regression.
 
     Attributes:
-        features: shape (groups, features, features).
-        cross: features with residuals, shape (groups, features, outputs).
-        residuals: sum of squares of what the centre leaves over.
-        targets: the moments of the targets, shape (groups, outputs).
+        step: what to add to the coefficients, shape (groups, features, outputs).
+        factor: the Cholesky factor of the products of all features or all rows, with what the ridge adds.
+        scale: what it adds, shape (groups).
+    """
+
+    step: Tensor
+    factor: Tensor
+    scale: Tensor
+
+    @property
+    def rank(self) -> float:
+        """How many directions the ridge leaves free, the mean over groups: the trace of the hat matrix."""
+        inverse = torch.cholesky_inverse(self.factor).diagonal(dim1=1, dim2=2)
+        return float((inverse.shape[1] - self.scale * inverse.sum(1)).mean())
+
+
+@dataclass(frozen=True)
+class Few:
+    """Fewer rows than there are features: a fit costs the cube of their number.
+
+    Attributes:
+        x: features, shape (groups, rows, features).
+        rest: what is to be explained, shape (groups, rows, outputs).
+    """
+
+    x: Tensor
+    rest: Tensor
+
+    def error(self, step: Tensor) -> float:
+        """The sum of squares of what a step leaves over."""
+        return float((self.rest - self.x @ step).square().sum())
+
+    def solve(self, ridge: float) -> Solution | None:
+        """The step of a ridge, in the dual form: x' (x x' + ridge)^-1 rest."""
+        scale = _scale(self.x.square().sum(1), ridge)
+        factor = _factor(self._products, scale)
+        if factor is None:
+            return None
+        return Solution(self.x.transpose(1, 2) @ torch.cholesky_solve(self.rest, factor), factor, scale)
+
+    @cached_property
+    def _products(self) -> Tensor:
+        return self.x @ self.x.transpose(1, 2)
+
+    def many(self) -> Many:
+        """The same as sums."""
+        turned = self.x.transpose(1, 2)
+        return Many(turned @ self.x, turned @ self.rest, float(self.rest.square().sum()))
+
+
+@dataclass(frozen=True)
+class Many:
+    """Sums over rows: a fit costs the cube of the number of features.
+
+    Attributes:
+        features: of products of features, shape (groups, features, features).
+        cross: of features with what is to be explained, shape (groups, features, outputs).
+        squares: of squares of what is to be explained.
     """
 
     features: Tensor
     cross: Tensor
-    residuals: float = 0.0
-    targets: Moments = field(default_factory=Moments)
+    squares: float
+
+    def __add__(self, other: Many) -> Many:
+        return Many(self.features + other.features, self.cross + other.cross, self.squares + other.squares)
+
+    def error(self, step: Tensor) -> float:
+        """The sum of squares of what a step leaves over; rounding may not leave less than nothing."""
+        return max(self.squares + float((step * (self.features @ step - 2 * self.cross)).sum()), 0.0)
+
+    def solve(self, ridge: float) -> Solution | None:
+        """The step of a ridge: (x' x + ridge)^-1 x' rest."""
+        scale = _scale(self.features.diagonal(dim1=1, dim2=2), ridge)
+        factor = _factor(self.features, scale)
+        return None if factor is None else Solution(torch.cholesky_solve(self.cross, factor), factor, scale)
+
+
+class NormalEquations:
+    """What is gathered of rows, for ridge regressions: the rows themselves while they are few, then sums of products.
+
+    Arguments:
+        groups, features, outputs: how many there are.
+        device: where sums are kept.
+        few: up to how many rows are kept.
+
+    Attributes:
+        targets: the moments of the targets, shape (groups, outputs).
+    """
+
+    def __init__(self, groups: int, features: int, outputs: int, device: torch.device, few: int = 0) -> None:
+        self.shape, self.device, self.few = (groups, features, outputs), device, few
+        self.targets = Moments()
+        self._rows: list[Few] = []
+        self._sums: Many | None = None
 
     @classmethod
     def folds(cls, groups: int, features: int, outputs: int, device: torch.device) -> list[NormalEquations]:
         """One for each part of the data, still empty."""
         size = groups * features * (features + outputs) * torch.float64.itemsize
         count = min(max(FOLD_MEMORY // max(size, 1), LEAST_FOLDS), FOLDS)
-        return [cls.none(groups, features, outputs, device) for _ in range(count)]
-
-    @classmethod
-    def none(cls, groups: int, features: int, outputs: int, device: torch.device) -> NormalEquations:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        return cls(zeros(groups, features, features), zeros(groups, features, outputs))
+        return [cls(groups, features, outputs, device, features // count) for _ in range(count)]
 
     def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float) -> None:
         """Adds rows: features of shape (groups, rows, features), targets of shape (groups, rows, outputs)."""
         rest = y - x @ centre
-        self.features += (x.transpose(1, 2) @ x).double() * weight
-        self.cross += (x.transpose(1, 2) @ rest).double() * weight
-        self.residuals += float(rest.square().sum(dtype=torch.float64)) * weight
         self.targets += Moments.of(y, weight)
-
-    def __add__(self, other: NormalEquations) -> NormalEquations:
-        return NormalEquations(
-            self.features + other.features,
-            self.cross + other.cross,
-            self.residuals + other.residuals,
-            self.targets + other.targets,
+        if self._sums is None and self.targets.rows <= self.few:
+            root = math.sqrt(weight)
+            self._rows.append(Few(x * root, rest * root))
+            return
+        turned = x.transpose(1, 2)
+        squares = float(rest.square().sum(dtype=torch.float64))
+        sums = self.sums()
+        self._sums = Many(
+            sums.features.add_((turned @ x).double(), alpha=weight),
+            sums.cross.add_((turned @ rest).double(), alpha=weight),
+            sums.squares + squares * weight,
         )
+        self._rows = []
 
-    def error(self, step: Tensor) -> float:
-        """The sum of squared errors once a step is added to the centre; rounding may not leave less than nothing."""
-        return max(self.residuals + float((step * (self.features @ step - 2 * self.cross)).sum()), 0.0)
+    def rows(self) -> Few | None:
+        """The rows, in float64; None if they are more than few."""
+        if self._sums is not None or not self._rows:
+            return None
+        x, rest = (torch.cat(own, 1).double() for own in zip(*((r.x, r.rest) for r in self._rows), strict=True))
+        return Few(x, rest)
+
+    def sums(self) -> Many:
+        """The rows as sums."""
+        if self._sums is not None:
+            return self._sums
+        rows = self.rows()
+        if rows is not None:
+            return rows.many()
+        groups, features, outputs = self.shape
+        empty = torch.zeros(groups, features, features + outputs, dtype=torch.float64, device=self.device)
+        return Many(empty[..., :features].contiguous(), empty[..., features:].contiguous(), 0.0)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no sum has overflowed, and no value was infinite or NaN."""
+        found = (
+            [self._sums.features, self._sums.cross] if self._sums else [t for r in self._rows for t in (r.x, r.rest)]
+        )
+        return all(bool(torch.isfinite(t).all()) for t in found)
+
+
+def joined(folds: Sequence[NormalEquations]) -> Few | Many:
+    """The equations of some folds together: rows if there are fewer than features."""
+    rows = [fold.rows() for fold in folds]
+    if all(own is not None for own in rows) and sum(fold.targets.rows for fold in folds) <= folds[0].shape[1]:
+        kept = [own for own in rows if own is not None]
+        return Few(torch.cat([own.x for own in kept], 1), torch.cat([own.rest for own in kept], 1))
+    total = folds[0].sums()
+    for fold in folds[1:]:
+        total = total + fold.sums()
+    return total
 
 
 @dataclass(frozen=True)
@@ -103,54 +218,50 @@ def fit(folds: Sequence[NormalEquations]) -> Fit:
     of squares: where the data say nothing, there is no step.
     """
     folds = [f for f in folds if f.targets.rows] or folds[:1]
-    whole = _sum(folds)
-    total = max(whole.targets.square, torch.finfo(torch.float64).tiny)
+    square = sum(fold.targets.square for fold in folds)
+    total = max(square, torch.finfo(torch.float64).tiny)
+    errors = _held_out(folds, total) if len(folds) > 1 else dict.fromkeys(RIDGES, 0.0)
+    limit = min(errors.values()) * (1 + MARGIN) + NEGLIGIBLE * total
+    whole = joined(folds)
+    before = whole.error(torch.zeros(folds[0].shape, dtype=torch.float64, device=folds[0].device)) / total
+    for ridge in (r for r, error in errors.items() if error <= limit):
+        found = whole.solve(ridge)
+        if found is not None and bool(torch.isfinite(found.step).all()):
+            after = whole.error(found.step) / total
+            held_out = errors[ridge] / total if len(folds) > 1 else after
+            return Fit(found.step, ridge, before, after, held_out, found.rank)
+    none = torch.zeros(folds[0].shape, dtype=torch.float64, device=folds[0].device)
+    return Fit(none, math.inf, before, before, before, 0.0)
+
+
+def _held_out(folds: Sequence[NormalEquations], total: float) -> dict[float, float]:
+    """The sums of errors on all folds of what the others give, for ridges from the strongest on."""
+    alone = [joined([fold]) for fold in folds]
+    others = [joined([other for other in folds if other is not own]) for own in folds]
     errors: dict[float, float] = {}
     for ridge in RIDGES:
-        errors[ridge] = sum(_missed(own, folds, ridge) for own in folds) if len(folds) > 1 else 0.0
+        found = [other.solve(ridge) for other in others]
+        missed = [math.inf if f is None else error_of(own.error(f.step)) for own, f in zip(alone, found, strict=True)]
+        errors[ridge] = sum(missed)
         if errors[ridge] > 2 * min(errors.values()) + NEGLIGIBLE * total:
             break  # It only gets worse from here.
-    limit = min(errors.values()) * (1 + MARGIN) + NEGLIGIBLE * total
-    for ridge in (r for r, error in errors.items() if error <= limit):
-        factor, scale = _factor(whole, ridge)
-        if factor is not None:
-            step = torch.cholesky_solve(whole.cross, factor)
-            if not bool(torch.isfinite(step).all()):
-                continue
-            inverse = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
-            rank = float((inverse.shape[1] - scale * inverse.sum(1)).mean())
-            before, after, held_out = (e / total for e in (whole.residuals, whole.error(step), errors[ridge]))
-            return Fit(step, ridge, before, after, held_out if len(folds) > 1 else after, rank)
-    before = whole.residuals / total
-    return Fit(torch.zeros_like(whole.cross), math.inf, before, before, before, 0.0)
-
-
-def _missed(own: NormalEquations, folds: Sequence[NormalEquations], ridge: float) -> float:
-    """The error on one fold of what the others give."""
-    step = step_without(own, folds, ridge)
-    return error_of(own.error(step)) if step is not None else math.inf
+    return errors
 
 
 def step_without(own: NormalEquations, folds: Sequence[NormalEquations], ridge: float) -> Tensor | None:
     """The step that all folds but one give, where rounding lets it be found."""
-    rest = _sum([f for f in folds if f is not own])
-    factor, _ = _factor(rest, ridge)
-    return None if factor is None else torch.cholesky_solve(rest.cross, factor)
+    found = joined([fold for fold in folds if fold is not own]).solve(ridge)
+    return None if found is None else found.step
 
 
-def _sum(folds: Sequence[NormalEquations]) -> NormalEquations:
-    total = folds[0]
-    for other in folds[1:]:
-        total = total + other
-    return total
+def _scale(squares: Tensor, ridge: float) -> Tensor:
+    """What the ridge adds for each group, of the sums of squares of every feature."""
+    scale = squares.mean(1)
+    return torch.where(scale > 0, scale * ridge, 1.0)
 
 
-def _factor(moments: NormalEquations, ridge: float) -> tuple[Tensor | None, Tensor]:
-    """The Cholesky factor of the features' moments with the ridge, None where rounding has left them indefinite; and
-    what the ridge adds for each group."""
-    gram = moments.features
-    scale = gram.diagonal(dim1=1, dim2=2).mean(1)
-    scale = torch.where(scale > 0, scale * ridge, 1.0)
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(gram + scale[:, None, None] * eye)
-    return (None if bool(failed.any()) else factor), scale
+def _factor(products: Tensor, scale: Tensor) -> Tensor | None:
+    """The Cholesky factor of products with what a ridge adds; None where rounding has left them indefinite."""
+    eye = torch.eye(products.shape[1], dtype=products.dtype, device=products.device)
+    factor, failed = torch.linalg.cholesky_ex(products + scale[:, None, None] * eye)
+    return None if bool(failed.any()) else factor
