@@ -21,7 +21,7 @@ from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of
 from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered
 from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
-from fxmerge.recipe import AUTO, NOTHING, Align, Budget, Recipe, Run, Zip
+from fxmerge.recipe import AUTO, NOTHING, Align, Average, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import Made, attach, named_errors, report, widths_of
 from fxmerge.sizing import configured, nothing_lost, same_on_example, sized
@@ -191,7 +191,7 @@ def _merged(
     if not settled and job.heads and isinstance(recipe.match, Zip) and recipe.match.width == len(models):
         # As many units as all models have are to lose nothing.
         logger.info("some units are of all models, or an op goes over them: the models stand side by side instead")
-        apart = replace(recipe, share=NOTHING, fit=None)
+        apart = replace(recipe, share=NOTHING, match=Zip(), combine=Average(), fit=None)
         return _merged(models, None, apart, run=run, example=job.example, inputs=lambda given: given)
     if recipe.fit is not None and not settled:
         refitted = fit(group, recipe, run, program, matching.merged, aligned, state, weights, order)
