@@ -201,7 +201,7 @@ def inspect(
 
 @app.command()
 @click.argument("result", metavar="DIR")
-@click.option("--symmetry", is_flag=True, help="also prove symmetry.json on the first model, in float64")
+@click.option("--symmetry", is_flag=True, help="also prove symmetry.json on the models, in float64")
 @click.option("--allow-pickle", is_flag=True, help="unpickle files of torch, which can run code in them")
 @options.as_json
 @options.verbose

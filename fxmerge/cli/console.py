@@ -25,10 +25,11 @@ CODES = {
     5: "check or verify found something wrong",
     70: "a fault of fxmerge",
     130: "interrupted",
+    141: "who reads the output has gone",
 }
 """The exit codes and what they mean."""
 
-WRONG, FAULT, INTERRUPTED = 5, 70, 130
+WRONG, FAULT, INTERRUPTED, UNREAD = 5, 70, 130, 141
 
 
 class Found(Exception):
@@ -42,10 +43,12 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
     """
     import click
 
+    output = sys.stdout
     verbose, as_json = bool({"-v", "--verbose"} & set(argv)), "--json" in argv and argv[0] != "inspect"
     try:
         with _stopped(), _logging(verbose):
             run()
+            sys.stdout.flush()
     except click.exceptions.Abort:
         return _told("interrupted.", INTERRUPTED, as_json)
     except (KeyboardInterrupt, _Terminated):
@@ -62,8 +65,11 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
         code = 3 if isinstance(error, CheckpointError) else 4 if isinstance(error, OutputError) else 1
         return _told(str(error), code, as_json)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Who read the output has gone.
-        return 0
+        return _unread()
+    except SystemExit:
+        if sys.stdout is output:
+            raise
+        return _unread()  # click has seen it, and put something else in place of the output.
     except Exception as error:
         if verbose:
             traceback.print_exc()
@@ -80,6 +86,12 @@ def _told(sentence: str, code: int, as_json: bool) -> int:
     else:
         say(f"fxmerge: {sentence}", "red")
     return code
+
+
+def _unread() -> int:
+    """Drops what is yet to be printed, which no one reads."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+    return UNREAD
 
 
 class _Terminated(BaseException):

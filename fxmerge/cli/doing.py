@@ -20,7 +20,7 @@ from fxmerge.output.writing import write
 from fxmerge.plan import Plan, from_yaml
 from fxmerge.plan.checking import Check, check
 from fxmerge.plan.parts import settings
-from fxmerge.plan.running import example_of, execute, opened
+from fxmerge.plan.running import example_of, execute, joined, opened
 from fxmerge.reporting import Report
 from fxmerge.symmetry.group import Symmetry
 
@@ -171,14 +171,10 @@ def verify_result(result: str, *, symmetry: bool, allow_pickle: bool, as_json: b
     plan = reading.plan_of(directory)
     problems, error = reading.problems_of(directory, plan), None
     if symmetry and not problems:
-        network = _networks(plan, allow_pickle)[0]
-        own = Symmetry.from_json(directory / "symmetry.json")
-        if not {axis.parameter for one in own.classes for axis in one.axes} <= set(network.model.state_dict()):
-            raise OptionError(
-                f"symmetry.json in {result} is of a network with heads apart, and --symmetry cannot prove it on one of "
-                "the models. Without --symmetry, verify checks all files."
-            )
-        proven = own.verify(network.model, *example_of(network))
+        networks = _networks(plan, allow_pickle)
+        apart = reading.summary_of(directory)["report"]["heads"]
+        model, (args, kwargs) = joined(plan, networks) if apart else (networks[0].model, example_of(networks[0]))
+        proven = Symmetry.from_json(directory / "symmetry.json").verify(model, args, kwargs)
         error = proven.error
         problems += [f"Class {name!r} of symmetry.json failed verification." for name in proven.demoted]
     if as_json:

@@ -19,10 +19,12 @@ from fxmerge.api import align, fold, merge_many
 from fxmerge.calibration import Batches
 from fxmerge.errors import CheckpointError, LoaderError
 from fxmerge.io import Checkpoint
+from fxmerge.job import prepare
 from fxmerge.networks import Network, build
 from fxmerge.plan.parts import Data, ModelFile, Plan
 from fxmerge.program.run import Call, batch_inputs
 from fxmerge.recipe import Zip
+from fxmerge.validate import Model
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,14 @@ def execute(plan: Plan, checkpoints: Sequence[Checkpoint]) -> Result:
 def example_of(network: Network) -> Call:
     """Example inputs of a network."""
     return network.source.args, network.source.kwargs
+
+
+def joined(plan: Plan, networks: Sequence[Network]) -> tuple[Model, Call]:
+    """Networks with heads of their own as one, as a merge by this plan sees them, and example inputs."""
+    models = tuple(network.model for network in networks)
+    call = example_of(networks[0])
+    job = prepare(models, None, plan.run, example=call, inputs=lambda given: given, recipe=plan.recipe)
+    return job.model, job.example
 
 
 def _call(network: Network, data: Sequence[Batches]) -> Call:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,20 @@ def test_everything_about_a_merge_is_told(call: Call, pair: tuple[Path, Path], t
     assert f"{summary['report']['errors']['merged']:.3g}" in card
     sums = [line.split("  ") for line in (tmp_path / "merged" / "SHA256SUMS").read_text().splitlines()]
     assert {name for _, name in sums} == names(tmp_path / "merged") - {"SHA256SUMS"}
+
+
+def test_what_the_card_says_loads_the_networks(
+    call: Call, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call("merge", *pair, *ARCH, *DATA, "--out", tmp_path / "merged", "--share", "trunk", "--name", "x", "--name", "y")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path / "merged")
+    exec(code, names)
+    x = files.batches()[0]
+    for whole, name in zip(names["network"](x), ("head_x", "head_y"), strict=True):
+        assert torch.equal(whole, names[name](x))
 
 
 def test_an_archive_runs_without_fxmerge(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -260,11 +275,18 @@ def test_verify_finds_a_symmetry_of_another_network(call: Call, pair: tuple[Path
     assert code == 5 and "Class '0.weight[0]' of symmetry.json failed verification." in err
 
 
-def test_the_symmetry_of_heads_apart_is_told(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    call("merge", *pair, *ARCH, *DATA, "--share", "trunk", "--out", tmp_path / "merged")
+@pytest.mark.parametrize("share", ["trunk", "nothing"])
+def test_the_symmetry_of_heads_apart_is_proven_on_all_networks(share: str, call: Call, tmp_path: Path) -> None:
+    a, b = files.weights(tmp_path / "a.pt", 0), files.weights(tmp_path / "b.pt", 1, num_classes=6)
+    call("merge", a, b, *ARCH, *DATA, "--share", share, "--out", tmp_path / "merged")
+    code, out, err = call("verify", tmp_path / "merged", "--symmetry")
+    assert (code, err) == (0, "") and "change outputs by" in out and "is whole" in out
+    path = tmp_path / "merged" / "symmetry.json"
+    axes = {axis.parameter for one in fxmerge.Symmetry.from_json(path).classes for axis in one.axes}
+    assert {axis[: len("heads.0")] for axis in axes if axis.startswith("heads")} == {"heads.0", "heads.1"}
+    files.weights(b, 1)
     code, _, err = call("verify", tmp_path / "merged", "--symmetry")
-    assert code == 1 and "is of a network with heads apart, and --symmetry cannot prove it" in err
-    assert call("verify", tmp_path / "merged")[0] == 0
+    assert code == 5 and "which was read, has changed since" in err
 
 
 @pytest.mark.parametrize("command", [("report",), ("verify",), ("compare", *DATA)])
