@@ -46,7 +46,7 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
     output = sys.stdout
     verbose, as_json = bool({"-v", "--verbose"} & set(argv)), "--json" in argv and argv[0] != "inspect"
     try:
-        with _stopped(), _logging(verbose):
+        with _stopped(), _logging(verbose, argv):
             run()
             sys.stdout.flush()
     except click.exceptions.Abort:
@@ -63,7 +63,7 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
         return WRONG
     except FxmergeError as error:
         code = 3 if isinstance(error, CheckpointError) else 4 if isinstance(error, OutputError) else 1
-        return _told(str(error), code, as_json)
+        return _told(_worded(str(error), argv), code, as_json)
     except BrokenPipeError:
         return _unread()
     except SystemExit:
@@ -78,6 +78,13 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
             f"an error that fxmerge does not know, {type(error).__name__}: {first_line(error)}. {hint}.", FAULT, as_json
         )
     return 0
+
+
+def _worded(text: str, argv: Sequence[str]) -> str:
+    """A message of fxmerge in the words of what was typed: of options, or of a YAML file."""
+    from fxmerge.plan.wording import worded
+
+    return worded(text, yaml=any(word.endswith((".yaml", ".yml")) for word in argv))
 
 
 def _told(sentence: str, code: int, as_json: bool) -> int:
@@ -117,13 +124,14 @@ def _stopped() -> Iterator[None]:
 
 
 @contextmanager
-def _logging(verbose: bool) -> Iterator[None]:
+def _logging(verbose: bool, argv: Sequence[str]) -> Iterator[None]:
     """Shows what fxmerge logs on the standard error: warnings, with -v all of its stages."""
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             warning = record.levelno >= logging.WARNING
-            say(f"{'warning: ' if warning else ''}{record.getMessage()}", "yellow" if warning else "dim")
+            text = _worded(record.getMessage(), argv)
+            say(f"warning: {text}" if warning else text, "yellow" if warning else "dim")
 
     own, handler = logging.getLogger("fxmerge"), Shown()
     level = own.level

@@ -21,6 +21,7 @@ from fxmerge.plan import Plan, from_yaml
 from fxmerge.plan.checking import Check, check
 from fxmerge.plan.parts import settings
 from fxmerge.plan.running import example_of, execute, joined, opened
+from fxmerge.plan.wording import worded
 from fxmerge.reporting import Report
 from fxmerge.symmetry.group import Symmetry
 
@@ -45,7 +46,7 @@ def run(plan: Plan, context: click.Context) -> None:
     if given["json"]:
         show_json({"out": plan.output.path, **summary})
         return
-    show(Report(**summary["report"]))
+    show(worded(str(Report(**summary["report"]))))
     for found in result.data:
         show(f"data: {found.note}")
     for what, why in written.reasons.items():
@@ -202,7 +203,7 @@ def report_result(result: str, *, as_json: bool) -> None:
         show(f"warning: {text}")
     for what, why in found.get("not_written", {}).items():
         show(f"warning: {what} was not written: {why}")
-    show(Report(**found["report"]))
+    show(worded(str(Report(**found["report"]))))
     for name, code in found["loads"].items():
         show(f"{name}: {code}")
 

@@ -22,6 +22,7 @@ from fxmerge.io import Checkpoint
 from fxmerge.job import prepare
 from fxmerge.networks import Network, build
 from fxmerge.plan.parts import Data, ModelFile, Plan
+from fxmerge.plan.wording import worded
 from fxmerge.program.run import Call, batch_inputs
 from fxmerge.recipe import Zip
 from fxmerge.validate import Model
@@ -180,12 +181,12 @@ def _checked(data: Data, found: Batches) -> Data:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """Collects what fxmerge warns of."""
+    """Collects what fxmerge warns of, in the words of the command line."""
     told: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            told.append(record.getMessage())
+            told.append(worded(record.getMessage()))
 
     handler, root = Collector(logging.WARNING), logging.getLogger("fxmerge")
     root.addHandler(handler)
