@@ -17,7 +17,13 @@ from fxmerge.errors import OptionError
 from fxmerge.job import prepare
 from fxmerge.kv_heads import check_one_network, with_fewer_kv_heads
 from fxmerge.matching.universe import canonical_order
-from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of_nearer_parent, warn_of_no_scores
+from fxmerge.notices import (
+    warn_of_far_heads,
+    warn_of_few_rows,
+    warn_of_fold_without_data,
+    warn_of_nearer_parent,
+    warn_of_no_scores,
+)
 from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered
 from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
@@ -200,6 +206,8 @@ def _merged(
             warn_of_no_scores(refitted.layers)
         elif len(models) > 1:  # With scores, other distances count than squared ones.
             warn_of_nearer_parent(refitted.errors, job.names)
+            if job.heads:
+                warn_of_far_heads(refitted.errors)
     if recipe.fit is None and not settled:
         refitted = replace(refitted, state=dict(calibrated(group, run, program, matching.merged, aligned, state)))
     state, sizes, whole = refitted.state, matching.merged, group

@@ -32,7 +32,7 @@ PLACES = {
 }
 """Where the fields of a dataclass stand in a YAML file."""
 
-VALUE = r"""\([^()]*\)|'[^']*'|"[^"]*"|[^\s(),.;:]+(?:\([^()]*\))?"""
+VALUE = r"""\d+(?:\.\d+)?|\([^()]*\)|'[^']*'|"[^"]*"|[^\s(),.;:]+(?:\([^()]*\))?"""
 """A value as Python writes it: a text, a tuple, a call, a number or a word."""
 
 FIELDS = "share|names|match|combine|fit|targets|outputs|free|width|verify|device"
@@ -75,6 +75,8 @@ def worded(text: str, *, yaml: bool = False) -> str:
     """
     for pattern, words in PHRASES:
         text = re.sub(pattern, words, text)
+    if not yaml:  # A width has an option of its own.
+        text = re.sub(rf"\bRecipe\(match=Zip\(width=({VALUE})\)\)", r"Recipe(width=\1)", text)
     text = re.sub(rf"\b(?:Recipe|Run)\(({FIELDS})=({VALUE})\)", _given(yaml), text)
     text = re.sub(rf"(?<![\w.(])({FIELDS})=({VALUE})", _given(yaml), text)
     text = re.sub(rf"\b({'|'.join(PLACES)})\.([a-z]\w*)", lambda m: _name(m[1], m[2], yaml), text)
