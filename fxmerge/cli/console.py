@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,9 @@ CODES = {
     141: "who reads the output has gone",
 }
 """The exit codes and what they mean."""
+
+PATIENCE = 2.0
+"""How many seconds a stage takes before it is told of on a terminal."""
 
 WRONG, FAULT, INTERRUPTED, UNREAD = 5, 70, 130, 141
 
@@ -125,26 +129,71 @@ def _stopped() -> Iterator[None]:
 
 @contextmanager
 def _logging(verbose: bool, argv: Sequence[str]) -> Iterator[None]:
-    """Shows what fxmerge logs on the standard error: warnings, with -v all of its stages."""
+    """Shows what fxmerge logs on the standard error: warnings, with -v all of its stages, and on a terminal those that
+    take long."""
+
+    stages = _Stages()
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             warning = record.levelno >= logging.WARNING
-            text = _worded(record.getMessage(), argv)
-            say(f"warning: {text}" if warning else text, "yellow" if warning else "dim")
+            if warning or verbose:
+                text = _worded(record.getMessage(), argv)
+                say(f"warning: {text}" if warning else text, "yellow" if warning else "dim")
+            else:
+                stages.take(record)
 
     own, handler = logging.getLogger("fxmerge"), Shown()
     level = own.level
     own.addHandler(handler)
-    own.setLevel(logging.INFO if verbose else logging.WARNING)
+    own.setLevel(logging.INFO if verbose or sys.stderr.isatty() else logging.WARNING)
     try:
         with warnings.catch_warnings():
             if not verbose and not sys.warnoptions:
                 warnings.simplefilter("ignore")  # Those of torch and others are of no use here.
             yield
     finally:
+        stages.stop()
         own.removeHandler(handler)
         own.setLevel(level)
+
+
+class _Stages:
+    """Tells of every stage that has not ended after some seconds, and of its end."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, threading.Timer] = {}
+        self.told: set[str] = set()
+
+    def take(self, record: logging.LogRecord) -> None:
+        """Takes what is logged when a stage begins and when it ends."""
+        from fxmerge.progress import BEGUN, DONE
+
+        if record.msg not in (BEGUN, DONE) or not isinstance(record.args, tuple):
+            return
+        stage = str(record.args[0])
+        if record.msg == BEGUN:
+            timer = threading.Timer(PATIENCE, self._tell, [stage, record.getMessage()])
+            timer.daemon = True
+            self.waiting[stage] = timer
+            timer.start()
+        elif stage in self.waiting:
+            self.waiting.pop(stage).cancel()
+            if stage in self.told:
+                self.told.remove(stage)
+                self._tell("", record.getMessage())
+
+    def _tell(self, stage: str, text: str) -> None:
+        from tqdm import tqdm
+
+        self.told.add(stage)
+        with tqdm.external_write_mode(file=sys.stderr):  # A bar would be in the way.
+            say(text, "dim")
+
+    def stop(self) -> None:
+        """No stage is told of any more."""
+        for timer in self.waiting.values():
+            timer.cancel()
 
 
 def say(text: str, style: str = "") -> None:

@@ -24,6 +24,7 @@ from fxmerge.networks import Network, build
 from fxmerge.plan.parts import Data, ModelFile, Plan
 from fxmerge.plan.wording import worded
 from fxmerge.program.run import Call, batch_inputs
+from fxmerge.progress import timed
 from fxmerge.recipe import Zip
 from fxmerge.validate import Model
 
@@ -73,19 +74,24 @@ def execute(plan: Plan, checkpoints: Sequence[Checkpoint]) -> Result:
     """
     with _warnings() as warnings:
         files = (*plan.models, *([] if plan.base is None else [plan.base]))
-        files = tuple(_summed(*pair) for pair in zip(files, checkpoints, strict=True))
-        networks = []
-        for file, checkpoint in zip(files, checkpoints, strict=True):
-            arch = plan.arch_of(file)
-            assert arch is not None  # A plan has one for every model.
-            networks.append(build(checkpoint, arch, plan.settings_of(file), plan.input))
+        with timed(logger, {}, "reading models"):
+            files = tuple(_summed(*pair) for pair in zip(files, checkpoints, strict=True))
+            networks = [build_of(plan, *pair) for pair in zip(files, checkpoints, strict=True)]
         plan, base = replace(plan, models=files[: len(plan.models)]), None
         if plan.base is not None:
             plan, base = replace(plan, base=files[-1]), networks.pop()
-        data = tuple(_data(one, networks[i], plan.run.seed) for i, one in enumerate(plan.data))
-        plan = replace(plan, data=tuple(_checked(*pair) for pair in zip(plan.data, data, strict=True)))
+        with timed(logger, {}, "reading data"):
+            data = tuple(_data(one, networks[i], plan.run.seed) for i, one in enumerate(plan.data))
+            plan = replace(plan, data=tuple(_checked(*pair) for pair in zip(plan.data, data, strict=True)))
         module = _done(plan, networks, base, data)
     return Result(plan, tuple(networks), data, module, tuple(warnings), _call(networks[0], data))
+
+
+def build_of(plan: Plan, file: ModelFile, checkpoint: Checkpoint) -> Network:
+    """One of the networks of a plan."""
+    arch = plan.arch_of(file)
+    assert arch is not None  # A plan has one for every model.
+    return build(checkpoint, arch, plan.settings_of(file), plan.input)
 
 
 def example_of(network: Network) -> Call:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -364,3 +365,30 @@ def test_check_of_a_yaml_file_and_of_directories(call: Call, gpts: Path, tmp_pat
     assert code == 5 and "no.txt" in err and "100.0% of the parameters" in out
     code, _, err = call("check", tmp_path / "recipe.yaml", "--arch", "hf")
     assert code == 1 and "write --arch, --set and --input into the file" in err
+
+
+def test_check_estimates_the_time(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    code, out, _ = call("check", *pair, *ARCH)
+    assert code == 0 and re.search(r"At least about \S+ s on 1024 rows of data, by estimate", out)
+    code, out, _ = call("merge", *pair, *ARCH, *DATA, "--samples", "64", "--dry-run", "--json")
+    found = json.loads(out)["estimate"]
+    assert code == 0 and found["rows"] == 64 and found["seconds"] > 0
+    assert json.loads(call("merge", *pair, *ARCH, "--dry-run", "--json")[1])["estimate"] is None
+    assert json.loads(call("check", *pair, "--json")[1])["estimate"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_stages_that_take_long_are_told_on_a_terminal_only(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    import pty
+
+    typed = ["merge", *map(str, pair), *ARCH, *DATA, "--out", str(tmp_path / "merged"), "--force"]
+    code = f"from fxmerge.cli import console, main; console.PATIENCE = 0.0; main({typed})"
+    terminal, end = pty.openpty()
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=end, check=True)
+    os.close(end)
+    told = os.read(terminal, 2**20).decode()
+    for stage in ("reading models", "capture", "writing"):
+        assert f"{stage} ..." in told and re.search(rf"{stage}: \d+\.\d s", told)
+    piped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert piped.stderr == ""
