@@ -89,8 +89,8 @@ def plan_of(data: Mapping[str, Any]) -> Plan:
         >>> folders = [tempfile.mkdtemp() for _ in range(2)]
         >>> models = [{"model": folders[0], "parameters": {"weight": 2}}, {"model": folders[1]}]
         >>> plan = plan_of({"merge_method": "linear", "models": models, "parameters": {"weight": 1}})
-        >>> plan.recipe
-        Recipe(match=None, combine=Average(weights=(2.0, 1.0)), fit=None)
+        >>> plan.recipe.match, plan.recipe.combine, plan.recipe.fit
+        (None, Average(weights=(2.0, 1.0)), None)
     """
     for key in data:
         if key not in KEYS:
