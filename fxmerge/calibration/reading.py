@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxmerge.calibration import arrays, images, text
+from fxmerge.calibration import arrays, images, saved, text
 from fxmerge.errors import LoaderError, OptionError
 from fxmerge.networks import Network
 from fxmerge.registered import DATA, find
@@ -58,7 +58,8 @@ def read(
     """Reads calibration data in the form that a network takes.
 
     Arguments:
-        path: a directory of images, which the network's own transform prepares; a .npy, .npz or .safetensors file of
+        path: a directory of images, which the network's own transform prepares; a directory that `save_to_disk` of the
+            package datasets wrote, with a column of images, texts or inputs; a .npy, .npz or .safetensors file of
             inputs; a .txt or .jsonl file, which the tokenizer of the network's directory prepares; or
             `package.module:loader`, a loader or a function that returns one; or a name with a prefix that a package
             registers.
@@ -90,14 +91,16 @@ def read(
         raise LoaderError(f"There are no data {path!r}: name a file, a directory of images or package.module:loader.")
     generator = torch.Generator().manual_seed(seed)
     found: Sequence[Any]
-    if place.is_dir():
+    if saved.is_saved(place):
+        found, files, what = saved.read(place, network, samples, batch, length, generator)
+    elif place.is_dir():
         found, files, transform = images.read(place, network, samples, batch, generator)
         what = f"{len(files)} images of {path}, prepared by {transform}"
     elif place.suffix in arrays.SUFFIXES:
         found, files = arrays.read(place, network, samples, batch, generator), [place]
         what = f"arrays of {path}"
     elif place.suffix in text.SUFFIXES:
-        found, files = text.read(place, network, samples, batch, length), [place]
+        found, files = text.read(text.lines_of(place), path, network, samples, batch, length), [place]
         what = f"text of {path}"
     else:
         raise LoaderError(
