@@ -100,7 +100,7 @@ def test_directories_that_are_none(language: Network, image_network: Network, tm
         read(str(pictures(tmp_path / "pair", ("left", "right"))), image_network)
     with pytest.raises(LoaderError, match="has no images or texts, and none with the name of an input"):
         read(str(saved(tmp_path / "numbers", price=[1, 2])), language)
-    with pytest.raises(LoaderError, match="has no rows|cannot be read by datasets"):
+    with pytest.raises(LoaderError, match=r"has no rows|cannot be read by datasets"):
         read(str(saved(tmp_path / "empty", text=[])), language)
     folder = saved(tmp_path / "cut", text=["a"] * 9)
     next(folder.glob("*.arrow")).write_bytes(b"no arrow")

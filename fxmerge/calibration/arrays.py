@@ -39,10 +39,9 @@ def batches_of(
     arrays: Mapping[str | None, Tensor], chosen: Tensor, network: Network, batch: int
 ) -> list[Tensor | dict[str | None, Tensor]]:
     """The chosen rows of inputs by name in batches, or of one input without a name, in the dtype of a network."""
-    dtype = next((p.dtype for p in network.model.parameters() if p.is_floating_point()), torch.float32)
     parts: list[Tensor | dict[str | None, Tensor]] = []
     for own in chosen.split(batch):
-        taken = {name: _converted(tensor[own], dtype) for name, tensor in arrays.items()}
+        taken = {name: _converted(tensor[own], network.dtype) for name, tensor in arrays.items()}
         parts.append(taken.get(None, taken))
     return parts
 

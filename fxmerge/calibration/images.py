@@ -53,9 +53,8 @@ def prepared(
     Raises:
         LoaderError: if one cannot be read, or the network has no transform.
     """
-    dtype = next((p.dtype for p in network.model.parameters() if p.is_floating_point()), torch.float32)
     transform, mode, told = transform_of(network)
-    tensors = [_image(*one, transform, mode).to(dtype) for one in images]
+    tensors = [_image(*one, transform, mode).to(network.dtype) for one in images]
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise LoaderError(f"The images of {where} have the shapes {sorted(shapes)} after the network's transform.")

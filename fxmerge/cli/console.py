@@ -86,9 +86,10 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
 
 def _worded(text: str, argv: Sequence[str]) -> str:
     """A message of fxmerge in the words of what was typed: of options, or of a YAML file."""
+    from fxmerge.cli.options import PLANS
     from fxmerge.plan.wording import worded
 
-    return worded(text, yaml=any(word.endswith((".yaml", ".yml")) for word in argv))
+    return worded(text, yaml=any(word.endswith(PLANS) for word in argv))
 
 
 def _told(sentence: str, code: int, as_json: bool) -> int:

@@ -114,11 +114,9 @@ def _method(report: Report) -> list[str]:
 
 
 def _figures(result: Result, report: Report) -> list[tuple[str, str]]:
-    count = sum(tensor.numel() for tensor in result.module.parameters())
-    rows = [("parameters", f"{count:,}")]
+    rows = [("parameters", f"{result.parameters:,}")]
     for path, network in zip(result.plan.models, result.networks, strict=True):
-        own = sum(tensor.numel() for tensor in network.model.parameters())
-        rows.append((f"parameters of `{Path(path.path).name}`", f"{own:,}"))
+        rows.append((f"parameters of `{Path(path.path).name}`", f"{network.parameters:,}"))
     if report.errors:
         what = "each model's own outputs" if report.heads else "the ensemble's outputs"
         what = "the model's outputs" if report.models == 1 else what

@@ -54,6 +54,11 @@ class Result:
     warnings: tuple[str, ...]
     call: Call
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the parameters of the network hold."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
 
 def opened(plan: Plan, *, allow_pickle: bool = False) -> tuple[Checkpoint, ...]:
     """The weights of all models of a plan, the base last, with their headers checked."""
