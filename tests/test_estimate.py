@@ -34,6 +34,8 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
     by_hand = 2 * (3 * 16 * 9 * 64 + 16 * 16 * 9 * 36 + 16 * 3)
     assert found.passes == 100 * 5 * by_hand
     assert found.seconds == (found.passes + found.fits) / found.speed
+    alone = estimate(empty, Data("x", samples=100), fitted=False)
+    assert (alone.passes, alone.fits) == (100 * 2 * by_hand, 0)
     wider, _ = written(tmp_path, "tests.test_estimate:conv", width=32)
     more = estimate(wider, Data("x", samples=100))
     assert more.fits > 3.5 * found.fits

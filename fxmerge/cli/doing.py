@@ -97,6 +97,7 @@ def check_plan(plan: Plan, *, allow_pickle: bool) -> Check:
         [one.path for one in plan.data],
         rows=plan.data[0] if plan.data else None,
         device=plan.run.device,
+        fitted=plan.verb != "align" and plan.base is None and plan.recipe.fit is not None,
     )
 
 

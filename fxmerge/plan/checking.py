@@ -75,6 +75,7 @@ def check(
     *,
     rows: Data | None = None,
     device: str | torch.device | None = None,
+    fitted: bool = True,
 ) -> Check:
     """Compares the headers of files with each other, and with the networks that they are to be of.
 
@@ -86,6 +87,7 @@ def check(
         data: the paths of calibration data, which only have to exist.
         rows: how many rows of data there will be, for an estimate of the time.
         device: where it is to run.
+        fitted: whether layers will be fitted.
     """
     problems: list[str] = []
     built, arguments, networks = [], [], list[Network]()
@@ -115,7 +117,7 @@ def check(
         share,
         _difference(built),
         sum(one.bytes for one in built) + first.bytes,
-        None if rows is None or len(networks) < len(built) else estimate(networks, rows, device),
+        None if rows is None or len(networks) < len(built) else estimate(networks, rows, device, fitted=fitted),
         tuple(problems),
     )
 

@@ -40,20 +40,25 @@ class Estimate:
     seconds: float
 
 
-def estimate(networks: Sequence[Network], data: Data, device: str | torch.device | None = None) -> Estimate:
+def estimate(
+    networks: Sequence[Network], data: Data, device: str | torch.device | None = None, *, fitted: bool = True
+) -> Estimate:
     """What a merge of networks with data takes at least.
 
     Arguments:
         networks: without values, on the meta device.
         data: how many rows are read, at most.
         device: where it is to run.
+        fitted: whether layers are fitted, and not only units matched.
     """
     found = [
         _operations(network.model, (network.source.args, network.source.kwargs), data.length) for network in networks
     ]
     # Each network is run to match units and to fit layers; the merged one, which is as large as the first, to fit them.
-    passes = data.samples * (2 * sum(found) + found[0])
-    fits = sum(_fit(tensor.shape, data.samples) for tensor in networks[0].model.parameters() if tensor.ndim > 1)
+    passes = data.samples * (2 * sum(found) + found[0] if fitted else sum(found))
+    fits = fitted * sum(
+        _fit(tensor.shape, data.samples) for tensor in networks[0].model.parameters() if tensor.ndim > 1
+    )
     speed = speed_of(device)
     return Estimate(data.samples, passes, fits, speed, (passes + fits) / speed)
 

@@ -373,6 +373,8 @@ def test_check_estimates_the_time(call: Call, pair: tuple[Path, Path], tmp_path:
     code, out, _ = call("merge", *pair, *ARCH, *DATA, "--samples", "64", "--dry-run", "--json")
     found = json.loads(out)["estimate"]
     assert code == 0 and found["rows"] == 64 and found["seconds"] > 0
+    aligned = json.loads(call("align", *pair, *ARCH, *DATA, "--samples", "64", "--dry-run", "--json")[1])["estimate"]
+    assert aligned["passes"] == found["passes"] * 2 / 5 and aligned["fits"] == 0
     assert json.loads(call("merge", *pair, *ARCH, "--dry-run", "--json")[1])["estimate"] is None
     assert json.loads(call("check", *pair, "--json")[1])["estimate"] is None
 
