@@ -34,11 +34,14 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
     by_hand = 2 * (3 * 16 * 9 * 64 + 16 * 16 * 9 * 36 + 16 * 3)
     assert found.passes == 100 * 5 * by_hand
     assert found.seconds == (found.passes + found.fits) / found.speed
+    equations = [100 * 64 * 28 * (28 + 16), 100 * 36 * 145 * (145 + 16), 100 * 17 * (17 + 3)]
+    solved = [f**3 / 3 + 2 * f**2 * o for f, o in ((28, 16), (145, 16), (17, 3))]
+    assert found.fits == pytest.approx(2 * sum(equations) + 2 * 6 * sum(solved))
     alone = estimate(empty, Data("x", samples=100), fitted=False)
     assert (alone.passes, alone.fits) == (100 * 2 * by_hand, 0)
     wider, _ = written(tmp_path, "tests.test_estimate:conv", width=32)
     more = estimate(wider, Data("x", samples=100))
-    assert more.fits > 3.5 * found.fits
+    assert more.fits > 3 * found.fits
 
 
 def test_rows_of_tokens_count_by_their_length(tmp_path: Path) -> None:
@@ -51,6 +54,12 @@ def test_of_a_network_that_needs_values_every_weight_counts_once(tmp_path: Path)
     io.save(files.Branching().state_dict(), tmp_path / "a.pt")
     own = skeleton(io.load(tmp_path / "a.pt"), "tests.files:branching")
     assert estimate([own, own], Data("x", samples=10)).passes == 10 * 5 * 2 * (4 * 8 + 8 * 3)
+
+
+def test_embeddings_and_what_is_tied_to_them_are_not_fitted(tmp_path: Path) -> None:
+    io.save(files.tied()[0].state_dict(), tmp_path / "a.pt")
+    own = skeleton(io.load(tmp_path / "a.pt"), "tests.files:tied")
+    assert estimate([own, own], Data("x")).fits == 0
 
 
 def test_it_is_less_than_what_a_merge_takes(tmp_path: Path, one_thread: None) -> None:

@@ -44,9 +44,13 @@ class NormalEquations:
     @classmethod
     def folds(cls, groups: int, features: int, outputs: int, device: torch.device) -> list[NormalEquations]:
         """One for each part of the data, still empty."""
+        return [cls.none(groups, features, outputs, device) for _ in range(cls.parts(groups, features, outputs))]
+
+    @staticmethod
+    def parts(groups: int, features: int, outputs: int) -> int:
+        """Into how many parts the data go."""
         size = groups * features * (features + outputs) * torch.float64.itemsize
-        count = min(max(FOLD_MEMORY // max(size, 1), LEAST_FOLDS), FOLDS)
-        return [cls.none(groups, features, outputs, device) for _ in range(count)]
+        return min(max(FOLD_MEMORY // max(size, 1), LEAST_FOLDS), FOLDS)
 
     @classmethod
     def none(cls, groups: int, features: int, outputs: int, device: torch.device) -> NormalEquations:
