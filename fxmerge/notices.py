@@ -142,7 +142,7 @@ def warn_of_statistics(off: Mapping[str, Sequence[Off]]) -> None:
                 first.channels,
                 first.of,
                 first.name,
-                f", and {count - 1} more layers are alike" if count > 1 else "",
+                f", as are those of {count - 1} more layer{'s' * (count > 2)}" if count > 1 else "",
             )
 
 

@@ -12,6 +12,7 @@ from fxmerge import Average, OptionError, Recipe, TaskArithmetic, Ties, io
 from fxmerge.plan import from_yaml, recipe_from_yaml
 from tests import files
 from tests.cli.conftest import Call, call  # noqa: F401
+from tests.slow import but_slow
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def by_hand(config: dict[str, Any], states: dict[str, dict[str, torch.Tensor]]) 
     return found
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", but_slow(CONFIGS))
 def test_a_merge_gives_what_mergekit_documents(
     name: str,
     call: Call,  # noqa: F811
@@ -217,7 +218,7 @@ def test_a_merge_gives_what_mergekit_documents(
 
 
 @pytest.mark.filterwarnings("ignore")  # Those of mergekit.
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", but_slow(CONFIGS))
 def test_a_merge_gives_what_mergekit_gives(
     name: str,
     call: Call,  # noqa: F811

@@ -104,11 +104,16 @@ print(found.names, dict(found.probed))
 def test_rules_of_a_package_are_used(tiny: Path) -> None:
     done = python(SYMMETRY, tiny)
     assert done.stdout == "('f.weight[0]',) {}\n", done.stderr
+
+
+@pytest.mark.slow
+def test_without_its_rules_the_ops_of_a_package_are_probed(tiny: Path) -> None:
     (tiny / "tiny-1.0.dist-info" / "entry_points.txt").write_text("")
     done = python(SYMMETRY, tiny)
     assert done.stdout == "('f.weight[0]',) {'tiny.center.default': 1}\n", done.stderr
 
 
+@pytest.mark.slow
 def test_rules_that_cannot_be_loaded_are_told_once(tiny: Path) -> None:
     (tiny / "tiny_rules.py").write_text("raise ValueError('no rules today')")
     done = python(SYMMETRY + SYMMETRY, tiny)
