@@ -22,7 +22,7 @@ from fxmerge.plan import Plan, from_yaml
 from fxmerge.plan.checking import Check, check
 from fxmerge.plan.estimate import Estimate
 from fxmerge.plan.parts import Data, settings
-from fxmerge.plan.running import build_of, example_of, execute, joined, opened
+from fxmerge.plan.running import build_of, execute, opened, whole
 from fxmerge.plan.wording import worded
 from fxmerge.progress import timed
 from fxmerge.reporting import Report
@@ -195,7 +195,7 @@ def verify_result(result: str, *, symmetry: bool, allow_pickle: bool, as_json: b
     if symmetry and not problems:
         networks = _networks(plan, allow_pickle)
         apart = reading.summary_of(directory)["report"]["heads"]
-        model, (args, kwargs) = joined(plan, networks) if apart else (networks[0].model, example_of(networks[0]))
+        model, (args, kwargs) = whole(plan, networks, apart=bool(apart))
         proven = Symmetry.from_json(directory / "symmetry.json").verify(model, args, kwargs)
         error = proven.error
         problems += [f"Class {name!r} of symmetry.json failed verification." for name in proven.demoted]

@@ -104,10 +104,13 @@ def example_of(network: Network) -> Call:
     return network.source.args, network.source.kwargs
 
 
-def joined(plan: Plan, networks: Sequence[Network]) -> tuple[Model, Call]:
-    """Networks with heads of their own as one, as a merge by this plan sees them, and example inputs."""
-    models = tuple(network.model for network in networks)
-    call = example_of(networks[0])
+def whole(plan: Plan, networks: Sequence[Network], *, apart: bool) -> tuple[Model, Call]:
+    """What the symmetry of a merge is of, and example inputs: the first network or, where networks have heads of their
+    own or are of other widths, all of them as one, as the merge sees them."""
+    models, call = tuple(network.model for network in networks), example_of(networks[0])
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in models]
+    if not apart and all(own == shapes[0] for own in shapes):
+        return models[0], call
     job = prepare(models, None, plan.run, example=call, inputs=lambda given: given, recipe=plan.recipe)
     return job.model, job.example
 

@@ -276,6 +276,16 @@ def test_verify_finds_a_symmetry_of_another_network(call: Call, pair: tuple[Path
     assert code == 5 and "Class '0.weight[0]' of symmetry.json failed verification." in err
 
 
+def test_the_symmetry_of_networks_of_other_widths_is_proven(
+    call: Call, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    wide = files.weights(tmp_path / "wide.pt", 2, hidden=12)
+    code, _, err = call("merge", pair[0], wide, *ARCH, "--set-b", "hidden=12", *DATA, "--out", tmp_path / "merged")
+    assert code == 0, err
+    code, out, err = call("verify", tmp_path / "merged", "--symmetry")
+    assert (code, err) == (0, "") and "change outputs by" in out
+
+
 @pytest.mark.parametrize("share", ["trunk", "nothing"])
 def test_the_symmetry_of_heads_apart_is_proven_on_all_networks(share: str, call: Call, tmp_path: Path) -> None:
     a, b = files.weights(tmp_path / "a.pt", 0), files.weights(tmp_path / "b.pt", 1, num_classes=6)
