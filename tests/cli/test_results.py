@@ -294,6 +294,7 @@ def test_the_symmetry_of_heads_apart_is_proven_on_all_networks(share: str, call:
     assert (code, err) == (0, "") and "change outputs by" in out and "is whole" in out
     path = tmp_path / "merged" / "symmetry.json"
     axes = {axis.parameter for one in fxmerge.Symmetry.from_json(path).classes for axis in one.axes}
+    assert call("merge", tmp_path / "merged" / "recipe.yaml", "--out", tmp_path / "again")[0] == 0
     assert {axis[: len("heads.0")] for axis in axes if axis.startswith("heads")} == {"heads.0", "heads.1"}
     files.weights(b, 1)
     code, _, err = call("verify", tmp_path / "merged", "--symmetry")
