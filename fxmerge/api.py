@@ -17,11 +17,17 @@ from fxmerge.errors import OptionError
 from fxmerge.job import prepare
 from fxmerge.kv_heads import check_one_network, with_fewer_kv_heads
 from fxmerge.matching.universe import canonical_order
-from fxmerge.notices import warn_of_few_rows, warn_of_fold_without_data, warn_of_nearer_parent, warn_of_no_scores
+from fxmerge.notices import (
+    warn_of_far_heads,
+    warn_of_few_rows,
+    warn_of_fold_without_data,
+    warn_of_nearer_parent,
+    warn_of_no_scores,
+)
 from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered
 from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
-from fxmerge.recipe import AUTO, NOTHING, Align, Budget, Recipe, Run, Zip
+from fxmerge.recipe import AUTO, NOTHING, Align, Average, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import Made, attach, named_errors, report, widths_of
 from fxmerge.sizing import configured, nothing_lost, same_on_example, sized
@@ -191,7 +197,7 @@ def _merged(
     if not settled and job.heads and isinstance(recipe.match, Zip) and recipe.match.width == len(models):
         # As many units as all models have are to lose nothing.
         logger.info("some units are of all models, or an op goes over them: the models stand side by side instead")
-        apart = replace(recipe, share=NOTHING, fit=None)
+        apart = replace(recipe, share=NOTHING, match=Zip(), combine=Average(), fit=None)
         return _merged(models, None, apart, run=run, example=job.example, inputs=lambda given: given)
     if recipe.fit is not None and not settled:
         refitted = fit(group, recipe, run, program, matching.merged, aligned, state, weights, order)
@@ -200,6 +206,8 @@ def _merged(
             warn_of_no_scores(refitted.layers)
         elif len(models) > 1:  # With scores, other distances count than squared ones.
             warn_of_nearer_parent(refitted.errors, job.names)
+            if job.heads:
+                warn_of_far_heads(refitted.errors)
     if recipe.fit is None and not settled:
         refitted = replace(refitted, state=dict(calibrated(group, run, program, matching.merged, aligned, state)))
     state, sizes, whole = refitted.state, matching.merged, group

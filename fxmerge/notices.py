@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.emit.fork import Head
+from fxmerge.evidence.running import Off
 from fxmerge.ordering import error_of
 from fxmerge.refitting.output_error import OutputErrors
 from fxmerge.symmetry.flow import Flow
@@ -123,6 +124,28 @@ def warn_without_data(states: Sequence[Mapping[str, Tensor]], statistics: Sequen
         )
 
 
+def warn_of_statistics(off: Mapping[str, Sequence[Off]]) -> None:
+    """Warns if running statistics are not of the data.
+
+    Arguments:
+        off: for every model by what it is called, those statistics.
+    """
+    for name, statistics in off.items():
+        if statistics:
+            first, count = statistics[0], len(statistics)
+            logger.warning(
+                "The data are not like those that %s was trained on: %d of the %d channels of %r are off by more than "
+                "a deviation, or spread over twice or half the range%s. If inputs were prepared in another way than in "
+                "training, such as images with another mean and deviation, the result is fitted to outputs that mean "
+                "nothing: prepare them as in training.",
+                name,
+                first.channels,
+                first.of,
+                first.name,
+                f", as are those of {count - 1} more layer{'s' * (count > 2)}" if count > 1 else "",
+            )
+
+
 def warn_of_fold_without_data() -> None:
     """Warns that a folded network computes something else, and was not fitted."""
     logger.warning(
@@ -143,6 +166,18 @@ def warn_of_nearer_parent(errors: OutputErrors, names: Sequence[str]) -> None:
             names[nearest][:1].upper() + names[nearest][1:],
             models[nearest],
             errors[None],
+        )
+
+
+def warn_of_far_heads(errors: OutputErrors) -> None:
+    """Warns if networks with heads of their own miss more of the models' outputs than they have of them: an error is a
+    share of the variance, so that above a half, what is missed is larger than what is computed."""
+    if errors and error_of(errors[None]) > MANY:
+        logger.warning(
+            "The merged network is far from its models: it misses %.0f%% of the variance of their outputs. Let them "
+            "share less, such as Recipe(share=0.5), keep more units, such as Recipe(match=Zip(width=1.5)), or pass "
+            "more data. fxmerge.compare measures it on data of your choice.",
+            100 * errors[None],
         )
 
 

@@ -14,11 +14,13 @@ from fxmerge.combine.masks import voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
 from fxmerge.evidence.activations import similarities
+from fxmerge.evidence.running import RunningStatistics
 from fxmerge.job import Job
 from fxmerge.matching.models import Matching, as_they_are, match_models, pairs_to_correlate
-from fxmerge.notices import warn_without_data
+from fxmerge.notices import warn_of_statistics, warn_without_data
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
+from fxmerge.program.run import Apart
 from fxmerge.recipe import Average, Fit, LeastSquares, Readout, Recipe, Repair, Run, Zip
 from fxmerge.refitting.class_scores import score_layers
 from fxmerge.refitting.course import Lesson
@@ -68,10 +70,22 @@ def match(
     correlations = {}
     if job.data is not None and part.alpha != 1:
         pairs = pairs_to_correlate(part, len(states), reference)
+        before = len(job.names) - len(job.data.loader.loaders) if isinstance(job.data.loader, Apart) else 0  # The base.
+        numbers = [job.names.index(name) - before for name in names]
+        running = RunningStatistics(group.propagation.program, states, numbers, job.owner)
         with job.timed("activations"):
             correlations = similarities(
-                group.propagation, group.trunk, states, job.data, names, pairs, part.similarity, job.owner
+                group.propagation,
+                group.trunk,
+                states,
+                job.data,
+                names,
+                pairs,
+                part.similarity,
+                job.owner,
+                running=running,
             )
+        warn_of_statistics({name: running.off(m) for m, name in enumerate(names)})
     part = part if job.data is not None else replace(part, alpha=1.0)
     with job.timed("matching"):
         found = match_models(

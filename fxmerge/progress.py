@@ -11,6 +11,10 @@ SECONDS = 10.0
 """How long nothing is logged at most, of work that tells how far it is."""
 
 
+BEGUN, DONE = "%s ...", "%s: %.1f s"
+"""What is logged when a stage begins, and when it ends."""
+
+
 class Ticker:
     """Logs how far some work is, every few seconds.
 
@@ -33,9 +37,9 @@ class Ticker:
 @contextmanager
 def timed(logger: logging.Logger, seconds: dict[str, float], stage: str) -> Iterator[None]:
     """Adds the seconds spent inside to the entry of a stage, and logs when it begins and ends."""
-    logger.info("%s ...", stage)
+    logger.info(BEGUN, stage)
     began = time.perf_counter()
     yield
     spent = time.perf_counter() - began
     seconds[stage] = seconds.get(stage, 0.0) + spent
-    logger.info("%s: %.1f s", stage, spent)
+    logger.info(DONE, stage, spent)

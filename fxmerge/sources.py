@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxmerge.errors import OptionError
+from fxmerge.registered import ARCHITECTURES, find
 
 BIG = 500_000_000
 """A transformers model with more parameters than this is built on the meta device."""
@@ -37,8 +39,8 @@ def load(
     """Builds a model with random weights.
 
     Arguments:
-        name: `package.module:factory`, `timm:NAME`, `torchvision:NAME` or `hf:TYPE`. A factory returns a module,
-            (module, args) or (module, args, kwargs).
+        name: `package.module:factory`, `timm:NAME`, `torchvision:NAME`, `hf:TYPE`, or a name with a prefix that a
+            package registers. A factory returns a module, (module, args) or (module, args, kwargs).
         inputs: shapes of the inputs, such as "1x3x224x224" or "2x16:int64"; by default what the library says.
         config: keyword arguments of the factory, or entries of the configuration.
         device: where to build the model; "meta" needs no memory for weights.
@@ -57,12 +59,14 @@ def load(
             f"{name!r} names no model; write package.module:factory, timm:NAME, torchvision:NAME or hf:TYPE."
         )
     library = {"timm": _timm, "torchvision": _torchvision, "hf": _transformers}.get(kind)
+    registered = None if library is not None else find(ARCHITECTURES, kind)
     tensors = [example(text, device) for text in inputs]
     try:
         with torch.device(device or "cpu"):
             if library is not None:
                 return library(rest, tensors, dict(config or {}), device)
-            return _factory(kind, rest, tensors, dict(config or {}))
+            factory = imported(kind, rest) if registered is None else partial(registered, rest)
+            return _made(name, factory, tensors, dict(config or {}))
     except OptionError:
         raise
     except Exception as error:
@@ -105,19 +109,31 @@ def _known(name: str, known: Iterable[str], library: str) -> None:
         raise OptionError(f"{library} has no model {name!r}.{hint}")
 
 
-def _factory(module: str, name: str, inputs: list[Tensor], config: dict[str, Any]) -> Source:
+def imported(module: str, name: str) -> Any:
+    """What a module has under a name, of a package or of a script in the working directory.
+
+    Raises:
+        OptionError: if there is none.
+    """
     if "" not in sys.path:
-        sys.path.insert(0, "")  # A script in the working directory, as with `python -m`.
+        sys.path.insert(0, "")  # As with `python -m`.
     try:
-        factory = getattr(importlib.import_module(module), name, None)
+        found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise OptionError(f"{module!r} cannot be imported: {error}") from error
+    if found is None:
+        raise OptionError(f"{module!r} has no {name!r}.")
+    return found
+
+
+def _made(name: str, factory: Any, inputs: list[Tensor], config: dict[str, Any]) -> Source:
+    """The model of a function of the user's, or of a package."""
     if not callable(factory):
-        raise OptionError(f"{module!r} has no function {name!r}.")
+        raise OptionError(f"{name} is a {type(factory).__name__}, and no function that returns a module.")
     made = factory(**config)
     parts = list(made) if isinstance(made, tuple) else [made]
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
-        raise OptionError(f"{module}:{name} must return a module, (module, args) or (module, args, kwargs).")
+        raise OptionError(f"{name} must return a module, (module, args) or (module, args, kwargs).")
     args = parts[1] if len(parts) > 1 else ()
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     kwargs = dict(parts[2]) if len(parts) > 2 else {}

@@ -84,6 +84,21 @@ def test_what_a_fold_of_a_llama_says_rebuilds_it(
             torch.testing.assert_close(rebuilt(**batches[0]).logits, folded(**batches[0])["logits"])
 
 
+def test_a_network_whose_buffers_are_in_half_precision_has_a_configuration() -> None:
+    """`bfloat16()` rounds the frequencies of rotary positions, too, which a new instance has in single precision."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=1, **SMALL))
+    model = model.eval().bfloat16()
+    batches = [{"input_ids": torch.randint(0, 40, (4, length))} for length in (8, 9)]
+    folded = fxmerge.fold(model, batches, {"*mlp*": 0.5})
+    assert fxmerge.report(folded).config == MLP
+    rebuilt = type(model)(type(model.config).from_dict(model.config.to_dict() | MLP)).eval().bfloat16()
+    rebuilt.load_state_dict(folded.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt(**batches[0]).logits, folded(**batches[0])["logits"], rtol=0.1, atol=0.02)
+
+
 class Heads(nn.Module):
     """Attention without a configured size of a head, which may be given, as in many language models."""
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import fxmerge
 from fxmerge import progress
 from fxmerge.notices import warn_of_few_rows
 from fxmerge.progress import Ticker, timed
+from tests.slow import but_slow
 
 MATCH: dict[str, fxmerge.Align | fxmerge.Zip] = {"align": fxmerge.Align(), "zip": fxmerge.Zip()}
 
@@ -77,7 +79,8 @@ def test_statistics_without_data_are_told(match: fxmerge.Align | fxmerge.Zip, ca
     def net(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         m = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).train()
-        m(X)
+        for _ in range(60):
+            m(X)
         return m.eval()
 
     fxmerge.merge(net(0), net(1), recipe=fxmerge.Recipe(match=match), example=X)
@@ -133,3 +136,87 @@ def test_progress_is_logged_now_and_then(caplog: pytest.LogCaptureFixture) -> No
     assert seconds["stage"] > 1.0
     told = [r.getMessage() for r in caplog.records if r.name == "fxmerge.test"]
     assert told == ["1 of 3", "2 of 3", "stage ...", "stage: 0.0 s"]
+
+
+def normalizing(seed: int, classes: int = 2, x: Tensor = X) -> nn.Module:
+    """A network whose running statistics are those of some data."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(3, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, classes),
+    )
+    for _ in range(60):
+        model(x)
+    return model.eval()
+
+
+WRONG: list[Any] = [lambda x: 20 * x, lambda x: x + 4, lambda x: x / 5]
+
+
+@pytest.mark.parametrize("change", but_slow(WRONG))
+def test_data_that_running_statistics_are_not_of_are_told(change: Any, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = normalizing(0), normalizing(1)
+    fxmerge.merge(a, b, [X[:128], X[128:]])
+    fxmerge.fold(a, [X], 0.5)
+    assert warnings_of(caplog) == []
+    fxmerge.merge(a, b, [change(X[:128]), change(X[128:])], fxmerge.Recipe(fit=None))
+    told = warnings_of(caplog)
+    assert [text[: text.index(" was")] for text in told] == [
+        f"The data are not like those that model {name}" for name in "AB"
+    ]
+    assert all(" of the 8 channels of '1.running_mean' are off by more than a deviation" in text for text in told)
+
+
+def test_running_statistics_of_data_apart(caplog: pytest.LogCaptureFixture) -> None:
+    a, b = normalizing(0), normalizing(1, x=20 * X)
+    fxmerge.merge(a, b, loaders=[[X], [20 * X]])
+    assert warnings_of(caplog) == []
+    fxmerge.merge(a, b, loaders=[[20 * X], [X]])
+    assert len(warnings_of(caplog)) == 2
+
+
+def test_running_statistics_in_heads_are_of_their_own_model(caplog: pytest.LogCaptureFixture) -> None:
+    a, b = normalizing(0), normalizing(1, classes=3)
+    fxmerge.merge(a, b, [X], fxmerge.Recipe(share="2"))
+    assert [text for text in warnings_of(caplog) if "trained on" in text] == []
+    with torch.no_grad():
+        b[4].running_mean += 50  # type: ignore[index,operator]
+    fxmerge.merge(a, b, [X], fxmerge.Recipe(share="2"))
+    (text,) = (text for text in warnings_of(caplog) if "trained on" in text)
+    assert "model B was trained on: 8 of the 8 channels of 'heads.1." in text
+
+
+@pytest.mark.parametrize("rows", [7, 8])
+def test_few_rows_or_untrained_statistics_tell_nothing(rows: int, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = normalizing(0), normalizing(1)
+    fxmerge.merge(a, b, [100 * X[:rows]], fxmerge.Recipe(fit=None))
+    assert len(warnings_of(caplog)) == (0 if rows < 8 else 2)
+    caplog.clear()
+    for module in (*a, *b):
+        if isinstance(module, nn.BatchNorm1d):
+            module.reset_running_stats()
+    fxmerge.merge(a, b, [100 * X], fxmerge.Recipe(fit=None))
+    assert warnings_of(caplog) == []
+
+
+def test_heads_that_are_far_from_their_models_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """One unit in place of each model's thirty-two computes less than half of two random functions."""
+
+    def network(seed: int, classes: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, classes))
+
+    pair = network(0, 4), network(1, 5)
+    for width, count in ((1 / 32, 1), (2, 0)):
+        caplog.clear()
+        merged = fxmerge.merge(*pair, [X], fxmerge.Recipe(match=fxmerge.Zip(width=width)))
+        told = [text for text in warnings_of(caplog) if "is far from its models" in text]
+        assert len(told) == count
+        if told:
+            share = 100 * fxmerge.report(merged).errors["merged"]
+            assert share > 50 and f"it misses {share:.0f}% of the variance of their outputs" in told[0]

@@ -108,6 +108,28 @@ def test_recipes_cannot_be_changed() -> None:
 # -------------------------------------------------------------------------- what goes together
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"match": Zip(width=0.5)}, "match"),
+        ({"match": Zip(width={"layer1*": 2})}, "match"),
+        ({"match": Zip(width=Budget(parameters=0.5))}, "match"),
+        ({"match": Align()}, "match"),
+        ({"combine": Average(weights=(1, 2))}, "combine"),
+        ({"combine": Ties()}, "combine"),
+        ({"fit": LeastSquares()}, "fit"),
+        ({"targets": "standardized"}, "targets"),
+    ],
+)
+def test_networks_side_by_side_are_as_they_are(fields: dict[str, Any], name: str) -> None:
+    with pytest.raises(fxmerge.OptionError, match=f"Recipe.share is 'nothing', .*: leave Recipe.{name} out") as caught:
+        Recipe(share="nothing", **fields)
+    assert caught.value.field == name
+    settled = Recipe(share="nothing").settled(data=True, base=False)
+    assert settled == Recipe(match=Zip(), combine=Average(), fit=None, share="nothing")
+    assert Recipe(share="nothing", match=None).settled(data=False, base=False).match is None
+
+
 @pytest.mark.parametrize("combine", [TaskArithmetic(), Ties()])
 @pytest.mark.parametrize(
     ("fields", "message"),

@@ -32,12 +32,23 @@ def read(path: Path, network: Network, samples: int, batch: int, generator: torc
     chosen = torch.arange(count)
     if count > samples:
         chosen = torch.randperm(count, generator=generator)[:samples].sort().values
-    dtype = next((p.dtype for p in network.model.parameters() if p.is_floating_point()), torch.float32)
-    parts = []
+    return batches_of(arrays, chosen, network, batch)
+
+
+def batches_of(
+    arrays: Mapping[str | None, Tensor], chosen: Tensor, network: Network, batch: int
+) -> list[Tensor | dict[str | None, Tensor]]:
+    """The chosen rows of inputs by name in batches, or of one input without a name, in the dtype of a network."""
+    parts: list[Tensor | dict[str | None, Tensor]] = []
     for own in chosen.split(batch):
-        taken = {name: _converted(tensor[own], dtype) for name, tensor in arrays.items()}
+        taken = {name: _converted(tensor[own], network.dtype) for name, tensor in arrays.items()}
         parts.append(taken.get(None, taken))
     return parts
+
+
+def inputs_of(network: Network) -> list[str]:
+    """The names of the inputs that a network takes, in the order of its forward."""
+    return [p.name for p in trees.parameters_of(network.model.forward)]
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -56,7 +67,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _inputs(path: Path, arrays: Mapping[str, Tensor], network: Network) -> dict[str | None, Tensor]:
     """Those arrays that are inputs, by name; one alone that is the first input has no name."""
-    parameters = {p.name for p in trees.parameters_of(network.model.forward)}
+    parameters = inputs_of(network)
     named: dict[str | None, Tensor] = {name: tensor for name, tensor in arrays.items() if name in parameters}
     if named:
         return named

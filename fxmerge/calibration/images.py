@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,39 @@ def read(
         raise LoaderError(f"The directory {directory} has no images: no file ends in {', '.join(SUFFIXES)}.")
     chosen = sorted(torch.randperm(len(files), generator=generator)[:samples].tolist())
     files = [files[i] for i in chosen]
-    dtype = next((p.dtype for p in network.model.parameters() if p.is_floating_point()), torch.float32)
+    opened: Any = package("PIL.Image").open
+    batches, told = prepared([(str(path), partial(opened, path)) for path in files], str(directory), network, batch)
+    return batches, files, told
+
+
+def prepared(
+    images: Sequence[tuple[str, Callable[[], Any]]], where: str, network: Network, batch: int
+) -> tuple[list[Tensor], str]:
+    """Images in batches, and what prepared them.
+
+    Arguments:
+        images: what to call each image, and a function that opens it, as PIL has it.
+        where: they are from.
+        network: whose inputs they are to be.
+        batch: how many a batch has at most.
+
+    Raises:
+        LoaderError: if one cannot be read, or the network has no transform.
+    """
     transform, mode, told = transform_of(network)
-    tensors = [_image(path, transform, mode).to(dtype) for path in files]
+    tensors = [_image(*one, transform, mode).to(network.dtype) for one in images]
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
-        raise LoaderError(f"The images of {directory} have the shapes {sorted(shapes)} after the network's transform.")
-    return list(torch.stack(tensors).split(batch)), files, told
+        raise LoaderError(f"The images of {where} have the shapes {sorted(shapes)} after the network's transform.")
+    return list(torch.stack(tensors).split(batch)), told
 
 
-def _image(path: Path, transform: Transform, mode: str) -> Tensor:
-    image: Any = package("PIL.Image")
+def _image(name: str, opened: Callable[[], Any], transform: Transform, mode: str) -> Tensor:
     try:
-        with image.open(path) as opened:
-            return transform(opened.convert(mode))
+        with opened() as image:
+            return transform(image.convert(mode))
     except Exception as error:
-        raise LoaderError(f"The image {path} cannot be read: {first_line(error)}.") from error
+        raise LoaderError(f"The image {name} cannot be read: {first_line(error)}.") from error
 
 
 def transform_of(network: Network) -> tuple[Transform, str, str]:

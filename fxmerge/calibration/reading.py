@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxmerge.calibration import arrays, images, text
-from fxmerge.errors import LoaderError
+from fxmerge.calibration import arrays, images, saved, text
+from fxmerge.errors import LoaderError, OptionError
 from fxmerge.networks import Network
+from fxmerge.registered import DATA, find
+from fxmerge.sources import imported
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +58,11 @@ def read(
     """Reads calibration data in the form that a network takes.
 
     Arguments:
-        path: a directory of images, which the network's own transform prepares; a .npy, .npz or .safetensors file of
+        path: a directory of images, which the network's own transform prepares; a directory that `save_to_disk` of the
+            package datasets wrote, with a column of images, texts or inputs; a .npy, .npz or .safetensors file of
             inputs; a .txt or .jsonl file, which the tokenizer of the network's directory prepares; or
-            `package.module:loader`, a loader or a function that returns one.
+            `package.module:loader`, a loader or a function that returns one; or a name with a prefix that a package
+            registers.
         network: the network whose inputs they are.
         samples: how many rows to take at most. Of images and rows of arrays, a random choice.
         batch: how many rows a batch has at most.
@@ -84,18 +87,20 @@ def read(
     if not place.exists():
         module, colon, name = path.partition(":")
         if colon and module and name:
-            return _function(module, name, samples)
+            return _function(path, samples)
         raise LoaderError(f"There are no data {path!r}: name a file, a directory of images or package.module:loader.")
     generator = torch.Generator().manual_seed(seed)
     found: Sequence[Any]
-    if place.is_dir():
+    if saved.is_saved(place):
+        found, files, what = saved.read(place, network, samples, batch, length, generator)
+    elif place.is_dir():
         found, files, transform = images.read(place, network, samples, batch, generator)
         what = f"{len(files)} images of {path}, prepared by {transform}"
     elif place.suffix in arrays.SUFFIXES:
         found, files = arrays.read(place, network, samples, batch, generator), [place]
         what = f"arrays of {path}"
     elif place.suffix in text.SUFFIXES:
-        found, files = text.read(place, network, samples, batch, length), [place]
+        found, files = text.read(text.lines_of(place), path, network, samples, batch, length), [place]
         what = f"text of {path}"
     else:
         raise LoaderError(
@@ -114,16 +119,14 @@ def _rows(batch: Any) -> int:
     return next((len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
-def _function(module: str, name: str, samples: int) -> Batches:
-    """The batches of a loader of the user's."""
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # A script in the working directory, as with `python -m`.
+def _function(path: str, samples: int) -> Batches:
+    """The batches of a loader of the user's, or of a package."""
+    module, _, name = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise LoaderError(f"{module!r} cannot be imported: {error}.") from error
-    if found is None:
-        raise LoaderError(f"{module!r} has no {name!r}.")
+        registered = find(DATA, module)
+        found = imported(module, name) if registered is None else partial(registered, name)
+    except OptionError as error:
+        raise LoaderError(str(error)) from error
     try:
         loader: Any = found() if callable(found) and not isinstance(found, Iterable) else found
         batches, rows = [], 0
@@ -133,7 +136,7 @@ def _function(module: str, name: str, samples: int) -> Batches:
             batches.append(one)
             rows += _rows(one)
     except Exception as error:
-        raise LoaderError(f"{module}:{name} gives no batches: {type(error).__name__}: {error}.") from error
+        raise LoaderError(f"{path} gives no batches: {type(error).__name__}: {error}.") from error
     if not batches:
-        raise LoaderError(f"{module}:{name} is empty: it gave no batch.")
-    return Batches(tuple(batches), (), f"{_counted(batches)}, of {module}:{name}.")
+        raise LoaderError(f"{path} is empty: it gave no batch.")
+    return Batches(tuple(batches), (), f"{_counted(batches)}, of {path}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,18 @@ KEYS = ("text", "content", "prompt")
 """Where a line of JSON has its text, the first of these that is there."""
 
 
-def read(path: Path, network: Network, samples: int, batch: int, length: int) -> list[dict[str, Tensor]]:
+def read(
+    texts: Iterable[str], where: str, network: Network, samples: int, batch: int, length: int
+) -> list[dict[str, Tensor]]:
     """Rows of tokens, in batches of rows of one length, so that none is padded.
+
+    Arguments:
+        texts: lines that have text.
+        where: they are from.
+        network: whose tokenizer prepares them.
+        samples: how many rows are taken at most.
+        batch: how many rows a batch has at most.
+        length: how many tokens a row has at most.
 
     A network that generates text gets blocks of `length` tokens of all lines joined, each as the tokenizer begins a
     text. Others get every line by itself, cut at `length` tokens.
@@ -48,9 +58,9 @@ def read(path: Path, network: Network, samples: int, batch: int, length: int) ->
     longest = getattr(config, "max_position_embeddings", None) or length
     length = min(length, longest)
     generates = getattr(network.model, "can_generate", lambda: False)()
-    rows = _blocks(path, tokenizer, length, samples) if generates else _lines(path, tokenizer, length, samples)
+    rows = (_blocks if generates else _lines)(texts, tokenizer, length, samples)
     if not rows:
-        raise LoaderError(f"{path} has no text: every line is empty.")
+        raise LoaderError(f"{where} has no text: every line is empty.")
     known = getattr(config, "vocab_size", None)
     largest = max(max(row) for row in rows)
     if known is not None and largest >= known:
@@ -82,7 +92,7 @@ def _tokenizer(network: Network) -> Any:
         ) from error
 
 
-def _texts(path: Path) -> Iterator[str]:
+def lines_of(path: Path) -> Iterator[str]:
     """The lines of a file that have text."""
     try:
         with path.open(encoding="utf-8") as file:
@@ -110,9 +120,9 @@ def _of_json(path: Path, number: int, line: str) -> str:
     return text
 
 
-def _lines(path: Path, tokenizer: Any, length: int, samples: int) -> list[list[int]]:
+def _lines(texts: Iterable[str], tokenizer: Any, length: int, samples: int) -> list[list[int]]:
     rows: list[list[int]] = []
-    for line in _texts(path):
+    for line in texts:
         tokens = tokenizer(line, truncation=True, max_length=length)["input_ids"]
         rows += [tokens] if tokens else []
         if len(rows) == samples:
@@ -120,14 +130,14 @@ def _lines(path: Path, tokenizer: Any, length: int, samples: int) -> list[list[i
     return rows
 
 
-def _blocks(path: Path, tokenizer: Any, length: int, samples: int) -> list[list[int]]:
+def _blocks(texts: Iterable[str], tokenizer: Any, length: int, samples: int) -> list[list[int]]:
     """Blocks of one length; the rest at the end is left out, unless it is all there is."""
     begin = [] if tokenizer.bos_token_id is None else tokenizer("")["input_ids"][:1]
     begin = begin if begin == [tokenizer.bos_token_id] else []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     own, rows = length - len(begin), list[list[int]]()
     held: list[int] = []
-    for line in _texts(path):
+    for line in texts:
         held += tokenizer(line, add_special_tokens=False)["input_ids"] + end
         while len(held) >= own and len(rows) < samples:
             rows.append(begin + held[:own])

@@ -49,16 +49,12 @@ def _run(verb: str, context: click.Context) -> None:
 @click.option("--set-a", "settings_a", multiple=True, metavar="KEY=VALUE", help="argument for the first model alone")
 @click.option("--set-b", "settings_b", multiple=True, metavar="KEY=VALUE", help="argument for the second model alone")
 @options.calibration
-@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="a YAML file that says how to merge")
+@options.recipe("merge")
 @click.option("--share", metavar="WHERE", help="where heads begin: trunk, nothing, a layer, or a share: 0.8")
 @click.option("--name", multiple=True, metavar="NAME", help="name of a head, one for each model")
-@click.option("--width", type=float, metavar="X", help="units, as a multiple of those of one model")
+@options.width("units, as a multiple of those of one model")
 @click.option("--base", metavar="PATH", help="for task vectors: what all models were fine-tuned from")
-@options.writing
-@options.running
-@options.safety
-@options.as_json
-@options.verbose
+@options.planned
 @click.pass_context
 def merge(context: click.Context, /, **_: Any) -> None:
     """Merge two or more models into one network.
@@ -75,12 +71,8 @@ def merge(context: click.Context, /, **_: Any) -> None:
 @options.models
 @options.architecture
 @options.calibration
-@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="a YAML file that says how to match")
-@options.writing
-@options.running
-@options.safety
-@options.as_json
-@options.verbose
+@options.recipe("match")
+@options.planned
 @click.pass_context
 def align(context: click.Context, /, **_: Any) -> None:
     """Give the first model the units of the second. Its function stays the same.
@@ -95,13 +87,9 @@ def align(context: click.Context, /, **_: Any) -> None:
 @options.models
 @options.architecture
 @options.calibration
-@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="a YAML file that says how to fold")
-@click.option("--width", type=float, metavar="X", help="the share of units to keep (0.7)")
-@options.writing
-@options.running
-@options.safety
-@options.as_json
-@options.verbose
+@options.recipe("fold")
+@options.width("the share of units to keep (0.7)")
+@options.planned
 @click.pass_context
 def fold(context: click.Context, /, **_: Any) -> None:
     """Make one model smaller: units that are alike become one.
@@ -115,7 +103,7 @@ def fold(context: click.Context, /, **_: Any) -> None:
 @app.command()
 @options.models
 @options.architecture
-@click.option("--allow-pickle", is_flag=True, help="unpickle files of torch, which can run code in them")
+@options.allow_pickle
 @options.as_json
 @options.verbose
 def check(
@@ -141,12 +129,8 @@ def check(
 @app.command()
 @click.argument("results", nargs=-1, required=True, metavar="DIR...")
 @click.option("--data", required=True, metavar="PATH", help="data that nothing was fitted to, as for merge")
-@click.option("--samples", type=click.IntRange(1), metavar="N", default=1024, help="rows of data at most (1024)")
-@click.option("--batch", type=click.IntRange(1), metavar="N", default=32, help="rows in a batch at most (32)")
-@click.option(
-    "--length", type=click.IntRange(1), metavar="N", default=128, help="tokens in a row of text at most (128)"
-)
-@click.option("--allow-pickle", is_flag=True, help="unpickle files of torch, which can run code in them")
+@options.rows
+@options.allow_pickle
 @options.as_json
 @options.verbose
 def compare(
@@ -201,8 +185,8 @@ def inspect(
 
 @app.command()
 @click.argument("result", metavar="DIR")
-@click.option("--symmetry", is_flag=True, help="also prove symmetry.json on the first model, in float64")
-@click.option("--allow-pickle", is_flag=True, help="unpickle files of torch, which can run code in them")
+@click.option("--symmetry", is_flag=True, help="also prove symmetry.json on the models, in float64")
+@options.allow_pickle
 @options.as_json
 @options.verbose
 def verify(result: str, symmetry: bool, allow_pickle: bool, json: bool) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +26,14 @@ CODES = {
     5: "check or verify found something wrong",
     70: "a fault of fxmerge",
     130: "interrupted",
+    141: "who reads the output has gone",
 }
 """The exit codes and what they mean."""
 
-WRONG, FAULT, INTERRUPTED = 5, 70, 130
+PATIENCE = 2.0
+"""How many seconds a stage takes before it is told of on a terminal."""
+
+WRONG, FAULT, INTERRUPTED, UNREAD = 5, 70, 130, 141
 
 
 class Found(Exception):
@@ -42,10 +47,12 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
     """
     import click
 
+    output = sys.stdout
     verbose, as_json = bool({"-v", "--verbose"} & set(argv)), "--json" in argv and argv[0] != "inspect"
     try:
-        with _stopped(), _logging(verbose):
+        with _stopped(), _logging(verbose, argv):
             run()
+            sys.stdout.flush()
     except click.exceptions.Abort:
         return _told("interrupted.", INTERRUPTED, as_json)
     except (KeyboardInterrupt, _Terminated):
@@ -60,10 +67,13 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
         return WRONG
     except FxmergeError as error:
         code = 3 if isinstance(error, CheckpointError) else 4 if isinstance(error, OutputError) else 1
-        return _told(str(error), code, as_json)
+        return _told(_worded(str(error), argv), code, as_json)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Who read the output has gone.
-        return 0
+        return _unread()
+    except SystemExit:
+        if sys.stdout is output:
+            raise
+        return _unread()  # click has seen it, and put something else in place of the output.
     except Exception as error:
         if verbose:
             traceback.print_exc()
@@ -74,12 +84,26 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
     return 0
 
 
+def _worded(text: str, argv: Sequence[str]) -> str:
+    """A message of fxmerge in the words of what was typed: of options, or of a YAML file."""
+    from fxmerge.cli.options import PLANS
+    from fxmerge.plan.wording import worded
+
+    return worded(text, yaml=any(word.endswith(PLANS) for word in argv))
+
+
 def _told(sentence: str, code: int, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"error": sentence, "code": code}))
     else:
         say(f"fxmerge: {sentence}", "red")
     return code
+
+
+def _unread() -> int:
+    """Drops what is yet to be printed, which no one reads."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+    return UNREAD
 
 
 class _Terminated(BaseException):
@@ -105,26 +129,72 @@ def _stopped() -> Iterator[None]:
 
 
 @contextmanager
-def _logging(verbose: bool) -> Iterator[None]:
-    """Shows what fxmerge logs on the standard error: warnings, with -v all of its stages."""
+def _logging(verbose: bool, argv: Sequence[str]) -> Iterator[None]:
+    """Shows what fxmerge logs on the standard error: warnings, with -v all of its stages, and on a terminal those that
+    take long."""
+
+    stages = _Stages()
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             warning = record.levelno >= logging.WARNING
-            say(f"{'warning: ' if warning else ''}{record.getMessage()}", "yellow" if warning else "dim")
+            if warning or verbose:
+                text = _worded(record.getMessage(), argv)
+                say(f"warning: {text}" if warning else text, "yellow" if warning else "dim")
+            else:
+                stages.take(record)
 
     own, handler = logging.getLogger("fxmerge"), Shown()
     level = own.level
     own.addHandler(handler)
-    own.setLevel(logging.INFO if verbose else logging.WARNING)
+    own.setLevel(logging.INFO if verbose or sys.stderr.isatty() else logging.WARNING)
     try:
         with warnings.catch_warnings():
             if not verbose and not sys.warnoptions:
                 warnings.simplefilter("ignore")  # Those of torch and others are of no use here.
             yield
     finally:
+        stages.stop()
         own.removeHandler(handler)
         own.setLevel(level)
+
+
+class _Stages:
+    """Tells of every stage that has not ended after some seconds, and of its end."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, threading.Timer] = {}
+        self.told: set[str] = set()
+
+    def take(self, record: logging.LogRecord) -> None:
+        """Takes what is logged when a stage begins and when it ends."""
+        from fxmerge.progress import BEGUN, DONE
+
+        if record.msg not in (BEGUN, DONE) or not isinstance(record.args, tuple):
+            return
+        stage = str(record.args[0])
+        if record.msg == BEGUN:
+            timer = threading.Timer(PATIENCE, self._tell, [stage, record.getMessage()])
+            timer.daemon = True
+            self.waiting[stage] = timer
+            timer.start()
+        elif stage in self.waiting:
+            self.waiting.pop(stage).cancel()
+            if stage in self.told:
+                self.told.remove(stage)
+                self._tell("", record.getMessage())
+
+    def _tell(self, stage: str, text: str) -> None:
+        from tqdm import tqdm
+
+        self.told.add(stage)
+        with tqdm.external_write_mode(file=sys.stderr):  # A bar would be in the way.
+            say(text, "dim")
+
+    def stop(self) -> None:
+        """No stage is told of any more."""
+        for timer in self.waiting.values():
+            timer.cancel()
 
 
 def say(text: str, style: str = "") -> None:

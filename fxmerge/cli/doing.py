@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,16 +14,21 @@ from fxmerge.cli.console import Found, say, show, show_json, table
 from fxmerge.cli.options import PLANS
 from fxmerge.errors import OptionError
 from fxmerge.inspection import inspect
-from fxmerge.networks import Network, build
+from fxmerge.networks import Network
 from fxmerge.output import reading
 from fxmerge.output.target import target
 from fxmerge.output.writing import write
 from fxmerge.plan import Plan, from_yaml
 from fxmerge.plan.checking import Check, check
-from fxmerge.plan.parts import settings
-from fxmerge.plan.running import example_of, execute, opened
+from fxmerge.plan.estimate import Estimate
+from fxmerge.plan.parts import Data, settings
+from fxmerge.plan.running import build_of, execute, opened, whole
+from fxmerge.plan.wording import worded
+from fxmerge.progress import timed
 from fxmerge.reporting import Report
 from fxmerge.symmetry.group import Symmetry
+
+logger = logging.getLogger(__name__)
 
 
 def run(plan: Plan, context: click.Context) -> None:
@@ -40,12 +46,13 @@ def run(plan: Plan, context: click.Context) -> None:
         for network in result.networks:
             for note in network.checkpoint.notes:
                 say(f"{network.checkpoint.path}: {note}", "dim")
-        written = write(result, place)
+        with timed(logger, {}, "writing"):
+            written = write(result, place)
         summary = reading.summary_of(place)
     if given["json"]:
         show_json({"out": plan.output.path, **summary})
         return
-    show(Report(**summary["report"]))
+    show(worded(str(Report(**summary["report"]))))
     for found in result.data:
         show(f"data: {found.note}")
     for what, why in written.reasons.items():
@@ -75,14 +82,23 @@ def check_files(
     else:
         checkpoints = [io.load(path, allow_pickle=allow_pickle) for path in models]
         count = len(models)
-        found = check(checkpoints, [arch] * count, [settings(given)] * count, inputs)
+        found = check(checkpoints, [arch] * count, [settings(given)] * count, inputs, rows=Data("data"))
     show_check(found, as_json=as_json)
 
 
 def check_plan(plan: Plan, *, allow_pickle: bool) -> Check:
     files = (*plan.models, *([] if plan.base is None else [plan.base]))
     archs, own = [plan.arch_of(file) for file in files], [plan.settings_of(file) for file in files]
-    return check(opened(plan, allow_pickle=allow_pickle), archs, own, plan.input, [one.path for one in plan.data])
+    return check(
+        opened(plan, allow_pickle=allow_pickle),
+        archs,
+        own,
+        plan.input,
+        [one.path for one in plan.data],
+        rows=plan.data[0] if plan.data else None,
+        device=plan.run.device,
+        fitted=plan.verb != "align" and plan.base is None and plan.recipe.fit is not None,
+    )
 
 
 def show_check(found: Check, *, as_json: bool) -> None:
@@ -113,10 +129,22 @@ def show_check(found: Check, *, as_json: bool) -> None:
             if found.first_difference:
                 show(f"They first differ here: {found.first_difference}")
         show(f"At least {_size(found.memory)} of memory are needed, and for activations what --memory allows.")
+        if found.estimate is not None:
+            show(_time(found.estimate))
         for problem in found.problems:
             say(f"problem: {problem}", "red")
     if found.problems:
         raise Found
+
+
+def _time(found: Estimate) -> str:
+    """An estimate of the time in words."""
+    return (
+        f"At least about {found.seconds:.2g} s on {found.rows} rows of data, by estimate: to run the networks and to "
+        f"fit their layers takes {(found.passes + found.fits) / 1e9:.3g} GFLOP, and this machine does "
+        f"{found.speed / 1e9:.3g} in a second. Reading, capture, the proof of the symmetry, matching and writing come "
+        "on top."
+    )
 
 
 def _size(count: int) -> str:
@@ -152,13 +180,7 @@ def compare_results(
 
 def _networks(plan: Plan, allow_pickle: bool) -> list[Network]:
     """The models of a plan."""
-    found = []
-    for file in plan.models:
-        arch = plan.arch_of(file)
-        assert arch is not None  # A plan has one for every model.
-        checkpoint = io.load(file.path, allow_pickle=allow_pickle)
-        found.append(build(checkpoint, arch, plan.settings_of(file), plan.input))
-    return found
+    return [build_of(plan, file, io.load(file.path, allow_pickle=allow_pickle)) for file in plan.models]
 
 
 def verify_result(result: str, *, symmetry: bool, allow_pickle: bool, as_json: bool) -> None:
@@ -171,14 +193,10 @@ def verify_result(result: str, *, symmetry: bool, allow_pickle: bool, as_json: b
     plan = reading.plan_of(directory)
     problems, error = reading.problems_of(directory, plan), None
     if symmetry and not problems:
-        network = _networks(plan, allow_pickle)[0]
-        own = Symmetry.from_json(directory / "symmetry.json")
-        if not {axis.parameter for one in own.classes for axis in one.axes} <= set(network.model.state_dict()):
-            raise OptionError(
-                f"symmetry.json in {result} is of a network with heads apart, and --symmetry cannot prove it on one of "
-                "the models. Without --symmetry, verify checks all files."
-            )
-        proven = own.verify(network.model, *example_of(network))
+        networks = _networks(plan, allow_pickle)
+        apart = reading.summary_of(directory)["report"]["heads"]
+        model, (args, kwargs) = whole(plan, networks, apart=bool(apart))
+        proven = Symmetry.from_json(directory / "symmetry.json").verify(model, args, kwargs)
         error = proven.error
         problems += [f"Class {name!r} of symmetry.json failed verification." for name in proven.demoted]
     if as_json:
@@ -206,7 +224,7 @@ def report_result(result: str, *, as_json: bool) -> None:
         show(f"warning: {text}")
     for what, why in found.get("not_written", {}).items():
         show(f"warning: {what} was not written: {why}")
-    show(Report(**found["report"]))
+    show(worded(str(Report(**found["report"]))))
     for name, code in found["loads"].items():
         show(f"{name}: {code}")
 

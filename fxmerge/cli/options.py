@@ -55,13 +55,17 @@ architecture = chain(
     click.option("--input", "inputs", multiple=True, metavar="SHAPE", help="shape of the inputs: 1x3x224x224"),
 )
 
-calibration = chain(
-    click.option("--data", multiple=True, metavar="PATH", help="images/, .npz, .npy, .txt, .jsonl or module:loader"),
+rows = chain(
     click.option("--samples", type=click.IntRange(1), metavar="N", default=1024, help="rows of data at most (1024)"),
     click.option("--batch", type=click.IntRange(1), metavar="N", default=32, help="rows in a batch at most (32)"),
     click.option(
         "--length", type=click.IntRange(1), metavar="N", default=128, help="tokens in a row of text at most (128)"
     ),
+)
+
+calibration = chain(
+    click.option("--data", multiple=True, metavar="PATH", help="images/, .npz, .npy, .txt, .jsonl or module:loader"),
+    rows,
 )
 
 running = chain(
@@ -76,14 +80,30 @@ writing = chain(
     click.option("--force", is_flag=True, help="replace a directory that fxmerge wrote"),
 )
 
+allow_pickle = click.option("--allow-pickle", is_flag=True, help="unpickle files of torch, which can run code in them")
+
 safety = chain(
-    click.option("--allow-pickle", is_flag=True, help="unpickle files of torch, which can run code in them"),
+    allow_pickle,
     click.option("--dry-run", is_flag=True, help="check the headers of all files, and stop"),
 )
 
 as_json = click.option("--json", is_flag=True, help="print JSON for machines")
 
 models = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+
+planned = chain(writing, running, safety, as_json, verbose)
+"""What all commands have that do what a plan says."""
+
+
+def recipe(what: str) -> Callable[[Command], Command]:
+    """--recipe, which says how to do something."""
+    text = f"a YAML file that says how to {what}"
+    return click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help=text)
+
+
+def width(text: str) -> Callable[[Command], Command]:
+    """--width, with what it is."""
+    return click.option("--width", type=float, metavar="X", help=text)
 
 
 def plan_of(verb: str, context: click.Context) -> Plan:

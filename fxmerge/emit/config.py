@@ -65,7 +65,8 @@ def config_for(
     if not isinstance(model, nn.Module) or config is None or not hasattr(config, "__dict__"):
         return None
     wanted = {name: tensor.shape for name, tensor in result.state_dict().items()}
-    rebuilding = _Rebuilding(type(model), config)
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    rebuilding = _Rebuilding(type(model), config, dtypes)
     now = rebuilding.shapes({})
     if now is None or now.keys() != wanted.keys():
         return None
@@ -100,10 +101,15 @@ def _generic(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Rebuilding:
-    """Builds a class anew, from its configuration with changes."""
+    """Builds a class anew, from its configuration with changes, with buffers of the dtypes of the model.
+
+    What `half()` or `bfloat16()` has rounded, such as the frequencies of rotary positions, need not be part of a state
+    dict: a new instance computes the same once it is rounded likewise.
+    """
 
     kind: type[nn.Module]
     config: Any
+    dtypes: Mapping[str, torch.dtype]
 
     def changed(self, changes: Changes) -> Any:
         """The configuration with changes, made as a user makes it, so that it is checked as a whole."""
@@ -134,6 +140,8 @@ class _Rebuilding:
         try:
             with torch.random.fork_rng(devices=[]), quiet():
                 made = self.kind(self.changed(changes)).to(next(iter(state.values())).device)
+            for name, buffer in made.named_buffers():
+                buffer.data = buffer.to(self.dtypes.get(name, buffer.dtype))
             return _probe(made, call).outputs(state)
         except Exception:  # Likewise.
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 
 from fxmerge.errors import LoaderError, NonFiniteError
 from fxmerge.evidence.moments import TINY, Moments
+from fxmerge.evidence.running import RunningStatistics
 from fxmerge.evidence.weights import real
 from fxmerge.program.captured import Program
 from fxmerge.program.run import Data, Recorder
@@ -150,6 +152,7 @@ def similarities(
     kind: Similarity = "pearson",
     own: Collection[str] = (),
     mixed: Collection[int] = (),
+    running: RunningStatistics | None = None,
 ) -> dict[int, dict[Pair, Tensor]]:
     """Similarity of all pairs of units of some pairs of models, for every class that an activation shows.
 
@@ -167,6 +170,7 @@ def similarities(
         own: names of parameters that are of one model alone. What depends on these is not compared.
         mixed: classes whose units may be mixed. These are compared by covariances, with one unit of measurement for all
             units of a model, since a change of basis keeps neither the mean nor the deviation of a single unit.
+        running: gathers what the models normalize by running statistics meanwhile.
 
     Returns:
         For each class number and pair a tensor of shape (units, units), rows for the first model; in [-1, 1], but for
@@ -178,15 +182,23 @@ def similarities(
     """
     apart = found.program.depending_on(own)
     taps = [tap for tap in find_taps(found, symmetry) if tap.node not in apart]
-    runner = Recorder(found.program, {tap.node for tap in taps})
+    tapped = {tap.node for tap in taps}
+    at: tuple[int, int | None] = (0, None)
+
+    def kept(node: fx.Node, value: Any) -> Any:
+        if running is not None:
+            running.take(*at, node, value)
+        return value if node in tapped else None
+
+    runner = Recorder(found.program, tapped if running is None else tapped.union(running.names), kept)
     first: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     sums = {tap.number: _Correlations(len(models), pairs) for tap in taps}
     batches = 0
-    for args, kwargs in data.batches("activations"):
+    for owner, (args, kwargs) in data.owned("activations"):
         batches += 1
         seen = []
-        for state in models:
-            runner.seen = {}
+        for m, state in enumerate(models):
+            runner.seen, at = {}, (m, owner)
             runner.call(state, args, kwargs)
             seen.append(runner.seen)
         for i, tap in enumerate(taps):

@@ -48,6 +48,16 @@ class Network:
         return self.source.model
 
     @property
+    def parameters(self) -> int:
+        """How many numbers its parameters hold."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its weights."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
     def directory(self) -> Path:
         """The directory of the weights, in which configurations and tokenizers lie."""
         return directory_of(self.checkpoint)

@@ -56,8 +56,7 @@ def card(result: Result, report: Report, loads: Mapping[str, str], reasons: Mapp
         parts.append("## Warnings\n\n" + "\n".join(f"- {text}" for text in warnings) + "\n")
     listed = ", ".join(f"`{name}` ({name_of(i)})" for i, name in enumerate(names))
     parts.append(f"{DONE[plan.verb]} {listed}, by fxmerge, without training.\n")
-    code = "\n".join(loads.values()) or "network.load_state_dict(safetensors.torch.load_file('model.safetensors'))"
-    parts.append(f"## Load it\n\n```python\n{code}\n```\n")
+    parts.append(f"## Load it\n\nFrom inside of this directory:\n\n```python\n{_loading(loads)}\n```\n")
     parts.append("## How it was made\n\n" + "\n".join(f"- {line}" for line in _method(report)) + "\n")
     parts.append(
         "## Figures\n\n"
@@ -67,6 +66,19 @@ def card(result: Result, report: Report, loads: Mapping[str, str], reasons: Mapp
     parts.append(_inputs(result))
     parts.append(FILES)
     return "\n".join(parts)
+
+
+def _loading(loads: Mapping[str, str]) -> str:
+    """Python code that loads every network of a directory."""
+    if not loads:
+        return (
+            "import safetensors.torch\n\n"
+            "network = ...  # An instance of the class, of these sizes.\n"
+            "network.load_state_dict(safetensors.torch.load_file('model.safetensors'))"
+        )
+    imports = dict.fromkeys(f"import {code.partition('.')[0]}" for code in loads.values())
+    names = ("network" if name == "." else name.replace("heads/", "head_") for name in loads)
+    return "\n".join([*imports, "", *(f"{own} = {code}" for own, code in zip(names, loads.values(), strict=True))])
 
 
 def _head(result: Result, names: list[str]) -> str:
@@ -102,11 +114,9 @@ def _method(report: Report) -> list[str]:
 
 
 def _figures(result: Result, report: Report) -> list[tuple[str, str]]:
-    count = sum(tensor.numel() for tensor in result.module.parameters())
-    rows = [("parameters", f"{count:,}")]
+    rows = [("parameters", f"{result.parameters:,}")]
     for path, network in zip(result.plan.models, result.networks, strict=True):
-        own = sum(tensor.numel() for tensor in network.model.parameters())
-        rows.append((f"parameters of `{Path(path.path).name}`", f"{own:,}"))
+        rows.append((f"parameters of `{Path(path.path).name}`", f"{network.parameters:,}"))
     if report.errors:
         what = "each model's own outputs" if report.heads else "the ensemble's outputs"
         what = "the model's outputs" if report.models == 1 else what

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.errors import OutputError, first_line
 from fxmerge.io.writing import Sink, told
-from fxmerge.output.library import difference
+from fxmerge.output.library import difference, placed
 from fxmerge.program.models import evaluating
 from fxmerge.program.run import Call
 
@@ -74,9 +74,8 @@ def read(path: Path) -> nn.Module:
 
 def doubled(module: nn.Module, call: Call) -> Call:
     """Example inputs with twice as many rows, where the network is: torch.export takes one row for the only number."""
-    where = next((t.device for t in module.parameters()), torch.device("cpu"))
-    found: Call = pytree.tree_map_only(Tensor, lambda t: (torch.cat([t, t]) if t.ndim else t).to(where), call)
-    return found
+    found: Call = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim else t, call)
+    return placed(module, found)
 
 
 def _open(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -170,9 +170,15 @@ def difference(module: nn.Module, other: nn.Module, call: Call) -> str:
     return ""
 
 
-def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
+def placed(module: nn.Module, call: Call) -> Call:
+    """Inputs where a network is."""
     where = next((t.device for t in module.parameters()), torch.device("cpu"))
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(where), call)
+    found: Call = pytree.tree_map_only(Tensor, lambda t: t.to(where), call)
+    return found
+
+
+def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
+    args, kwargs = placed(module, call)
     with evaluating(module), torch.no_grad():
         found = run(module, args, kwargs)
     return [

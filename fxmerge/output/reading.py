@@ -11,12 +11,11 @@ from torch import nn
 
 from fxmerge import io
 from fxmerge.errors import CheckpointError, OptionError, first_line
-from fxmerge.networks import build
 from fxmerge.output import exported
 from fxmerge.output.target import WRITTEN
 from fxmerge.output.writing import SUMS
 from fxmerge.plan import Plan, from_yaml
-from fxmerge.plan.running import checksum
+from fxmerge.plan.running import build_of, checksum
 from fxmerge.reporting import Report
 
 
@@ -59,10 +58,7 @@ def network_of(directory: Path, plan: Plan) -> nn.Module:
             return exported.read(path)
         except Exception as error:
             raise CheckpointError(f"{path} cannot be read: {first_line(error)}.") from error
-    first = plan.models[0]
-    arch = plan.arch_of(first)
-    assert arch is not None  # A plan has one for every model.
-    return build(io.load(directory), arch, plan.settings_of(first), plan.input).model
+    return build_of(plan, plan.models[0], io.load(directory)).model
 
 
 def problems_of(directory: Path, plan: Plan) -> list[str]:

@@ -114,7 +114,7 @@ def _summary(result: Result, written: Written) -> dict[str, Any]:
             "arch": network.arch,
             "set": dict(network.settings),
             "notes": list(network.checkpoint.notes),
-            "parameters": sum(tensor.numel() for tensor in network.model.parameters()),
+            "parameters": network.parameters,
         }
         for model, network in zip(result.plan.models, result.networks, strict=True)
     ]
@@ -122,7 +122,7 @@ def _summary(result: Result, written: Written) -> dict[str, Any]:
         "fxmerge": fxmerge.__version__,
         "verb": result.plan.verb,
         "warnings": list(result.warnings),
-        "parameters": sum(tensor.numel() for tensor in result.module.parameters()),
+        "parameters": result.parameters,
         "loads": dict(written.loads),
         "not_written": dict(written.reasons),
         "models": models,

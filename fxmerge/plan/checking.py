@@ -8,9 +8,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fxmerge.errors import FxmergeError
 from fxmerge.io import Checkpoint
-from fxmerge.networks import skeleton
+from fxmerge.networks import Network, skeleton
+from fxmerge.plan.estimate import Estimate, estimate
+from fxmerge.plan.parts import Data
 from fxmerge.validate import name_of
 
 
@@ -46,6 +50,7 @@ class Check:
         equal: the share of the first model's parameters that lie in tensors which all models have, with equal shapes.
         first_difference: where the models first differ in names or shapes, in a sentence; "" if nowhere.
         memory: how many bytes a merge needs at least: all models and the result.
+        estimate: how long it takes at least; None without data or an architecture.
         problems: what would stop a merge, each in a sentence.
     """
 
@@ -53,6 +58,7 @@ class Check:
     equal: float
     first_difference: str
     memory: int
+    estimate: Estimate | None = None
     problems: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,6 +72,10 @@ def check(
     settings: Sequence[Mapping[str, Any]],
     inputs: Sequence[str] = (),
     data: Sequence[str] = (),
+    *,
+    rows: Data | None = None,
+    device: str | torch.device | None = None,
+    fitted: bool = True,
 ) -> Check:
     """Compares the headers of files with each other, and with the networks that they are to be of.
 
@@ -75,14 +85,18 @@ def check(
         settings: the arguments of each architecture.
         inputs: shapes of example inputs.
         data: the paths of calibration data, which only have to exist.
+        rows: how many rows of data there will be, for an estimate of the time.
+        device: where it is to run.
+        fitted: whether layers will be fitted.
     """
     problems: list[str] = []
-    built, arguments = [], []
+    built, arguments, networks = [], [], list[Network]()
     for checkpoint, arch, own in zip(checkpoints, archs, settings, strict=True):
         found, used = checkpoint, dict(own)
         if arch is not None:
             try:
                 network = skeleton(checkpoint, arch, own, inputs)
+                networks.append(network)
                 found, used = network.checkpoint, dict(network.settings)
             except FxmergeError as error:
                 problems.append(str(error))
@@ -103,6 +117,7 @@ def check(
         share,
         _difference(built),
         sum(one.bytes for one in built) + first.bytes,
+        None if rows is None or len(networks) < len(built) else estimate(networks, rows, device, fitted=fitted),
         tuple(problems),
     )
 

@@ -19,10 +19,14 @@ from fxmerge.api import align, fold, merge_many
 from fxmerge.calibration import Batches
 from fxmerge.errors import CheckpointError, LoaderError
 from fxmerge.io import Checkpoint
+from fxmerge.job import prepare
 from fxmerge.networks import Network, build
 from fxmerge.plan.parts import Data, ModelFile, Plan
+from fxmerge.plan.wording import worded
 from fxmerge.program.run import Call, batch_inputs
+from fxmerge.progress import timed
 from fxmerge.recipe import Zip
+from fxmerge.validate import Model
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,11 @@ class Result:
     warnings: tuple[str, ...]
     call: Call
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the parameters of the network hold."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
 
 def opened(plan: Plan, *, allow_pickle: bool = False) -> tuple[Checkpoint, ...]:
     """The weights of all models of a plan, the base last, with their headers checked."""
@@ -70,24 +79,40 @@ def execute(plan: Plan, checkpoints: Sequence[Checkpoint]) -> Result:
     """
     with _warnings() as warnings:
         files = (*plan.models, *([] if plan.base is None else [plan.base]))
-        files = tuple(_summed(*pair) for pair in zip(files, checkpoints, strict=True))
-        networks = []
-        for file, checkpoint in zip(files, checkpoints, strict=True):
-            arch = plan.arch_of(file)
-            assert arch is not None  # A plan has one for every model.
-            networks.append(build(checkpoint, arch, plan.settings_of(file), plan.input))
+        with timed(logger, {}, "reading models"):
+            files = tuple(_summed(*pair) for pair in zip(files, checkpoints, strict=True))
+            networks = [build_of(plan, *pair) for pair in zip(files, checkpoints, strict=True)]
         plan, base = replace(plan, models=files[: len(plan.models)]), None
         if plan.base is not None:
             plan, base = replace(plan, base=files[-1]), networks.pop()
-        data = tuple(_data(one, networks[i], plan.run.seed) for i, one in enumerate(plan.data))
-        plan = replace(plan, data=tuple(_checked(*pair) for pair in zip(plan.data, data, strict=True)))
+        with timed(logger, {}, "reading data"):
+            data = tuple(_data(one, networks[i], plan.run.seed) for i, one in enumerate(plan.data))
+            plan = replace(plan, data=tuple(_checked(*pair) for pair in zip(plan.data, data, strict=True)))
         module = _done(plan, networks, base, data)
     return Result(plan, tuple(networks), data, module, tuple(warnings), _call(networks[0], data))
+
+
+def build_of(plan: Plan, file: ModelFile, checkpoint: Checkpoint) -> Network:
+    """One of the networks of a plan."""
+    arch = plan.arch_of(file)
+    assert arch is not None  # A plan has one for every model.
+    return build(checkpoint, arch, plan.settings_of(file), plan.input)
 
 
 def example_of(network: Network) -> Call:
     """Example inputs of a network."""
     return network.source.args, network.source.kwargs
+
+
+def whole(plan: Plan, networks: Sequence[Network], *, apart: bool) -> tuple[Model, Call]:
+    """What the symmetry of a merge is of, and example inputs: the first network or, where networks have heads of their
+    own or are of other widths, all of them as one, as the merge sees them."""
+    models, call = tuple(network.model for network in networks), example_of(networks[0])
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in models]
+    if not apart and all(own == shapes[0] for own in shapes):
+        return models[0], call
+    job = prepare(models, None, plan.run, example=call, inputs=lambda given: given, recipe=plan.recipe)
+    return job.model, job.example
 
 
 def _call(network: Network, data: Sequence[Batches]) -> Call:
@@ -170,12 +195,12 @@ def _checked(data: Data, found: Batches) -> Data:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """Collects what fxmerge warns of."""
+    """Collects what fxmerge warns of, in the words of the command line."""
     told: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            told.append(record.getMessage())
+            told.append(worded(record.getMessage()))
 
     handler, root = Collector(logging.WARNING), logging.getLogger("fxmerge")
     root.addHandler(handler)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fxmerge.errors import OptionError
-from fxmerge.plan import reading
+from fxmerge.plan import mergekit, reading
 from fxmerge.plan.parts import VERSION, Plan
 from fxmerge.plan.reading import Misfit
 from fxmerge.recipe import Recipe
@@ -25,7 +25,7 @@ FIRST = (HEADER, "verb", "models", "base", "arch", "set", "input", "data", "reci
 
 
 def from_yaml(path: str | Path) -> Plan:
-    """Reads a plan. Relative paths in it are relative to the directory of the file.
+    """Reads a plan, or a file of mergekit. Relative paths in a plan are relative to the directory of the file.
 
     Raises:
         OptionError: if the file cannot be read, is no YAML, or is no plan.
@@ -45,6 +45,8 @@ def from_yaml(path: str | Path) -> Plan:
     try:
         if not isinstance(data, dict):
             raise Misfit((), "the file is no mapping; write models:, arch:, data: and so on, each with what it is.")
+        if mergekit.METHOD in data:
+            return mergekit.plan_of(data)
         version = data.pop(HEADER, VERSION)
         if version != VERSION:
             raise Misfit((HEADER,), f"the format has version {version!r}; this fxmerge reads version {VERSION}.")
@@ -56,6 +58,8 @@ def from_yaml(path: str | Path) -> Plan:
         plan: Plan = reading.read(Plan, data)
     except Misfit as misfit:
         raise _placed(path, misfit, keys, values) from misfit
+    except OptionError as error:  # Of parts that do not go together.
+        raise _placed(path, Misfit((), str(error)), keys, values) from error
     return _from(path.parent, plan)
 
 

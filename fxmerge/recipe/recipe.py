@@ -70,9 +70,9 @@ class Recipe:
         share: what the networks are to have once, as a trunk; what comes after it is a head of each network's own.
             "auto" is what they have in common, from the inputs on; if they are equal all through, everything. "trunk"
             is that without the last layers, even if these are equal in shape. "nothing" is no layer: the networks stand
-            side by side in one graph, each as it is. The name of a module or node is all up to it. A number between 0
-            and 1 is all up to the last place that no more than that share of the first
-            network's parameters comes before. A `Budget` finds the place.
+            side by side in one graph, each as it is, and the recipe may not say how to match, combine or fit. The name
+            of a module or node is all up to it. A number between 0 and 1 is all up to the last place that no more than
+            that share of the first network's parameters comes before. A `Budget` finds the place.
         outputs: with heads apart, the outputs of all networks: a "tuple" in their order, or a "dict" by `names`.
         names: of the heads, one for each network; None numbers them "0", "1", ...
         free: names of outputs along which units may move, as in `find_symmetry`.
@@ -116,6 +116,8 @@ class Recipe:
         names = (self.free,) if isinstance(self.free, str) else self.free
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise wrong(self, "free", "the name of an output, or a sequence of names")
+        if self.share == NOTHING:
+            self._check_nothing()
         if isinstance(self.combine, TaskArithmetic | Ties):
             self._check_task_vectors()
 
@@ -140,6 +142,23 @@ class Recipe:
                 )
         if self.outputs == "dict" and self.names is None:
             raise OptionError("Recipe.outputs is 'dict', which needs names: pass names=('first', 'second').")
+
+    def _check_nothing(self) -> None:
+        """What is shared by no network is not matched, combined or fitted."""
+        done: dict[str, tuple[str, tuple[object, ...]]] = {
+            "match": ("matched", (AUTO, None, Zip())),
+            "combine": ("combined", (AUTO, Average())),
+            "fit": ("fitted", (AUTO, None)),
+            "targets": ("fitted", ("mean",)),
+        }
+        for name, (what, may_be) in done.items():
+            if getattr(self, name) not in may_be:
+                error = OptionError(
+                    "Recipe.share is 'nothing', so that the networks stand side by side, each as it is, and nothing is "
+                    f"{what}: leave Recipe.{name} out, or let the networks share a trunk."
+                )
+                error.field = name
+                raise error
 
     def _check_task_vectors(self) -> None:
         kind = type(self.combine).__name__
@@ -177,7 +196,8 @@ class Recipe:
             )
         combine = (TaskArithmetic() if base else Average()) if self.combine == AUTO else self.combine
         match = (Align() if base else Zip()) if self.match == AUTO else self.match
-        fit = (LeastSquares() if data and not base else None) if self.fit == AUTO else self.fit
+        fits = data and not base and self.share != NOTHING
+        fit = (LeastSquares() if fits else None) if self.fit == AUTO else self.fit
         found = dataclasses.replace(self, match=match, combine=combine, fit=fit)
         if isinstance(self.share, Budget) and self.share.distance is not None and not isinstance(fit, ERRORS):
             raise OptionError(

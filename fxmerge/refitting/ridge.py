@@ -130,9 +130,14 @@ class NormalEquations:
     @classmethod
     def folds(cls, groups: int, features: int, outputs: int, device: torch.device) -> list[NormalEquations]:
         """One for each part of the data, still empty."""
-        size = groups * features * (features + outputs) * torch.float64.itemsize
-        count = min(max(FOLD_MEMORY // max(size, 1), LEAST_FOLDS), FOLDS)
+        count = cls.parts(groups, features, outputs)
         return [cls(groups, features, outputs, device, features // count) for _ in range(count)]
+
+    @staticmethod
+    def parts(groups: int, features: int, outputs: int) -> int:
+        """Into how many parts the data go."""
+        size = groups * features * (features + outputs) * torch.float64.itemsize
+        return min(max(FOLD_MEMORY // max(size, 1), LEAST_FOLDS), FOLDS)
 
     def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float) -> None:
         """Adds rows: features of shape (groups, rows, features), targets of shape (groups, rows, outputs)."""

@@ -19,6 +19,7 @@ from fxmerge.errors import OptionError
 from fxmerge.program.captured import Program
 from fxmerge.program.double import InSingle
 from fxmerge.program.models import same_draws
+from fxmerge.registered import load_rules
 from fxmerge.symmetry import mixing, rules
 from fxmerge.symmetry.columns import Shape, core, reshape, spread, support
 from fxmerge.symmetry.deferred import Deferred
@@ -77,6 +78,7 @@ def propagate(
     those parameters split whose rows are used apart. Units may move along the outputs whose numbers are in `free`. The
     parameters named in `uniform` are vectors of one number each. Planes that a part of the graph turns are told,
     but for the parts that end with nodes named in `still`."""
+    load_rules()
     splits: dict[Axis, Ids] = {}
     prober, tried = None, set[Any]()
     while True:

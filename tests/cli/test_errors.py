@@ -105,8 +105,14 @@ def written(call: Call, tmp_path: Path, *arguments: object) -> tuple[int, str, s
         (("merge", "a.pt", "b.pt", *ARCH, "--data", "no"), 1, "There are no data 'no'"),
         (("merge", "a.pt", "b.pt", *ARCH, "--share", "nowhere", *DATA), 1, "'nowhere'"),
         (("merge", "a.pt", "b.pt", *ARCH, *DATA, *DATA, *DATA), 1, "data has 3 entries for 2 models"),
-        (("merge", "a.pt", "b.pt", *ARCH, "--device", "gpu"), 1, "Run.device is 'gpu'"),
-        (("merge", "a.pt", "b.pt", *ARCH, "--shard-size", "5X"), 1, "Output.shard_size is '5X'"),
+        (("merge", "a.pt", "b.pt", *ARCH, "--device", "gpu"), 1, "--device is 'gpu'; it must be"),
+        (("merge", "a.pt", "b.pt", *ARCH, "--shard-size", "5X"), 1, "--shard-size is '5X'"),
+        (("merge", "a.pt", "b.pt", *ARCH, "--share", "nothing", "--width", "2"), 1, "--share is 'nothing', so that"),
+        (("merge", "a.pt", "b.pt", *ARCH, "--name", "x"), 1, "--name has 1 names for 2 models"),
+        (("merge", "a.pt", "b.pt", *ARCH, "--name", "x", "--name", "y"), 1, "pass --share trunk to keep theirs apart."),
+        (("merge", "a.pt", "b.pt", *ARCH, "--width", "-1", *DATA), 1, "--width is -1.0; it must be a positive number"),
+        (("merge", "a.pt", "b.pt", *ARCH, "--recipe", "fit.yaml"), 1, "needs data: pass --data, or recipe.fit: null."),
+        (("merge", "width.yaml"), 1, "line 3, column 36: recipe.match.width is -1; it must be a positive number"),
         (("merge", "a.pt", "nan.pt", *ARCH), 1, "of model B (shape (3,)) are NaN or infinite"),
         (("merge", "a.pt", "half.pt", *ARCH), 1, "bring all models to one dtype"),
         (("merge", "a.pt", "int.pt", *ARCH), 3, "holds int8, and the network's holds float32"),
@@ -139,6 +145,9 @@ def test_errors(
     torch.save({name: tensor.char() for name, tensor in state.items()}, "int.pt")
     torch.save(files.mlp()[0], "pickle.pt")
     Path("fold.yaml").write_text("verb: fold\nmodels: [{path: a.pt}]\narch: tests.files:mlp\n")
+    Path("fit.yaml").write_text("fit: {kind: Readout}\n")
+    both = "models: [{path: a.pt}, {path: b.pt}]\narch: tests.files:mlp\n"
+    Path("width.yaml").write_text(both + "recipe: {match: {kind: Zip, width: -1}}\n")
     Path("wrong.yaml").write_text("models: [{path: a.pt}, {path: b.pt}]\narhc: hf\n")
     found, out, err = written(call, tmp_path, *arguments)
     assert (found, out) == (code, "")
@@ -187,10 +196,15 @@ def test_what_no_one_expects(
         assert code == 130 and "interrupted" in err
 
 
-def test_a_reader_that_goes_away() -> None:
-    command = f"{sys.executable} -m fxmerge.cli recipe --schema | head -c 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("{", "")
+@pytest.mark.parametrize("typed", [["recipe", "--schema"], ["merge", "--help"], ["--version"]])
+def test_a_reader_that_goes_away(typed: list[str]) -> None:
+    """The command ends as others do that the system stops with SIGPIPE, and says nothing."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fxmerge.cli", *typed]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_names_are_printed_as_they_are(call: Call, tmp_path: Path) -> None:

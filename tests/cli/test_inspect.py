@@ -189,7 +189,7 @@ def test_inspect_of_a_library_on_the_meta_device(capsys: pytest.CaptureFixture[s
         ("resnet18", [], "'resnet18' names no model; write package.module:factory"),
         ("torchvision:resnet19", [], "torchvision has no model 'resnet19'. Did you mean 'resnet18'"),
         ("no_such_package:f", [], "'no_such_package' cannot be imported: No module named 'no_such_package'"),
-        ("tests.cli.test_inspect:nothing", [], "'tests.cli.test_inspect' has no function 'nothing'"),
+        ("tests.cli.test_inspect:nothing", [], "'tests.cli.test_inspect' has no 'nothing'"),
         ("tests.cli.test_inspect:number", [], "must return a module, (module, args) or (module, args, kwargs)"),
         (
             "tests.cli.test_inspect:mlp",

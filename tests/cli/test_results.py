@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,20 @@ def test_everything_about_a_merge_is_told(call: Call, pair: tuple[Path, Path], t
     assert f"{summary['report']['errors']['merged']:.3g}" in card
     sums = [line.split("  ") for line in (tmp_path / "merged" / "SHA256SUMS").read_text().splitlines()]
     assert {name for _, name in sums} == names(tmp_path / "merged") - {"SHA256SUMS"}
+
+
+def test_what_the_card_says_loads_the_networks(
+    call: Call, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call("merge", *pair, *ARCH, *DATA, "--out", tmp_path / "merged", "--share", "trunk", "--name", "x", "--name", "y")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path / "merged")
+    exec(code, names)
+    x = files.batches()[0]
+    for whole, name in zip(names["network"](x), ("head_x", "head_y"), strict=True):
+        assert torch.equal(whole, names[name](x))
 
 
 def test_an_archive_runs_without_fxmerge(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -260,11 +276,29 @@ def test_verify_finds_a_symmetry_of_another_network(call: Call, pair: tuple[Path
     assert code == 5 and "Class '0.weight[0]' of symmetry.json failed verification." in err
 
 
-def test_the_symmetry_of_heads_apart_is_told(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    call("merge", *pair, *ARCH, *DATA, "--share", "trunk", "--out", tmp_path / "merged")
+def test_the_symmetry_of_networks_of_other_widths_is_proven(
+    call: Call, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    wide = files.weights(tmp_path / "wide.pt", 2, hidden=12)
+    code, _, err = call("merge", pair[0], wide, *ARCH, "--set-b", "hidden=12", *DATA, "--out", tmp_path / "merged")
+    assert code == 0, err
+    code, out, err = call("verify", tmp_path / "merged", "--symmetry")
+    assert (code, err) == (0, "") and "change outputs by" in out
+
+
+@pytest.mark.parametrize("share", ["trunk", "nothing"])
+def test_the_symmetry_of_heads_apart_is_proven_on_all_networks(share: str, call: Call, tmp_path: Path) -> None:
+    a, b = files.weights(tmp_path / "a.pt", 0), files.weights(tmp_path / "b.pt", 1, num_classes=6)
+    call("merge", a, b, *ARCH, *DATA, "--share", share, "--out", tmp_path / "merged")
+    code, out, err = call("verify", tmp_path / "merged", "--symmetry")
+    assert (code, err) == (0, "") and "change outputs by" in out and "is whole" in out
+    path = tmp_path / "merged" / "symmetry.json"
+    axes = {axis.parameter for one in fxmerge.Symmetry.from_json(path).classes for axis in one.axes}
+    assert call("merge", tmp_path / "merged" / "recipe.yaml", "--out", tmp_path / "again")[0] == 0
+    assert {axis[: len("heads.0")] for axis in axes if axis.startswith("heads")} == {"heads.0", "heads.1"}
+    files.weights(b, 1)
     code, _, err = call("verify", tmp_path / "merged", "--symmetry")
-    assert code == 1 and "is of a network with heads apart, and --symmetry cannot prove it" in err
-    assert call("verify", tmp_path / "merged")[0] == 0
+    assert code == 5 and "which was read, has changed since" in err
 
 
 @pytest.mark.parametrize("command", [("report",), ("verify",), ("compare", *DATA)])
@@ -342,3 +376,32 @@ def test_check_of_a_yaml_file_and_of_directories(call: Call, gpts: Path, tmp_pat
     assert code == 5 and "no.txt" in err and "100.0% of the parameters" in out
     code, _, err = call("check", tmp_path / "recipe.yaml", "--arch", "hf")
     assert code == 1 and "write --arch, --set and --input into the file" in err
+
+
+def test_check_estimates_the_time(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    code, out, _ = call("check", *pair, *ARCH)
+    assert code == 0 and re.search(r"At least about \S+ s on 1024 rows of data, by estimate", out)
+    code, out, _ = call("merge", *pair, *ARCH, *DATA, "--samples", "64", "--dry-run", "--json")
+    found = json.loads(out)["estimate"]
+    assert code == 0 and found["rows"] == 64 and found["seconds"] > 0
+    aligned = json.loads(call("align", *pair, *ARCH, *DATA, "--samples", "64", "--dry-run", "--json")[1])["estimate"]
+    assert aligned["passes"] == found["passes"] * 2 / 5 and aligned["fits"] == 0
+    assert json.loads(call("merge", *pair, *ARCH, "--dry-run", "--json")[1])["estimate"] is None
+    assert json.loads(call("check", *pair, "--json")[1])["estimate"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_stages_that_take_long_are_told_on_a_terminal_only(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    import pty
+
+    typed = ["merge", *map(str, pair), *ARCH, *DATA, "--out", str(tmp_path / "merged"), "--force"]
+    code = f"from fxmerge.cli import console, main; console.PATIENCE = 0.0; main({typed})"
+    terminal, end = pty.openpty()
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=end, check=True)
+    os.close(end)
+    told = os.read(terminal, 2**20).decode()
+    for stage in ("reading models", "capture", "writing"):
+        assert f"{stage} ..." in told and re.search(rf"{stage}: \d+\.\d s", told)
+    piped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert piped.stderr == ""
