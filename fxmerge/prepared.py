@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxmerge import validate
 from fxmerge.combine.masks import masked, pruned
+from fxmerge.evidence.activations import Pair, similarities
 from fxmerge.job import Job
+from fxmerge.keeping import CORRELATIONS
 from fxmerge.matching.room import Room
 from fxmerge.notices import warn_of_outputs
 from fxmerge.program.capture import capture_ops
-from fxmerge.recipe import Recipe, Run
+from fxmerge.recipe import Recipe, Run, Similarity
 from fxmerge.refitting.outputs import standardized
 from fxmerge.reporting import Report, classes_of
 from fxmerge.shared import staying, without_shared
@@ -140,6 +142,27 @@ class Prepared:
             if name not in self.bases:
                 found[name] = image[placed.get(name, np.arange(c.size))].tolist()
         return found
+
+    def similarities(
+        self,
+        symmetry: Symmetry,
+        states: Sequence[Mapping[str, Tensor]],
+        names: Sequence[str],
+        pairs: Sequence[Pair],
+        kind: Similarity,
+        mixed: Collection[int] = (),
+    ) -> Mapping[int, Mapping[Pair, Tensor]]:
+        """How alike units are in what models compute on the data of the job.
+
+        Arguments and result are those of `fxmerge.evidence.activations.similarities`.
+        """
+        job = self.job
+        assert job.data is not None
+        measure = partial(
+            similarities, self.propagation, symmetry, states, job.data, names, pairs, kind, job.owner, mixed
+        )
+        with job.timed("activations"):
+            return job.stages.remember("activations", measure, CORRELATIONS)
 
     def report(self, result: fx.GraphModule) -> Report:
         """What is told of any result."""

@@ -23,6 +23,7 @@ WITH_A_PLAN = {
     "memory",
     "seed",
     "force",
+    "resume",
     "allow_pickle",
     "dry_run",
     "json",
@@ -74,6 +75,7 @@ writing = chain(
     click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="the directory to write"),
     click.option("--shard-size", metavar="SIZE", help="bytes in a file of weights at most: 5GB"),
     click.option("--force", is_flag=True, help="replace a directory that fxmerge wrote"),
+    click.option("--resume", is_flag=True, help="go on after the last finished stage of an interrupted run"),
 )
 
 safety = chain(

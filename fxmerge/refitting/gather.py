@@ -225,11 +225,12 @@ class LayerFit:
             "cross_entropy_ridge": found.ridge,
         }
 
-    def output_error(self, number: int | None) -> float:
-        """What the outputs of a parent, or those of the fit on rows held out, miss of the variance of the targets."""
+    def output_errors(self) -> dict[int | None, float]:
+        """What the outputs of the fit on rows held out, at None, and those of parents by number miss of the variance of
+        the targets."""
         variance = sum(self.folds[1:], start=self.folds[0]).targets.spread
-        missed = self.held_out if number is None else self.missed[number]
-        return missed / variance if variance > 0 else math.nan
+        missed = [(None, self.held_out), *self.missed.items()]
+        return {number: own / variance if variance > 0 else math.nan for number, own in missed}
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
