@@ -98,7 +98,7 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
     if job.data is not None and part.alpha != 1:
         states = [transformed(symmetry, state, [gauge]) for gauge, state in zip(gauges, job.states, strict=True)]
         pairs = list(combinations(range(len(states)), 2))
-        correlations = group.similarities(trunk, states, job.names, pairs, part.similarity, numbers)
+        correlations = group.similarities(trunk, states, job.names, pairs, part.similarity, numbers, until="bases")
     alpha = alpha_by_class(part, trunk) if job.data is not None else 1.0
 
     def rebased() -> tuple[list[Mapping[str, Tensor]], Any]:

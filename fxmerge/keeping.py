@@ -39,7 +39,7 @@ def _save_correlations(found: Correlations) -> Kept:
 
 
 def _load_correlations(kept: Kept) -> Correlations:
-    found: Correlations = {n: {} for n in kept.plain}
+    found: Correlations = {n: {} for n in kept.plain or ()}
     for name, own in kept.tensors.items():
         n, i, j = map(int, name.split())
         found[n][i, j] = own
@@ -47,7 +47,7 @@ def _load_correlations(kept: Kept) -> Correlations:
 
 
 CORRELATIONS = Form(_save_correlations, _load_correlations)
-"""How similarities of activations are kept."""
+"""How similarities of activations are kept. Of nothing, there are none."""
 
 
 def _save_matching(found: Matching) -> Kept:

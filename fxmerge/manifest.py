@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def manifest(job: Job, verb: str, recipe: Recipe, run: Run, symmetry: Symmetry |
     found["the example inputs"] = digest(_leaves([job.example]))
     found["the graph of the models"] = _graph(job.program)
     found["the symmetry"] = "inferred" if symmetry is None else hashlib.sha256(symmetry.to_json().encode()).hexdigest()
-    found |= dict(_flat("recipe", recipe.to_dict()))
+    found |= dict(_flat("recipe", recipe))
     found |= {"the seed": str(run.seed), "verification": "on" if run.verify else "off"}
     devices = sorted({str(tensor.device) for state in job.states for tensor in state.values()})
     found["the device"] = ", ".join(devices)
@@ -87,9 +87,10 @@ def _graph(program: Program) -> str:
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Nested mappings as one, with names such as `recipe.match.width`."""
-    if isinstance(value, Mapping):
-        for key, own in value.items():
-            yield from _flat(f"{name}.{key}", own)
+    """All fields of nested dataclasses, with names such as `recipe.match.width`."""
+    if is_dataclass(value):
+        yield name, type(value).__name__
+        for one in fields(value):
+            yield from _flat(f"{name}.{one.name}", getattr(value, one.name))
     else:
         yield name, repr(value)

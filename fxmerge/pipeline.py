@@ -69,7 +69,7 @@ def match(
     correlations: Correlations = {}
     if job.data is not None and part.alpha != 1:
         pairs = pairs_to_correlate(part, len(states), reference)
-        correlations = group.similarities(group.trunk, states, names, pairs, part.similarity)
+        correlations = group.similarities(group.trunk, states, names, pairs, part.similarity, until="matching")
     part = part if job.data is not None else replace(part, alpha=1.0)
     with job.timed("matching"):
         search = partial(

@@ -151,10 +151,13 @@ class Prepared:
         pairs: Sequence[Pair],
         kind: Similarity,
         mixed: Collection[int] = (),
+        *,
+        until: str | None = None,
     ) -> Mapping[int, Mapping[Pair, Tensor]]:
         """How alike units are in what models compute on the data of the job.
 
-        Arguments and result are those of `fxmerge.evidence.activations.similarities`.
+        Arguments and result are those of `fxmerge.evidence.activations.similarities`; `until` is that of
+        `Stages.remember`.
         """
         job = self.job
         assert job.data is not None
@@ -162,7 +165,7 @@ class Prepared:
             similarities, self.propagation, symmetry, states, job.data, names, pairs, kind, job.owner, mixed
         )
         with job.timed("activations"):
-            return job.stages.remember("activations", measure, CORRELATIONS)
+            return job.stages.remember("activations", measure, CORRELATIONS, until)
 
     def report(self, result: fx.GraphModule) -> Report:
         """What is told of any result."""

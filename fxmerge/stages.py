@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxmerge import io
-from fxmerge.errors import OptionError, first_line
+from fxmerge.errors import OptionError, OutputError, first_line
 from fxmerge.io.writing import flush, told, written
 from fxmerge.progress import warnings_logged
 
@@ -92,11 +92,12 @@ class Stages:
 
     def __init__(self, folder: Path | None = None, manifest: Mapping[str, str] | None = None) -> None:
         self.folder, self.spared, self._asked = folder, 0.0, 0
+        self._before: tuple[str, Path, dict[str, Any]] | None = None
         self._manifest = json.dumps(manifest or {}, indent=2) + "\n"
         if folder is not None:
             self._open(folder, manifest or {})
 
-    def remember(self, name: str, compute: Callable[[], T], form: Form[T]) -> T:
+    def remember(self, name: str, compute: Callable[[], T], form: Form[T], until: str | None = None) -> T:
         """The result of a stage: what an earlier run computed, or else what `compute` gives, which is then kept.
 
         A result that was computed just now is also read back from its file. So an interrupted run and one that was not
@@ -106,6 +107,8 @@ class Stages:
             name: of the stage; it becomes part of the name of a file.
             compute: computes the result.
             form: how it is kept.
+            until: the name of the next stage, if that alone reads the result. Once the result of that stage is kept,
+                this one is dropped, and a later run gets what `form` loads from nothing.
 
         Raises:
             OutputError: if the file cannot be written.
@@ -113,8 +116,10 @@ class Stages:
         if self.folder is None:
             return compute()
         self._asked += 1
-        path = self.folder / f"{self._asked:02}-{name}.safetensors"
+        path = self._path(self._asked, name)
         kept = self._read(path) if path.exists() else None
+        if kept is not None and kept.plain["dropped"] and (until is None or not self._is_whole(until)):
+            kept = None
         if kept is not None:
             logger.info("%s is done: %s", name, path)
             self.spared += kept.plain["seconds"]
@@ -127,15 +132,29 @@ class Stages:
             saved = form.save(found)
             if saved is None:
                 return found
+            del found  # What is read back takes its room.
             said = [(one.name, one.getMessage()) for one in warnings]
-            del found  # What was kept takes its room.
-            self._write(path, saved, {"seconds": time.perf_counter() - began, "warnings": said})
+            more = {"seconds": time.perf_counter() - began, "warnings": said, "dropped": False}
+            self._write(path, saved, more)
+            del saved
             kept = self._read(path)
             if kept is None:
-                raise OptionError(f"{path} cannot be read back after it was written: name a folder on another disk.")
+                raise OutputError(f"{path} cannot be read back after it was written. Name a folder on another disk.")
+            if self._before is not None and self._before[0] == name:
+                self._write(self._before[1], Kept({}), self._before[2] | {"dropped": True})
+        self._before = None if until is None else (until, path, {k: kept.plain[k] for k in ("seconds", "warnings")})
         return form.load(Kept(kept.tensors, kept.plain["plain"]))
 
     # ---------------------------------------------------------------------- files
+
+    def _path(self, number: int, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{number:02}-{name}.safetensors"
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether the result of the next stage is kept."""
+        path = self._path(self._asked + 1, name)
+        return path.exists() and self._read(path) is not None
 
     def _open(self, folder: Path, manifest: Mapping[str, str]) -> None:
         path, before = folder / MANIFEST, None
@@ -147,7 +166,7 @@ class Stages:
                 raise OptionError(f"{folder} holds no stages of such a run. {ANEW}")
         if before is not None and before != manifest:
             raise OptionError(
-                f"{folder} holds stages of a run that was given something else: {_differences(before, manifest)}. "
+                f"{folder} holds stages of a run that differs from this one in {_differences(before, manifest)}. "
                 f"Give what that run was given. {ANEW}"
             )
         if before is None:
@@ -238,7 +257,7 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     said = []
     for name in names[:SHOWN]:
-        values = [own.get(name, "not given") for own in (before, now)]
+        values = [own.get(name, "nothing") for own in (before, now)]
         plain = all(len(value) < DIGEST for value in values)
-        said.append(f"{name} was {values[0]} and is {values[1]}" if plain else f"{name} is not the same")
+        said.append(f"{name} ({values[0]} there, {values[1]} here)" if plain else name)
     return ", ".join(said) + (f", and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -172,7 +172,7 @@ def _in_principal_basis(
     shown: Correlations = {}
     if job.data is not None and part.alpha != 1:
         pairs = [(i, i) for i in range(len(balanced))]
-        shown = group.similarities(trunk, balanced, job.names, pairs, "cosine", numbers)
+        shown = group.similarities(trunk, balanced, job.names, pairs, "cosine", numbers, until="bases")
     alpha = alpha_by_class(part, trunk) if job.data is not None else 1.0
     correlations = [{n: own[i, i] for n, own in shown.items() if n in numbers} for i in range(len(balanced))]
 
