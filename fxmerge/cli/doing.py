@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -36,12 +35,8 @@ def run(plan: Plan, context: click.Context) -> None:
         raise click.UsageError("--out is missing: name the directory to write.", context)
     checkpoints = opened(plan, allow_pickle=given["allow_pickle"])
     read = [path for one in checkpoints for path in one.files]
-    folder = stages_of(plan.output.path)
-    with (
-        _told_of(folder),
-        target(plan.output.path, force=given["force"], inputs=read, resume=given["resume"]) as place,
-    ):
-        result = execute(plan, checkpoints, folder)
+    with target(plan.output.path, force=given["force"], inputs=read, resume=given["resume"]) as place:
+        result = execute(plan, checkpoints, stages_of(plan.output.path))
         for network in result.networks:
             for note in network.checkpoint.notes:
                 say(f"{network.checkpoint.path}: {note}", "dim")
@@ -58,17 +53,6 @@ def run(plan: Plan, context: click.Context) -> None:
     show(f"\n{plan.output.path} is written. README.md in it is the model card. To load it, from inside of it:")
     for code in written.loads.values():
         show(f"  {code}")
-
-
-@contextmanager
-def _told_of(folder: Path) -> Iterator[None]:
-    """Tells after an error or an interruption that finished stages are kept."""
-    try:
-        yield
-    except BaseException:
-        if folder.exists():
-            say(f"Finished stages are kept in {folder}. The same command with --resume goes on after them.")
-        raise
 
 
 # -------------------------------------------------------------------------- check

@@ -74,9 +74,8 @@ def target(
                 _move(place, path)
                 flush(path.parent)
             shutil.rmtree(stages_of(path), ignore_errors=True)
-        except FxmergeError as error:
-            if not resume and not isinstance(error, OutputError):  # With these inputs nothing goes on.
-                shutil.rmtree(stages_of(path), ignore_errors=True)
+        except BaseException as error:
+            _settle_stages(stages_of(path), error, resume)
             raise
         finally:
             shutil.rmtree(place, ignore_errors=True)
@@ -86,6 +85,15 @@ def stages_of(path: str | Path) -> Path:
     """The folder beside a target in which a run leaves the stages that it has finished."""
     path = Path(path).absolute()
     return path.with_name(f".{path.name}{STAGES}")
+
+
+def _settle_stages(stages: Path, error: BaseException, resume: bool) -> None:
+    """After an error, keeps finished stages if the same inputs may go on from there, and tells so."""
+    of_inputs = isinstance(error, FxmergeError) and not isinstance(error, OutputError)
+    if (of_inputs and not resume) or not any(stages.rglob("*.safetensors")):
+        shutil.rmtree(stages, ignore_errors=True)
+    elif not of_inputs:
+        logger.warning("Finished stages are kept in %s. The same command with --resume goes on after them.", stages)
 
 
 def _check_free(path: Path, force: bool, inputs: Iterable[Path]) -> None:
@@ -135,7 +143,7 @@ def _clean(path: Path, resume: bool) -> None:
     not yet replaced, is moved back."""
     stages = stages_of(path)
     if stages.exists() and not resume:
-        logger.warning("The stages of an interrupted run are removed. --resume goes on after them.")
+        logger.warning("The stages of an interrupted run are removed. --resume would have gone on after them.")
         shutil.rmtree(stages)
     for part in stages.rglob(".*.tmp"):
         part.unlink()
