@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import fxmerge
 from fxmerge.job import Job
 from fxmerge.program.captured import Program
 from fxmerge.recipe import Recipe, Run
@@ -64,7 +63,7 @@ def manifest(job: Job, verb: str, recipe: Recipe, run: Run, symmetry: Symmetry |
     found["the number of threads"] = str(torch.get_num_threads())
     found["the precision of float32 products"] = torch.get_float32_matmul_precision()
     found["the default dtype"] = str(torch.get_default_dtype())
-    found["fxmerge"] = fxmerge.__version__
+    found["the code of fxmerge"] = _code()
     return found | {name: version(name) for name in PACKAGES}
 
 
@@ -84,6 +83,14 @@ def _graph(program: Program) -> str:
     """The checksum of a graph and of the constants in it."""
     constants = {name: value for name, value in program.constants.items() if isinstance(value, Tensor)}
     return hashlib.sha256(f"{program.graph.graph}{digest(constants)}".encode()).hexdigest()
+
+
+def _code() -> str:
+    """The checksum of this package, which tells more than its version does while it is worked on."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -90,7 +90,7 @@ def without_times(value: Any) -> Any:
 def same(out: Path, expected: Path) -> None:
     """A directory is whole, and the same as another one that was written in the same place."""
     found, wanted = content(out), content(expected)
-    assert set(found) == set(wanted) and "model.pt2" in found
+    assert set(found) == set(wanted) and {"recipe.yaml", "README.md", "symmetry.json"} <= set(found)
     assert [name for name in found if found[name] != wanted[name]] == []
     reports = [json.loads((folder / "report.json").read_text()) for folder in (out, expected)]
     assert without_times(reports[0]) == without_times(reports[1])
@@ -275,6 +275,26 @@ def test_a_damaged_stage_is_told_and_changes_nothing(
     path.write_bytes(path.read_bytes()[:-20])
     code, _, err = call(*typed, "--resume")
     assert code == 0 and f"warning: {path} is damaged (" in err and "Its stage is computed again.\n" in err
+    same(tmp_path / "merged", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--share", "trunk"], ["--recipe", "bases.yaml"], []])
+def test_directories_of_libraries_are_the_same_too(
+    more: list[str], gpts: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With heads apart, matched by changes of basis, and as they are."""
+    monkeypatch.chdir(tmp_path)
+    Recipe(match=Zip(continuous=True)).to_yaml("bases.yaml")
+    argv = ["merge", gpts / "a", gpts / "b", "--arch", "hf", "--data", gpts / "corpus.txt", "--samples", "20"]
+    argv += [*more, "--out", tmp_path / "merged"]
+    assert call(*argv)[0] == 0
+    expected = (tmp_path / "merged").rename(tmp_path / "expected")
+    for stages in (2, 5):
+        assert interrupted(stages, monkeypatch, call, *argv, "--resume")[0] == 130
+    code, _, err = call(*argv, "--resume", "-v")
+    assert code == 0 and err.count(" is done: ") >= 5
+    assert left(tmp_path / "merged") == []
     same(tmp_path / "merged", expected)
 
 
