@@ -194,7 +194,7 @@ def _merged(
         # As many units as all models have are to lose nothing.
         logger.info("some units are of all models, or an op goes over them: the models stand side by side instead")
         apart = replace(recipe, share=NOTHING, fit=None)
-        run = replace(run, resume=None)  # Nothing in it takes long.
+        run = replace(run, resume=None)  # The folder is of the other merge, and nothing in this one takes long.
         return _merged(models, None, apart, run=run, example=job.example, inputs=lambda given: given)
     if recipe.fit is not None and not settled:
         refitted = fit(group, recipe, run, program, matching.merged, aligned, state, weights, order)

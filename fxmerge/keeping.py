@@ -51,29 +51,15 @@ CORRELATIONS = Form(_save_correlations, _load_correlations)
 
 
 def _save_matching(found: Matching) -> Kept:
-    plain = {
-        "alignment": found.alignment.to_json(),
-        "merged": found.merged.to_json(),
-        "reference": found.reference,
-        "quality": [{name: dict(own) for name, own in each.items()} for each in found.quality],
-        "objectives": found.objectives,
-        "zip_objective": found.zip_objective,
-        "within": dict(found.within),
-    }
+    plain = {name: own.to_json() if isinstance(own, UnitMap) else own for name, own in vars(found).items()}
     return Kept({}, plain)
 
 
 def _load_matching(kept: Kept) -> Matching:
-    own = kept.plain
-    return Matching(
-        UnitMap.from_json(own["alignment"]),
-        UnitMap.from_json(own["merged"]),
-        own["reference"],
-        tuple(own["quality"]),
-        tuple(map(tuple, own["objectives"])),
-        tuple(own["zip_objective"]),
-        own["within"],
-    )
+    own = dict(kept.plain)
+    own |= {name: UnitMap.from_json(own[name]) for name in ("alignment", "merged")}
+    own |= {name: tuple(own[name]) for name in ("quality", "zip_objective")}
+    return Matching(**own | {"objectives": tuple(map(tuple, own["objectives"]))})
 
 
 MATCHING = Form(_save_matching, _load_matching)

@@ -87,7 +87,7 @@ class Stages:
         >>> Stages(folder, {"seed": "0"}).remember("squares", lambda: 1 / 0, form)
         tensor([0, 1, 4])
         >>> [path.name for path in sorted(folder.iterdir())]
-        ['01-squares.safetensors', 'stages.json']
+        ['001-squares.safetensors', 'stages.json']
     """
 
     def __init__(self, folder: Path | None = None, manifest: Mapping[str, str] | None = None) -> None:
@@ -131,6 +131,7 @@ class Stages:
                 found = compute()
             saved = form.save(found)
             if saved is None:
+                self._before = None
                 return found
             del found  # What is read back takes its room.
             said = [(one.name, one.getMessage()) for one in warnings]
@@ -149,7 +150,7 @@ class Stages:
 
     def _path(self, number: int, name: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{number:02}-{name}.safetensors"
+        return self.folder / f"{number:03}-{name}.safetensors"
 
     def _is_whole(self, name: str) -> bool:
         """Whether the result of the next stage is kept."""
@@ -189,7 +190,9 @@ class Stages:
             "plain": saved.plain,
             **more,
         }
-        tensors = {str(number): torch.view_as_real(t) if t.is_complex() else t for number, t in own.items()}
+        tensors = {
+            str(number): torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for number, t in own.items()
+        }
         tensors[TEXT] = _bytes(json.dumps(text).encode())
         tensors[SUM] = _bytes(bytes.fromhex(digest(tensors)))
         io.save(tensors, path)

@@ -245,7 +245,7 @@ def test_warnings_of_finished_stages_are_told_again(
         assert [(one.name, one.getMessage()) for one in caplog.records if one.levelno >= logging.WARNING] == [
             ("fxmerge.some", "3 units are left")
         ]
-    assert watch.done == ["01-stage"]
+    assert watch.done == ["001-stage"]
 
 
 def test_the_time_of_an_earlier_run_counts(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_a_damaged_file_is_told_and_computed_again(how: int | str, tmp_path: Pat
         return {"x": torch.arange(40.0), "y": torch.ones(2)}
 
     Stages(tmp_path, {}).remember("stage", compute, PLAIN)
-    path = tmp_path / "01-stage.safetensors"
+    path = tmp_path / "001-stage.safetensors"
     whole = path.read_bytes()
     path.write_bytes(damaged(whole, how))
     caplog.clear()
@@ -401,7 +401,7 @@ def test_a_damaged_file_is_told_and_computed_again(how: int | str, tmp_path: Pat
 def test_a_file_of_another_run_is_computed_again(tmp_path: Path) -> None:
     for name in ("one", "two"):
         Stages(tmp_path / name, {"seed": name}).remember("stage", lambda: {"x": torch.zeros(1)}, PLAIN)
-    (tmp_path / "one" / "01-stage.safetensors").replace(tmp_path / "two" / "01-stage.safetensors")
+    (tmp_path / "one" / "001-stage.safetensors").replace(tmp_path / "two" / "001-stage.safetensors")
     found = Stages(tmp_path / "two", {"seed": "two"}).remember("stage", lambda: {"x": torch.ones(1)}, PLAIN)
     assert float(found["x"]) == 1
 
@@ -417,12 +417,12 @@ def test_a_damaged_manifest_is_written_again(tmp_path: Path) -> None:
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path) -> None:
-        if path.name.startswith(".04-"):
+        if path.name.startswith(".004-"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(writing, "settle", full)
-        with pytest.raises(OutputError, match=r"04-fitting.safetensors cannot be written: No space left on device"):
+        with pytest.raises(OutputError, match=r"004-fitting.safetensors cannot be written: No space left on device"):
             MERGES["layers"](Run(resume=tmp_path / "work"))
     names = [path.name for path in sorted((tmp_path / "work").iterdir())]
     assert names == [*(f"{name}.safetensors" for name in watch.done[:3]), MANIFEST]
@@ -442,12 +442,12 @@ def test_what_only_the_next_stage_reads_is_dropped_after_it(tmp_path: Path, watc
         small = stages.remember("small", lambda: {"y": big["x"].sum()}, PLAIN)
         return [small, stages.remember("last", lambda: {"z": small["y"] + 1}, PLAIN)]
 
-    whole, path = run(), tmp_path / "01-big.safetensors"
+    whole, path = run(), tmp_path / "001-big.safetensors"
     assert path.stat().st_size < 2000
-    assert watch.done == ["01-big", "02-small", "03-last"] and watch.dropped == ["01-big"]
+    assert watch.done == ["001-big", "002-small", "003-last"] and watch.dropped == ["001-big"]
     assert run() == whole and len(watch.done) == 3
-    (tmp_path / "02-small.safetensors").write_bytes(b"damaged")
+    (tmp_path / "002-small.safetensors").write_bytes(b"damaged")
     assert run() == whole
-    assert watch.done[3:] == ["01-big", "02-small"] and path.stat().st_size < 2000
+    assert watch.done[3:] == ["001-big", "002-small"] and path.stat().st_size < 2000
     path.unlink()
-    assert run() == whole and watch.done[5:] == ["01-big"]
+    assert run() == whole and watch.done[5:] == ["001-big"]

@@ -20,9 +20,9 @@ class Run:
         seed: seed of the order of searches, and of the rows that fitting takes.
         progress: whether to show progress bars; None shows them on a terminal.
         verify: whether to prove the symmetry on the first model (or the base), in float64, before it is used.
-        resume: a folder in which finished stages leave their results. A call that is given the same goes on after them,
-            to the same result; one that is given something else is refused. The folder stays until you delete it. None
-            keeps nothing.
+        resume: a folder in which finished stages of a merge, an alignment or a fold leave their results. A call that is
+            given the same goes on after them, to the same result; one that is given something else is refused. The
+            folder stays until you delete it. None keeps nothing.
 
     Raises:
         OptionError: if a field is out of range.
