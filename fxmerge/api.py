@@ -16,6 +16,7 @@ from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
 from fxmerge.kv_heads import check_one_network, with_fewer_kv_heads
+from fxmerge.manifest import with_stages
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import (
     warn_of_far_heads,
@@ -176,6 +177,7 @@ def _merged(
     reference = reference if base is None else 0  # The base comes first.
     check_one_network(recipe, len(models))
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
+    job = with_stages(job, "fold" if len(models) == 1 else "merge", recipe, run, symmetry)
     if of_scores(recipe):
         check_scores(job)
     group, recipe = with_fewer_kv_heads(with_directions(job, recipe, run, symmetry, reference), recipe, run)
@@ -198,6 +200,7 @@ def _merged(
         # As many units as all models have are to lose nothing.
         logger.info("some units are of all models, or an op goes over them: the models stand side by side instead")
         apart = replace(recipe, share=NOTHING, match=Zip(), combine=Average(), fit=None)
+        run = replace(run, resume=None)  # The folder is of the other merge, and nothing in this one takes long.
         return _merged(models, None, apart, run=run, example=job.example, inputs=lambda given: given)
     if recipe.fit is not None and not settled:
         refitted = fit(group, recipe, run, program, matching.merged, aligned, state, weights, order)
@@ -367,6 +370,7 @@ def align(
             "Align.continuous is 'auto', which compares two merges; align makes none: pass True or False."
         )
     job = prepare((to, model), loader, run, example=example, inputs=inputs)
+    job = with_stages(job, "align", recipe, run, symmetry)
     group = in_one_basis(job, recipe, run, symmetry, 0)
     job = group.job
     matching = match(group, recipe, run, job.states, job.names, 0)

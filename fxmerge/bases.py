@@ -6,15 +6,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fxmerge.combine.batch_norm import batch_norm_statistics
-from fxmerge.evidence.activations import similarities
 from fxmerge.job import Job
+from fxmerge.keeping import changed
 from fxmerge.matching.balance import balance
 from fxmerge.matching.consensus import match_all
-from fxmerge.matching.models import alpha_by_class
+from fxmerge.matching.models import Correlations, alpha_by_class
 from fxmerge.matching.search import floats
 from fxmerge.matching.universe import canonical_order
 from fxmerge.prepared import Prepared
@@ -92,18 +94,16 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
     placed = moving_together(symmetry, numbers)
     gauges = [balance(symmetry, state) for state in job.states]
     balanced = [gauge.apply(floats(symmetry, state)) for gauge, state in zip(gauges, job.states, strict=True)]
-    correlations = {}
+    correlations: Correlations = {}
     if job.data is not None and part.alpha != 1:
         states = [transformed(symmetry, state, [gauge]) for gauge, state in zip(gauges, job.states, strict=True)]
         pairs = list(combinations(range(len(states)), 2))
-        with job.timed("activations"):
-            correlations = similarities(
-                group.propagation, trunk, states, job.data, job.names, pairs, part.similarity, job.owner, numbers
-            )
+        correlations = group.similarities(trunk, states, job.names, pairs, part.similarity, numbers, until="bases")
     alpha = alpha_by_class(part, trunk) if job.data is not None else 1.0
-    states, images = list(job.states), [symmetry.identity().images] * len(job.states)
-    objectives = []
-    with job.timed("matching bases"):
+
+    def rebased() -> tuple[list[Mapping[str, Tensor]], Any]:
+        states, images = list[Mapping[str, Tensor]](job.states), [symmetry.identity().images] * len(job.states)
+        objectives = []
         found = match_all(trunk, balanced, correlations, reference, alpha=alpha, seed=run.seed, progress=run.progress)
         for i, matched in sorted(found.items()):
             moved = symmetry.restrict(Permutation(symmetry.layout, matched.permutation.images), placed)
@@ -111,16 +111,20 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
             states[i] = transformed(symmetry, job.states[i], (gauges[i], moved, change, gauges[reference].inverse()))
             images[i] = moved.images
             objectives.append(matched.trace)
+        return states, [[[ids.tolist() for ids in own] for own in images], objectives]
+
+    with job.timed("matching bases"):
+        moved, (images, objectives) = job.stages.remember("bases", rebased, changed(job.states))
     smaller, names = freeze(symmetry, placed, lambda _: IN_ONE_BASIS)
     return replace(
         group,
-        job=replace(job, states=tuple(states)),
+        job=replace(job, states=tuple(map(dict, moved))),
         symmetry=smaller,
         unfrozen=symmetry,
         still=group.still | {*names},
         bases={symmetry.names[n]: str(symmetry.kind(n)) for n in sorted(numbers)},
-        placed=tuple({symmetry.names[n]: own[n] for n in placed - numbers} for own in images),
-        objectives=tuple(objectives),
+        placed=tuple({symmetry.names[n]: np.array(own[n], np.int64) for n in placed - numbers} for own in images),
+        objectives=tuple(map(tuple, objectives)),
     )
 
 

@@ -36,7 +36,7 @@ def within_distance(
     for_job = {name: how[name] for name in ("loaders", "base", "example", "inputs")}
     nearest = math.inf, ""
     for trunk in reversed(prepare(models, loader, how["run"], recipe=recipe, **for_job).trunks):
-        merged = merge(models, loader, replace(recipe, share=trunk), **how)
+        merged = merge(models, loader, replace(recipe, share=trunk), **how | {"run": how["run"].within(trunk)})
         distance = error_of(report(merged).errors.get("merged", math.nan))
         logger.info("with a trunk up to %r the distance is %.3g", trunk, distance)
         if distance <= budget.distance:
@@ -62,10 +62,11 @@ def better_of(
     if recipe.fit is None:
         return merge(models, loader, by_permutations, **how)
     loader, how = _readable(loader, how)
-    mixed = merge(models, loader, by_matrices, **how)
+    run = how["run"]
+    mixed = merge(models, loader, by_matrices, **how | {"run": run.within("matrices")})
     if not report(mixed).bases:
         return mixed
-    permuted = merge(models, loader, by_permutations, **how)
+    permuted = merge(models, loader, by_permutations, **how | {"run": run.within("permutations")})
     errors = [error_of(report(one).errors.get("merged", math.nan)) for one in (mixed, permuted)]
     logger.info("the error is %.3g with changes of basis, %.3g with permutations", *errors)
     return mixed if errors[0] < errors[1] else permuted

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -22,6 +22,7 @@ from fxmerge.combine.masks import masks_of
 from fxmerge.emit.fork import Head, fork, in_common, names_in, owner_of
 from fxmerge.emit.trunk import within
 from fxmerge.errors import ArchitectureMismatchError, CaptureError, LoaderError, OptionError
+from fxmerge.keeping import verified
 from fxmerge.notices import warn_of_small_trunk
 from fxmerge.program.capture import Args, capture_ops, capture_program, check_example
 from fxmerge.program.captured import Program
@@ -32,6 +33,7 @@ from fxmerge.program.training_inputs import left_out, training_only
 from fxmerge.progress import timed
 from fxmerge.recipe import AUTO, NOTHING, Budget, Recipe, Run
 from fxmerge.shared import equal_names
+from fxmerge.stages import NO_STAGES, Stages
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.kinds import fitting
 from fxmerge.symmetry.propagate import Propagation, propagate
@@ -49,7 +51,7 @@ class Job:
     `states` are the parameters and buffers of the models. Where the models have heads of their own, the program is of
     all of them, `heads` tells what is whose, and a state also holds the heads of the other models, as they are. The
     `trunks` are the nodes with which a trunk within the recipe's budget may end, the shortest trunk first; `varying`
-    are the dimensions of inputs that data have in several sizes.
+    are the dimensions of inputs that data have in several sizes; `stages` keeps results of stages.
     """
 
     model: Model
@@ -64,6 +66,7 @@ class Job:
     heads: tuple[Head, ...] = ()
     trunks: tuple[str, ...] = ()
     varying: frozenset[tuple[int, int]] = frozenset()
+    stages: Stages = NO_STAGES
 
     @cached_property
     def owner(self) -> dict[str, int]:
@@ -117,9 +120,14 @@ class Job:
         same = all(torch.equal(value, model[name]) for name, value in found.items() if value.is_floating_point())
         return found if same or derived is None else derived.settle(found)
 
-    def timed(self, stage: str) -> AbstractContextManager[None]:
-        """Adds the seconds spent inside to the entry of a stage, and logs when it begins and ends."""
-        return timed(logger, self.seconds, stage)
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the seconds spent inside to the entry of a stage, also those of an earlier run on what is not computed
+        again, and logs when it begins and ends."""
+        before = self.stages.spared
+        with timed(logger, self.seconds, stage):
+            yield
+        self.seconds[stage] += self.stages.spared - before
 
     def symmetry(
         self, given: Symmetry | None, free: str | Iterable[str], *, verify: bool, continuous: bool = False
@@ -138,7 +146,8 @@ class Job:
                 symmetry = symmetry if continuous else replace(symmetry, kinds=())
         if verify:
             with self.timed("verification"):
-                symmetry = symmetry.verify(self.model, *self.example)
+                prove = partial(symmetry.verify, self.model, *self.example)
+                symmetry = self.stages.remember("verification", prove, verified(symmetry))
         return found, symmetry
 
 

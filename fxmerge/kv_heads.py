@@ -20,7 +20,7 @@ from fxmerge.bases import transformed
 from fxmerge.emit.kv_sites import Attentions, Operand, with_repeat, with_written_parts
 from fxmerge.emit.resize import twins_of
 from fxmerge.errors import OptionError
-from fxmerge.evidence.activations import similarities, whole
+from fxmerge.evidence.activations import whole
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.head_bases import agreeing
 from fxmerge.matching.head_groups import counterparts, neighbours, placed, translated, units_of
@@ -324,10 +324,7 @@ def _problem(
     if job.data is not None and part.alpha != 1:
         layout = (replace(a, roles=tuple(role for role in a.roles if role[0] in inner)) for a in symmetry.layout)
         inside = replace(symmetry, layout=tuple(layout))
-        with job.timed("activations"):
-            found = similarities(
-                *(cut.propagation, inside, job.states, job.data, job.names, [(0, 0)], part.similarity), mixed=mixing
-            )
+        found = cut.similarities(inside, job.states, job.names, [(0, 0)], part.similarity, mixing)
         alike = {n: whole(own, 1) for n, own in found.items()}
     correlation = {n: own for n, own in alike.items() if n not in mixing}
     states = [floats(symmetry, state) for state in job.states]

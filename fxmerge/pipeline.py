@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -13,14 +14,12 @@ from fxmerge.combine.batch_norm import batch_norm_statistics, batches_seen, by_b
 from fxmerge.combine.masks import voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
-from fxmerge.evidence.activations import similarities
-from fxmerge.evidence.running import RunningStatistics
 from fxmerge.job import Job
-from fxmerge.matching.models import Matching, as_they_are, match_models, pairs_to_correlate
-from fxmerge.notices import warn_of_statistics, warn_without_data
+from fxmerge.keeping import MATCHING, changed
+from fxmerge.matching.models import Correlations, Matching, as_they_are, match_models, pairs_to_correlate
+from fxmerge.notices import warn_without_data
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
-from fxmerge.program.run import Apart
 from fxmerge.recipe import Average, Fit, LeastSquares, Readout, Recipe, Repair, Run, Zip
 from fxmerge.refitting.class_scores import score_layers
 from fxmerge.refitting.course import Lesson
@@ -67,28 +66,16 @@ def match(
     if part is None:
         return as_they_are(group.symmetry, group.flow, len(states))
     room = room_for(group, part, run, len(states)) if isinstance(part, Zip) and part.width != 1 else None
-    correlations = {}
+    correlations: Correlations = {}
     if job.data is not None and part.alpha != 1:
         pairs = pairs_to_correlate(part, len(states), reference)
-        before = len(job.names) - len(job.data.loader.loaders) if isinstance(job.data.loader, Apart) else 0  # The base.
-        numbers = [job.names.index(name) - before for name in names]
-        running = RunningStatistics(group.propagation.program, states, numbers, job.owner)
-        with job.timed("activations"):
-            correlations = similarities(
-                group.propagation,
-                group.trunk,
-                states,
-                job.data,
-                names,
-                pairs,
-                part.similarity,
-                job.owner,
-                running=running,
-            )
-        warn_of_statistics({name: running.off(m) for m, name in enumerate(names)})
+        correlations = group.similarities(
+            group.trunk, states, names, pairs, part.similarity, checks_statistics=True, until="matching"
+        )
     part = part if job.data is not None else replace(part, alpha=1.0)
     with job.timed("matching"):
-        found = match_models(
+        search = partial(
+            match_models,
             group.trunk,
             group.flow,
             states,
@@ -100,6 +87,7 @@ def match(
             seed=run.seed,
             progress=run.progress,
         )
+        found = job.stages.remember("matching", search, MATCHING)
     layout = group.symmetry.layout
     return replace(
         found, alignment=replace(found.alignment, layout=layout), merged=replace(found.merged, layout=layout)
@@ -196,6 +184,7 @@ def fit(
             max_memory=run.memory,
             seed=run.seed,
             progress=run.progress,
+            stages=job.stages,
         )
         state = _rederived(job, refitted.state, states, [weights[i] for i in order])
     errors = {None if j is None else order[j]: error for j, error in refitted.errors.items()}
@@ -251,7 +240,11 @@ def calibrated(
     with job.timed("calibration"):
         lessons = (Lesson(call, (), 1.0, owner) for owner, call in job.data.owned("BatchNorm statistics"))
         same = _agreed(group, units, states)
-        return with_statistics(program, state, lessons, agreed=same, owner=job.owner, max_memory=run.memory)
+        estimate = partial(
+            with_statistics, program, state, lessons, agreed=same, owner=job.owner, max_memory=run.memory
+        )
+        (found,), _ = job.stages.remember("calibration", lambda: ([estimate()], None), changed([state]))
+        return found
 
 
 def emit(group: Prepared, program: Program, state: Mapping[str, Tensor]) -> fx.GraphModule:

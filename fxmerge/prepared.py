@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxmerge import validate
 from fxmerge.combine.masks import masked, pruned
+from fxmerge.evidence.activations import Pair, similarities
+from fxmerge.evidence.running import RunningStatistics
 from fxmerge.job import Job
+from fxmerge.keeping import CORRELATIONS
 from fxmerge.matching.room import Room
-from fxmerge.notices import warn_of_outputs
+from fxmerge.notices import warn_of_outputs, warn_of_statistics
 from fxmerge.program.capture import capture_ops
-from fxmerge.recipe import Recipe, Run
+from fxmerge.program.run import Apart
+from fxmerge.recipe import Recipe, Run, Similarity
 from fxmerge.refitting.outputs import standardized
 from fxmerge.reporting import Report, classes_of
 from fxmerge.shared import staying, without_shared
@@ -140,6 +144,46 @@ class Prepared:
             if name not in self.bases:
                 found[name] = image[placed.get(name, np.arange(c.size))].tolist()
         return found
+
+    def similarities(
+        self,
+        symmetry: Symmetry,
+        states: Sequence[Mapping[str, Tensor]],
+        names: Sequence[str],
+        pairs: Sequence[Pair],
+        kind: Similarity,
+        mixed: Collection[int] = (),
+        *,
+        checks_statistics: bool = False,
+        until: str | None = None,
+    ) -> Mapping[int, Mapping[Pair, Tensor]]:
+        """How alike units are in what models compute on the data of the job.
+
+        Arguments and result are those of `fxmerge.evidence.activations.similarities`; `until` is that of
+        `Stages.remember`. With `checks_statistics`, running statistics that are not of the data are warned of.
+        """
+        job, data = self.job, self.job.data
+        assert data is not None
+        running = self._running_statistics(states, names) if checks_statistics else None
+
+        def measure() -> dict[int, dict[Pair, Tensor]]:
+            found = similarities(
+                self.propagation, symmetry, states, data, names, pairs, kind, job.owner, mixed, running=running
+            )
+            if running is not None:
+                warn_of_statistics({name: running.off(m) for m, name in enumerate(names)})
+            return found
+
+        with job.timed("activations"):
+            return job.stages.remember("activations", measure, CORRELATIONS, until)
+
+    def _running_statistics(self, states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> RunningStatistics:
+        """Gathers statistics of what some models of the job normalize, on their own data where they have some."""
+        job = self.job
+        assert job.data is not None
+        before = len(job.names) - len(job.data.loader.loaders) if isinstance(job.data.loader, Apart) else 0  # The base.
+        numbers = [job.names.index(name) - before for name in names]
+        return RunningStatistics(self.propagation.program, states, numbers, job.owner)
 
     def report(self, result: fx.GraphModule) -> Report:
         """What is told of any result."""

@@ -1,4 +1,4 @@
-"""What is logged of the progress of long work, for who sees no progress bar."""
+"""What is logged of long work: its progress, for who sees no progress bar, and what was warned of meanwhile."""
 
 from __future__ import annotations
 
@@ -43,3 +43,20 @@ def timed(logger: logging.Logger, seconds: dict[str, float], stage: str) -> Iter
     spent = time.perf_counter() - began
     seconds[stage] = seconds.get(stage, 0.0) + spent
     logger.info(DONE, stage, spent)
+
+
+@contextmanager
+def warnings_logged() -> Iterator[list[logging.LogRecord]]:
+    """Collects the warnings that fxmerge logs."""
+    found: list[logging.LogRecord] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record)
+
+    handler, root = Collector(logging.WARNING), logging.getLogger("fxmerge")
+    root.addHandler(handler)
+    try:
+        yield found
+    finally:
+        root.removeHandler(handler)

@@ -12,11 +12,11 @@ from torch import Tensor
 from fxmerge.bases import in_one_basis, mixing, transformed, with_gains_moved
 from fxmerge.emit.proof import outputs
 from fxmerge.errors import OptionError
-from fxmerge.evidence.activations import similarities
 from fxmerge.job import Job
+from fxmerge.keeping import changed
 from fxmerge.kv_heads import names_kv_heads
 from fxmerge.matching.balance import balance
-from fxmerge.matching.models import alpha_by_class
+from fxmerge.matching.models import Correlations, alpha_by_class
 from fxmerge.matching.principal import principal_basis, used_first
 from fxmerge.matching.room import Room, fits, wanted
 from fxmerge.prepared import Prepared
@@ -169,19 +169,21 @@ def _in_principal_basis(
     first, used = used_first(symmetry, [steps[0].apply(state) for state in job.states], numbers, consumed)
     steps.append(first)
     balanced = [transformed(symmetry, state, steps) for state in job.states]
-    shown = {}
+    shown: Correlations = {}
     if job.data is not None and part.alpha != 1:
         pairs = [(i, i) for i in range(len(balanced))]
-        with job.timed("activations"):
-            shown = similarities(
-                group.propagation, trunk, balanced, job.data, job.names, pairs, "cosine", job.owner, numbers
-            )
+        shown = group.similarities(trunk, balanced, job.names, pairs, "cosine", numbers, until="bases")
     alpha = alpha_by_class(part, trunk) if job.data is not None else 1.0
     correlations = [{n: own[i, i] for n, own in shown.items() if n in numbers} for i in range(len(balanced))]
-    with job.timed("matching bases"):
+
+    def turned() -> tuple[list[dict[str, Tensor]], None]:
         turn = principal_basis(trunk, balanced, correlations, used, alpha=alpha)
         steps.append(Basis(symmetry.mixed, turn.matrices))
-        return tuple(transformed(symmetry, state, steps) for state in job.states)
+        return [transformed(symmetry, state, steps) for state in job.states], None
+
+    with job.timed("matching bases"):
+        found, _ = job.stages.remember("bases", turned, changed(job.states))
+    return tuple(map(dict, found))
 
 
 def _possible(group: Prepared, truncation: Truncation, run: Run) -> tuple[Truncation, list[str]]:

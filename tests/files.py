@@ -17,6 +17,12 @@ def mlp(hidden: int = 8, num_classes: int = 3) -> tuple[nn.Module, torch.Tensor]
     return nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)), torch.zeros(1, 4)
 
 
+def deep(hidden: int = 96) -> tuple[nn.Module, torch.Tensor]:
+    """A network with layers enough that a merge takes some time."""
+    inner = [layer for _ in range(6) for layer in (nn.Linear(hidden, hidden), nn.ReLU())]
+    return nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), *inner, nn.Linear(hidden, 3)), torch.zeros(1, 4)
+
+
 def tied() -> tuple[nn.Module, torch.Tensor]:
     """A network with one tensor under two names."""
     model = nn.Sequential(nn.Embedding(5, 3), nn.ReLU(), nn.Linear(3, 5, bias=False))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.refitting.boundaries import Boundaries, without_the_rest
-from fxmerge.refitting.schedule import stages_of, walk
+from fxmerge.refitting.schedule import Step, jump, stages_of, walk
 
 
 def graph_of(function: Any) -> dict[str, fx.Node]:
@@ -44,6 +44,26 @@ def test_every_node_is_computed_once_and_kept_as_long_as_needed() -> None:
     assert (second.run, second.show) == ((n["sin"], n["cos"], n["add"]), {n["add"]})
     assert second.keep == {n["x"], n["add"]}
     assert (third.run, third.show, third.keep) == ((n["tanh"], n["mul"]), {n["mul"]}, set())
+
+
+def test_steps_in_a_row_are_one_jump_to_what_the_last_one_keeps() -> None:
+    n = graph_of(branching)
+    graph = n["sin"].graph
+    _, final = stages_of(graph, [[n["sin"]], [n["cos"]], [n["tanh"]]], ())
+    first, second, third = walk(graph, [[n["x"]], [n["add"]], [n["mul"]]], (), final)
+    assert jump([first]) == Step((), frozenset(), first.keep)
+    assert jump([first, second]) == Step((n["sin"], n["cos"], n["add"]), frozenset(), second.keep)
+    assert jump([second]) == jump([first, second])
+    assert jump([first, second, third]) == Step((), frozenset(), frozenset())
+
+
+def test_a_jump_computes_every_node_once() -> None:
+    n = graph_of(branching)
+    graph = n["sin"].graph
+    _, final = stages_of(graph, [[n["sin"]], [n["tanh"]]], ())
+    steps = walk(graph, [[n["add"]], [n["add"]], [n["mul"]]], (), final)
+    assert [node for step in steps[:2] for node in step.run].count(n["sin"]) == 2
+    assert jump(steps[:2]).run == (n["sin"], n["cos"], n["add"])
 
 
 def test_what_is_not_final_is_computed_again() -> None:

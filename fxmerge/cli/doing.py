@@ -16,7 +16,7 @@ from fxmerge.errors import OptionError
 from fxmerge.inspection import inspect
 from fxmerge.networks import Network
 from fxmerge.output import reading
-from fxmerge.output.target import target
+from fxmerge.output.target import stages_of, target
 from fxmerge.output.writing import write
 from fxmerge.plan import Plan, from_yaml
 from fxmerge.plan.checking import Check, check
@@ -41,8 +41,8 @@ def run(plan: Plan, context: click.Context) -> None:
         raise click.UsageError("--out is missing: name the directory to write.", context)
     checkpoints = opened(plan, allow_pickle=given["allow_pickle"])
     read = [path for one in checkpoints for path in one.files]
-    with target(plan.output.path, force=given["force"], inputs=read) as place:
-        result = execute(plan, checkpoints)
+    with target(plan.output.path, force=given["force"], inputs=read, resume=given["resume"]) as place:
+        result = execute(plan, checkpoints, stages_of(plan.output.path))
         for network in result.networks:
             for note in network.checkpoint.notes:
                 say(f"{network.checkpoint.path}: {note}", "dim")

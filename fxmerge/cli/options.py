@@ -23,6 +23,7 @@ WITH_A_PLAN = {
     "memory",
     "seed",
     "force",
+    "resume",
     "allow_pickle",
     "dry_run",
     "json",
@@ -78,6 +79,7 @@ writing = chain(
     click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="the directory to write"),
     click.option("--shard-size", metavar="SIZE", help="bytes in a file of weights at most: 5GB"),
     click.option("--force", is_flag=True, help="replace a directory that fxmerge wrote"),
+    click.option("--resume", is_flag=True, help="go on after the last finished stage of an interrupted run"),
 )
 
 allow_pickle = click.option("--allow-pickle", is_flag=True, help="unpickle files of torch, which can run code in them")

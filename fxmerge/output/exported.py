@@ -42,6 +42,7 @@ def write(module: fx.GraphModule, call: Call, place: Path) -> str:
     try:
         with evaluating(module):
             program = torch.export.export(module, args, kwargs, dynamic_shapes=_open(module, args, kwargs))
+        _forget_addresses(program)
         with told(path), Sink(path) as file:
             torch.export.save(program, cast(IO[bytes], file))
         reason = difference(module, read(path), (args, kwargs))
@@ -53,6 +54,14 @@ def write(module: fx.GraphModule, call: Call, place: Path) -> str:
     if reason:
         path.unlink(missing_ok=True)
     return reason
+
+
+def _forget_addresses(program: torch.export.ExportedProgram) -> None:
+    """Takes notes out of a program that hold addresses in memory, so that the archive of a network is always the same
+    to the byte."""
+    for graph in program.graph_module.modules():
+        for node in graph.graph.nodes if isinstance(graph, fx.GraphModule) else ():
+            node.meta.pop("from_node", None)
 
 
 class Archive(nn.Module):

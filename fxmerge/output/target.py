@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shutil
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fxmerge.errors import OutputError
+from fxmerge.errors import FxmergeError, OutputError
 from fxmerge.io.writing import flush, settle, told
 
 if sys.platform == "win32":
@@ -19,17 +20,21 @@ if sys.platform == "win32":
 else:
     import fcntl
 
+logger = logging.getLogger(__name__)
+
 WRITTEN = ("recipe.yaml", "report.json")
 """The files by which a directory is known as one that fxmerge wrote."""
 
-TEMPORARY, OLD, LOCK = ".fxmerge-tmp", ".fxmerge-old", ".fxmerge-lock"
+TEMPORARY, OLD, LOCK, STAGES = ".fxmerge-tmp", ".fxmerge-old", ".fxmerge-lock", ".fxmerge-stages"
 
 EXCHANGE, HERE = 2, -100
 """RENAME_EXCHANGE and AT_FDCWD of Linux."""
 
 
 @contextmanager
-def target(path: str | Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+def target(
+    path: str | Path, *, force: bool = False, inputs: Iterable[Path] = (), resume: bool = False
+) -> Iterator[Path]:
     """A temporary directory beside the target, which takes its place once all is written and on the disk.
 
     After an error nothing is left of it. What a killed run left is removed by the next run with the same target.
@@ -39,6 +44,8 @@ def target(path: str | Path, *, force: bool = False, inputs: Iterable[Path] = ()
         path: the directory to write.
         force: whether it may replace a directory that fxmerge wrote before. That one stays until the new one is whole.
         inputs: files that are read meanwhile, none of which may lie in the target.
+        resume: whether the stages that an interrupted run has finished are kept for this one, in `stages_of`. In any
+            case they are removed once the target is in its place.
 
     Raises:
         OutputError: if the target exists, is used by another run, or cannot be written.
@@ -55,7 +62,7 @@ def target(path: str | Path, *, force: bool = False, inputs: Iterable[Path] = ()
         raise OutputError(f"{path} cannot be written: {path.parent} is no directory. Make it, or name another place.")
     with _locked(path):
         with told(path):
-            _clean(path)
+            _clean(path, resume)
             _check_free(path, force, [Path(one).resolve() for one in inputs])
             place = Path(tempfile.mkdtemp(TEMPORARY, f".{path.name}.", path.parent))
         try:
@@ -66,8 +73,27 @@ def target(path: str | Path, *, force: bool = False, inputs: Iterable[Path] = ()
                 _check_free(path, force, ())
                 _move(place, path)
                 flush(path.parent)
+            shutil.rmtree(stages_of(path), ignore_errors=True)
+        except BaseException as error:
+            _settle_stages(stages_of(path), error, resume)
+            raise
         finally:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def stages_of(path: str | Path) -> Path:
+    """The folder beside a target in which a run leaves the stages that it has finished."""
+    path = Path(path).absolute()
+    return path.with_name(f".{path.name}{STAGES}")
+
+
+def _settle_stages(stages: Path, error: BaseException, resume: bool) -> None:
+    """After an error, keeps finished stages if the same inputs may go on from there, and tells so."""
+    of_inputs = isinstance(error, FxmergeError) and not isinstance(error, OutputError)
+    if (of_inputs and not resume) or not any(stages.rglob("*.safetensors")):
+        shutil.rmtree(stages, ignore_errors=True)
+    elif not of_inputs:
+        logger.warning("Finished stages are kept in %s. The same command with --resume goes on after them.", stages)
 
 
 def _check_free(path: Path, force: bool, inputs: Iterable[Path]) -> None:
@@ -112,8 +138,15 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _clean(path: Path) -> None:
-    """Removes what killed runs left; a target that was moved away, and not yet replaced, is moved back."""
+def _clean(path: Path, resume: bool) -> None:
+    """Removes what killed runs left, but for finished stages if they are to be kept; a target that was moved away, and
+    not yet replaced, is moved back."""
+    stages = stages_of(path)
+    if stages.exists() and not resume:
+        logger.warning("The stages of an interrupted run are removed. --resume would have gone on after them.")
+        shutil.rmtree(stages)
+    for part in stages.rglob(".*.tmp"):
+        part.unlink()
     for found in path.parent.iterdir():
         if found.name.startswith(f".{path.name}.") and found.name.endswith((TEMPORARY, OLD)):
             if found.name.endswith(OLD) and not path.exists():

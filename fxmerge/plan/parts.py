@@ -157,6 +157,10 @@ class Plan:
                 raise _unfit("arch", f"{model.path} has no architecture: pass --arch, such as timm:resnet18 or hf.")
         if len(self.data) not in (0, 1, count):
             raise _unfit("data", f"data has {len(self.data)} entries for {count} models: give one, or one for each.")
+        if self.run.resume is not None:
+            raise _unfit(
+                "run", "run.resume is of Python: leave it out, and pass --resume to fxmerge " + self.verb + "."
+            )
         if self.verb == "fold" and not (self.recipe.match == AUTO or isinstance(self.recipe.match, Zip)):
             raise _unfit("recipe", "fold merges units: recipe.match must be Zip, with the width to fold to.")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxmerge import calibration, io
+from fxmerge import calibration, io, stages
 from fxmerge.api import align, fold, merge_many
 from fxmerge.calibration import Batches
 from fxmerge.errors import CheckpointError, LoaderError
@@ -24,8 +23,8 @@ from fxmerge.networks import Network, build
 from fxmerge.plan.parts import Data, ModelFile, Plan
 from fxmerge.plan.wording import worded
 from fxmerge.program.run import Call, batch_inputs
-from fxmerge.progress import timed
-from fxmerge.recipe import Zip
+from fxmerge.progress import timed, warnings_logged
+from fxmerge.recipe import Run, Zip
 from fxmerge.validate import Model
 
 logger = logging.getLogger(__name__)
@@ -66,18 +65,19 @@ def opened(plan: Plan, *, allow_pickle: bool = False) -> tuple[Checkpoint, ...]:
     return tuple(io.load(file.path, allow_pickle=allow_pickle) for file in files)
 
 
-def execute(plan: Plan, checkpoints: Sequence[Checkpoint]) -> Result:
+def execute(plan: Plan, checkpoints: Sequence[Checkpoint], resume: Path | None = None) -> Result:
     """Does what a plan says, but for writing its result.
 
     Arguments:
         plan: what to do.
         checkpoints: the weights of its models, as `opened` gives them.
+        resume: the folder of finished stages, as for `Run`.
 
     Raises:
         FxmergeError: if a file has changed since its checksum was taken, or does not fit; and as the
             verbs do.
     """
-    with _warnings() as warnings:
+    with warnings_logged() as warnings:
         files = (*plan.models, *([] if plan.base is None else [plan.base]))
         with timed(logger, {}, "reading models"):
             files = tuple(_summed(*pair) for pair in zip(files, checkpoints, strict=True))
@@ -88,8 +88,10 @@ def execute(plan: Plan, checkpoints: Sequence[Checkpoint]) -> Result:
         with timed(logger, {}, "reading data"):
             data = tuple(_data(one, networks[i], plan.run.seed) for i, one in enumerate(plan.data))
             plan = replace(plan, data=tuple(_checked(*pair) for pair in zip(plan.data, data, strict=True)))
-        module = _done(plan, networks, base, data)
-    return Result(plan, tuple(networks), data, module, tuple(warnings), _call(networks[0], data))
+        module = _done(plan, networks, base, data, replace(plan.run, resume=resume))
+    # What was wrong with the files of an earlier run says nothing of the result.
+    said = tuple(worded(one.getMessage()) for one in warnings if one.name != stages.__name__)
+    return Result(plan, tuple(networks), data, module, said, _call(networks[0], data))
 
 
 def build_of(plan: Plan, file: ModelFile, checkpoint: Checkpoint) -> Network:
@@ -124,9 +126,11 @@ def _call(network: Network, data: Sequence[Batches]) -> Call:
     return few
 
 
-def _done(plan: Plan, networks: Sequence[Network], base: Network | None, data: Sequence[Batches]) -> fx.GraphModule:
+def _done(
+    plan: Plan, networks: Sequence[Network], base: Network | None, data: Sequence[Batches], run: Run
+) -> fx.GraphModule:
     models = [network.model for network in networks]
-    how: dict[str, Any] = {"run": plan.run}
+    how: dict[str, Any] = {"run": run}
     if not data:  # The call itself is the example, then.
         how |= {"example": example_of(networks[0]), "inputs": lambda call: call}
     loader = data[0] if len(data) == 1 else None
@@ -191,20 +195,3 @@ def _checked(data: Data, found: Batches) -> Data:
             "Use those data, or take sha256 out of the recipe."
         )
     return replace(data, path=str(Path(data.path).absolute()), sha256=own)
-
-
-@contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Collects what fxmerge warns of, in the words of the command line."""
-    told: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            told.append(worded(record.getMessage()))
-
-    handler, root = Collector(logging.WARNING), logging.getLogger("fxmerge")
-    root.addHandler(handler)
-    try:
-        yield told
-    finally:
-        root.removeHandler(handler)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -19,13 +20,16 @@ class Run:
         seed: seed of the order of searches, and of the rows that fitting takes.
         progress: whether to show progress bars; None shows them on a terminal.
         verify: whether to prove the symmetry on the first model (or the base), in float64, before it is used.
+        resume: a folder in which finished stages of a merge, an alignment or a fold leave their results. A call that is
+            given the same goes on after them, to the same result; one that is given something else is refused. The
+            folder stays until you delete it. None keeps nothing.
 
     Raises:
         OptionError: if a field is out of range.
 
     Example:
         >>> Run(memory=0.5)
-        Run(device=None, memory=0.5, seed=0, progress=None, verify=True)
+        Run(device=None, memory=0.5, seed=0, progress=None, verify=True, resume=None)
     """
 
     device: str | torch.device | None = None
@@ -33,6 +37,7 @@ class Run:
     seed: int = 0
     progress: bool | None = None
     verify: bool = True
+    resume: str | Path | None = None
 
     def __post_init__(self) -> None:
         if not is_number(self.memory) or not self.memory > 0:
@@ -43,7 +48,13 @@ class Run:
             raise wrong(self, "progress", "True, False or None")
         if self.verify not in (True, False):
             raise wrong(self, "verify", "True or False")
+        if self.resume is not None and (not isinstance(self.resume, str | Path) or not str(self.resume)):
+            raise wrong(self, "resume", "the path of a folder, or None")
         try:
             None if self.device is None else torch.device(self.device)
         except (RuntimeError, TypeError) as error:
             raise wrong(self, "device", "a device of torch, such as 'cpu' or 'cuda:0', or None") from error
+
+    def within(self, name: str) -> Run:
+        """The run of one of several merges of which one is kept: its stages are in a folder of their own."""
+        return self if self.resume is None else replace(self, resume=Path(self.resume) / name)

@@ -16,7 +16,8 @@ from fxmerge.program.run import Call, Runner
 from fxmerge.refitting.boundaries import Boundaries, without_the_rest
 from fxmerge.refitting.gather import Shares, Values
 from fxmerge.refitting.output_error import asked
-from fxmerge.refitting.schedule import Step
+from fxmerge.refitting.schedule import Step, jump
+from fxmerge.refitting.staging import Stage
 
 _MERGED = -1
 """The key of the merged network among those of its parents."""
@@ -47,6 +48,7 @@ class Course:
         merged: the merged network.
         lanes: the parents.
         lessons: the data.
+        stages: the stages, in their order.
         all_parents: whether every parent goes through all data, also through those on which its share is 0.
     """
 
@@ -56,10 +58,12 @@ class Course:
         merged: Lane,
         lanes: Sequence[Lane],
         lessons: Iterable[Lesson],
+        stages: Sequence[Stage],
         *,
         all_parents: bool = False,
     ) -> None:
-        self.kept, self.merged, self.lanes = kept, merged, lanes
+        self.kept, self.merged, self.lanes, self.stages = kept, merged, lanes, stages
+        self.at = 0
         self.data: list[Lesson] = []
         self.there: list[list[int]] = []
         for lesson in lessons:
@@ -93,14 +97,25 @@ class Course:
             return None
         return shares, (self.data[number].weight if parent is None else 1.0) / self.alike(parent)[shares]
 
-    def batches(self, mine: Step, theirs: Step, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
+    def batches(self, stage: int, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
         """Of every batch its number, what the merged network computes in a stage, and what the parents do.
 
+        What is kept of stages that were left out is computed first.
+
         Arguments:
-            mine: what the merged network computes.
-            theirs: what the parents compute.
+            stage: the number of the stage.
             onward: whether the next stage comes next, and not this one again.
         """
+        own = self.stages[stage]
+        if left_out := self.stages[self.at : stage]:
+            mine, theirs = jump([one.mine for one in left_out]), jump([one.theirs for one in left_out])
+            for done in self._through(mine, theirs, onward=True):
+                del done  # Nothing but what is kept of it is needed.
+        yield from self._through(own.mine, own.theirs, onward=onward)
+        self.at = stage + onward
+
+    def _through(self, mine: Step, theirs: Step, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
+        """All networks go through all data."""
         for b, there in enumerate(self.there):
             values = self._advance((b, _MERGED), self.merged, mine, onward)
             taught = {j: self._advance((b, j), self.lanes[j], theirs, onward) for j in there}

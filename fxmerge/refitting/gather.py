@@ -227,15 +227,16 @@ class LayerFit:
             "cross_entropy_ridge": found.ridge,
         }
 
+    def output_errors(self) -> dict[int | None, float]:
+        """What the outputs of the fit on rows held out, at None, and those of parents by number miss of the variance of
+        the targets."""
+        variance = self._targets.spread
+        missed = [(None, self.held_out), *self.missed.items()]
+        return {number: own / variance if variance > 0 else math.nan for number, own in missed}
+
     @property
     def _targets(self) -> Moments:
         return sum((fold.targets for fold in self.folds), start=Moments())
-
-    def output_error(self, number: int | None) -> float:
-        """What the outputs of a parent, or those of the fit on rows held out, miss of the variance of the targets."""
-        variance = self._targets.spread
-        missed = self.held_out if number is None else self.missed[number]
-        return missed / variance if variance > 0 else math.nan
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

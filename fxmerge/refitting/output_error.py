@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxmerge.evidence.moments import Moments
 from fxmerge.program.captured import Program
-from fxmerge.refitting.gather import LayerFit, Shares, Teacher, Values
+from fxmerge.refitting.gather import Shares, Teacher, Values
 from fxmerge.refitting.layers import Layer
 
 OutputErrors = dict[int | None, float]
@@ -53,12 +53,17 @@ def used_elsewhere(program: Program, last: Sequence[Layer]) -> bool:
     )
 
 
-def of_last_layers(fits: Sequence[LayerFit]) -> OutputErrors:
-    """The mean over last layers of the errors that their fits gathered, once they are settled."""
+def mean_errors(errors: Sequence[OutputErrors]) -> OutputErrors:
+    """The mean of the errors of several outputs; NaN where none varies.
+
+    Example:
+        >>> mean_errors([{None: 0.1, 0: 0.5}, {None: 0.3, 0: math.nan}])
+        {None: 0.2, 0: 0.5}
+    """
     found: OutputErrors = {}
-    for number in (None, *(fits[0].missed if fits else ())):
+    for number in errors[0] if errors else ():
         # The error of an output that does not vary is NaN.
-        own = [error for error in (fit.output_error(number) for fit in fits) if not math.isnan(error)]
+        own = [one[number] for one in errors if not math.isnan(one[number])]
         found[number] = sum(own) / len(own) if own else math.nan
     return found
 

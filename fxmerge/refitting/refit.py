@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, fx
 from tqdm.auto import tqdm
@@ -19,21 +20,18 @@ from fxmerge.refitting.class_scores import ScoreLayers, score_layers
 from fxmerge.refitting.course import Course, Lane, Lesson
 from fxmerge.refitting.gather import LayerFit, Statistics, Teacher, Values
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers
-from fxmerge.refitting.output_error import OutputDistance, OutputErrors, asked, comparable, of_last_layers
+from fxmerge.refitting.output_error import OutputDistance, OutputErrors, asked, comparable, mean_errors
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.repair import Repair
-from fxmerge.refitting.schedule import Step, stages_of, walk
-from fxmerge.refitting.sums import Summand, summand_of
+from fxmerge.refitting.staging import OUTCOME, LayerReport, Outcome, apart, plan_stages
 from fxmerge.shared import EQUAL
+from fxmerge.stages import NO_STAGES, Stages
 from fxmerge.symmetry import rules
 
 logger = logging.getLogger(__name__)
 
 ROUNDS = 3
 """How often a layer is fitted whose inputs depend on itself, as in a recurrent network."""
-
-LayerReport = dict[str, dict[str, float]]
-"""Numbers on the fit of each layer, by its name."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,7 @@ def refit(
     max_memory: float = math.inf,
     seed: int = 0,
     progress: bool | None = None,
+    stages: Stages = NO_STAGES,
 ) -> Refitted:
     """Fits the layers of a merged network, in graph order, to what its parents compute there.
 
@@ -107,6 +106,7 @@ def refit(
         max_memory: GiB of activations to keep in memory between stages; the rest goes to a temporary folder.
         seed: seed of the choice of rows.
         progress: whether to show a progress bar; None shows it on a terminal.
+        stages: keeps what is fitted, one stage after the other.
 
     Returns:
         The new state dict, and what is told of it.
@@ -126,8 +126,8 @@ def refit(
         if _mostly(layer, shared):
             left[layer.name] = f"its parameters are {EQUAL}"
             continue
-        apart = any(_apart(use, own) for use in layer.uses for own in places)
-        if apart and (repair or layer in last or not all(_shown(use, own) for use in layer.uses for own in places)):
+        moved = any(apart(use, own) for use in layer.uses for own in places)
+        if moved and (repair or layer in last or not all(_shown(use, own) for use in layer.uses for own in places)):
             left[layer.name] = "merged units lie along the rows or groups of its data, and " + (
                 "means and deviations do not tell them apart"
                 if repair
@@ -148,29 +148,31 @@ def refit(
     owner = owner or {}
     only_parent = {layer: _only_parent(layer, owner) for layer in chosen}
     by_layers = not repair and not owner and comparable(program, last, chosen, teachers)
-    distance = None if repair or by_layers or owner else OutputDistance(program)
     state, normal = dict(start), _statistics(program, agreed)
     left = {name: why for name, why in left.items() if not any(name in names for names in normal)}
-    end = distance is not None
-    stages = _plan(program, chosen, normal, towards_sums, places, of_scores, all_shown=resized, to_the_end=end)
-    told: LayerReport = {}
+    end = not (repair or by_layers or owner)
+    plan = plan_stages(program, chosen, normal, towards_sums, places, of_scores, all_shown=resized, to_the_end=end)
     merged, *lanes = Lane(program, state), *(Lane(program, own, parents_program) for own in parents)
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
-        course = Course(kept, merged, lanes, lessons, all_parents=bool(owner))
+        course = Course(kept, merged, lanes, lessons, plan, all_parents=bool(owner))
         everywhere = [j for j in range(len(parents)) if all(j in asked(shares) for shares in course.alike(None))]
-        last_fits: list[LayerFit] = []
-        bar = tqdm(total=len(stages) * len(course.data), desc="refitting", leave=False, disable=disable)
-        ticker, due = Ticker(logger, "refitting: layer %d of %d"), sum(len(stage.layers) for stage in stages)
-        for stage in stages:
+        bar = tqdm(total=len(plan) * len(course.data), desc="refitting", leave=False, disable=disable)
+        ticker, due = Ticker(logger, "refitting: layer %d of %d"), sum(len(stage.layers) for stage in plan)
+
+        def settled(number: int) -> Outcome:
+            """Fits what is due in a stage."""
+            stage, own, told = plan[number], dict(state), LayerReport()
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
+            distance = OutputDistance(program) if end and number == len(plan) - 1 else None
+            errors: list[OutputErrors] = []
             for again in reversed(range(ROUNDS if stage.circular else 1)):
                 fits: Sequence[LayerFit | Repair] = [
-                    Repair(layer, state, teachers)
+                    Repair(layer, own, teachers)
                     if repair
                     else LayerFit(
                         layer,
-                        state,
+                        own,
                         teachers,
                         stage.summands,
                         stage.shown,
@@ -181,37 +183,44 @@ def refit(
                     )
                     for layer in stage.layers
                 ]
-                for number, values, taught in course.batches(stage.mine, stage.theirs, onward=not again):
+                for batch, values, taught in course.batches(number, onward=not again):
                     for fit in fits:
-                        told_by = course.lesson(number, only_parent[fit.layer])
+                        told_by = course.lesson(batch, only_parent[fit.layer])
                         if told_by is not None:
-                            own = {j: theirs for j, theirs in taught.items() if told_by[0][j] > 0}
-                            fit.add(values, own, *told_by)
-                    _add(() if again else statistics, course, number, values, owner)
-                    if distance and stage is stages[-1]:
-                        told_by = course.lesson(number, None)
+                            theirs = {j: given for j, given in taught.items() if told_by[0][j] > 0}
+                            fit.add(values, theirs, *told_by)
+                    _add(() if again else statistics, course, batch, values, owner)
+                    if distance:
+                        told_by = course.lesson(batch, None)
                         assert told_by is not None
                         distance.add(values, taught, *told_by)
                     del values, taught
                     bar.update(not again)
-                    ticker.tick(min(len(told) + 1, due), due)
-                told |= {fit.layer.name: fit.settle(state) for fit in fits}
-                if not again:
-                    last_fits += [fit for fit in fits if isinstance(fit, LayerFit) and fit.layer in last]
+                    ticker.tick(min(len(layers_told) + 1, due), due)
+                told |= {fit.layer.name: fit.settle(own) for fit in fits}
                 if again:
-                    merged.use(state)
+                    merged.use(own)
             for one in statistics:
-                one.settle(state)
+                one.settle(own)
+            if distance:
+                errors.append({j: distance.error(j) for j in (None, *everywhere)})
+            elif by_layers or owner:
+                errors += [fit.output_errors() for fit in fits if isinstance(fit, LayerFit) and fit.layer in last]
+            return Outcome({n: t for n, t in own.items() if t is not state[n]}, told, tuple(errors))
+
+        layers_told, found_errors = LayerReport(), list[OutputErrors]()
+        for number in range(len(plan)):
+            outcome = stages.remember("fitting", partial(settled, number), OUTCOME)
+            state |= outcome.tensors
+            layers_told |= outcome.layers
+            found_errors += outcome.errors
             merged.use(state)
+            bar.update((number + 1) * len(course.data) - bar.n)
         bar.close()
-    errors: OutputErrors = {}
-    if distance is not None:
-        errors = {number: distance.error(number) for number in (None, *everywhere)}
-    elif by_layers or (owner and last_fits):
-        errors = of_last_layers(last_fits)
+    errors = mean_errors(found_errors)
     if all(map(math.isnan, errors.values())):  # No output varies.
         errors = {}
-    return Refitted(state, told, left, errors, held_out=distance is None and bool(errors))
+    return Refitted(state, layers_told, left, errors, held_out=not end and bool(errors))
 
 
 def with_statistics(
@@ -248,11 +257,12 @@ def with_statistics(
         return state
     merged = Lane(program, state)
     with Boundaries(max_memory * 2**30) as kept:
-        course = Course(kept, merged, (), lessons)
-        for stage in _plan(program, (), normal, (), (), (), all_shown=False, to_the_end=False):
+        plan = plan_stages(program, (), normal, (), (), (), all_shown=False, to_the_end=False)
+        course = Course(kept, merged, (), lessons, plan)
+        for number, stage in enumerate(plan):
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
-            for number, values, _ in course.batches(stage.mine, stage.theirs, onward=True):
-                _add(statistics, course, number, values, owner or {})
+            for batch, values, _ in course.batches(number, onward=True):
+                _add(statistics, course, batch, values, owner or {})
                 del values
             for one in statistics:
                 one.settle(state)
@@ -302,85 +312,10 @@ def last_layers(program: Program, layers: Layers) -> list[Layer]:
     return [layer for layer in layers.all if before.isdisjoint(use.node for use in layer.uses)]
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """What is computed and settled in one stage.
-
-    Attributes:
-        layers: to be refitted.
-        summands: what the outputs of some of their uses are added to, and is final.
-        shown: the uses that are to give what their parents' outputs are in merged units, and not what follows from
-            coefficients.
-        statistics: running means and variances to be estimated, by their names, and the nodes that use them.
-        circular: whether what a layer reads depends on the layer itself.
-        mine, theirs: how the merged network and the parents get there.
-    """
-
-    layers: Sequence[Layer]
-    summands: Mapping[Use, Summand]
-    shown: Collection[Use]
-    statistics: Mapping[tuple[str, str], Sequence[fx.Node]]
-    circular: bool
-    mine: Step
-    theirs: Step
-
-
-def _plan(
-    program: Program,
-    chosen: Sequence[Layer],
-    statistics: Mapping[tuple[str, str], Sequence[fx.Node]],
-    towards_sums: Collection[Layer],
-    places: Sequence[Places],
-    of_scores: Collection[Layer],
-    *,
-    all_shown: bool,
-    to_the_end: bool,
-) -> list[_Stage]:
-    """The stages of a refit of some layers and statistics, of which some layers learn what the sums are to be
-    that their outputs go into; and the way from the last of them to the outputs, if that is asked for. Where all are
-    shown, no layer learns from what follows from its parents' coefficients. Of layers that write scores, what the
-    parents give is computed as well."""
-    graph, derived = program.graph.graph, program.derived
-    normal = list(statistics.items())
-    sets = [[use.node for use in layer.uses] for layer in chosen] + [nodes for _, nodes in normal]
-    due, final = stages_of(graph, sets, derived)
-    if to_the_end:
-        due.append([])
-    own = [[chosen[i] for i in numbers if i < len(chosen)] for numbers in due]
-    normalized = [dict(normal[i - len(chosen)] for i in numbers if i >= len(chosen)) for numbers in due]
-    read = [_read(numbers, sets, derived) for numbers in due]
-    taught = [_read([i for i in numbers if i < len(chosen)], sets, derived) for numbers in due]
-    if to_the_end:
-        for nodes in (read[-1], taught[-1]):
-            nodes.update(program.answers)
-    circular = [any(final[n] > stage for n in nodes) for stage, nodes in enumerate(taught)]
-    summands: list[dict[Use, Summand]] = [{} for _ in due]
-    shown: list[set[Use]] = [set() for _ in due]
-    for stage, layer in ((stage, layer) for stage, fitted in enumerate(own) for layer in fitted):
-        found = {use: summand_of(use.node, program.learnt) for use in layer.uses} if layer in towards_sums else {}
-        beside = {use: one for use, one in found.items() if one is not None and final[one.node] <= stage}
-        # A weight that is used again and again learns towards sums everywhere or nowhere.
-        if len(beside) == len(layer.uses) and all(p.known(one.node) for one in beside.values() for p in places):
-            summands[stage] |= beside
-            read[stage] |= {one.node for one in beside.values()}
-            taught[stage] |= {one.node for one in beside.values()}
-        apart = {use for use in layer.uses if all_shown or any(_apart(use, p) for p in places)}
-        shown[stage] |= apart
-        taught[stage] |= {use.node for use in (layer.uses if layer in of_scores else apart)}
-    ways = walk(graph, read, derived, final), walk(graph, taught, derived)
-    return [_Stage(*each) for each in zip(own, summands, shown, normalized, circular, *ways, strict=True)]
-
-
 def _mostly(layer: Layer, names: Collection[str]) -> bool:
     """Whether most coefficients of a layer are entries of some parameters."""
     own = sum(len(where) for name, (where, _) in layer.places.items() if name in names)
     return 2 * own > layer.codes.numel()
-
-
-def _apart(use: Use, places: Places) -> bool:
-    """Whether merged units lie along the data of a use and along its output too: what it gives in units of a parent's
-    own does not become what it gives in merged ones by merging its outputs."""
-    return places.moved(argument(bind(use.node), use.data), use.kept_dims)
 
 
 def _in_other_units(layer: Layer, places: Sequence[Places]) -> bool:
@@ -393,11 +328,6 @@ def _shown(use: Use, places: Places) -> bool:
     """Whether a use's output is what is fitted, and shows in which merged units it is."""
     added = use.form.bias is not None and argument(bind(use.node), use.form.bias) is not None
     return places.known(use.node) and added == use.biased
-
-
-def _read(numbers: Sequence[int], sets: Sequence[Sequence[fx.Node]], derived: frozenset[fx.Node]) -> set[fx.Node]:
-    """What the nodes of some sets read."""
-    return {n for i in numbers for node in sets[i] for n in node.all_input_nodes} - derived
 
 
 def _only_parent(layer: Layer, owner: Mapping[str, int]) -> int | None:

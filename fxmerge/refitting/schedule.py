@@ -79,6 +79,14 @@ def walk(
     return stages
 
 
+def jump(steps: Sequence[Step]) -> Step:
+    """What to compute in place of some steps in a row, if only what the last of them keeps is needed."""
+    keep, ran = steps[-1].keep, {node for step in steps for node in step.run}
+    nodes = next(iter(keep)).graph.nodes if keep else ()
+    found = _leading_to(keep, set(nodes) - ran)
+    return Step(tuple(node for node in nodes if node in found), frozenset(), keep)
+
+
 def _leading_to(targets: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node]:
     """The targets and all that leads to them, but for what is known."""
     found: set[fx.Node] = set()

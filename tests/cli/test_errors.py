@@ -21,6 +21,7 @@ import fxmerge
 from fxmerge import cli, io
 from fxmerge.cli.app import app
 from fxmerge.cli.console import CODES
+from fxmerge.output import writing
 from fxmerge.output.target import target
 from tests import files
 from tests.cli.conftest import Call
@@ -241,17 +242,34 @@ def test_a_target_that_another_run_writes(call: Call, pair: tuple[Path, Path], t
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the system has no limit of the size of files")
 @pytest.mark.parametrize("most", [0, 100, 600, 2000, 5000])
-def test_a_disk_that_takes_no_more(most: int, call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """The system refuses to write more than so many bytes to a file: the weights, the archive or a text."""
+def test_a_disk_that_takes_no_more(
+    most: int, call: Call, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses to write more than so many bytes to a file: a stage; and if all of these are there, the
+    weights or the archive."""
     import resource
 
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-    try:
-        code, out, err = written(call, tmp_path, "merge", *pair, *ARCH, *DATA)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (code, out) == (4, "") and "cannot be written" in err
+    stages, limits = tmp_path / ".merged.fxmerge-stages", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*more: str) -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            code, out, err = call("merge", *pair, *ARCH, *DATA, "--out", tmp_path / "merged", *more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (code, out) == (4, "") and "cannot be written" in err
+        assert {path.name for path in tmp_path.iterdir()} <= {*(path.name for path in pair), stages.name}
+        return err
+
+    assert ("Finished stages are kept" in limited()) == stages.exists() == (most >= 2000)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "to_yaml", lambda plan: 1 / 0)
+        code, _, _ = call("merge", *pair, *ARCH, *DATA, "--out", tmp_path / "merged", "--resume")
+    assert code == 70
+    before = sorted(stages.iterdir())
+    name = "model.safetensors" if most < 600 else "model.pt2"
+    assert f".fxmerge-tmp/{name} cannot be written" in limited("--resume")
+    assert sorted(stages.iterdir()) == before
 
 
 # -------------------------------------------------------------------------- damage
