@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge import validate
+from fxmerge import html, validate
 from fxmerge.combine.average import average
 from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.emit.bake import bake
@@ -91,14 +91,24 @@ class Comparison:
         return min(rows, key=lambda row: error_of(row.distance)).name
 
     def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self._lines, strict=True)]
+        table = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in self._lines]
+        return "\n".join("  ".join(line).rstrip() for line in table)
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        head, *lines = self._lines
+        return html.table("distance to the ensemble, as a share of its variance", head, lines)
+
+    @property
+    def _lines(self) -> list[tuple[str, ...]]:
+        """The headings, and the cells of every row; without the scores if there are none."""
         scored = any(row.score is not None for row in self.rows)
         lines = [("network", "distance", "score")]
         for row in self.rows:
             within = "" if math.isnan(row.error) else f" ± {row.error:.3f}"
             lines.append((row.name, f"{row.distance:.4f}{within}", "-" if row.score is None else f"{row.score:.3f}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(3)]
-        table = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-        return "\n".join("  ".join(line[: 3 if scored else 2]).rstrip() for line in table)
+        return [line[: 3 if scored else 2] for line in lines]
 
 
 ENSEMBLE = "ensemble"

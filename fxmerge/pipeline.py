@@ -13,7 +13,9 @@ from fxmerge.combine.batch_norm import batch_norm_statistics, batches_seen, by_b
 from fxmerge.combine.masks import voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
+from fxmerge.evidence import weights as by_weights
 from fxmerge.evidence.activations import similarities
+from fxmerge.evidence.sampled import Sample, SampledSimilarity, units_kept
 from fxmerge.job import Job
 from fxmerge.matching.models import Matching, as_they_are, match_models, pairs_to_correlate
 from fxmerge.notices import warn_without_data
@@ -86,10 +88,51 @@ def match(
             seed=run.seed,
             progress=run.progress,
         )
-    layout = group.symmetry.layout
+    layout, home = group.symmetry.layout, found.reference
+    correlated = {}
+    for (n, m), sample in _samples(group, found).items():
+        if n in correlations:
+            pair = correlations[n][min(home, m), max(home, m)]
+            correlated[n, m] = sample.of_correlations(pair if home < m else pair.T)
     return replace(
-        found, alignment=replace(found.alignment, layout=layout), merged=replace(found.merged, layout=layout)
+        found,
+        alignment=replace(found.alignment, layout=layout),
+        merged=replace(found.merged, layout=layout),
+        correlations=correlated,
     )
+
+
+def _samples(group: Prepared, matching: Matching) -> dict[tuple[int, int], Sample]:
+    """For every class that was matched unit by unit, and every model but the reference, the units to keep figures of."""
+    symmetry, maps, home = group.symmetry, matching.alignment.maps, matching.reference
+    numbers = [n for n in symmetry.choices if symmetry.names[n] not in group.bases]
+    others = [m for m in range(len(maps)) if m != home]
+    count = units_kept(len(numbers), len(others))
+    return {(n, m): Sample.of(maps[home][n], maps[m][n], count) for n in numbers for m in others}
+
+
+def sampled(
+    group: Prepared,
+    matching: Matching,
+    states: Sequence[Mapping[str, Tensor]],
+    aligned: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+) -> tuple[SampledSimilarity, ...]:
+    """How alike some units of every class are before and after the alignment: in their activations where these were
+    compared, else in their weights. Nothing if units were not matched."""
+    if not matching.quality:
+        return ()
+    slices, home, found = by_weights.slices(group.trunk), matching.reference, []
+    with group.job.timed("matching"):
+        for (n, m), sample in _samples(group, matching).items():
+            known = matching.correlations.get((n, m))
+            space = "weights" if known is None else "activations"
+            if known is None and slices[n]:
+                known = sample.of_weights(slices[n], aligned[home], states[m], aligned[m])
+            if known is not None:
+                size, name = group.symmetry.units[n].size, group.symmetry.names[n]
+                found.append(SampledSimilarity(name, names[home], names[m], space, size, sample.units, *known))
+    return tuple(found)
 
 
 def combine(

@@ -1,8 +1,9 @@
-"""What is logged of the progress of long work, for who sees no progress bar."""
+"""What is logged of the progress of long work, for who sees no progress bar; and how much memory it took."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,3 +40,13 @@ def timed(logger: logging.Logger, seconds: dict[str, float], stage: str) -> Iter
     spent = time.perf_counter() - began
     seconds[stage] = seconds.get(stage, 0.0) + spent
     logger.info("%s: %.1f s", stage, spent)
+
+
+def peak_memory() -> int | None:
+    """Bytes of memory that this process had in use at most so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Not on Windows.
+        return None
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else 1024 * found
