@@ -103,7 +103,7 @@ def match(
 
 
 def _samples(group: Prepared, matching: Matching) -> dict[tuple[int, int], Sample]:
-    """For every class that was matched unit by unit, and every model but the reference, the units to keep figures of."""
+    """For every class that was matched unit by unit, and every model but the reference, the units that are kept."""
     symmetry, maps, home = group.symmetry, matching.alignment.maps, matching.reference
     numbers = [n for n in symmetry.choices if symmetry.names[n] not in group.bases]
     others = [m for m in range(len(maps)) if m != home]

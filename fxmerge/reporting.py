@@ -64,8 +64,8 @@ def made_with(module: nn.Module) -> Made:
     found = _MADE.get(module) if isinstance(module, fx.GraphModule) else None
     if found is None:
         raise OptionError(
-            f"The values that the {type(module).__name__} was made with are not kept: pass what merge, merge_many, fold "
-            "or align returned, in the same process, and no copy of it."
+            f"It is not known what the {type(module).__name__} was made with: pass what merge, merge_many, fold or "
+            "align returned, in the same process, and no copy of it."
         )
     return found
 
@@ -136,9 +136,8 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        kind = "folded" if self.models == 1 else "aligned" if self.recipe is None else "merged"
         models = "1 model" if self.models == 1 else f"{self.models} models"
-        lines = [f"{models}, {kind}; captured by {self.route}"]
+        lines = [f"{models}, {self.kind}; captured by {self.route}"]
         if self.heads:
             names = ", ".join(repr(head["name"]) for head in self.heads)
             nothing = self.recipe is not None and self.recipe.get("share") == NOTHING
@@ -166,6 +165,11 @@ class Report:
             lines.append(f"failed verification: {', '.join(self.demoted)}")
         lines.append("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
         return "\n".join(lines)
+
+    @property
+    def kind(self) -> str:
+        """What was done: "merged", "aligned" or "folded"."""
+        return "folded" if self.models == 1 else "aligned" if self.recipe is None else "merged"
 
     @property
     def distance(self) -> str:
