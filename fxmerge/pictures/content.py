@@ -33,7 +33,7 @@ def content(page: PageValues) -> dict[str, Any]:
         "warnings": list(page.warnings),
         "facts": [list(fact) for fact in (*_facts(page), *page.facts)],
         "nearness": _nearness(report, page.models),
-        "classes": _classes(page.symmetry, report, page.similarities, page.models),
+        "classes": _classes(page.symmetry, report, page.similarities),
         "pinned": [
             {"parameter": name, "dim": dim, "count": len(ids), "why": why}
             for (name, dim), reasons in page.symmetry.stuck.items()
@@ -75,7 +75,7 @@ def _facts(page: PageValues) -> list[tuple[str, str]]:
     if report.recipe is not None:
         parts = [(name, report.recipe.get(name)) for name in ("match", "combine", "fit")]
         facts += [(name, part["kind"] if isinstance(part, Mapping) else "none") for name, part in parts]
-    if len(report.weights) > 1:
+    if len(set(report.weights)) > 1:
         facts.append(("weights", ", ".join(f"{weight:.3g}" for weight in report.weights)))
     if report.heads:
         facts.append(("heads", ", ".join(str(head["name"]) for head in report.heads)))
@@ -137,13 +137,11 @@ def _missing(page: PageValues) -> list[str]:
 # -------------------------------------------------------------------------- classes
 
 
-def _classes(
-    symmetry: Symmetry, report: Report, similarities: Sequence[SampledSimilarity], models: Sequence[str]
-) -> list[dict[str, Any]]:
+def _classes(symmetry: Symmetry, report: Report, similarities: Sequence[SampledSimilarity]) -> list[dict[str, Any]]:
     """The classes whose units may move."""
     shown = defaultdict(list)
     for one in similarities:
-        shown[one.name].append(_similarity(one, models))
+        shown[one.name].append(_similarity(one))
     movable = symmetry.classes[: len(symmetry.units)]
     return [
         {
@@ -175,7 +173,7 @@ def _quality(report: Report, name: str) -> dict[str, float]:
     return {space: sum(own) / len(own) for space, own in values.items()}
 
 
-def _similarity(one: SampledSimilarity, models: Sequence[str]) -> dict[str, Any]:
+def _similarity(one: SampledSimilarity) -> dict[str, Any]:
     before, after = one.means
     return {
         "reference": one.reference,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from html import escape
@@ -97,16 +97,17 @@ def page(
         >>> fxmerge.page(merged).save("report.html")  # doctest: +SKIP
     """
     told, made = report(merged), made_with(merged)
+    called = dict(zip(made.names, models or made.names, strict=True))
     tensors = merged.state_dict(keep_vars=True)
     return Page(
         title or f"{told.kind[:1].upper()}{told.kind[1:]} network",
-        tuple(models) or made.names,
+        tuple(called.values()),
         told,
         made.symmetry,
         layers_of(merged),
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         sum(tensor.numel() for tensor in merged.parameters()),
-        made.similarities,
+        tuple(replace(s, reference=called[s.reference], model=called[s.model]) for s in made.similarities),
         made.peak_memory,
         tuple(warnings),
         tuple(facts),

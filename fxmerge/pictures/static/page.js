@@ -74,8 +74,10 @@ function summary() {
     list.append("dd").text(text);
   }
   two.append(() => own.node());
-  if (data.nearness) two.append(() => nearness().node());
-  else two.classed("two", false);
+  const beside = [data.nearness && nearness(), data.line && between()].filter(Boolean);
+  const column = two.append("div").attr("class", "column");
+  for (const one of beside) column.append(() => one.node());
+  if (!beside.length) two.classed("two", false);
 }
 
 function nearness() {
@@ -227,7 +229,7 @@ function classes(parent) {
     c.size === c.merged ? d3.format(",")(c.size) : `${d3.format(",")(c.size)} → ${d3.format(",")(c.merged)}`,
     c.group, fixed(meanOf(c, "mean_before")), fixed(meanOf(c, "mean_after")),
   ]);
-  const caption = space ? "before and after: the mean similarity of a unit to the one that it is averaged with, by their numbers and as matched" : "no similarities were computed";
+  const caption = space ? `before and after: the mean similarity of a unit to the one in its place, by their ${space}, before and after matching` : "no similarities were computed";
   const found = table(box, caption, head, rows);
   found.selectAll("tbody tr").attr("data-class", (_, i) => i)
     .on("mouseenter focusin", (_, row) => light(rows.indexOf(row))).on("mouseleave focusout", () => light(null));
@@ -276,15 +278,14 @@ function numbers(parent, title, head, rows) {
 }
 
 function between() {
-  if (!data.line) return;
   const {what, fractions, before, after, seconds} = data.line;
   const own = section("On the line between the parents", `${what[0].toUpperCase() + what.slice(1)}, of networks with weighted means of both parents' parameters. It took ${short(seconds)} s.`);
   const key = own.append("ul").attr("class", "key");
   for (const [kind, text] of [["", "units as they are"], ["full", "units aligned"]]) key.append("li").call((li) => li.append("i").attr("class", kind)).append("span").text(text);
   const points = (values) => fractions.map((x, i) => ({x, y: values[i]})).filter((p) => p.y !== null);
   figure(own, null, (width) => Plot.plot({
-    width, height: 260, marginLeft: 48, ariaLabel: what, style: {background: "transparent", fontSize: "12px"},
-    x: {label: "from the first parent to the second", labelAnchor: "center", ticks: 5}, y: {label: null, grid: true, zero: true, nice: true},
+    width, height: 240, marginLeft: 48, marginBottom: 44, ariaLabel: what, style: {background: "transparent", fontSize: "12px"},
+    x: {label: "from the first parent to the second", labelAnchor: "center", labelArrow: "none", labelOffset: 38, ticks: 5}, y: {label: null, grid: true, zero: true, nice: true},
     marks: [
       Plot.lineY(points(before), {x: "x", y: "y", stroke: "var(--edge)", strokeWidth: 2}),
       Plot.dot(points(before), {x: "x", y: "y", stroke: "var(--edge)", strokeWidth: 2, fill: "var(--card)"}),
@@ -292,7 +293,8 @@ function between() {
       Plot.dot(points(after), {x: "x", y: "y", fill: "var(--accent)", r: 4}),
     ],
   }));
-  numbers(own, "The numbers", ["fraction", "as they are", "aligned"], fractions.map((x, i) => [short(x), fixed(before[i]), fixed(after[i])]));
+  numbers(own, "The numbers", ["fraction", "as they are", "aligned"], fractions.map((x, i) => [short(x), short(before[i]), short(after[i])]));
+  return own;
 }
 
 function costs() {
@@ -336,6 +338,7 @@ function head(title, kind) {
   text.append("div").attr("class", "soft").text(kind);
   text.append("h2").attr("id", "panel-title").text(title);
   own.append("button").attr("type", "button").text("Close").on("click", () => panel.node().close());
+  return text.select("h2");
 }
 
 function facts(pairs) {
@@ -348,8 +351,9 @@ function facts(pairs) {
 
 function showClass(i) {
   const c = data.classes[i];
-  head(c.name, "class of units");
-  colour(panel.select("h2").insert("span", ":first-child").attr("class", "tag").style("margin-right", "8px"), i).text(c.letter);
+  const title = head("", "class of units");
+  colour(title.append("span").attr("class", "tag"), i).text(c.letter);
+  title.append("span").text(` ${c.name}`);
   const stays = c.axes.flatMap((axis) => data.pinned.filter((p) => p.parameter === axis.parameter && p.dim === axis.dim));
   facts([
     ["units", c.size === c.merged ? d3.format(",")(c.size) : `${d3.format(",")(c.size)} in a model, ${d3.format(",")(c.merged)} merged`],
@@ -514,9 +518,9 @@ const explorer = main.append("div").attr("class", "explorer");
 architecture(explorer);
 classes(explorer);
 fits();
-between();
 costs();
 pinned();
 missing();
 theme();
+redraw(); // Sections have their width only now.
 open();
