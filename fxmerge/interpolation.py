@@ -73,11 +73,11 @@ def interpolate(
     """Measures networks on the line between two, before and after alignment (linear mode connectivity).
 
     A network on the line has the weighted mean of both parents' parameters. If its normalization layers keep running
-    statistics, these are measured anew on the data. Nothing is fitted. Where the second parent is aligned to the
-    first, the line between them is usually much flatter (Git Re-Basin, arXiv 2209.04836).
+    statistics, these are measured anew on the data, for the parents too. Nothing is fitted. Where the second parent is
+    aligned to the first, the line between them is usually much flatter (Git Re-Basin, arXiv 2209.04836).
 
-    It costs an alignment, as `align` does, and for every network between the parents four passes of a network over the
-    loader: with 9 points there are 14 such networks.
+    It costs an alignment, as `align` does, and for every network on the lines four passes of a network over the
+    loader: with 9 points there are 16 such networks. With a score there is one pass, and what the score takes.
 
     Arguments:
         a: the network at 0.
@@ -129,12 +129,9 @@ def interpolate(
 
 
 def _measured(job: Job, fraction: float, score: Score | None) -> float:
-    """The figure of the network at a fraction of the way from the first model to the second.
-
-    The parents themselves keep their running statistics.
-    """
+    """The figure of the network at a fraction of the way from the first model to the second."""
     assert job.data is not None
-    network = plain_average(job, (1 - fraction, fraction), job.data if 0 < fraction < 1 else None)
+    network = plain_average(job, (1 - fraction, fraction), job.data)
     if score is not None:
         with evaluating(network):
             return checked_score(score, network, f"the network at {fraction:.3g}")

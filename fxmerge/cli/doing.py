@@ -11,8 +11,9 @@ import fxmerge
 from fxmerge import calibration, io, sources
 from fxmerge.cli.console import Found, say, show, show_json, table
 from fxmerge.cli.options import PLANS
-from fxmerge.errors import OptionError
+from fxmerge.errors import ArchitectureMismatchError, OptionError
 from fxmerge.inspection import inspect
+from fxmerge.interpolation import Interpolation
 from fxmerge.networks import Network, build
 from fxmerge.output import reading
 from fxmerge.output.target import target
@@ -20,7 +21,8 @@ from fxmerge.output.writing import write
 from fxmerge.plan import Plan, from_yaml
 from fxmerge.plan.checking import Check, check
 from fxmerge.plan.parts import settings
-from fxmerge.plan.running import example_of, execute, opened
+from fxmerge.plan.running import Result, example_of, execute, opened
+from fxmerge.recipe import Align, Recipe
 from fxmerge.reporting import Report
 from fxmerge.symmetry.group import Symmetry
 
@@ -33,6 +35,8 @@ def run(plan: Plan, context: click.Context) -> None:
         return
     if plan.output is None:
         raise click.UsageError("--out is missing: name the directory to write.", context)
+    if given.get("line") is not None and not (len(plan.models) == 2 and len(plan.data) == 1):
+        raise click.UsageError("--line goes between two models, on one --data: give these, or leave it out.", context)
     checkpoints = opened(plan, allow_pickle=given["allow_pickle"])
     read = [path for one in checkpoints for path in one.files]
     with target(plan.output.path, force=given["force"], inputs=read) as place:
@@ -40,7 +44,7 @@ def run(plan: Plan, context: click.Context) -> None:
         for network in result.networks:
             for note in network.checkpoint.notes:
                 say(f"{network.checkpoint.path}: {note}", "dim")
-        written = write(result, place)
+        written = write(result, place, line_of(result, given.get("line")))
         summary = reading.summary_of(place)
     if given["json"]:
         show_json({"out": plan.output.path, **summary})
@@ -53,6 +57,19 @@ def run(plan: Plan, context: click.Context) -> None:
     show(f"\n{plan.output.path} is written. README.md in it is the model card. To load it, from inside of it:")
     for code in written.loads.values():
         show(f"  {code}")
+
+
+def line_of(result: Result, points: int | None) -> Interpolation | None:
+    """Networks on the line between the two models of a result, if that was asked for and they are equal all through."""
+    if points is None:
+        return None
+    (a, b), match = (network.model for network in result.networks), result.plan.recipe.match
+    recipe = Recipe(match=match) if isinstance(match, Align) and match.continuous != "auto" else None
+    try:
+        return fxmerge.interpolate(a, b, result.data[0], recipe, points=points, run=result.plan.run)
+    except ArchitectureMismatchError as error:
+        say(f"warning: no networks on the line between the models were measured: {error}", "yellow")
+        return None
 
 
 # -------------------------------------------------------------------------- check

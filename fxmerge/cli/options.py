@@ -25,6 +25,7 @@ WITH_A_PLAN = {
     "force",
     "allow_pickle",
     "dry_run",
+    "line",
     "json",
     "verbose",
 }

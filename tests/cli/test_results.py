@@ -21,7 +21,16 @@ from tests.cli.conftest import Call
 ARCH = ("--arch", "tests.files:mlp")
 DATA = ("--data", "tests.files:batches")
 
-FILES = {"README.md", "SHA256SUMS", "recipe.yaml", "report.json", "symmetry.json", "units.json", "model.safetensors"}
+FILES = {
+    "README.md",
+    "SHA256SUMS",
+    "recipe.yaml",
+    "report.html",
+    "report.json",
+    "symmetry.json",
+    "units.json",
+    "model.safetensors",
+}
 
 
 def names(folder: Path) -> set[str]:

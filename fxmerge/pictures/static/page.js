@@ -12,6 +12,7 @@ const MANY = 1500; // Layers that are not laid out any more, since that would ta
 const count = (n, word, words = word + "s") => `${d3.format(",")(n)} ${n === 1 ? word : words}`;
 const short = d3.format(".3~g");
 const fixed = (x) => (x === null || x === undefined ? "–" : x.toFixed(2));
+const tail = (text, most) => (text.length > most ? "…" + text.slice(1 - most) : text);
 // The golden angle keeps the hues of neighbouring classes apart.
 const hue = (n) => (250 + n * 137.508) % 360;
 const dark = () => getComputedStyle(root).colorScheme === "dark" ||
@@ -88,10 +89,11 @@ function nearness() {
   figure(own, null, (width) => Plot.plot({
     width, height: 44 + 34 * known.length, marginLeft: 96, marginRight: 52, marginBottom: 34,
     ariaLabel: what, style: {background: "transparent", fontSize: "13px"},
-    x: {label: null, grid: true, ticks: 4, nice: true, zero: true}, y: {label: null, domain: known.map((row) => row.name), tickSize: 0},
+    x: {label: null, grid: true, ticks: 4, nice: true, zero: true},
+    y: {label: null, type: "band", domain: d3.range(known.length), tickSize: 0, tickFormat: (i) => tail(known[i].name, 12)},
     marks: [
-      Plot.barX(known, {x: "error", y: "name", fill: (row) => (row.result ? "var(--accent)" : "var(--second)"), rx: 3, insetTop: 3, insetBottom: 3}),
-      Plot.text(known, {x: "error", y: "name", text: (row) => short(row.error), textAnchor: "start", dx: 6}),
+      Plot.barX(known, {x: "error", y: (_, i) => i, fill: (row) => (row.result ? "var(--accent)" : "var(--second)"), rx: 3, insetTop: 3, insetBottom: 3}),
+      Plot.text(known, {x: "error", y: (_, i) => i, text: (row) => short(row.error), textAnchor: "start", dx: 6}),
       Plot.ruleX([0]),
     ],
   }));
@@ -258,7 +260,7 @@ function fits() {
       width, height: 50 + 19 * rows.length, marginLeft: left, marginTop: 26, marginRight: 24, ariaLabel: "Errors of layers before and after the fit",
       style: {background: "transparent", fontSize: "12px"},
       x: {axis: "top", label: null, grid: true, zero: true, nice: true, ticks: Math.max(3, Math.round(width / 130))},
-      y: {type: "band", label: null, tickSize: 0, domain: [...names.keys()], tickFormat: (i) => (names.get(i).length > letters ? "…" + names.get(i).slice(1 - letters) : names.get(i))},
+      y: {type: "band", label: null, tickSize: 0, domain: [...names.keys()], tickFormat: (i) => tail(names.get(i), letters)},
       marks: [
         Plot.link(rows, {x1: "before", x2: "after", y1: (r) => String(r.i), y2: (r) => String(r.i), stroke: "var(--second)", strokeWidth: 2}),
         Plot.dot(rows, {x: "before", y: (r) => String(r.i), r: 4, stroke: "var(--edge)", strokeWidth: 2, fill: "var(--card)"}),
