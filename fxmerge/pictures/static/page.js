@@ -11,7 +11,7 @@ const MANY = 1500; // Layers that are not laid out any more, since that would ta
 
 const count = (n, word, words = word + "s") => `${d3.format(",")(n)} ${n === 1 ? word : words}`;
 const short = d3.format(".3~g");
-const fixed = (x) => (x === null || x === undefined ? "–" : x.toFixed(2));
+const fixed = (x) => (x === null || x === undefined ? "–" : d3.format(".2f")(x));
 const tail = (text, most) => (text.length > most ? "…" + text.slice(1 - most) : text);
 // The golden angle keeps the hues of neighbouring classes apart.
 const hue = (n) => (250 + n * 137.508) % 360;
@@ -338,7 +338,7 @@ function head(title, kind) {
   const own = panel.append("div").attr("class", "panel-head");
   const text = own.append("div");
   text.append("div").attr("class", "soft").text(kind);
-  text.append("h2").attr("id", "panel-title").text(title);
+  text.append("h2").attr("id", "panel-title").attr("tabindex", -1).text(title);
   own.append("button").attr("type", "button").text("Close").on("click", () => panel.node().close());
   return text.select("h2");
 }
@@ -411,7 +411,7 @@ function similarity(s) {
   const scale = panel.append("div").attr("class", "scale").attr("aria-hidden", "true");
   scale.append("span").text(fixed(-most));
   const bar = scale.append("i"), paint = () => bar.style("background", `linear-gradient(to right, ${d3.range(0, 1.01, 0.125).map(ramp()).join(",")})`);
-  scale.append("span").text("+" + fixed(most));
+  scale.append("span").text(`+${fixed(most)}`);
   paint();
   drawings.push(paint);
 }
@@ -457,7 +457,7 @@ function open() {
   }
   if (!panel.node().open) panel.node().showModal();
   kind === "class" ? showClass(i) : showLayer(i);
-  panel.select("button").node().focus();
+  panel.select("h2").node().focus();
 }
 panel.on("close", () => location.hash && history.pushState(null, "", location.pathname + location.search));
 panel.on("click", (event) => event.target === panel.node() && event.offsetX < 0 && panel.node().close());
@@ -484,6 +484,7 @@ function find(text) {
 
 d3.select("#search").on("input", (event) => find(event.target.value)).on("keydown", (event) => {
   if (event.key !== "Enter" || !event.target.value.trim()) return;
+  event.preventDefault(); // Else the same key would act on what has the focus next.
   const {first, layer} = find(event.target.value);
   if (first >= 0) location.hash = `class-${first}`;
   else if (layer >= 0) location.hash = `layer-${layer}`;
