@@ -26,8 +26,8 @@ PAGES = Path(__file__).parent / "pages"
 TASK = demo.TASKS[0]
 EPOCHS, WIDTH = 8, 16
 SHOTS: dict[str, dict[str, Any]] = {
-    "report-light.png": {"viewport": {"width": 1240, "height": 1000}, "color_scheme": "light"},
-    "report-dark.png": {"viewport": {"width": 1240, "height": 1000}, "color_scheme": "dark"},
+    "report-light.png": {"viewport": {"width": 1240, "height": 1080}, "color_scheme": "light"},
+    "report-dark.png": {"viewport": {"width": 1240, "height": 860}, "color_scheme": "dark"},
     "report-phone.png": {
         "viewport": {"width": 360, "height": 740},
         "color_scheme": "light",
@@ -87,8 +87,10 @@ def take(html: Path, into: Path) -> None:
             tab.goto(html.as_uri())
             tab.wait_for_timeout(400)
             if name == "report-dark.png":
-                tab.get_by_role("link", name="stages.1.conv1.weight[0]", exact=True).click()
-                tab.wait_for_timeout(300)
+                tab.get_by_role("link", name="stages.2.conv1.weight[0]", exact=True).click()
+            if name == "report-phone.png":
+                tab.locator(".explorer").evaluate("explorer => explorer.scrollIntoView()")
+            tab.wait_for_timeout(300)
             tab.screenshot(path=into / name)
             context.close()
 

@@ -5,7 +5,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const main = d3.select("main");
 const root = document.documentElement;
 const NODE = {width: 226, height: 48}, JOIN = {width: 96, height: 26};
-const MANY = 1500; // Layers that are not laid out any more, since that would take minutes.
+const MANY = 1500; // Layers that are not laid out any more, since that would take too long.
+const LONG = 4000; // Rows that all edges may cross together, for the same reason.
 
 // ---------------------------------------------------------------- words and colours
 
@@ -13,6 +14,8 @@ const count = (n, word, words = word + "s") => `${d3.format(",")(n)} ${n === 1 ?
 const short = d3.format(".3~g");
 const fixed = (x) => (x === null || x === undefined ? "–" : d3.format(".2f")(x));
 const tail = (text, most) => (text.length > most ? "…" + text.slice(1 - most) : text);
+// As many numbers as there is room for along an axis.
+const ticks = (width) => Math.max(2, Math.floor(width / 90));
 // The golden angle keeps the hues of neighbouring classes apart.
 const hue = (n) => (250 + n * 137.508) % 360;
 const dark = () => getComputedStyle(root).colorScheme === "dark" ||
@@ -69,16 +72,17 @@ function summary() {
   }
   const two = main.append("div").attr("class", "two");
   const own = section("What was made");
+  const right = [data.nearness && nearness(), data.line && between()].filter(Boolean);
+  const left = right.length ? [own, costs()] : [own];
+  for (const sections of [left, right.length ? right : [costs()]]) {
+    const column = two.append("div").attr("class", "column");
+    for (const one of sections) column.append(() => one.node());
+  }
   const list = own.append("dl").attr("class", "facts");
   for (const [name, text] of data.facts) {
     list.append("dt").text(name);
     list.append("dd").text(text);
   }
-  two.append(() => own.node());
-  const beside = [data.nearness && nearness(), data.line && between()].filter(Boolean);
-  const column = two.append("div").attr("class", "column");
-  for (const one of beside) column.append(() => one.node());
-  if (!beside.length) two.classed("two", false);
 }
 
 function nearness() {
@@ -89,7 +93,7 @@ function nearness() {
   figure(own, null, (width) => Plot.plot({
     width, height: 44 + 34 * known.length, marginLeft: 96, marginRight: 52, marginBottom: 34,
     ariaLabel: what, style: {background: "transparent", fontSize: "13px"},
-    x: {label: null, grid: true, ticks: 4, nice: true, zero: true},
+    x: {label: null, grid: true, ticks: ticks(width - 148), nice: true, zero: true},
     y: {label: null, type: "band", domain: d3.range(known.length), tickSize: 0, tickFormat: (i) => tail(known[i].name, 12)},
     marks: [
       Plot.barX(known, {x: "error", y: (_, i) => i, fill: (row) => (row.result ? "var(--accent)" : "var(--second)"), rx: 3, insetTop: 3, insetBottom: 3}),
@@ -127,7 +131,10 @@ function architecture(parent) {
   }
   const tools = own.append("div").attr("class", "tools").attr("role", "toolbar").attr("aria-label", "Zoom");
   const box = own.append("div").attr("class", "box");
-  const {width, height} = graph(box.append("div").attr("class", "graph"));
+  const edges = drawn();
+  const all = d3.sum(data.layers, (layer) => layer.inputs.length);
+  if (edges.length < all) own.append("p").attr("class", "soft").text(`The ${d3.format(",")(all - edges.length)} longest of ${d3.format(",")(all)} edges are not drawn; the panel of a layer lists all.`);
+  const {width, height} = graph(box.append("div").attr("class", "graph"), edges);
   const canvas = box.select(".graph").style("width", width + "px").style("height", height + "px");
   let zoom = 1;
   const set = (next) => {
@@ -148,18 +155,30 @@ function architecture(parent) {
     event.preventDefault();
     set(zoom * Math.exp(-event.deltaY / 300));
   }, {passive: false});
-  requestAnimationFrame(() => set(fit()));
+  requestAnimationFrame(() => {
+    set(Math.max(fit(), 0.6)); // Smaller letters cannot be read.
+    const first = document.getElementById("node-0");
+    box.node().scrollLeft = zoom * (first.offsetLeft + first.offsetWidth / 2) - box.node().clientWidth / 2;
+  });
+}
+
+// The edges that are drawn: of every node the shortest, and others as long as there is room.
+function drawn() {
+  const shortest = data.layers.map((layer) => d3.max(layer.inputs));
+  const edges = data.layers.flatMap((layer, to) => layer.inputs.map((from) => ({from, to})));
+  let room = LONG;
+  return d3.sort(edges, (edge) => edge.to - edge.from).filter(({from, to}) => (room -= to - from) > 0 || from === shortest[to]);
 }
 
 // Lays the layers out, with a link for each, and draws which reads which.
-function graph(canvas) {
+function graph(canvas, edges) {
   const layout = new dagre.graphlib.Graph();
-  layout.setGraph({nodesep: 22, ranksep: 22, edgesep: 12, marginx: 14, marginy: 14, ranker: data.layers.length > 300 ? "longest-path" : "network-simplex"});
+  layout.setGraph({nodesep: 22, ranksep: 22, edgesep: 12, marginx: 14, marginy: 14});
   layout.setDefaultEdgeLabel(() => ({}));
   data.layers.forEach((layer, i) => {
     layout.setNode(String(i), {...(layer.parameters.length ? NODE : JOIN)});
-    for (const from of layer.inputs) layout.setEdge(String(from), String(i));
   });
+  for (const {from, to} of edges) layout.setEdge(String(from), String(to));
   dagre.layout(layout);
   const {width, height} = layout.graph();
   const line = d3.line((p) => p.x, (p) => p.y).curve(d3.curveMonotoneY);
@@ -231,7 +250,7 @@ function classes(parent) {
     c.size === c.merged ? d3.format(",")(c.size) : `${d3.format(",")(c.size)} → ${d3.format(",")(c.merged)}`,
     c.group, fixed(meanOf(c, "mean_before")), fixed(meanOf(c, "mean_after")),
   ]);
-  const caption = space ? `before and after: the mean similarity of a unit to the one in its place, by their ${space}, before and after matching` : "no similarities were computed";
+  const caption = space ? `The mean similarity of a unit and the one in its place, by their ${space}, before and after matching.` : "No similarities were computed.";
   const found = table(box, caption, head, rows);
   found.selectAll("tbody tr").attr("data-class", (_, i) => i)
     .on("mouseenter focusin", (_, row) => light(rows.indexOf(row))).on("mouseleave focusout", () => light(null));
@@ -259,7 +278,7 @@ function fits() {
     return Plot.plot({
       width, height: 50 + 19 * rows.length, marginLeft: left, marginTop: 26, marginRight: 24, ariaLabel: "Errors of layers before and after the fit",
       style: {background: "transparent", fontSize: "12px"},
-      x: {axis: "top", label: null, grid: true, zero: true, nice: true, ticks: Math.max(3, Math.round(width / 130))},
+      x: {axis: "top", label: null, grid: true, zero: true, nice: true, ticks: ticks(width - left)},
       y: {type: "band", label: null, tickSize: 0, domain: [...names.keys()], tickFormat: (i) => tail(names.get(i), letters)},
       marks: [
         Plot.link(rows, {x1: "before", x2: "after", y1: (r) => String(r.i), y2: (r) => String(r.i), stroke: "var(--second)", strokeWidth: 2}),
@@ -305,12 +324,12 @@ function costs() {
     (data.memory === null ? "." : `, and ${short(data.memory / 2 ** 30)} GiB of memory that the process had in use at most when the result was ready, with all that was loaded before.`));
   figure(own, null, (width) => Plot.plot({
     width, height: 40 + 25 * rows.length, marginLeft: 96, marginRight: 56, ariaLabel: "Seconds by stage", style: {background: "transparent", fontSize: "13px"},
-    x: {label: null, grid: true, ticks: 5, zero: true}, y: {label: null, domain: rows.map((row) => row.stage), tickSize: 0},
+    x: {label: null, grid: true, ticks: ticks(width - 152), zero: true}, y: {label: null, domain: rows.map((row) => row.stage), tickSize: 0},
     marks: [
       Plot.barX(rows, {x: "seconds", y: "stage", fill: "var(--second)", rx: 3, insetTop: 3, insetBottom: 3}),
       Plot.text(rows, {x: "seconds", y: "stage", text: (row) => `${short(row.seconds)} s`, textAnchor: "start", dx: 6}),
     ],
-  }));
+  }));  return own;
 }
 
 function pinned() {
@@ -391,7 +410,7 @@ function similarity(s) {
   const some = k < s.size ? `${k} of ${d3.format(",")(s.size)} units, evenly spaced` : `all ${k} units`;
   panel.append("p").attr("class", "soft").text(`Similarity of ${some}. On average a unit and the one in its place are alike by ${fixed(s.mean_before)} before and ${fixed(s.mean_after)} after matching.`);
   const pair = panel.append("div").attr("class", "pair");
-  const ramp = () => d3.interpolateRgbBasis(dark() ? ["#ff9d6c", "#7a4630", "#20242b", "#2c5f94", "#9fd0ff"] : ["#a63603", "#f0a36b", "#f6f6f4", "#6aa5d8", "#08407d"]);
+  const ramp = () => d3.interpolateRgbBasis(dark() ? ["#ffb38a", "#a0542f", "#20242b", "#20242b", "#2f6ead", "#b3dbff"] : ["#a63603", "#f0a36b", "#f8f8f6", "#f8f8f6", "#6aa5d8", "#08407d"]);
   for (const [title, key] of [["as they are", "before"], ["matched", "after"]]) {
     const own = pair.append("div");
     own.append("h4").text(title);
@@ -521,7 +540,6 @@ const explorer = main.append("div").attr("class", "explorer");
 architecture(explorer);
 classes(explorer);
 fits();
-costs();
 pinned();
 missing();
 theme();
