@@ -26,6 +26,9 @@ from fxmerge.reporting import made_with, report
 LIBRARIES = {"d3": "d3.min.js", "plot": "plot.umd.min.js", "dagre": "dagre.min.js"}
 """The libraries that draw, each with its licence beside it: `licence-d3.txt`."""
 
+SCRIPTS = ("shared.js", "graph.js", "panel.js", "sections.js", "page.js")
+"""What is drawn, in the order in which it runs."""
+
 
 @dataclass(frozen=True, eq=False)
 class Page(PageValues):
@@ -37,16 +40,15 @@ class Page(PageValues):
 
     def to_html(self) -> str:
         """The page as one HTML file: no script, style or picture is loaded from elsewhere."""
-        scripts = {name: _static(f"vendor/{file}") for name, file in LIBRARIES.items()}
-        scripts["page"] = _static("page.js")
-        hashes = [b64encode(sha256(text.encode()).digest()).decode() for text in scripts.values()]
+        scripts = [_static(name) for name in (*(f"vendor/{file}" for file in LIBRARIES.values()), *SCRIPTS)]
+        hashes = [b64encode(sha256(text.encode()).digest()).decode() for text in scripts]
         licences = "\n\n".join(_static(f"vendor/licence-{name}.txt") for name in LIBRARIES)
         data = json.dumps(self.to_dict(), allow_nan=False, separators=(",", ":"))
         return Template(_static("page.html")).substitute(
-            scripts,
             title=escape(self.title),
             policy=" ".join(f"'sha256-{own}'" for own in hashes),
             style=_static("page.css"),
+            scripts="\n".join(f"<script>{text}</script>" for text in scripts),
             licences=escape(licences),
             # No text inside may end the element, whatever layers and files are called.
             data=data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"),
