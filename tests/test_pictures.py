@@ -130,6 +130,19 @@ def test_every_verb_has_a_page(made: str) -> None:
         }
 
 
+def test_classes_that_are_mixed_have_no_similarities() -> None:
+    def net(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    merged = fxmerge.merge(net(0), net(1), [x], fxmerge.Recipe(match=fxmerge.Align(continuous=True)))
+    data, bases = fxmerge.page(merged).to_dict(), fxmerge.report(merged).bases
+    assert bases and {c["name"]: c["basis"] for c in data["classes"] if c["basis"]} == bases
+    assert {c["name"] for c in data["classes"] if not c["similarities"]} == set(bases)
+    assert "matched by a change of basis" in data["missing"][0]
+
+
 # -------------------------------------------------------------------------- the graph of layers
 
 
