@@ -19,7 +19,7 @@ from fxmerge.errors import OptionError
 from fxmerge.job import Job, prepare, readable_again
 from fxmerge.program.models import evaluating
 from fxmerge.program.run import Inputs
-from fxmerge.recipe import Recipe, Run
+from fxmerge.recipe import Align, Recipe, Run
 from fxmerge.validate import Model
 
 DISTANCE = "distance to the ensemble, as a share of its variance"
@@ -83,7 +83,7 @@ def interpolate(
         a: the network at 0.
         b: the network at 1, of the same architecture.
         loader: data, as for `merge`; labels are not used.
-        recipe: how to match, as for `align`.
+        recipe: how to match, as for `align`; by permutations only.
         points: how many networks to measure on each line, both parents included.
         score: how good a network is, such as its accuracy on validation data, in place of the distance to the ensemble.
         inputs: as for `merge`.
@@ -112,10 +112,15 @@ def interpolate(
         )
     if score is not None and not callable(score):
         raise OptionError(f"score is {score!r}; it must be a function that takes a network and gives a number.")
+    if recipe is not None and isinstance(recipe.match, Align) and recipe.match.continuous:
+        raise OptionError(
+            "Align.continuous is set, and a change of basis leaves no line to the first network as it is: pass "
+            "Align(continuous=False), which moves whole units."
+        )
+    _, run = validate.check_recipe(None, run)
     validate.check_loader(loader)
     began = time.perf_counter()
     loader = readable_again(loader)
-    run = run or Run()
     aligned = align(b, a, loader, recipe, inputs=inputs, run=run)
     job = prepare((a, b), loader, run, inputs=inputs)
     in_units_of_a = {name: tensor for name, tensor in aligned.state_dict().items() if name in job.states[1]}

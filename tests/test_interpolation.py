@@ -65,6 +65,8 @@ def test_what_does_not_fit_is_refused() -> None:
             fxmerge.interpolate(a, b, X, points=points)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"score is 3; it must be a function"):
         fxmerge.interpolate(a, b, X, score=3)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"Align.continuous is set, and a change of basis leaves no line"):
+        fxmerge.interpolate(a, b, X, fxmerge.Recipe(match=fxmerge.Align(continuous=True)))
     with pytest.raises(LoaderError):
         fxmerge.interpolate(a, b, [])
     with pytest.raises(ArchitectureMismatchError):

@@ -233,9 +233,11 @@ def test_a_page_is_saved_whole_or_refused_in_a_sentence(merged: fx.GraphModule, 
         page.save(tmp_path / "no" / "report.html")
 
 
-def test_networks_of_others_have_no_page(merged: fx.GraphModule) -> None:
+def test_networks_of_others_and_wrong_names_are_refused(merged: fx.GraphModule) -> None:
     with pytest.raises(OptionError, match="has no report"):
         fxmerge.page(fx.symbolic_trace(nn.Linear(2, 2)))
+    with pytest.raises(OptionError, match="models has 1 names, and there are 2: model A, model B"):
+        fxmerge.page(merged, models=["a"])
     copied = fx.GraphModule(merged, merged.graph)
     copied.meta = merged.meta
     with pytest.raises(OptionError, match=r"It is not known what the GraphModule was made with: .* no copy of it"):

@@ -64,7 +64,7 @@ def line_of(result: Result, points: int | None) -> Interpolation | None:
     if points is None:
         return None
     (a, b), match = (network.model for network in result.networks), result.plan.recipe.match
-    recipe = Recipe(match=match) if isinstance(match, Align) and match.continuous != "auto" else None
+    recipe = Recipe(match=match) if isinstance(match, Align) and not match.continuous else None
     try:
         return fxmerge.interpolate(a, b, result.data[0], recipe, points=points, run=result.plan.run)
     except ArchitectureMismatchError as error:

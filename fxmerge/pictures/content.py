@@ -117,7 +117,7 @@ def _missing(page: PageValues) -> list[str]:
             "The distance to the ensemble was not measured. It is, where there are data and layers are fitted."
         )
     if not page.similarities:
-        found.append("There are no similarities of units: none of two models were matched.")
+        found.append("There are no similarities of units: no units of two models were matched one by one.")
     elif report.bases:
         found.append(
             "There are no similarities of classes that were matched by a change of basis: their units are mixed."

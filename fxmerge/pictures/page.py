@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from fxmerge.errors import OutputError
+from fxmerge.errors import OptionError, OutputError
 from fxmerge.interpolation import Interpolation
 from fxmerge.pictures.content import content
 from fxmerge.pictures.layers import layers_of
@@ -86,7 +86,8 @@ def page(
         line: networks on the line between the parents, as `interpolate` measures them.
 
     Raises:
-        OptionError: if fxmerge did not make the network, or it was copied or unpickled.
+        OptionError: if fxmerge did not make the network, or it was copied or unpickled, or there are too many or too
+            few names.
 
     Example:
         >>> import torch, fxmerge
@@ -99,6 +100,8 @@ def page(
         >>> fxmerge.page(merged).save("report.html")  # doctest: +SKIP
     """
     told, made = report(merged), made_with(merged)
+    if models and len(models) != len(made.names):
+        raise OptionError(f"models has {len(models)} names, and there are {len(made.names)}: {', '.join(made.names)}.")
     called = dict(zip(made.names, models or made.names, strict=True))
     tensors = merged.state_dict(keep_vars=True)
     return Page(

@@ -56,8 +56,7 @@ function classes(parent) {
     {text: ""}, {text: "class", kind: "name"}, {text: "units", kind: "number"}, {text: "group", kind: "wide"},
     {text: "before", kind: "number"}, {text: "after", kind: "number"},
   ];
-  const box = own.append("div").attr("class", "classes scroll").attr("tabindex", 0).attr("role", "region").attr("aria-label", "Classes of units");
-  box.style("max-height", "none");
+  const box = own.append("div").attr("class", "classes").attr("tabindex", 0).attr("role", "region").attr("aria-label", "Classes of units");
   const rows = data.classes.map((c, i) => [
     (td) => colour(td.append("span").attr("class", "tag"), i).text(c.letter),
     (td) => td.append("a").attr("href", `#class-${i}`).text(c.name),
