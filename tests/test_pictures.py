@@ -123,6 +123,9 @@ def test_every_verb_has_a_page(made: str) -> None:
     )
     data = page.to_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert any("head of its own" in text for text in data["missing"]) == (made in ("trunk", "nothing"))
+    titles = {"fold": "How near to the model", "trunk": "How near to the models"}
+    assert (data["nearness"] or {"title": None})["title"] == titles.get(made)
     assert {p["name"] for layer in data["layers"] for p in layer["parameters"]} == set(result.state_dict())
     if made == "fold":
         assert {c["name"]: c["merged"] for c in data["classes"]} == {

@@ -82,10 +82,12 @@ def _facts(page: PageValues) -> list[tuple[str, str]]:
     for space in ("weights", "activations"):
         values = [own[space] for each in report.quality for own in each.values() if space in own]
         if values:
-            facts.append((f"matched units are alike in {space}", f"{sum(values) / len(values):.2f} on average"))
+            facts.append(
+                (f"match in {space}", f"{sum(values) / len(values):.2f}, the mean similarity of matched units")
+            )
     if report.widths:
         before, after = (sum(pair[i] for pair in report.widths.values()) for i in (0, 1))
-        facts.append(("units of classes of another width", f"{after:,}, from {before:,}"))
+        facts.append(("units of other widths", f"{after:,}, from {before:,}"))
     if report.layers or report.left:
         facts.append(("layers fitted", f"{len(report.layers)}, {len(report.left)} parameters were not"))
     if report.verification_error is not None:
@@ -106,7 +108,8 @@ def _nearness(report: Report, models: Sequence[str]) -> dict[str, Any] | None:
             {"name": names[int(number)], "error": error, "result": False}
             for number, error in report.errors["models"].items()
         ]
-    return {"what": report.distance, "rows": rows}
+    to = "model" if report.models == 1 else "models" if report.heads else "ensemble"
+    return {"title": f"How near to the {to}", "what": report.distance, "rows": rows}
 
 
 def _missing(page: PageValues) -> list[str]:
@@ -124,7 +127,9 @@ def _missing(page: PageValues) -> list[str]:
         )
     if not report.layers:
         found.append("No layer was fitted, so there are no errors of layers.")
-    if page.line is None and report.models > 1:
+    if report.heads:
+        found.append("There is no line between the parents, since each has a head of its own.")
+    elif page.line is None and report.models > 1:
         found.append(
             "Networks on the line between the parents were not measured. fxmerge.interpolate does that in Python, and "
             "--line 9 on the command line."

@@ -11,11 +11,10 @@ function summary() {
   }
   const two = main.append("div").attr("class", "two");
   const own = section("What was made");
-  const right = [data.nearness && nearness(), data.line && between()].filter(Boolean);
-  const left = right.length ? [own, costs()] : [own];
-  for (const sections of [left, right.length ? right : [costs()]]) {
+  const near = data.nearness && nearness(), line = data.line && between(), cost = costs();
+  for (const sections of line ? [[own, cost], [near, line]] : [[own], [near, cost]]) {
     const column = two.append("div").attr("class", "column");
-    for (const one of sections) column.append(() => one.node());
+    for (const one of sections.filter(Boolean)) column.append(() => one.node());
   }
   const list = own.append("dl").attr("class", "facts");
   for (const [name, text] of data.facts) {
@@ -25,8 +24,8 @@ function summary() {
 }
 
 function nearness() {
-  const {what, rows} = data.nearness;
-  const own = section(rows.length > 1 ? "How near to the ensemble" : "How near to the model");
+  const {title, what, rows} = data.nearness;
+  const own = section(title);
   own.append("p").attr("class", "soft").text(what[0].toUpperCase() + what.slice(1) + ". Shorter is nearer.");
   const known = rows.filter((row) => row.error !== null);
   figure(own, null, (width) => Plot.plot({
