@@ -25,9 +25,10 @@ from fxmerge.notices import (
     warn_of_nearer_parent,
     warn_of_no_scores,
 )
-from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered
+from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered, sampled
 from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
+from fxmerge.progress import peak_memory
 from fxmerge.recipe import AUTO, NOTHING, Align, Average, Budget, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import Made, attach, named_errors, report, widths_of
@@ -190,6 +191,7 @@ def _merged(
     matching = match(group, recipe, run, states, [job.names[i] for i in order], reference)
     with job.timed("combining"):
         aligned = [matching.alignment.apply(state, m) for m, state in enumerate(states)]
+    similarities = sampled(group, matching, states, aligned, [job.names[i] for i in order])
     counts = weights if base is not None else [weights[i] for i in order]
     confined = aligned if truncation is None else [truncation.project(own) for own in aligned]
     state = combine(group, recipe, matching.merged, confined, counts, order)
@@ -241,7 +243,8 @@ def _merged(
         errors=named_errors(refitted.errors),
         held_out=refitted.held_out,
     )
-    attach(told, merged, Made(group.whole, replace(matching.units, maps=tuple(own for own, _ in maps))))
+    units = replace(matching.units, maps=tuple(own for own, _ in maps))
+    attach(told, merged, Made(group.whole, units, similarities, tuple(job.names), peak_memory()))
     return merged
 
 
@@ -255,7 +258,7 @@ def _side_by_side(group: Prepared, recipe: Recipe, weights: Sequence[float]) -> 
         weights=tuple(weights),
         heads=tuple(asdict(head) for head in job.heads),
     )
-    attach(told, merged, Made(group.whole, None))
+    attach(told, merged, Made(group.whole, None, (), tuple(job.names), peak_memory()))
     return merged
 
 
@@ -384,7 +387,8 @@ def align(
         quality=renumbered(matching.quality, ()),
         objective=(*group.objectives, *matching.objectives),
     )
-    attach(told, aligned, Made(group.whole, matching.alignment))
+    similarities = sampled(group, matching, job.states, (job.states[0], state), job.names)
+    attach(told, aligned, Made(group.whole, matching.alignment, similarities, tuple(job.names), peak_memory()))
     return aligned
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge import validate
+from fxmerge import html, validate
 from fxmerge.combine.average import average
 from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.emit.bake import bake
@@ -91,14 +91,24 @@ class Comparison:
         return min(rows, key=lambda row: error_of(row.distance)).name
 
     def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self._lines, strict=True)]
+        table = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in self._lines]
+        return "\n".join("  ".join(line).rstrip() for line in table)
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        head, *lines = self._lines
+        return html.table("distance to the ensemble, as a share of its variance", head, lines)
+
+    @property
+    def _lines(self) -> list[tuple[str, ...]]:
+        """The headings, and the cells of every row; without the scores if there are none."""
         scored = any(row.score is not None for row in self.rows)
         lines = [("network", "distance", "score")]
         for row in self.rows:
             within = "" if math.isnan(row.error) else f" ± {row.error:.3f}"
             lines.append((row.name, f"{row.distance:.4f}{within}", "-" if row.score is None else f"{row.score:.3f}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(3)]
-        table = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-        return "\n".join("  ".join(line[: 3 if scored else 2]).rstrip() for line in table)
+        return [line[: 3 if scored else 2] for line in lines]
 
 
 ENSEMBLE = "ensemble"
@@ -185,29 +195,29 @@ def compare(
     if data is not None:
         for j, name in enumerate(readouts):
             rows[name] = bake(job.program, _with_readout(job, data, j, shares, run))
-    rows[PLAIN] = _plain_average(job, shares, data)
+    rows[PLAIN] = plain_average(job, shares, data)
     rows |= {name: _placed(network, run) for name, network in networks.items()}
-    distances = _Distances()
+    distances = Distances()
     with ExitStack() as stack:
         for network in [*parents, *rows.values()]:
             stack.enter_context(evaluating(network))
         for args, kwargs in job.data.batches("comparing"):
             if job.heads:
-                means = [own for j, parent in enumerate(parents) for own in _outputs(parent, args, kwargs, j)]
-                given = [_outputs(network, args, kwargs) for network in rows.values()]
+                means = [own for j, parent in enumerate(parents) for own in outputs_of(parent, args, kwargs, j)]
+                given = [outputs_of(network, args, kwargs) for network in rows.values()]
             else:
-                given = [_outputs(network, args, kwargs) for network in rows.values()]
+                given = [outputs_of(network, args, kwargs) for network in rows.values()]
                 each = zip(*given[:shown], strict=True)
                 means = [reduce(torch.add, (s * v for s, v in zip(shares, own, strict=True))) for own in each]
             for name, own in zip(rows, given, strict=True):
                 _check_shapes(name, own, means)
             distances.add(given, means)
         scored = [
-            Row(name, *distances.of(i), None if score is None else _score(score, network, name))
+            Row(name, *distances.of(i), None if score is None else checked_score(score, network, name))
             for i, (name, network) in enumerate(rows.items())
         ]
         ensemble = _Heads(parents) if job.heads else _Ensemble(parents, shares)
-        together = None if score is None else _score(score, ensemble, ENSEMBLE)
+        together = None if score is None else checked_score(score, ensemble, ENSEMBLE)
     at = shown + len(readouts)
     return Comparison((*scored[:at], Row(ENSEMBLE, 0.0, 0.0, together), *scored[at:]), rows)
 
@@ -230,7 +240,7 @@ def _with_readout(job: Job, data: Data, number: int, shares: Sequence[float], ru
     ).state
 
 
-def _plain_average(job: Job, shares: Sequence[float], data: Data | None) -> fx.GraphModule:
+def plain_average(job: Job, shares: Sequence[float], data: Data | None) -> fx.GraphModule:
     """The mean of all parameters, nothing matched; BatchNorm statistics are those of calibration data if given."""
     statistics = batch_norm_statistics(job.program)
     special = {name: [float(j == number) for j in range(len(shares))] for name, number in job.owner.items()}
@@ -293,7 +303,7 @@ def _placed(network: nn.Module, run: Run) -> nn.Module:
     return network if run.device is None else copied(network).to(run.device)
 
 
-def _outputs(network: nn.Module, args: Any, kwargs: Mapping[str, Any], head: int | None = None) -> list[Tensor]:
+def outputs_of(network: nn.Module, args: Any, kwargs: Mapping[str, Any], head: int | None = None) -> list[Tensor]:
     """The floating-point outputs of a network, or of one of its heads."""
     outputs = run_model(network, args, kwargs)
     open_outputs(network, outputs)
@@ -305,7 +315,7 @@ def _outputs(network: nn.Module, args: Any, kwargs: Mapping[str, Any], head: int
     ]
 
 
-def _score(score: Score, network: nn.Module, name: str) -> float:
+def checked_score(score: Score, network: nn.Module, name: str) -> float:
     """The score of a network, without gradients.
 
     Raises:
@@ -321,7 +331,7 @@ def _score(score: Score, network: nn.Module, name: str) -> float:
         ) from error
 
 
-class _Distances:
+class Distances:
     """Sums over batches from which follow the distances of several networks, and their standard errors."""
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fxmerge.evidence.activations import Pair
@@ -51,14 +52,19 @@ CORRELATIONS = Form(_save_correlations, _load_correlations)
 
 
 def _save_matching(found: Matching) -> Kept:
+    both = {f"{n} {m} {i}": own for (n, m), pair in found.correlations.items() for i, own in enumerate(pair)}
     plain = {name: own.to_json() if isinstance(own, UnitMap) else own for name, own in vars(found).items()}
-    return Kept({}, plain)
+    del plain["correlations"]
+    return Kept({name: torch.from_numpy(own) for name, own in both.items()}, plain)
 
 
 def _load_matching(kept: Kept) -> Matching:
     own = dict(kept.plain)
     own |= {name: UnitMap.from_json(own[name]) for name in ("alignment", "merged")}
     own |= {name: tuple(own[name]) for name in ("quality", "zip_objective")}
+    shown = {name: tensor.numpy() for name, tensor in kept.tensors.items()}
+    pairs = {(int(n), int(m)) for n, m, _ in map(str.split, shown)}
+    own["correlations"] = {(n, m): (shown[f"{n} {m} 0"], shown[f"{n} {m} 1"]) for n, m in sorted(pairs)}
     return Matching(**own | {"objectives": tuple(map(tuple, own["objectives"]))})
 
 

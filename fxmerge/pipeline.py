@@ -14,6 +14,8 @@ from fxmerge.combine.batch_norm import batch_norm_statistics, batches_seen, by_b
 from fxmerge.combine.masks import voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
+from fxmerge.evidence import weights as by_weights
+from fxmerge.evidence.sampled import Matrix, Sample, SampledSimilarity, units_kept
 from fxmerge.job import Job
 from fxmerge.keeping import MATCHING, changed
 from fxmerge.matching.models import Correlations, Matching, as_they_are, match_models, pairs_to_correlate
@@ -73,25 +75,75 @@ def match(
             group.trunk, states, names, pairs, part.similarity, checks_statistics=True, until="matching"
         )
     part = part if job.data is not None else replace(part, alpha=1.0)
+    search = partial(
+        match_models,
+        group.trunk,
+        group.flow,
+        states,
+        correlations,
+        part,
+        reference,
+        one_to_one=group.one_to_one,
+        room=room,
+        seed=run.seed,
+        progress=run.progress,
+    )
+
+    def matched() -> Matching:
+        found = search()
+        return replace(found, correlations=_correlated(group, found, correlations))
+
     with job.timed("matching"):
-        search = partial(
-            match_models,
-            group.trunk,
-            group.flow,
-            states,
-            correlations,
-            part,
-            reference,
-            one_to_one=group.one_to_one,
-            room=room,
-            seed=run.seed,
-            progress=run.progress,
-        )
-        found = job.stages.remember("matching", search, MATCHING)
+        found = job.stages.remember("matching", matched, MATCHING)
     layout = group.symmetry.layout
     return replace(
         found, alignment=replace(found.alignment, layout=layout), merged=replace(found.merged, layout=layout)
     )
+
+
+def _correlated(
+    group: Prepared, matching: Matching, correlations: Correlations
+) -> dict[tuple[int, int], tuple[Matrix, Matrix]]:
+    """The similarities of activations that are kept, before and after the alignment."""
+    home, found = matching.reference, {}
+    for (n, m), sample in _samples(group, matching).items():
+        if n in correlations:
+            pair = correlations[n][min(home, m), max(home, m)]
+            found[n, m] = sample.of_correlations(pair if home < m else pair.T)
+    return found
+
+
+def _samples(group: Prepared, matching: Matching) -> dict[tuple[int, int], Sample]:
+    """For every class that was matched unit by unit, and every model but the reference, the units that are kept."""
+    symmetry, maps, home = group.symmetry, matching.alignment.maps, matching.reference
+    numbers = [n for n in symmetry.choices if symmetry.names[n] not in group.bases]
+    others = [m for m in range(len(maps)) if m != home]
+    count = units_kept(len(numbers), len(others))
+    return {(n, m): Sample.of(maps[home][n], maps[m][n], count) for n in numbers for m in others}
+
+
+def sampled(
+    group: Prepared,
+    matching: Matching,
+    states: Sequence[Mapping[str, Tensor]],
+    aligned: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+) -> tuple[SampledSimilarity, ...]:
+    """How alike some units of every class are before and after the alignment: in their activations where these were
+    compared, else in their weights. Nothing if units were not matched."""
+    if not matching.quality:
+        return ()
+    slices, home, found = by_weights.slices(group.trunk), matching.reference, []
+    with group.job.timed("matching"):
+        for (n, m), sample in _samples(group, matching).items():
+            known = matching.correlations.get((n, m))
+            space = "weights" if known is None else "activations"
+            if known is None and slices[n]:
+                known = sample.of_weights(slices[n], aligned[home], states[m], aligned[m])
+            if known is not None:
+                size, name = group.symmetry.units[n].size, group.symmetry.names[n]
+                found.append(SampledSimilarity(name, names[home], names[m], space, size, sample.units, *known))
+    return tuple(found)
 
 
 def combine(

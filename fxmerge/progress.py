@@ -1,8 +1,9 @@
-"""What is logged of long work: its progress, for who sees no progress bar, and what was warned of meanwhile."""
+"""What is logged of long work: its progress, for who sees no progress bar, and what was warned of; and its memory."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,3 +61,13 @@ def warnings_logged() -> Iterator[list[logging.LogRecord]]:
         yield found
     finally:
         root.removeHandler(handler)
+
+
+def peak_memory() -> int | None:
+    """Bytes of memory that this process had in use at most so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Not on Windows.
+        return None
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else 1024 * found

@@ -19,6 +19,10 @@ from fxmerge.errors import OutputError as OutputError
 from fxmerge.errors import PermutationError as PermutationError
 from fxmerge.errors import SpecError as SpecError
 from fxmerge.errors import UnitMapError as UnitMapError
+from fxmerge.interpolation import Interpolation as Interpolation
+from fxmerge.interpolation import interpolate as interpolate
+from fxmerge.pictures.page import Page as Page
+from fxmerge.pictures.page import page as page
 from fxmerge.program.capture import capture as capture
 from fxmerge.recipe import Align as Align
 from fxmerge.recipe import Average as Average

@@ -9,7 +9,9 @@ from weakref import WeakKeyDictionary
 
 from torch import fx, nn
 
+from fxmerge import html
 from fxmerge.errors import OptionError
+from fxmerge.evidence.sampled import SampledSimilarity
 from fxmerge.recipe import NOTHING
 from fxmerge.refitting.output_error import OutputErrors
 from fxmerge.symmetry.group import Symmetry
@@ -30,10 +32,16 @@ class Made:
     Attributes:
         symmetry: of the models, verified unless the run says otherwise.
         units: where the units of the models went; None where networks stand side by side.
+        similarities: how alike some units of every class are, before and after they were matched.
+        names: what the models are called, a base first.
+        peak_memory: bytes of memory that the process had in use at most until then; None where that is not known.
     """
 
     symmetry: Symmetry
     units: UnitMap | None
+    similarities: tuple[SampledSimilarity, ...] = ()
+    names: tuple[str, ...] = ()
+    peak_memory: int | None = None
 
 
 _MADE: WeakKeyDictionary[fx.GraphModule, Made] = WeakKeyDictionary()
@@ -47,9 +55,19 @@ def attach(report: Report, module: fx.GraphModule, made: Made) -> None:
     setattr(module, PICKLED, module.meta[KEY])
 
 
-def made_with(module: fx.GraphModule) -> Made:
-    """The values that a network was made with."""
-    return _MADE[module]
+def made_with(module: nn.Module) -> Made:
+    """The values that a network was made with.
+
+    Raises:
+        OptionError: if fxmerge did not make the network, or it was copied or unpickled.
+    """
+    found = _MADE.get(module) if isinstance(module, fx.GraphModule) else None
+    if found is None:
+        raise OptionError(
+            f"It is not known what the {type(module).__name__} was made with: pass what merge, merge_many, fold or "
+            "align returned, in the same process, and no copy of it."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -118,9 +136,8 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        kind = "folded" if self.models == 1 else "aligned" if self.recipe is None else "merged"
         models = "1 model" if self.models == 1 else f"{self.models} models"
-        lines = [f"{models}, {kind}; captured by {self.route}"]
+        lines = [f"{models}, {self.kind}; captured by {self.route}"]
         if self.heads:
             names = ", ".join(repr(head["name"]) for head in self.heads)
             nothing = self.recipe is not None and self.recipe.get("share") == NOTHING
@@ -139,17 +156,44 @@ class Report:
             lines.append(f"{len(self.widths)} classes of another width, with {after} units in place of {before}")
         if self.errors:
             models = ", ".join(f"{error:.3g}" for error in self.errors["models"].values())
-            where = "held-out data" if self.held_out else "the data of the fit"
-            what = "each model's own outputs, as a share of their" if self.heads else "the ensemble, as a share of its"
-            what, name = ("the model, as a share of its outputs'", "folded") if self.models == 1 else (what, "merged")
+            name = "folded" if self.models == 1 else "merged"
             lines.append(
-                f"distance to {what} variance, on {where}: "
+                f"{self.distance}: "
                 f"{name} {self.errors['merged']:.3g}{f', models {models}' if models and self.models > 1 else ''}"
             )
         if self.demoted:
             lines.append(f"failed verification: {', '.join(self.demoted)}")
         lines.append("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in self.seconds.items()))
         return "\n".join(lines)
+
+    @property
+    def kind(self) -> str:
+        """What was done: "merged", "aligned" or "folded"."""
+        return "folded" if self.models == 1 else "aligned" if self.recipe is None else "merged"
+
+    @property
+    def distance(self) -> str:
+        """What the numbers of `errors` are."""
+        where = "held-out data" if self.held_out else "the data of the fit"
+        what = "each model's own outputs, as a share of their" if self.heads else "the ensemble, as a share of its"
+        what = "the model, as a share of its outputs'" if self.models == 1 else what
+        return f"distance to {what} variance, on {where}"
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks, with a table of the fitted layers that a reader opens."""
+        text = html.lines(str(self))
+        if self.layers:
+            rows = [
+                (name, *(f"{own[key]:.3g}" if key in own else "-" for key in ("before", "after", "held_out")))
+                for name, own in self.layers.items()
+            ]
+            head = ("layer", "before", "after", "held out")
+            inner = html.table("squared errors, as shares of the squares of the targets", head, rows)
+            text += html.folded(f"{len(self.layers)} fitted layers", inner)
+        if self.left:
+            inner = html.table("parameters that were not fitted", ("parameter", "why"), list(self.left.items()))
+            text += html.folded(f"{len(self.left)} parameters not fitted", inner)
+        return text
 
 
 def report(module: nn.Module) -> Report:

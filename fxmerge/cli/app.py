@@ -54,6 +54,7 @@ def _run(verb: str, context: click.Context) -> None:
 @click.option("--name", multiple=True, metavar="NAME", help="name of a head, one for each model")
 @options.width("units, as a multiple of those of one model")
 @click.option("--base", metavar="PATH", help="for task vectors: what all models were fine-tuned from")
+@click.option("--line", type=click.IntRange(2), metavar="N", help="measure N networks between the two, for report.html")
 @options.planned
 @click.pass_context
 def merge(context: click.Context, /, **_: Any) -> None:

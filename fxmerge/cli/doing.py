@@ -12,8 +12,9 @@ import fxmerge
 from fxmerge import calibration, io, sources
 from fxmerge.cli.console import Found, say, show, show_json, table
 from fxmerge.cli.options import PLANS
-from fxmerge.errors import OptionError
+from fxmerge.errors import ArchitectureMismatchError, OptionError
 from fxmerge.inspection import inspect
+from fxmerge.interpolation import Interpolation
 from fxmerge.networks import Network
 from fxmerge.output import reading
 from fxmerge.output.target import stages_of, target
@@ -22,9 +23,10 @@ from fxmerge.plan import Plan, from_yaml
 from fxmerge.plan.checking import Check, check
 from fxmerge.plan.estimate import Estimate
 from fxmerge.plan.parts import Data, settings
-from fxmerge.plan.running import build_of, execute, opened, whole
+from fxmerge.plan.running import Result, build_of, execute, opened, whole
 from fxmerge.plan.wording import worded
 from fxmerge.progress import timed
+from fxmerge.recipe import Align, Recipe
 from fxmerge.reporting import Report
 from fxmerge.symmetry.group import Symmetry
 
@@ -39,6 +41,8 @@ def run(plan: Plan, context: click.Context) -> None:
         return
     if plan.output is None:
         raise click.UsageError("--out is missing: name the directory to write.", context)
+    if given.get("line") is not None and not (len(plan.models) == 2 and len(plan.data) == 1):
+        raise click.UsageError("--line goes between two models, on one --data: give these, or leave it out.", context)
     checkpoints = opened(plan, allow_pickle=given["allow_pickle"])
     read = [path for one in checkpoints for path in one.files]
     with target(plan.output.path, force=given["force"], inputs=read, resume=given["resume"]) as place:
@@ -47,7 +51,7 @@ def run(plan: Plan, context: click.Context) -> None:
             for note in network.checkpoint.notes:
                 say(f"{network.checkpoint.path}: {note}", "dim")
         with timed(logger, {}, "writing"):
-            written = write(result, place)
+            written = write(result, place, line_of(result, given.get("line")))
         summary = reading.summary_of(place)
     if given["json"]:
         show_json({"out": plan.output.path, **summary})
@@ -60,6 +64,19 @@ def run(plan: Plan, context: click.Context) -> None:
     show(f"\n{plan.output.path} is written. README.md in it is the model card. To load it, from inside of it:")
     for code in written.loads.values():
         show(f"  {code}")
+
+
+def line_of(result: Result, points: int | None) -> Interpolation | None:
+    """Networks on the line between the two models of a result, if that was asked for and they are equal all through."""
+    if points is None:
+        return None
+    (a, b), match = (network.model for network in result.networks), result.plan.recipe.match
+    recipe = Recipe(match=match) if isinstance(match, Align) and not match.continuous else None
+    try:
+        return fxmerge.interpolate(a, b, result.data[0], recipe, points=points, run=result.plan.run)
+    except ArchitectureMismatchError as error:
+        say(f"warning: no networks on the line between the models were measured: {error}", "yellow")
+        return None
 
 
 # -------------------------------------------------------------------------- check

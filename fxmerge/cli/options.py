@@ -26,6 +26,7 @@ WITH_A_PLAN = {
     "resume",
     "allow_pickle",
     "dry_run",
+    "line",
     "json",
     "verbose",
 }

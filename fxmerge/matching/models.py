@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, combinations_with_replacement
 
 import torch
 from torch import Tensor
 
 from fxmerge.evidence.activations import Pair, whole
+from fxmerge.evidence.sampled import Matrix
 from fxmerge.matching.allot import Allotment
 from fxmerge.matching.room import Room
 from fxmerge.matching.search import match
@@ -39,6 +40,8 @@ class Matching:
         objectives: the objectives of the alignment, at the start and after every accepted step.
         zip_objective: the same of the zip; empty without one.
         within: by zipped class, how many merged units have several members of one model.
+        correlations: for classes and models by number, the similarities of the activations of some units to those of
+            the reference, before and after the alignment.
     """
 
     alignment: UnitMap
@@ -48,6 +51,7 @@ class Matching:
     objectives: tuple[tuple[float, ...], ...]
     zip_objective: tuple[float, ...]
     within: Mapping[str, int]
+    correlations: Mapping[tuple[int, int], tuple[Matrix, Matrix]] = field(default_factory=dict, repr=False)
 
     @property
     def units(self) -> UnitMap:

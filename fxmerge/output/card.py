@@ -21,6 +21,7 @@ DONE = {
 FILES = """## Files
 
 - `recipe.yaml`: all of this, for `fxmerge merge recipe.yaml`.
+- `report.html`: the same with pictures, for a browser.
 - `report.json`: every number.
 - `symmetry.json`: which units of the architecture may move.
 - `units.json`: where the units of each model went.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,13 @@ from torch import fx
 import fxmerge
 from fxmerge import io
 from fxmerge.api import head
+from fxmerge.interpolation import Interpolation
 from fxmerge.io.writing import told
 from fxmerge.networks import Network
 from fxmerge.output import exported, library
 from fxmerge.output.card import card
+from fxmerge.pictures.content import finite
+from fxmerge.pictures.page import page
 from fxmerge.plan import to_yaml
 from fxmerge.plan.running import Result, checksum
 from fxmerge.recipe import Recipe
@@ -42,8 +44,13 @@ class Written:
     reasons: Mapping[str, str]
 
 
-def write(result: Result, place: Path) -> Written:
+def write(result: Result, place: Path, line: Interpolation | None = None) -> Written:
     """Writes a result into an empty directory.
+
+    Arguments:
+        result: what was done.
+        place: the directory.
+        line: networks between its models, for the page of the report.
 
     Raises:
         OutputError: if a file cannot be written.
@@ -65,8 +72,9 @@ def write(result: Result, place: Path) -> Written:
         output = plan.output and replace(plan.output, path=str(Path(plan.output.path).absolute()))
         (place / "recipe.yaml").write_text(to_yaml(replace(plan, recipe=recipe, output=output)), encoding="utf-8")
         written = Written(weights.loads, weights.reasons)
-        text = json.dumps(_finite(_summary(result, written)), indent=2, default=str) + "\n"
+        text = json.dumps(finite(_summary(result, written)), indent=2, default=str) + "\n"
         (place / "report.json").write_text(text, encoding="utf-8")
+        (place / "report.html").write_text(_page(result, written, line), encoding="utf-8")
         (place / "README.md").write_text(card(result, own, written.loads, written.reasons), encoding="utf-8")
         files = sorted(path for path in place.rglob("*") if path.is_file())
         lines = [f"{checksum(path)}  {path.relative_to(place).as_posix()}\n" for path in files]
@@ -131,10 +139,15 @@ def _summary(result: Result, written: Written) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """Plain data in which numbers that JSON does not have are null."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(own) for key, own in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(own) for own in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _page(result: Result, written: Written, line: Interpolation | None) -> str:
+    """The page of the report, with the models called as their files are."""
+    files = [*([] if result.plan.base is None else [result.plan.base]), *result.plan.models]
+    names = [Path(file.path).name for file in files]
+    names = [name if names.count(name) == 1 else str(Path(file.path)) for name, file in zip(names, files, strict=True)]
+    facts = [("architecture", arch) for arch in dict.fromkeys(network.arch for network in result.networks)]
+    facts += [("data", found.note) for found in result.data]
+    facts += [("to load it" if name == "." else name, code) for name, code in written.loads.items()]
+    facts.append(("fxmerge", fxmerge.__version__))
+    warnings = [*result.warnings, *(f"{what} was not written: {why}." for what, why in written.reasons.items())]
+    title = " + ".join(Path(name).name for name in names[-len(result.plan.models) :])
+    return page(result.module, title=title, models=names, warnings=warnings, facts=facts, line=line).to_html()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxmerge import html
 from fxmerge.symmetry.base import ClassAxis, EquivalenceClass, Group
 from fxmerge.symmetry.structure import combinations
 from fxmerge.units.kind import Kind
@@ -14,23 +15,61 @@ def describe(symmetry: Group) -> str:
     """The report that `str(symmetry)` gives."""
     movable, pinned = symmetry.classes[: len(symmetry.units)], symmetry.classes[len(symmetry.units) :]
     shapes = {a.parameter: a.shape for a in symmetry.layout}
-    letters = [_letters(n) for n in range(len(movable))]
     lines = []
-    for n, (letter, c, unit) in enumerate(zip(letters, movable, symmetry.units, strict=True)):
-        count, each = combinations(unit)
-        inside = [letters[p] for p, _ in unit.parents] + ["fixed"] * bool(unit.fixed.any())
-        moves = f"{each}!" + (f"^{count}" if count > 1 else "") if each > 1 else "moves with " + " and ".join(inside)
-        moves += _group(c, *symmetry.by_block(n).shape)
+    for n, c in enumerate(movable):
+        inside = within(symmetry, n)
         where = f" in {' x '.join(inside)}" if inside else ""
-        pattern = letter if not inside else f"({' '.join([*inside, *([letter] if each > 1 else [])])})"
+        pattern = _unit(symmetry, n)
         axes = [_pattern(axis, shapes[axis.parameter], pattern) for axis in c.axes[:SHOWN]]
         more = [f"... ({len(c.axes)} axes)"] if len(c.axes) > SHOWN else []
-        lines.append(f"{letter}: {c.size} units{where}, {moves} | {', '.join(axes + more) or 'blocks of other units'}")
+        listed = ", ".join(axes + more) or "blocks of other units"
+        lines.append(f"{letters(n)}: {c.size} units{where}, {moves(symmetry, n)} | {listed}")
     lines += [f"pinned: {c.name}, {c.size} indices: {c.why}" for c in pinned]
-    lines += [f"no rule: {op} ({count}x)" for op, count in symmetry.unknown.items()]
-    lines += [f"probed: {op} ({count}x)" for op, count in symmetry.probed.items()]
-    lines += [f"demoted: {name} failed verification" for name in symmetry.demoted]
-    return "\n".join(lines)
+    return "\n".join(lines + notes(symmetry))
+
+
+def notes(symmetry: Group) -> list[str]:
+    """A line for every op without a rule, and for every demoted class."""
+    return [
+        *(f"no rule: {op} ({count}x)" for op, count in symmetry.unknown.items()),
+        *(f"probed: {op} ({count}x)" for op, count in symmetry.probed.items()),
+        *(f"demoted: {name} failed verification" for name in symmetry.demoted),
+    ]
+
+
+def tables(symmetry: Group) -> str:
+    """The same in HTML, for notebooks: a table of the classes, and one of the pinned axes that a reader opens."""
+    movable, pinned = symmetry.classes[: len(symmetry.units)], symmetry.classes[len(symmetry.units) :]
+    rows = [
+        (letters(n), c.name, c.size, " x ".join(within(symmetry, n)) or "-", moves(symmetry, n), len(c.axes))
+        for n, c in enumerate(movable)
+    ]
+    text = html.table(f"{len(movable)} classes of units", ("", "class", "units", "inside of", "group", "axes"), rows)
+    if pinned:
+        stuck = [(c.name, c.size, c.why) for c in pinned]
+        inner = html.table("pinned axes", ("axis", "indices", "why"), stuck)
+        text += html.folded(f"{len(pinned)} pinned axes", inner)
+    return text + "".join(map(html.lines, notes(symmetry)))
+
+
+def within(symmetry: Group, number: int) -> list[str]:
+    """The letters of the classes in which a class is nested, and "fixed" if it is held at fixed positions too."""
+    unit = symmetry.units[number]
+    return [letters(p) for p, _ in unit.parents] + ["fixed"] * bool(unit.fixed.any())
+
+
+def moves(symmetry: Group, number: int) -> str:
+    """How the units of a class may move: "3!^2" for all permutations of three units, in each of two blocks."""
+    count, each = combinations(symmetry.units[number])
+    own = f"{each}!" + (f"^{count}" if count > 1 else "")
+    own = own if each > 1 else "moves with " + " and ".join(within(symmetry, number))
+    return own + _group(symmetry.classes[number], *symmetry.by_block(number).shape)
+
+
+def _unit(symmetry: Group, number: int) -> str:
+    """A unit as in `weight(_ a)`, or `weight(_ (a b))` if it is nested in another."""
+    inside, (_, each) = within(symmetry, number), combinations(symmetry.units[number])
+    return letters(number) if not inside else f"({' '.join([*inside, *([letters(number)] if each > 1 else [])])})"
 
 
 def _group(c: EquivalenceClass, count: int, each: int) -> str:
@@ -49,6 +88,6 @@ def _pattern(axis: ClassAxis, shape: tuple[int, ...], pattern: str) -> str:
     return f"{axis.parameter}({dims}){span}"
 
 
-def _letters(n: int) -> str:
+def letters(n: int) -> str:
     """a to z, then aa, ab, and so on."""
-    return (_letters(n // 26 - 1) if n >= 26 else "") + chr(ord("a") + n % 26)
+    return (letters(n // 26 - 1) if n >= 26 else "") + chr(ord("a") + n % 26)

@@ -19,7 +19,7 @@ from fxmerge.symmetry.base import EquivalenceClass as EquivalenceClass
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.classes import Resolution, resolve
 from fxmerge.symmetry.contracted import Role
-from fxmerge.symmetry.describe import describe
+from fxmerge.symmetry.describe import describe, tables
 from fxmerge.symmetry.kinds import find_kinds, is_uniform, not_turned
 from fxmerge.symmetry.outputs import FreeOutput, free_leaves, free_outputs, paths_of
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
@@ -38,6 +38,10 @@ class Symmetry(Group):
 
     def __str__(self) -> str:
         return describe(self)
+
+    def _repr_html_(self) -> str:
+        """The same as tables, for notebooks."""
+        return tables(self)
 
     def verify(
         self,

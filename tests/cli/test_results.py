@@ -23,7 +23,16 @@ from tests.cli.conftest import Call
 ARCH = ("--arch", "tests.files:mlp")
 DATA = ("--data", "tests.files:batches")
 
-FILES = {"README.md", "SHA256SUMS", "recipe.yaml", "report.json", "symmetry.json", "units.json", "model.safetensors"}
+FILES = {
+    "README.md",
+    "SHA256SUMS",
+    "recipe.yaml",
+    "report.html",
+    "report.json",
+    "symmetry.json",
+    "units.json",
+    "model.safetensors",
+}
 
 
 def names(folder: Path) -> set[str]:
@@ -91,6 +100,61 @@ def test_what_the_card_says_loads_the_networks(
     x = files.batches()[0]
     for whole, name in zip(names["network"](x), ("head_x", "head_y"), strict=True):
         assert torch.equal(whole, names[name](x))
+
+
+def page_of(folder: Path) -> dict[str, Any]:
+    """The data in the page of a result."""
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
+    return found
+
+
+def test_a_page_shows_the_result_with_the_names_of_the_files(
+    call: Call, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    call("merge", *pair, *ARCH, *DATA, "--out", tmp_path / "merged")
+    data, summary = page_of(tmp_path / "merged"), json.loads((tmp_path / "merged" / "report.json").read_text())
+    assert data["title"] == "a.safetensors + b.safetensors" and data["warnings"] == summary["warnings"]
+    assert [row["name"] for row in data["nearness"]["rows"]] == ["merged", "a.safetensors", "b.safetensors"]
+    assert data["nearness"]["rows"][0]["error"] == summary["report"]["errors"]["merged"]
+    facts = dict(map(tuple, data["facts"]))
+    assert facts["architecture"] == "tests.files:mlp" and facts["data"] == summary["data"][0]
+    assert facts["to load it"] == summary["loads"]["."] and data["line"] is None
+
+
+def test_the_page_of_a_merge_without_data_begins_with_its_warnings(call: Call, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for name in ("a", "b"):
+        model = files.unsettled()[0]
+        model[1].running_mean.normal_()
+        (tmp_path / name).mkdir()
+        io.save(model.state_dict(), tmp_path / name / "model.safetensors")
+    models = [tmp_path / name / "model.safetensors" for name in ("a", "b")]
+    code, _, _ = call("merge", *models, "--arch", "tests.files:unsettled", "--out", tmp_path / "merged")
+    data = page_of(tmp_path / "merged")
+    assert code == 0 and any("normalize by running statistics" in text for text in data["warnings"])
+    assert dict(map(tuple, data["facts"]))["models"] == ", ".join(map(str, models))  # Their names alone are equal.
+
+
+def test_networks_on_the_line_are_measured_on_request(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    code, _, _ = call("merge", *pair, *ARCH, *DATA, "--line", 3, "--out", tmp_path / "merged")
+    line = page_of(tmp_path / "merged")["line"]
+    expected = fxmerge.interpolate(model_of(pair[0]), model_of(pair[1]), files.batches(), points=3)
+    assert code == 0 and line["fractions"] == [0, 0.5, 1]
+    assert line["before"] == pytest.approx(expected.before) and line["after"] == pytest.approx(expected.after)
+
+
+def test_a_line_needs_two_networks_that_are_equal_and_data(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "merged")
+    for models, data in [((*pair, pair[0]), DATA), (pair, ())]:
+        code, _, err = call("merge", *models, *ARCH, *data, "--line", 3, *out)
+        assert code == 2 and "--line goes between two models, on one --data" in err
+    assert not (tmp_path / "merged").exists()
+    other = files.weights(tmp_path / "c.safetensors", 2, num_classes=5)
+    sets = ("--set-b", "num_classes=5")
+    code, _, err = call("merge", pair[0], other, *ARCH, *sets, *DATA, "--line", 3, *out)
+    assert code == 0 and "no networks on the line between the models were measured" in err
+    assert page_of(tmp_path / "merged")["line"] is None
 
 
 def test_an_archive_runs_without_fxmerge(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:
