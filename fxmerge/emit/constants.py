@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from torch import fx
 
 from fxmerge.program.forms import bind
 from fxmerge.symmetry.rules import elementwise, find_rule
-
-if TYPE_CHECKING:
-    from fxmerge.emit.sizes import Sizes
 
 FILLED = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 """Ops that fill a tensor of a written size with one value."""
@@ -24,6 +21,19 @@ _SPLIT = ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"
 _DROPPED = ("select", "unbind")
 _RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """How many gates a recurrence has."""
+
+
+class Sizes(Protocol):
+    """The sizes of values with merged units, as `fxmerge.emit.sizes.Sizes` has them."""
+
+    def size(self, node: fx.Node, dim: int) -> int | None:
+        """The new size of a dimension; None if it stays."""
+
+    def shape(self, node: fx.Node) -> Sequence[int]:
+        """The shape of a node's value before."""
+
+    def cannot(self, node: fx.Node, why: str) -> Exception:
+        """The error for a node."""
 
 
 def needed(node: fx.Node, sizes: Sizes) -> dict[int, int]:

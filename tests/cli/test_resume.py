@@ -28,8 +28,8 @@ DATA = ("--data", "tests.files:batches")
 DEEP = ("--arch", "tests.files:deep", *DATA)
 MOMENTS = 20
 
-NOT_COMPARED = ("report.json", "SHA256SUMS")
-"""The report has times, and the checksums are of it too."""
+NOT_COMPARED = ("report.json", "report.html", "SHA256SUMS")
+"""The report and its page have times, and the checksums are of them too."""
 
 Start = Callable[..., BaseProcess]
 
@@ -83,7 +83,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def without_times(value: Any) -> Any:
     """The report without its times."""
     if isinstance(value, dict):
-        return {key: without_times(own) for key, own in value.items() if key != "seconds"}
+        return {key: without_times(own) for key, own in value.items() if key not in ("seconds", "memory")}
     return [without_times(own) for own in value] if isinstance(value, list) else value
 
 
@@ -93,6 +93,9 @@ def same(out: Path, expected: Path) -> None:
     assert set(found) == set(wanted) and {"recipe.yaml", "README.md", "symmetry.json"} <= set(found)
     assert [name for name in found if found[name] != wanted[name]] == []
     reports = [json.loads((folder / "report.json").read_text()) for folder in (out, expected)]
+    pages = [(folder / "report.html").read_text().partition('id="data">')[2] for folder in (out, expected)]
+    shown = [without_times(json.loads(page.partition("</script>")[0])) for page in pages]
+    assert shown[0] == shown[1]
     assert without_times(reports[0]) == without_times(reports[1])
     assert (
         reports[0].keys() == reports[1].keys()
