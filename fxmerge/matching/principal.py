@@ -175,10 +175,10 @@ def joint_directions(products: Mapping[Pair, Tensor], weights: Sequence[float], 
     """For every model, the matrix that takes its units into those directions of the units of all models side by side in
     which most of their activations is left.
 
-    If V_i are the rows of model i of the first eigenvectors V of all products, and w_i is its weight, then the matrix is
-    V_iᵀ / √w_i. The weighted mean of all models, each after its matrix, is what the projection of all units, each times
-    √w_i, onto V leaves of them. So a direction that two models share becomes one of the merged network, and a direction
-    that one model has alone may keep one for itself. Directions in which activations are small are left out.
+    Let V_i be the rows of model i in the first eigenvectors V of all products, and w_i its weight. Then the matrix is
+    V_iᵀ / √w_i, and the weighted mean of all models, each after its matrix, is the projection onto V of all units, each
+    times √w_i. So a direction that two models share becomes one direction of the merged network, and a direction that
+    one model has alone may keep one for itself. Directions in which activations are small are left out.
     Where all models agree, these are orthogonal matrices. This is the zip of ZipIt! (arXiv 2305.03053) with directions
     in place of units.
 
