@@ -181,7 +181,7 @@ def _merged(
     job = with_stages(job, "fold" if len(models) == 1 else "merge", recipe, run, symmetry)
     if of_scores(recipe):
         check_scores(job)
-    group, recipe = with_fewer_kv_heads(with_directions(job, recipe, run, symmetry, reference), recipe, run)
+    group, recipe = with_fewer_kv_heads(with_directions(job, recipe, run, symmetry, reference, weights), recipe, run)
     job, truncation = group.job, group.truncation
     if recipe.share == NOTHING:
         return _side_by_side(group, recipe, weights)
@@ -193,11 +193,11 @@ def _merged(
         aligned = [matching.alignment.apply(state, m) for m, state in enumerate(states)]
     similarities = sampled(group, matching, states, aligned, [job.names[i] for i in order])
     counts = weights if base is not None else [weights[i] for i in order]
-    confined = aligned if truncation is None else [truncation.project(own) for own in aligned]
+    confined = [group.projections[i].project(aligned[m]) for m, i in enumerate(order)] if group.projections else aligned
     state = combine(group, recipe, matching.merged, confined, counts, order)
     program = sized(group, matching.merged, state)
     refitted = Refitted(state, {}, {}, {}, held_out=False)
-    settled = truncation is None and nothing_lost(group, program, matching.merged, state)
+    settled = not group.projections and nothing_lost(group, program, matching.merged, state)
     if not settled and job.heads and isinstance(recipe.match, Zip) and recipe.match.width == len(models):
         # As many units as all models have are to lose nothing.
         logger.info("some units are of all models, or an op goes over them: the models stand side by side instead")

@@ -217,7 +217,7 @@ def fit(
     with job.timed("fitting"):
         program = written_out(group.propagation.program)
         same = program is group.propagation.program
-        plain = not units.moving and group.truncation is None
+        plain = not units.moving and not group.projections
         found = group.propagation if same or plain else propagate(program)
         into = into if same and units.resized else resized(group, program, found, units, start)
         refitted = refit(
@@ -226,7 +226,7 @@ def fit(
             start,
             _lessons(job, weights, part.own, order),
             parents_program=program,
-            teachers=_teachers(group, found, units, states) if units.moving or group.truncation is not None else None,
+            teachers=None if plain else _teachers(group, found, units, states, order),
             only_last=isinstance(part, Readout),
             repair=isinstance(part, Repair),
             scores=of_scores(recipe),
@@ -253,20 +253,23 @@ def _lessons(job: Job, weights: Sequence[float], own: float, order: Sequence[int
 
 
 def _teachers(
-    group: Prepared, found: Propagation, units: UnitMap, states: Sequence[Mapping[str, Tensor]]
+    group: Prepared,
+    found: Propagation,
+    units: UnitMap,
+    states: Sequence[Mapping[str, Tensor]],
+    order: Sequence[int],
 ) -> list[Teacher]:
     """The models as the layers of a network with merged units learn from them."""
     classes, along = classes_along(found, group.symmetry), units_along(found, group.symmetry)
-    truncation, confined = group.truncation, None
-    if truncation is not None:
-        confined = Confined(
-            classes_along(found, truncation.symmetry), units_along(found, truncation.symmetry), truncation
-        )
-    given = [
-        units.produce(state if truncation is None else truncation.project(state, produced_only=True), m)
-        for m, state in enumerate(states)
-    ]
-    return [Teacher(*own, Places(classes, along, units, m, confined)) for m, own in enumerate(given)]
+    teachers = []
+    for m, state in enumerate(states):
+        confined, given = None, state
+        if group.projections:
+            own = group.projections[order[m]]
+            confined = Confined(classes_along(found, own.symmetry), units_along(found, own.symmetry), own)
+            given = own.project(state, produced_only=True)
+        teachers.append(Teacher(*units.produce(given, m), Places(classes, along, units, m, confined)))
+    return teachers
 
 
 def _agreed(group: Prepared, units: UnitMap, states: Sequence[Mapping[str, Tensor]]) -> frozenset[str]:

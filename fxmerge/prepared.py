@@ -27,7 +27,7 @@ from fxmerge.shared import staying, without_shared
 from fxmerge.symmetry.flow import Flow, flows, never_merged
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagate import Axis, Propagation
-from fxmerge.symmetry.truncation import Truncation
+from fxmerge.symmetry.truncation import Projection, Truncation
 from fxmerge.symmetry.units import Ids
 
 
@@ -47,6 +47,7 @@ class Prepared:
         objectives: of the search for these bases, for every model but one, at the start and after every step.
         unfrozen: the symmetry with these classes in it, and the blocks that they lie in; None where there are none.
         truncation: the directions of these that are left, where the result is to have fewer units of them.
+        projections: for every model, how their units go into those of the result, where that loses some directions.
         joined: for classes of which it is settled what is merged, the unit in whose place each unit goes.
         settled: the numbers of the classes of which nothing else is merged, since these are tied to them.
         repeats: the model as a graph in which these are read through repeats, if there are any.
@@ -63,6 +64,7 @@ class Prepared:
     objectives: tuple[tuple[float, ...], ...] = ()
     unfrozen: Symmetry | None = None
     truncation: Truncation | None = None
+    projections: tuple[Projection, ...] = ()
     joined: Mapping[int, Ids] = field(default_factory=dict)
     settled: frozenset[int] = frozenset()
     repeats: fx.GraphModule | None = None

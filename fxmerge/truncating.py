@@ -13,6 +13,7 @@ from fxmerge.bases import in_one_basis, mixing, transformed, with_gains_moved
 from fxmerge.emit.proof import outputs
 from fxmerge.errors import OptionError
 from fxmerge.job import Job
+from fxmerge.joining import joined
 from fxmerge.keeping import changed
 from fxmerge.kv_heads import names_kv_heads
 from fxmerge.matching.balance import balance
@@ -42,12 +43,14 @@ MIXED = (Kind.CENTRED, Kind.ORTHOGONAL, Kind.GENERAL_LINEAR)
 """The kinds of classes of which directions may be left out."""
 
 
-def with_directions(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, reference: int | None) -> Prepared:
+def with_directions(
+    job: Job, recipe: Recipe, run: Run, given: Symmetry | None, reference: int | None, weights: Sequence[float]
+) -> Prepared:
     """The models of a job and their symmetry. If the recipe takes changes of basis, several models come in one basis.
     If it asks for fewer units of classes that may be mixed, all come in the basis in which the directions of these are
     in the order of how much they count, and the first are to be left.
 
-    Arguments are those of `in_one_basis`.
+    Arguments are those of `in_one_basis`, and how much each model counts.
 
     Raises:
         OptionError: if the recipe names a class of which there cannot be fewer units.
@@ -58,7 +61,8 @@ def with_directions(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, 
     narrow = width is not None and not isinstance(width, Budget) and not names_kv_heads(width)
     if len(job.states) > 1:
         group = in_one_basis(job, recipe, run, given, reference)
-        return truncated(group, recipe, run) if narrow and group.unfrozen is not None else group
+        group = truncated(group, recipe, run) if narrow and group.unfrozen is not None else group
+        return joined(group, recipe, weights) if isinstance(part, Zip) and group.truncation is None else group
     if narrow:
         group = Prepared.of(with_gains_moved(job), recipe, run, given, continuous=True)
         found = truncated(replace(group, unfrozen=group.symmetry), recipe, run)
@@ -106,7 +110,7 @@ def truncated(group: Prepared, recipe: Recipe, run: Run) -> Prepared:
         asked = Truncation(symmetry, consumed, blocks, _scaled(group, symmetry, blocks))
         found, reasons = _possible(turned, asked, run)
         if not reasons:
-            return replace(turned, truncation=found)
+            return replace(turned, truncation=found, projections=(found.projection,) * len(turned.job.states))
         if named and len(group.job.states) > 1:  # In one basis, their units cannot be merged either.
             raise OptionError(f"Zip.width cannot be had for {reasons[0]} Leave these at 1.")
         # The others stay in their own basis, in which their units may be merged.
@@ -215,7 +219,7 @@ def _possible(group: Prepared, truncation: Truncation, run: Run) -> tuple[Trunca
 def _same(group: Prepared, truncation: Truncation) -> bool:
     """Whether the network with fewer units is the one that is confined to some directions of them, in float64."""
     job = group.job
-    state = truncation.project({name: in_double(tensor) for name, tensor in job.states[0].items()})
+    state = truncation.projection.project({name: in_double(tensor) for name, tensor in job.states[0].items()})
     small, units = _reduced(truncation, UnitMap.still(1), state)
     narrow = {name: tensor.to(job.states[0][name].dtype) for name, tensor in small.items()}
     into = resized(_with_bases(group), job.program, group.propagation, units, narrow)

@@ -36,7 +36,7 @@ def planted(model: nn.Module, args: Any) -> tuple[nn.Module, dict[str, float]]:
         for n in range(len(symmetry.units))
         if symmetry.kind(n) in MIXED and all(len(own.axis.dims) == 1 for own in symmetry.mixed[n])
     }
-    state = Truncation(symmetry, consumed, left).project(model.state_dict())
+    state = Truncation(symmetry, consumed, left).projection.project(model.state_dict())
     model.load_state_dict(symmetry.sample_basis(torch.Generator().manual_seed(0)).apply(state))
     return model, {symmetry.names[n]: width / symmetry.by_block(n).shape[1] for n, width in left.items()}
 

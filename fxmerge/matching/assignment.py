@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
@@ -51,10 +53,9 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
                 if parent in tree:
                     lifted = lift(_members(symmetry, n, parent), gain[n], symmetry.kind(n))
                     gain[parent] = gain[parent] + lifted if parent in gain else lifted
-    members = set(tree)
 
     def choose(n: int, units: Ids, places: Ids) -> Ids:
-        if n not in members or n not in gain or units.shape[1] == 1 or symmetry.kind(n) > Kind.PERMUTATION:
+        if n not in gain or units.shape[1] == 1 or symmetry.kind(n) > Kind.PERMUTATION:
             return places
         chosen = np.empty_like(places)
         for t in range(len(units)):
@@ -62,7 +63,10 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
             chosen[t, unit] = places[t]
         return chosen
 
-    return symmetry.build(choose).images
+    images = [np.arange(c.size) for c in symmetry.units]
+    for n in tree:
+        images[n] = symmetry.class_image(n, images, partial(choose, n))
+    return tuple(images)
 
 
 def _members(symmetry: Symmetry, number: int, parent: int) -> Ids:

@@ -1,4 +1,4 @@
-"""The basis of a class whose first directions count most."""
+"""The directions of a class that count most, in one network or in several."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fxmerge.evidence import weights
+from fxmerge.evidence import weights as parameters
+from fxmerge.evidence.activations import Pair
 from fxmerge.matching.balance import outer_products
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import Problem, floats
@@ -19,6 +20,10 @@ from fxmerge.units.kind import Kind
 
 NOTHING = 1e-12
 """A direction is in no use if it has less than this share of the squared weights of the strongest one."""
+
+AGREEMENT = 1e-3
+"""What counts for directions of several models that lie at one place, as a share of their mean square: it decides where
+activations do not."""
 
 Used = Mapping[int, Sequence[int]]
 """For every class, how many of the first directions of each block are in use. A class that keeps the mean has one
@@ -131,11 +136,11 @@ def principal_basis(
         used: the classes, and how many directions of each block are in use. These come first already; they are sorted.
         alpha: weight of the weight-space similarity, in [0, 1]: one for all classes, or one for each by its number.
     """
-    slices, still = weights.slices(symmetry), symmetry.identity().images
+    slices, still = parameters.slices(symmetry), symmetry.identity().images
     total: dict[int, Tensor] = {}
     for state, correlation in zip(states, correlations, strict=True):
         moved = floats(symmetry, state)
-        scales = {name: weights.scale(tensor, tensor) for name, tensor in moved.items()}
+        scales = {name: parameters.scale(tensor, tensor) for name, tensor in moved.items()}
         problem = Problem(symmetry, moved, moved, correlation, Mix.of(alpha, correlation), still, scales, slices)
         for n in used:
             scores = torch.from_numpy(problem.scores(n, slices[n]))
@@ -164,3 +169,48 @@ def _in_frame(turn: Tensor, frame: Tensor) -> Tensor:
     """A matrix that acts on vectors whose entries sum to zero, and leaves the mean."""
     whole: Tensor = frame @ turn @ frame.T + 1 / len(frame)
     return whole
+
+
+def joint_directions(products: Mapping[Pair, Tensor], weights: Sequence[float], kind: Kind) -> list[Tensor]:
+    """For every model, the matrix that takes its units into those directions of the units of all models side by side in
+    which most of their activations is left.
+
+    Let V_i be the rows of model i in the first eigenvectors V of all products, and w_i its weight. Then the matrix is
+    V_iᵀ / √w_i, and the weighted mean of all models, each after its matrix, is the projection onto V of all units, each
+    times √w_i. So a direction that two models share becomes one direction of the merged network, and a direction that
+    one model has alone may keep one for itself. Directions in which activations are small are left out.
+    Where all models agree, these are orthogonal matrices. This is the zip of ZipIt! (arXiv 2305.03053) with directions
+    in place of units.
+
+    Arguments:
+        products: for all pairs of models, the first of which has no larger number, the mean products of the
+            activations of all pairs of units.
+        weights: of the models, all above zero.
+        kind: of the class. What keeps the mean acts on the directions of `centred_frame`, and the mean is kept.
+
+    Returns:
+        Shape (units, units), float64, for every model. Their basis is that in which models change least on average.
+
+    Example:
+        >>> one, two = torch.diag(torch.tensor([4.0, 1.0])), torch.diag(torch.tensor([4.0, 0.0]))
+        >>> for matrix in joint_directions({(0, 0): one, (0, 1): two, (1, 1): two}, (0.5, 0.5), Kind.ORTHOGONAL):
+        ...     print([[round(float(x), 2) + 0 for x in row] for row in matrix])
+        [[1.0, 0.0], [0.0, 1.41]]
+        [[1.0, 0.0], [0.0, 0.0]]
+    """
+    count = len(weights)
+    size = len(products[0, 0])
+    frame = centred_frame(size) if kind == Kind.CENTRED else torch.eye(size, dtype=torch.float64)
+    roots = torch.tensor(weights, dtype=torch.float64).sqrt()
+    rows = []
+    for i in range(count):
+        own = [products[i, j] if i <= j else products[j, i].T for j in range(count)]
+        rows.append(torch.cat([frame.T @ x.to(frame) @ frame * roots[i] * roots[j] for j, x in enumerate(own)], 1))
+    whole = torch.cat(rows)
+    width = frame.shape[1]
+    agreeing = AGREEMENT * whole.trace() / width * torch.kron(torch.outer(roots, roots), torch.eye(width).to(whole))
+    first = torch.linalg.eigh((whole + whole.T) / 2 + agreeing)[1].flip(1)[:, :width]
+    parts = first.reshape(count, width, width)
+    u, _, vh = torch.linalg.svd((roots[:, None, None] * parts).sum(0))
+    found = [frame @ (u @ vh @ part.T / root) @ frame.T for part, root in zip(parts, roots, strict=True)]
+    return [matrix + 1 / size for matrix in found] if kind == Kind.CENTRED else found

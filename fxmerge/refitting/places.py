@@ -9,40 +9,40 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxmerge.symmetry.truncation import Truncation
+from fxmerge.symmetry.truncation import Projection
 from fxmerge.units.layout import Ids, value_layout
 from fxmerge.units.unit_map import UnitMap
 
 
 @dataclass(frozen=True, eq=False)
 class Confined:
-    """What is left of a parent's values where a network has only some directions of a class.
+    """A parent's values where the merged network has other directions of a class.
 
     Attributes:
-        classes, units: as for `Places`, but of all classes of the truncation.
-        truncation: the directions.
+        classes, units: as for `Places`, but of all classes of the projection.
+        projection: what the units of the parent become.
     """
 
     classes: Callable[[str, Collection[int]], set[int]]
     units: Callable[[str, int], tuple[Ids, Ids] | None]
-    truncation: Truncation
+    projection: Projection
     _known: dict[tuple[str, int], dict[int, Ids] | None] = field(default_factory=dict)
 
     def lies(self, node: str, dims: Collection[int]) -> bool:
         """Whether units of such classes lie along some dimensions of a node's value."""
-        return not self.classes(node, dims).isdisjoint(self.truncation.widths)
+        return not self.classes(node, dims).isdisjoint(self.projection.matrices)
 
     def known(self, node: str, dim: int) -> bool:
         """Whether it can be told which units lie along a dimension: of such classes alone, all of each as often."""
         return self._positions(node, dim) is not None
 
     def project(self, node: str, value: Tensor) -> Tensor:
-        """A node's value without the other directions."""
+        """A node's value in the new units."""
         for dim in range(value.ndim):
             places = self._positions(node, dim) or {}
             count = sum(where.size for where in places.values())
             for number, where in places.items():
-                matrix, index = self.truncation.projector(number).to(value), torch.from_numpy(where).to(value.device)
+                matrix, index = self.projection.matrices[number].to(value), torch.from_numpy(where).to(value.device)
                 parts = value.unflatten(dim, (-1, count))  # The units may repeat.
                 moved = parts.movedim(dim + 1, -1).clone()
                 moved[..., index] = torch.einsum("uv,...bvt->...but", matrix, moved[..., index])
@@ -63,7 +63,7 @@ class Confined:
         number, unit = found
         places: dict[int, Ids] = {}
         for n in np.unique(number).tolist():
-            blocks = self.truncation.symmetry.by_block(n) if n in self.truncation.widths else None
+            blocks = self.projection.symmetry.by_block(n) if n in self.projection.matrices else None
             if blocks is None:
                 return None
             at = np.flatnonzero(number == n)
@@ -85,7 +85,7 @@ class Places:
         units: tells the class and the unit at every position along a dimension, or None where that cannot be told.
         map: where the units of all models go.
         model: the number of the parent.
-        confined: what is left of classes of which the merged network has only some directions.
+        confined: how the units of classes are mixed of which the merged network has other directions.
     """
 
     classes: Callable[[str, Collection[int]], set[int]]

@@ -8,6 +8,7 @@ recorded in the unit graph, until nothing new follows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import networkx as nx
@@ -40,11 +41,13 @@ class UnitClass:
     fixed: Ids
     name: str = ""
 
-    @property
+    @cached_property
     def blocks(self) -> Ids:
         """For every unit, the number of the combination of parent units and fixed position that it is in."""
-        key = np.stack([*(at for _, at in self.parents), self.fixed], axis=1)
-        return np.unique(key, axis=0, return_inverse=True)[1].reshape(-1)
+        blocks: Ids = np.unique(self.fixed, return_inverse=True)[1]
+        for _, at in reversed(self.parents):
+            blocks = np.unique(at * (blocks.max(initial=0) + 1) + blocks, return_inverse=True)[1]
+        return blocks
 
 
 @dataclass(frozen=True)

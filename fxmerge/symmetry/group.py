@@ -24,7 +24,7 @@ from fxmerge.symmetry.kinds import find_kinds, is_uniform, not_turned
 from fxmerge.symmetry.outputs import FreeOutput, free_leaves, free_outputs, paths_of
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
 from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate
-from fxmerge.symmetry.units import Ids
+from fxmerge.symmetry.units import Ids, distinct
 from fxmerge.symmetry.verify import verify
 from fxmerge.units.layout import AxisLayout
 
@@ -179,7 +179,7 @@ def analyse(
 def _symmetry(found: Propagation, resolution: Resolution, program: Program, outputs: Iterable[FreeOutput]) -> Symmetry:
     """The classes that a walk found, as they lie on parameters."""
     shapes = {name: tuple(tensor.shape) for name, tensor in program.parameters.items()}
-    raw = {axis: np.unique(units.ids) for axis, units in found.axes.items()}
+    raw = {axis: distinct(units.ids) for axis, units in found.axes.items()}
     # A symmetry outlives the unit graph, so units are counted anew along each axis.
     classes = tuple(
         replace(c, roles=tuple(Role(r.axis, np.searchsorted(raw[r.axis], r.raw)) for r in c.roles))

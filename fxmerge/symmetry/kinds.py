@@ -115,7 +115,7 @@ class _Sight:
                 own = np.full(symmetry.units[shown].size, -1)
                 own[view] = np.arange(len(view))[:, None]
                 self.views[shown].append((owner, own))
-        self._known: dict[tuple[object, ...], tuple[tuple[Column, ...], frozenset[int]]] = {}
+        self._known: dict[tuple[object, ...], tuple[list[Column], tuple[int, ...]]] = {}
 
     def of(self, labels: Labels) -> Seen:
         columns: list[Column] = []
@@ -126,26 +126,31 @@ class _Sight:
             depends |= along
         return Seen(labels.shape, tuple(columns), frozenset(depends), labels.uniform)
 
-    def _column(self, column: Tensor) -> tuple[tuple[Column, ...], frozenset[int]]:
+    def _column(self, column: Tensor) -> tuple[list[Column], set[int]]:
         """The units of every class that a column shows, and the dimensions along which it differs."""
-        key = column.data_ptr(), column.shape, column.stride()
-        if key not in self._known:
-            dims = support(column)
-            raw = core(column, dims).numpy()
-            number, place = self.number[raw], self.place[raw]
-            along, _ = _shrunk(dims, np.where(number < 0, -1 - raw, number * (int(place.max()) + 1) + place))
-            shown: dict[int, Ids] = {}
-            for n in np.flatnonzero(np.bincount(number[number >= 0])).tolist():
-                here = number == n
-                for owner, own in self.views[n]:
-                    shown.setdefault(owner, np.full(raw.shape, -1))[here] = own[place[here]]
-            self._known[key] = tuple(_column(owner, dims, ids, raw) for owner, ids in shown.items()), frozenset(along)
-        return self._known[key]
+        dims = support(column)
+        raw = core(column, dims).numpy()
+        key = raw.shape, raw.tobytes()
+        if key not in self._known:  # The same units lie on many tensors, along one dimension or another.
+            self._known[key] = self._shown(raw)
+        columns, along = self._known[key]
+        return [replace(c, dims=tuple(dims[i] for i in c.dims)) for c in columns], {dims[i] for i in along}
+
+    def _shown(self, raw: Ids) -> tuple[list[Column], tuple[int, ...]]:
+        """The columns of the classes that units of the walk show, and the dimensions along which these units differ."""
+        number, place = self.number[raw], self.place[raw]
+        along, _ = _shrunk(np.where(number < 0, -1 - raw, number * (int(place.max()) + 1) + place))
+        shown: dict[int, Ids] = {}
+        for n in np.flatnonzero(np.bincount(number[number >= 0])).tolist():
+            here = number == n
+            for owner, own in self.views[n]:
+                shown.setdefault(owner, np.full(raw.shape, -1))[here] = own[place[here]]
+        return [_column(owner, ids, raw) for owner, ids in shown.items()], along
 
 
-def _column(number: int, dims: tuple[int, ...], ids: Ids, raw: Ids) -> Column:
-    kept, shrunk = _shrunk(dims, ids)
-    sizes = [n if d in kept else 1 for d, n in zip(dims, ids.shape, strict=True)]
+def _column(number: int, ids: Ids, raw: Ids) -> Column:
+    kept, shrunk = _shrunk(ids)
+    sizes = [n if d in kept else 1 for d, n in enumerate(ids.shape)]
     place = np.broadcast_to(np.arange(shrunk.size).reshape(sizes), ids.shape)
     return Column(number, kept, shrunk, _pairs(place[ids >= 0], raw[ids >= 0]))
 
@@ -164,11 +169,10 @@ def _may_mix(symmetry: Group) -> list[int]:
     return [n for n in symmetry.choices if n in on_axes and n not in above]
 
 
-def _shrunk(dims: tuple[int, ...], ids: Ids) -> tuple[tuple[int, ...], Ids]:
+def _shrunk(ids: Ids) -> tuple[tuple[int, ...], Ids]:
     """The dimensions along which numbers differ, and the numbers along these."""
-    still = [bool((ids == ids.take([0], axis=i)).all()) for i in range(len(dims))]
-    at = tuple(0 if s else slice(None) for s in still)
-    return tuple(d for d, s in zip(dims, still, strict=True) if not s), ids[at]
+    kept = tuple(d for d in range(ids.ndim) if not (ids == ids.take([0], axis=d)).all())
+    return kept, ids[tuple(slice(None) if d in kept else 0 for d in range(ids.ndim))]
 
 
 @dataclass
@@ -297,7 +301,7 @@ class _Facts:
         for axis in self.symmetry.layout:
             for shown, slots in axis.roles:
                 if shown in views and axis.parameter not in self.scaling[number]:
-                    raw = np.unique(found.axes[axis.parameter, axis.dim].ids)
+                    raw = distinct(found.axes[axis.parameter, axis.dim].ids)
                     ids = raw[slots[views[shown]]][:, 0]
                     same, other = part[ids], part[ids + found.units.size]
                     if any((same == side).all() for side in sides):

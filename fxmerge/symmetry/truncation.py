@@ -1,4 +1,4 @@
-"""Fewer units of classes that may be mixed: a subspace of each, and a network in it."""
+"""Directions of classes that may be mixed: a network that is confined to some, and one that has fewer units."""
 
 from __future__ import annotations
 
@@ -13,6 +13,38 @@ from fxmerge.symmetry.group import Symmetry
 from fxmerge.units.basis import Mixed, centred_frame, mix, positions
 from fxmerge.units.kind import Kind
 from fxmerge.units.unit_map import Axis
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Matrices that take the units of some classes of a network to other ones, and may lose what other directions hold.
+
+    Attributes:
+        symmetry: the classes.
+        consumed: the parameter axes along which the network consumes units.
+        matrices: for some classes by number, shape (units, units) of one block, float64: row i gives the new unit i.
+            What consumes units is multiplied by the same matrix as what gives them.
+    """
+
+    symmetry: Symmetry
+    consumed: frozenset[Axis]
+    matrices: Mapping[int, Tensor]
+
+    def project(self, state: Mapping[str, Tensor], *, produced_only: bool = False) -> dict[str, Tensor]:
+        """A network of the same sizes that writes and reads the new units.
+
+        Arguments:
+            state: tensors by name, in the shapes that the symmetry was found for.
+            produced_only: whether what consumes units stays as it is: it reads the old ones.
+        """
+        moved = dict(state)
+        for number, matrix in self.matrices.items():
+            for own in self.symmetry.mixed[number]:
+                name = own.axis.parameter
+                if not (produced_only and (name, own.axis.dim) in self.consumed):
+                    moved[name] = mix(moved[name], own, matrix)
+                    moved |= dict.fromkeys(own.axis.aliases, moved[name])
+        return moved
 
 
 @dataclass(frozen=True)
@@ -33,31 +65,17 @@ class Truncation:
     widths: Mapping[int, int]
     scaled: frozenset[int] = frozenset()
 
-    def projector(self, number: int) -> Tensor:
-        """The projector onto the directions of a class that are left: shape (units, units) of one block, float64."""
-        return self._projectors[number]
-
-    def project(self, state: Mapping[str, Tensor], *, produced_only: bool = False) -> dict[str, Tensor]:
-        """A network of the same sizes in which nothing is written or read along the other directions.
-
-        Arguments:
-            state: tensors by name, in the shapes that the symmetry was found for.
-            produced_only: whether what consumes units stays as it is: it reads all directions.
-        """
-        moved = dict(state)
-        for number in self.widths:
-            for own in self.symmetry.mixed[number]:
-                name = own.axis.parameter
-                if not (produced_only and (name, own.axis.dim) in self.consumed):
-                    moved[name] = mix(moved[name], own, self.projector(number))
-                    moved |= dict.fromkeys(own.axis.aliases, moved[name])
-        return moved
+    @cached_property
+    def projection(self) -> Projection:
+        """The projector onto the directions that are left: nothing is written or read along the others."""
+        matrices = {n: back @ fewer for n, (fewer, back) in self._matrices.items()}
+        return Projection(self.symmetry, self.consumed, matrices)
 
     def reduce(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The network with fewer units that computes what a projected one does.
 
         Arguments:
-            state: what `project` gave.
+            state: what `projection.project` gave.
         """
         moved, gone = dict(state), dict[str, dict[int, Tensor]]()
         for number, width in self.widths.items():
@@ -88,10 +106,6 @@ class Truncation:
         sizes = {n: self.symmetry.by_block(n).shape[1] for n in self.widths}
         kinds = {n: self.symmetry.kind(n) for n in self.widths}
         return {n: fewer_units(kinds[n], sizes[n], w, scaled=n in self.scaled) for n, w in self.widths.items()}
-
-    @cached_property
-    def _projectors(self) -> dict[int, Tensor]:
-        return {n: back @ fewer for n, (fewer, back) in self._matrices.items()}
 
     def _axes(self, number: int) -> Iterator[Mixed]:
         """Where a class lies on parameters, also where it is not mixed."""
