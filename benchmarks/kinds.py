@@ -6,7 +6,11 @@ initialisations (same). Every pair is merged by the default recipe, with `contin
 data is less. For the setting same, the loss is followed on the straight line from one parent to the other: a barrier
 is how far it rises above the line between both ends, at most.
 
-    python benchmarks/kinds.py [--short] [--networks NAME ...] [--seeds N] [--cache FOLDER] [--markdown FILE]
+    python benchmarks/kinds.py [--short] [--networks NAME ...] [--settings NAME ...] [--more] [--seeds N]
+                               [--cache FOLDER] [--markdown FILE]
+
+`--more` tries what else may help after changes of basis: outputs fitted as scores of classes, the mean of matched
+directions in place of principal directions, and more units.
 
 Needs the files of Debian's package dataset-fashion-mnist and `pip install -e '.[tasks]'`. Parents are trained once and
 kept in the cache folder.
@@ -27,10 +31,17 @@ from tasks_suite.methods import Pair, with_state_of
 from tasks_suite.suite import NETWORKS, PROBLEMS
 
 import fxmerge
-from fxmerge import Align, Recipe, Run, Zip
+from fxmerge import Align, LeastSquares, Recipe, Run, Zip
 
 TRANSFORMERS = ("gpt", "llama", "vit-fused", "vit-separate", "mixer")
 SETTINGS = ("disjoint", "same")
+MORE = {
+    "scores of classes": Recipe(match=Zip(continuous=True), fit=LeastSquares(outputs="logits")),
+    "matched directions": Recipe(match=Align(continuous=True)),
+    "1.25 times the units": Recipe(match=Zip(continuous=True, width=1.25)),
+}
+"""Recipes beside the default fit of bases."""
+
 TIME = 1800
 """Seconds for each pair."""
 
@@ -51,6 +62,9 @@ def work(task: Row, note: Note) -> None:
             merged = fxmerge.merge(a, b, batches, recipe, run=run)
             scores[f"{name}, {fitted}"] = [problem.evaluate([with_state_of(a, merged)])["per_task"]]
             errors[name] = fxmerge.report(merged).errors.get("merged")
+    for name, recipe in MORE.items() if task["more"] else ():
+        note(name)
+        scores[name] = [problem.evaluate([fxmerge.merge(a, b, batches, recipe, run=run)])["per_task"]]
     best = min(("bases", "permutations"), key=lambda name: errors[name])
     scores["auto"] = scores[f"{best}, refitted"]
     barriers = {}
@@ -84,6 +98,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="a small perceptron on digits only")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(TRANSFORMERS))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--more", action="store_true", help="other recipes, too")
     parser.add_argument("--seeds", type=int, default=1, help="pairs of each network and setting")
     parser.add_argument("--cache", type=Path, default=training.default_cache(), help="folder of trained parents")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
@@ -93,7 +108,7 @@ def main() -> int:
     print(machine(), flush=True)
     with training.cache_folder(arguments.cache, short=arguments.short) as cache:
         tasks: list[Row] = [
-            {"network": network, "setting": setting, "seed": seed, "cache": str(cache)}
+            {"network": network, "setting": setting, "seed": seed, "cache": str(cache), "more": arguments.more}
             for seed in range(arguments.seeds)
             for network in networks
             for setting in arguments.settings
