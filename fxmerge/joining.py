@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations_with_replacement
@@ -15,6 +16,12 @@ from fxmerge.recipe import Average, Recipe
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.truncation import Projection
 from fxmerge.units.kind import Kind
+
+logger = logging.getLogger(__name__)
+
+LARGEST = 16_384
+"""Of how many units of all models together principal directions are looked for: of more, the products alone take more
+than 2 GiB."""
 
 
 def joined(group: Prepared, recipe: Recipe, weights: Sequence[float]) -> Prepared:
@@ -39,6 +46,11 @@ def joined(group: Prepared, recipe: Recipe, weights: Sequence[float]) -> Prepare
         and not symmetry.units[n].parents
         and len(symmetry.by_block(n)) == 1
     ]
+    large = [n for n in streams if len(job.states) * symmetry.units[n].size > LARGEST]
+    if large:
+        names = ", ".join(repr(symmetry.names[n]) for n in large)
+        logger.info("%s: directions that were matched are averaged; principal ones of so many would take long", names)
+    streams = [n for n in streams if n not in large]
     if not streams:
         return group
     pairs = list(combinations_with_replacement(range(len(job.states)), 2))

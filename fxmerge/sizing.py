@@ -128,6 +128,23 @@ def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dic
     return chosen.widths, chosen.reasons
 
 
+def _apart(group: Prepared, widths: Mapping[int, int]) -> dict[int, int]:
+    """Those of some widths that a class may have while any other one keeps its own: not the layers of one recurrence.
+
+    Of any two classes there is a bit in which their places differ, so that trying all classes with the bit and all
+    without it tells, for a few runs, which of them go only together.
+    """
+    numbers, found = sorted(widths), dict(widths)
+    for bit in range((len(numbers) - 1).bit_length() if numbers else 0):
+        for value in range(2):
+            own = {n: widths[n] for i, n in enumerate(numbers) if n in found and i >> bit & 1 == value}
+            chosen = Chosen(group, own)
+            chosen.leave_what_has_no_size(lambda some: any_map(group.symmetry, group.room(some)))
+            for n in own.keys() - chosen.widths.keys():
+                del found[n]
+    return found
+
+
 def _allotment(
     group: Prepared, part: Zip, budget: Budget, run: Run, models: int, fewer: Collection[int], more: Collection[int]
 ) -> Allotment:
@@ -139,8 +156,8 @@ def _allotment(
         n: widths_to_try(symmetry, n, models, fewer=n in smaller, more=n in larger, step=part.multiple_of)
         for n in sorted({*smaller, *larger})
     }
-    small, reasons = _possible(group, {n: tried[n][-1] for n in smaller}, run)
-    large, _ = _possible(group, {n: tried[n][0] for n in larger}, run)
+    small, reasons = _possible(group, _apart(group, {n: tried[n][-1] for n in smaller}), run)
+    large, _ = _possible(group, _apart(group, {n: tried[n][0] for n in larger}), run)
     steps = {}
     for n, widths in tried.items():
         size = symmetry.units[n].size

@@ -15,7 +15,7 @@ from torch import fx, nn
 import fxmerge
 from fxmerge.errors import OptionError, OutputError
 from fxmerge.interpolation import Interpolation
-from fxmerge.pictures.layers import layers_of
+from fxmerge.pictures.layers import _module, layers_of
 from fxmerge.reporting import made_with
 from tests.test_html import HOSTILE
 
@@ -161,6 +161,34 @@ def test_layers_are_joined_as_the_graph_joins_them(merged: fx.GraphModule) -> No
         ("Linear", ["add"]),
         ("output", ["head"]),
     ]
+
+
+class Scaled(nn.Module):
+    """What no state dict has: a buffer, a tensor, and a constant in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.register_buffer("scale", torch.rand(5), persistent=False)
+        self.shift = torch.rand(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu() * self.scale + self.shift
+        scores: torch.Tensor = self.last(x) * torch.tensor([1.0, 2.0])
+        return scores
+
+
+def test_constants_are_no_layers() -> None:
+    torch.manual_seed(0)
+    a, b = Scaled(), Scaled()
+    b.scale, b.shift = a.scale, a.shift
+    page = fxmerge.page(fxmerge.merge(a, b, [torch.randn(16, 3)]))
+    shown = {own["name"] for one in page.to_dict()["layers"] for own in one["parameters"]}
+    assert shown == set(a.state_dict())
+
+
+def test_the_name_of_a_layer_is_where_paths_begin_alike() -> None:
+    assert _module(("l0.q.weight", "l1.q.weight")) == "l0.q.weight" and _module(("l.q.weight", "l.k.weight")) == "l"
 
 
 def test_parameters_of_one_module_are_one_layer_in_an_exported_graph() -> None:

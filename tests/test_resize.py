@@ -282,11 +282,48 @@ def test_units_of_recurrent_layers(name: str) -> None:
     assert error(both(x), pickle.loads(pickle.dumps(both))(x)) == 0.0
 
 
-def test_layers_of_one_recurrence_have_one_size() -> None:
-    model, x = Recurrence(nn.GRU(6, 4, num_layers=2, batch_first=True), False), torch.randn(5, 4, 3)
-    first = next(name for name in find_classes(model, (x,)) if "ih_l0" in name)
-    with pytest.raises(fxmerge.OptionError, match="Graph node 'gru'"):
-        fxmerge.fold(model, width={first: 0.5}, example=x)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_layers_of_one_recurrence_have_one_size(kind: type[nn.RNNBase]) -> None:
+    """torch takes an LSTM whose layers differ in size, and computes something else."""
+    model, x = Recurrence(kind(6, 8, num_layers=3, batch_first=True), False), torch.randn(5, 4, 3)
+    widths = {name: 0.75 if "l1" in name else 0.5 for name in find_classes(model, (x,)) if "ih_l" in name}
+    assert len(widths) == 3
+    for own in (widths, dict(list(widths.items())[:1])):
+        with pytest.raises(fxmerge.OptionError, match="all must have as many"):
+            fxmerge.fold(model, width=own, example=x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [False, True])
+def test_a_budget_leaves_layers_that_need_one_size(both: bool) -> None:
+    def network(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return Recurrence(nn.LSTM(6, 8, num_layers=1 if both else 2, batch_first=True, bidirectional=both), False)
+
+    data, budget = [torch.randn(16, 4, 3)], fxmerge.Budget(parameters=0.95)
+    for made in (
+        fxmerge.fold(network(0), data, budget),
+        fxmerge.merge(network(0), network(1), data, fxmerge.Recipe(match=fxmerge.Zip(width=budget))),
+    ):
+        widths = fxmerge.report(made).widths
+        assert widths and not any("layer." in name for name in widths)
+
+
+def test_long_ways_to_a_constant_have_a_size() -> None:
+    class Filtered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen = x.new_zeros(len(x), 8)
+            for _ in range(400):
+                x, seen = x * 0.99 + 0.01, seen * 0.99 + 0.01
+            out: Tensor = self.last(self.first(x).relu() + seen)
+            return out
+
+    folded = fxmerge.fold(Filtered(), width=0.5, example=torch.randn(5, 4))
+    assert list(fxmerge.report(folded).widths.values()) == [(8, 4)]
 
 
 def find_classes(model: nn.Module, args: Any) -> tuple[str, ...]:

@@ -124,6 +124,13 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "merged"]
 
 
+def test_targets_whose_names_begin_alike_are_apart(tmp_path: Path) -> None:
+    with target(tmp_path / "model-1.5") as first, target(tmp_path / "model-1") as second:
+        for place in (first, second):
+            (place / "x").write_text("whole")
+    assert all((tmp_path / name / "x").exists() for name in ("model-1", "model-1.5"))
+
+
 def test_a_run_that_was_killed_between_two_moves_is_undone(tmp_path: Path) -> None:
     write(tmp_path / "merged", "old")
     (tmp_path / "merged").rename(tmp_path / f".merged.1{module.OLD}")

@@ -29,7 +29,7 @@ class CannotResizeError(FxmergeError):
     """
 
     def __init__(self, node: str, classes: frozenset[int], why: str) -> None:
-        super().__init__(f"Graph node {node!r} {why}.")
+        super().__init__(f"Graph node {node!r} {why.rstrip('.')}.")
         self.node, self.classes, self.why = node, classes, why
 
 
@@ -64,6 +64,8 @@ class Sizes:
             CannotResizeError: if units lie so that they are no tensor of another size.
         """
         node = self.twins.get(node, node)
+        if node.name not in self.dims and node.graph is self._graph and not self.has_units(node):
+            self._read_needs()
         if node.name not in self.dims:
             labels = self._labels(node)
             changed: dict[int, tuple[AxisLayout, AxisLayout] | int] = {}
@@ -74,10 +76,16 @@ class Sizes:
                         if dim in changed and _size(changed[dim]) != _size(size):
                             raise self.cannot(node, "has units of several sizes along one dimension")
                         changed[dim] = size
-            if node.graph is self._graph and not self.has_units(node):
-                changed |= needed(node, self)
             self.dims[node.name] = changed
         return self.dims[node.name]
+
+    def _read_needs(self) -> None:
+        """Finds the sizes of all values along which no units lie. What reads a value comes later in the graph, so that
+        the last comes first."""
+        for node in reversed(self._graph.nodes):
+            if not self.has_units(node):
+                tensor = isinstance(node.meta.get("val"), Tensor)
+                self.dims[node.name] = dict(needed(node, self)) if tensor else {}
 
     def has_units(self, node: fx.Node) -> bool:
         """Whether units are known to lie along some dimension of a node's value."""
@@ -177,10 +185,11 @@ class Sizes:
         """Whether the size of a node's value changes."""
         return isinstance(self.twins.get(node, node).meta.get("val"), Tensor) and bool(self.of(node))
 
-    def cannot(self, node: fx.Node, why: str) -> CannotResizeError:
-        """The error for a node: to blame are the classes of other widths along it and what it reads."""
+    def cannot(self, node: fx.Node, why: str, values: Sequence[fx.Node] | None = None) -> CannotResizeError:
+        """The error for a node: to blame are the classes of other widths along some values, by default those that it
+        gives and reads."""
         found: set[int] = set()
-        for one in (node, *node.all_input_nodes):
+        for one in (node, *node.all_input_nodes) if values is None else values:
             labels = self._labels(self.twins.get(one, one))
             for column in labels.columns if labels is not None else ():
                 found |= set(np.unique(shown_by(column, self.number, self.place).number).tolist())

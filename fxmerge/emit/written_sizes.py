@@ -27,7 +27,7 @@ _FREE_NAMES = """
     unbind unsqueeze cat concat numpy_T mT sym_size sym_numel expand_as view_as reshape_as empty_like full_like
     randn_like broadcast_tensors bernoulli
     addmm baddbmm bilinear bmm dot einsum linear matmul mm mv embedding
-    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
+    lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d
     max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices upsample_bilinear2d
@@ -147,6 +147,18 @@ def _convolution(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
 @rule("channel_shuffle")
 def _channel_shuffle(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     return {"groups": sizes.groups(call["self"], 1, call["groups"])}
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _recurrent(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
+    """One tensor holds the states of all layers and directions."""
+    each = len(call["params"]) // (call["num_layers"] * (1 + call["bidirectional"]))
+    hidden = call["params"][1::each]
+    found = {tuple(sizes.size(w, d) or sizes.shape(w)[d] for d in range(2)) for w in hidden}
+    if len(found) > 1:
+        why = "has layers or directions with other numbers of units, and all must have as many"
+        raise sizes.cannot(node, why, hidden)
+    return {}
 
 
 @rule("slice")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -148,7 +149,8 @@ def _clean(path: Path, resume: bool) -> None:
     for part in stages.rglob(".*.tmp"):
         part.unlink()
     for found in path.parent.iterdir():
-        if found.name.startswith(f".{path.name}.") and found.name.endswith((TEMPORARY, OLD)):
+        # Targets whose names begin alike, such as v1 and v1.5, have nothing to do with each other.
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.[^.]+({re.escape(TEMPORARY)}|{re.escape(OLD)})", found.name):
             if found.name.endswith(OLD) and not path.exists():
                 found.rename(path)
             else:

@@ -13,6 +13,7 @@ from torch import fx
 import fxmerge
 from fxmerge import io
 from fxmerge.api import head
+from fxmerge.errors import first_line
 from fxmerge.interpolation import Interpolation
 from fxmerge.io.writing import told
 from fxmerge.networks import Network
@@ -72,9 +73,15 @@ def write(result: Result, place: Path, line: Interpolation | None = None) -> Wri
         output = plan.output and replace(plan.output, path=str(Path(plan.output.path).absolute()))
         (place / "recipe.yaml").write_text(to_yaml(replace(plan, recipe=recipe, output=output)), encoding="utf-8")
         written = Written(weights.loads, weights.reasons)
+        try:
+            drawn = _page(result, written, line)
+        except Exception as error:  # Weights that took hours are not lost for a picture.
+            why = f"it cannot be drawn ({type(error).__name__}: {first_line(error)})"
+            written = replace(written, reasons={**written.reasons, "report.html": why})
+        else:
+            (place / "report.html").write_text(drawn, encoding="utf-8")
         text = json.dumps(finite(_summary(result, written)), indent=2, default=str) + "\n"
         (place / "report.json").write_text(text, encoding="utf-8")
-        (place / "report.html").write_text(_page(result, written, line), encoding="utf-8")
         (place / "README.md").write_text(card(result, own, written.loads, written.reasons), encoding="utf-8")
         files = sorted(path for path in place.rglob("*") if path.is_file())
         lines = [f"{checksum(path)}  {path.relative_to(place).as_posix()}\n" for path in files]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import fx, nn
@@ -68,7 +69,8 @@ def layers_of(module: fx.GraphModule) -> tuple[Layer, ...]:
         output output () (2,)
     """
     drawing = _Drawing()
-    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    # Constants, and buffers that no state dict has, hold no units of the network.
+    tensors = module.state_dict(keep_vars=True).items()
     values = dict.fromkeys(name for name, t in tensors if t.is_floating_point() or t.is_complex())
     for node in module.graph.nodes:
         inputs = tuple(dict.fromkeys(i for own in node.all_input_nodes for i in drawing.sources.get(own, ())))
@@ -131,8 +133,8 @@ def _module(parameters: Sequence[str]) -> str:
     paths = [name.split(".")[:-1] for name in parameters]
     if not paths:
         return ""
-    common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-    return ".".join(common) or parameters[0]
+    common = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in common) or parameters[0]
 
 
 def _op(module: fx.GraphModule, node: fx.Node) -> str:

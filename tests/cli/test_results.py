@@ -16,6 +16,7 @@ import yaml
 import fxmerge
 from fxmerge import Align, Recipe, io
 from fxmerge.networks import build
+from fxmerge.output import writing
 from fxmerge.plan import from_yaml
 from tests import files
 from tests.cli.conftest import Call
@@ -134,6 +135,17 @@ def test_the_page_of_a_merge_without_data_begins_with_its_warnings(call: Call, t
     data = page_of(tmp_path / "merged")
     assert code == 0 and any("normalize by running statistics" in text for text in data["warnings"])
     assert dict(map(tuple, data["facts"]))["models"] == ", ".join(map(str, models))  # Their names alone are equal.
+
+
+def test_a_page_that_cannot_be_drawn_does_not_cost_the_weights(
+    call: Call, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "page", lambda *args, **kwargs: {}["no such layer"])
+    code, _, err = call("merge", *pair, *ARCH, *DATA, "--out", tmp_path / "merged")
+    assert code == 0 and "report.html was not written: it cannot be drawn (KeyError: 'no such layer')" in err
+    assert {"model.safetensors", "README.md"} <= names(tmp_path / "merged") and "report.html" not in names(
+        tmp_path / "merged"
+    )
 
 
 def test_networks_on_the_line_are_measured_on_request(call: Call, pair: tuple[Path, Path], tmp_path: Path) -> None:

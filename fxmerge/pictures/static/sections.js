@@ -50,7 +50,7 @@ function classes(parent) {
   const total = d3.sum(data.classes, (c) => c.size);
   const own = section("Classes of units", `${count(data.classes.length, "class", "classes")} with ${count(total, "unit")}. The units of a class may be exchanged with each other, in all of its axes at once.`);
   parent.append(() => own.node());
-  const space = data.classes.flatMap((c) => c.similarities).map((s) => s.space)[0];
+  const space = [...new Set(data.classes.flatMap((c) => c.similarities).map((s) => s.space))].join(" or ");
   const head = [
     {text: ""}, {text: "class", kind: "name"}, {text: "units", kind: "number"}, {text: "group", kind: "wide"},
     {text: "before", kind: "number"}, {text: "after", kind: "number"},
