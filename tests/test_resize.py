@@ -309,6 +309,7 @@ def test_a_budget_leaves_layers_that_need_one_size(both: bool) -> None:
         assert widths and not any("layer." in name for name in widths)
 
 
+@pytest.mark.slow
 def test_long_ways_to_a_constant_have_a_size() -> None:
     class Filtered(nn.Module):
         def __init__(self) -> None:
