@@ -48,7 +48,7 @@ def folded(model: nn.Module, args: Any, width: Any, *data: Any, **recipe: Any) -
     )
 
 
-SIZES = "have the shape|matmul. fails|not known to allow other sizes|cut inside of units"
+SIZES = "have the shape|not known to allow other sizes|cut inside of units"
 MEANING = "the network is another one when directions that are not in use are left out"
 WHOLE = {
     "tied embedding, RMSNorm": MEANING,  # One parameter gives and reads units that would be scaled.
@@ -58,9 +58,7 @@ WHOLE = {
     "mixture of experts": SIZES,
     "parallel blocks": SIZES,
     "rotary, half of a head": SIZES,
-    "cosine attention": SIZES,
     "cosine of two towers": SIZES,
-    "cosine with prototypes": SIZES,
 }
 """The networks that keep all directions of some class, and why."""
 

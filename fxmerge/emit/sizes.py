@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxmerge.emit.constants import needed
 from fxmerge.errors import FxmergeError
+from fxmerge.symmetry.columns import support
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.propagate import Propagation
@@ -64,33 +65,39 @@ class Sizes:
             CannotResizeError: if units lie so that they are no tensor of another size.
         """
         node = self.twins.get(node, node)
-        if node.name not in self.dims and node.graph is self._graph and not self.has_units(node):
-            self._read_needs()
+        if node.graph is not self._graph:
+            return {}
         if node.name not in self.dims:
-            labels = self._labels(node)
-            changed: dict[int, tuple[AxisLayout, AxisLayout] | int] = {}
-            for column in labels.columns if labels is not None else ():
-                shown = shown_by(column, self.number, self.place)
-                if not self.units.resized.isdisjoint(np.unique(shown.number).tolist()):
-                    for dim, size in self._resized(node, shown).items():
-                        if dim in changed and _size(changed[dim]) != _size(size):
-                            raise self.cannot(node, "has units of several sizes along one dimension")
-                        changed[dim] = size
-            self.dims[node.name] = changed
+            self._find()
         return self.dims[node.name]
 
-    def _read_needs(self) -> None:
-        """Finds the sizes of all values along which no units lie. What reads a value comes later in the graph, so that
-        the last comes first."""
+    def _find(self) -> None:
+        """Finds the sizes of all values. Of dimensions along which no units lie, the readers of a value tell the size.
+        Readers come later in the graph, so that the last value comes first."""
+        self.dims = {node.name: self._along(node) for node in self._graph.nodes}
         for node in reversed(self._graph.nodes):
-            if not self.has_units(node):
-                tensor = isinstance(node.meta.get("val"), Tensor)
-                self.dims[node.name] = dict(needed(node, self)) if tensor else {}
+            if isinstance(node.meta.get("val"), Tensor):
+                told = needed(node, self).items()
+                self.dims[node.name] |= {dim: size for dim, size in told if not self.has_units(node, dim)}
 
-    def has_units(self, node: fx.Node) -> bool:
-        """Whether units are known to lie along some dimension of a node's value."""
-        labels = self._labels(self.twins.get(node, node))
-        return labels is not None and bool(labels.columns)
+    def _along(self, node: fx.Node) -> dict[int, tuple[AxisLayout, AxisLayout] | int]:
+        """The dimensions of which the size changes since units lie along them."""
+        labels = self._labels(node)
+        changed: dict[int, tuple[AxisLayout, AxisLayout] | int] = {}
+        for column in labels.columns if labels is not None else ():
+            shown = shown_by(column, self.number, self.place)
+            if not self.units.resized.isdisjoint(np.unique(shown.number).tolist()):
+                for dim, size in self._resized(node, shown).items():
+                    if dim in changed and _size(changed[dim]) != _size(size):
+                        raise self.cannot(node, "has units of several sizes along one dimension")
+                    changed[dim] = size
+        return changed
+
+    def has_units(self, node: fx.Node, dim: int) -> bool:
+        """Whether units are known to lie along a dimension of a node's value."""
+        node = self.twins.get(node, node)
+        labels, dim = self._labels(node), dim % len(self.shape(node))
+        return labels is not None and any(dim in support(column) for column in labels.columns)
 
     def _labels(self, node: fx.Node) -> Labels | None:
         """What is known of a node of the labelled graph."""

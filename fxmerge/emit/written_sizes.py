@@ -216,7 +216,7 @@ def _chunk(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
 def _lengths(node: fx.Node, x: fx.Node, dim: int, cuts: list[int], sizes: Sizes) -> list[int]:
     """How long the parts of a dimension are: as the units between the cuts, or, if there are none, as their readers
     need."""
-    if not sizes.has_units(x):
+    if not sizes.has_units(x, dim):
         return parts(node, sizes)
     return [b - a for a, b in itertools.pairwise(sizes.boundary(x, dim, cut) for cut in cuts)]
 
