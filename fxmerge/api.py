@@ -1,10 +1,9 @@
-"""The verbs of fxmerge: each is the pipeline from models to a network, top to bottom."""
+"""The verbs of fxmerge: what they take is checked, and the pipeline makes a network of it."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -15,29 +14,15 @@ from fxmerge.choosing import better_of, within_distance
 from fxmerge.emit.fork import Head, take_out
 from fxmerge.errors import OptionError
 from fxmerge.job import prepare
-from fxmerge.kv_heads import check_one_network, with_fewer_kv_heads
 from fxmerge.manifest import with_stages
-from fxmerge.matching.universe import canonical_order
-from fxmerge.notices import (
-    warn_of_far_heads,
-    warn_of_few_rows,
-    warn_of_fold_without_data,
-    warn_of_nearer_parent,
-    warn_of_no_scores,
-)
-from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered, sampled
-from fxmerge.prepared import Prepared
+from fxmerge.merging import one_network
+from fxmerge.pipeline import emit, match, renumbered, sampled
 from fxmerge.program.run import Inputs
 from fxmerge.progress import peak_memory
-from fxmerge.recipe import AUTO, NOTHING, Align, Average, Budget, Recipe, Run, Zip
-from fxmerge.refitting.refit import Refitted
-from fxmerge.reporting import Made, attach, named_errors, report, widths_of
-from fxmerge.sizing import configured, nothing_lost, same_on_example, sized
+from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
+from fxmerge.reporting import Made, attach, report
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.truncating import fewer_units_left, with_directions
 from fxmerge.validate import Model
-
-logger = logging.getLogger(__name__)
 
 
 def merge(
@@ -154,112 +139,7 @@ def merge_many(
         return better_of(merge_many, models, loader, recipe, how)
     if isinstance(recipe.share, Budget) and recipe.share.distance is not None:
         return within_distance(merge_many, models, loader, recipe, how)
-    return _merged(models, loader, recipe, **how)
-
-
-def _merged(
-    models: tuple[Model, ...],
-    loader: Iterable[Any] | None,
-    recipe: Recipe,
-    *,
-    run: Run,
-    loaders: Sequence[Iterable[Any]] | None = None,
-    base: Model | None = None,
-    symmetry: Symmetry | None = None,
-    example: Any = None,
-    inputs: Inputs | None = None,
-) -> fx.GraphModule:
-    """One network of any number of models, by a recipe without "auto"."""
-    asked_for = recipe
-    assert not isinstance(recipe.match, str) and not isinstance(recipe.combine, str)
-    weights = validate.check_weights(recipe.combine.weights, len(models))
-    asked = None if recipe.match is None else recipe.match.reference
-    reference = validate.check_reference(asked, len(models), base is not None)
-    reference = reference if base is None else 0  # The base comes first.
-    check_one_network(recipe, len(models))
-    job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
-    job = with_stages(job, "fold" if len(models) == 1 else "merge", recipe, run, symmetry)
-    if of_scores(recipe):
-        check_scores(job)
-    group, recipe = with_fewer_kv_heads(with_directions(job, recipe, run, symmetry, reference, weights), recipe, run)
-    job, truncation = group.job, group.truncation
-    if recipe.share == NOTHING:
-        return _side_by_side(group, recipe, weights)
-    # The result must not depend on the order of models that are all matched with each other.
-    order = list(range(len(job.states))) if reference is not None else canonical_order(job.states)
-    states = [job.states[i] for i in order]
-    matching = match(group, recipe, run, states, [job.names[i] for i in order], reference)
-    with job.timed("combining"):
-        aligned = [matching.alignment.apply(state, m) for m, state in enumerate(states)]
-    similarities = sampled(group, matching, states, aligned, [job.names[i] for i in order])
-    counts = weights if base is not None else [weights[i] for i in order]
-    confined = [group.projections[i].project(aligned[m]) for m, i in enumerate(order)] if group.projections else aligned
-    state = combine(group, recipe, matching.merged, confined, counts, order)
-    program = sized(group, matching.merged, state)
-    refitted = Refitted(state, {}, {}, {}, held_out=False)
-    settled = not group.projections and nothing_lost(group, program, matching.merged, state)
-    if not settled and job.heads and isinstance(recipe.match, Zip) and recipe.match.width == len(models):
-        # As many units as all models have are to lose nothing.
-        logger.info("some units are of all models, or an op goes over them: the models stand side by side instead")
-        apart = replace(recipe, share=NOTHING, match=Zip(), combine=Average(), fit=None)
-        run = replace(run, resume=None)  # The folder is of the other merge, and nothing in this one takes long.
-        return _merged(models, None, apart, run=run, example=job.example, inputs=lambda given: given)
-    if recipe.fit is not None and not settled:
-        refitted = fit(group, recipe, run, program, matching.merged, aligned, state, weights, order)
-        warn_of_few_rows(refitted.layers)
-        if of_scores(recipe):
-            warn_of_no_scores(refitted.layers)
-        elif len(models) > 1:  # With scores, other distances count than squared ones.
-            warn_of_nearer_parent(refitted.errors, job.names)
-            if job.heads:
-                warn_of_far_heads(refitted.errors)
-    if recipe.fit is None and not settled:
-        refitted = replace(refitted, state=dict(calibrated(group, run, program, matching.merged, aligned, state)))
-    state, sizes, whole = refitted.state, matching.merged, group
-    if truncation is not None:
-        whole, program, sizes, state = fewer_units_left(group, sizes, state)
-    merged = emit(group, program, state)
-    if len(models) == 1 and job.data is None and not settled and not same_on_example(group, program, state):
-        warn_of_fold_without_data()
-    back = sorted(range(len(order)), key=order.__getitem__)
-    numbers = range(len(back))[-len(models) :]  # A base comes first.
-    maps = [(matching.units.maps[back[i]], i) for i in numbers]
-    told = replace(
-        group.report(merged),
-        models=len(models),
-        recipe=asked_for.to_dict(),
-        weights=tuple(weights),
-        units_of=order[matching.reference] if base is None else None,
-        images=tuple(group.images(own, i) for own, i in maps),
-        heads=tuple(asdict(head) for head in job.heads),
-        widths=widths_of(sizes),
-        config=configured(whole, sizes, merged),
-        quality=renumbered(matching.quality, back if reference is None else ()),
-        objective=(*group.objectives, *matching.objectives),
-        zip_objective=matching.zip_objective,
-        zipped_within=dict(matching.within),
-        layers=refitted.layers,
-        left=dict(refitted.left),
-        errors=named_errors(refitted.errors),
-        held_out=refitted.held_out,
-    )
-    units = replace(matching.units, maps=tuple(own for own, _ in maps))
-    attach(told, merged, Made(group.whole, units, similarities, tuple(job.names), peak_memory()))
-    return merged
-
-
-def _side_by_side(group: Prepared, recipe: Recipe, weights: Sequence[float]) -> fx.GraphModule:
-    """Networks that share nothing, in one graph."""
-    job = group.job
-    merged = emit(group, job.program, job.states[0])
-    told = replace(
-        group.report(merged),
-        recipe=recipe.to_dict(),
-        weights=tuple(weights),
-        heads=tuple(asdict(head) for head in job.heads),
-    )
-    attach(told, merged, Made(group.whole, None, (), tuple(job.names), peak_memory()))
-    return merged
+    return one_network(models, loader, recipe, **how)
 
 
 def fold(
@@ -330,8 +210,8 @@ def fold(
         raise OptionError(f"width is {width}, and fold makes a network smaller: pass a share up to 1, such as 0.7.")
     how = {"loaders": None, "example": example, "inputs": inputs, "run": run}
     if part.continuous == "auto":
-        return better_of(_merged, (model,), loader, recipe, how)
-    return _merged((model,), loader, recipe, **how)
+        return better_of(one_network, (model,), loader, recipe, how)
+    return one_network((model,), loader, recipe, **how)
 
 
 def align(
