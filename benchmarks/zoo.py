@@ -36,7 +36,7 @@ from fxmerge.emit.bake import bake
 from fxmerge.program import models as running
 from fxmerge.program.capture import Program, capture_program, other_values
 from fxmerge.symmetry.group import Symmetry, analyse
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.verify import TOLERANCE
 
 SHORT = (

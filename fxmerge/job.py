@@ -36,7 +36,8 @@ from fxmerge.shared import equal_names
 from fxmerge.stages import NO_STAGES, Stages
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.kinds import fitting
-from fxmerge.symmetry.propagate import Propagation, propagate
+from fxmerge.symmetry.propagate import propagate
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.spec import check_fits
 from fxmerge.validate import Model
 from fxmerge.widening import of_equal_width

@@ -39,7 +39,7 @@ from fxmerge.symmetry.cuts import Cut, Cuts, repeats
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.freeze import demote, moving_together
 from fxmerge.symmetry.group import Symmetry, analyse
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.shown import places_and_blocks
 from fxmerge.units.basis import Basis
 from fxmerge.units.kind import Kind, UnitKind

@@ -16,7 +16,8 @@ from fxmerge.refitting.output_error import OutputErrors
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.outputs import name_of, paths_of
-from fxmerge.symmetry.propagate import OUTPUT, Axis, Propagation
+from fxmerge.symmetry.propagate import OUTPUT
+from fxmerge.symmetry.propagation import Axis, Propagation
 
 logger = logging.getLogger(__name__)
 

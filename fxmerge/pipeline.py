@@ -32,7 +32,8 @@ from fxmerge.refitting.places import Confined, Places
 from fxmerge.refitting.refit import Refitted, last_layers, refit, with_statistics, written_out
 from fxmerge.shared import agreed
 from fxmerge.sizing import nothing_merged, resized, room_for
-from fxmerge.symmetry.propagate import Propagation, propagate
+from fxmerge.symmetry.propagate import propagate
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.shown import classes_along, units_along
 from fxmerge.units.unit_map import UnitMap
 

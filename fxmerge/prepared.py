@@ -26,7 +26,7 @@ from fxmerge.reporting import Report, classes_of
 from fxmerge.shared import staying, without_shared
 from fxmerge.symmetry.flow import Flow, flows, never_merged
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Axis, Propagation
+from fxmerge.symmetry.propagation import Axis, Propagation
 from fxmerge.symmetry.truncation import Projection, Truncation
 from fxmerge.symmetry.units import Ids
 

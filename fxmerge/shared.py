@@ -16,7 +16,7 @@ from fxmerge.program.captured import Program
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.freeze import freeze
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Axis
+from fxmerge.symmetry.propagation import Axis
 from fxmerge.units.layout import AxisLayout
 from fxmerge.units.unit_map import UnitMap
 

@@ -33,7 +33,7 @@ from fxmerge.program.run import Runner
 from fxmerge.recipe import Budget, Run, Zip
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Axis, Propagation
+from fxmerge.symmetry.propagation import Axis, Propagation
 from fxmerge.units.unit_map import UnitMap
 from fxmerge.validate import agree, check_emitted
 

@@ -20,7 +20,7 @@ from fxmerge.program.capture import Args, capture_ops, capture_program
 from fxmerge.program.captured import Program
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry, analyse
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 
 logger = logging.getLogger(__name__)
 

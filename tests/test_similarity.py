@@ -14,7 +14,7 @@ from fxmerge.matching.search import Problem, floats
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Data, batch_inputs
 from fxmerge.symmetry.group import Symmetry, analyse
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 from tests.oracle.architectures import CASES
 from tests.oracle.inferred import each, inferred
 

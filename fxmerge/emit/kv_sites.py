@@ -16,7 +16,8 @@ from fxmerge.symmetry.columns import axis_column, reshape, support
 from fxmerge.symmetry.cuts import REPEAT
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.labels import Labels
-from fxmerge.symmetry.propagate import Propagation, concrete, shape_of
+from fxmerge.symmetry.propagate import concrete, shape_of
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.rules import find_rule, movement
 from fxmerge.symmetry.shown import places_and_blocks, shown_by
 from fxmerge.units.layout import Ids

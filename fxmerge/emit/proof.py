@@ -16,7 +16,7 @@ from fxmerge.program.double import InDouble, in_double
 from fxmerge.program.run import Runner
 from fxmerge.symmetry.flow import flows
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.validate import agree
 
 

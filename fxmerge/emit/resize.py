@@ -16,7 +16,7 @@ from fxmerge.emit.written_sizes import Changes, changes_of
 from fxmerge.program.captured import AtenGraph, Program, quiet
 from fxmerge.program.forms import bind
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.units.unit_map import UnitMap
 
 

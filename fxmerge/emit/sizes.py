@@ -14,7 +14,7 @@ from fxmerge.errors import FxmergeError
 from fxmerge.symmetry.columns import support
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.labels import Labels
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.shown import Shown, places_and_blocks, shown_by
 from fxmerge.units.layout import AxisLayout, Ids, value_layout
 from fxmerge.units.unit_map import UnitMap

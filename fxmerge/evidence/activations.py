@@ -22,7 +22,7 @@ from fxmerge.recipe import Similarity
 from fxmerge.symmetry import rules
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.shown import once, places_of
 
 MAX_ROWS, MAX_ENTRIES = 4096, 2**20

@@ -19,7 +19,7 @@ from fxmerge.matching.zip_search import match_zip
 from fxmerge.recipe import DEFAULT_ALPHA, Align, Zip
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Axis
+from fxmerge.symmetry.propagation import Axis
 from fxmerge.units.unit_map import UnitMap
 
 Correlations = Mapping[int, Mapping[Pair, Tensor]]

@@ -14,7 +14,7 @@ from fxmerge.matching.mix import Mix
 from fxmerge.matching.search import Problem, floats
 from fxmerge.program.double import in_double
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Axis
+from fxmerge.symmetry.propagation import Axis
 from fxmerge.units.basis import Basis, Mixed, centred_frame
 from fxmerge.units.kind import Kind
 

@@ -14,7 +14,7 @@ from fxmerge.matching.nested import carry, is_block, whole_blocks
 from fxmerge.recipe import Budget, Zip
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Axis
+from fxmerge.symmetry.propagation import Axis
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.unit_map import UnitMap
 

@@ -28,7 +28,7 @@ from fxmerge.matching.search import floats
 from fxmerge.matching.zipping import zip_blocks
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.propagate import Axis
+from fxmerge.symmetry.propagation import Axis
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import AxisLayout, add_axis, along_axis
 from fxmerge.units.unit_map import UnitMap

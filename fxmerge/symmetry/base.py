@@ -15,7 +15,7 @@ import torch
 from fxmerge.errors import PermutationError
 from fxmerge.symmetry.classes import UnitClass
 from fxmerge.symmetry.outputs import FreeOutput
-from fxmerge.symmetry.propagate import Axis
+from fxmerge.symmetry.propagation import Axis
 from fxmerge.symmetry.structure import PINNED, combinations, structure
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.basis import Basis, Mixed, random_matrices

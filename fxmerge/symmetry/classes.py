@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fxmerge.symmetry.contracted import Contracted, Role
-from fxmerge.symmetry.propagate import Axis, AxisUnits
+from fxmerge.symmetry.propagation import Axis, AxisUnits
 from fxmerge.symmetry.reasons import concatenate, first_reasons
 from fxmerge.symmetry.relate import Pairs, meet
 from fxmerge.symmetry.units import CONCLUDED, Ids, UnitGraph, distinct, mix

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from fxmerge.symmetry.propagate import Axis, AxisUnits
+from fxmerge.symmetry.propagation import Axis, AxisUnits
 from fxmerge.symmetry.reasons import concatenate
 from fxmerge.symmetry.units import Hashes, Ids, UnitGraph, distinct, mix
 

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from fxmerge.program.capture import Args, Kwargs, capture_program
 from fxmerge.symmetry.group import Symmetry, analyse
 from fxmerge.symmetry.overrides import Pin, Rules
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.reasons import concatenate, first_reasons
 from fxmerge.symmetry.units import CONCLUDED, Ids
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from fxmerge.symmetry.propagate import Axis, Propagation
+from fxmerge.symmetry.propagation import Axis, Propagation
 from fxmerge.symmetry.units import reached
 
 

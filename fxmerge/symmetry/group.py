@@ -23,7 +23,8 @@ from fxmerge.symmetry.describe import describe, tables
 from fxmerge.symmetry.kinds import find_kinds, is_uniform, not_turned
 from fxmerge.symmetry.outputs import FreeOutput, free_leaves, free_outputs, paths_of
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
-from fxmerge.symmetry.propagate import Axis, AxisUnits, Propagation, propagate
+from fxmerge.symmetry.propagate import propagate
+from fxmerge.symmetry.propagation import Axis, AxisUnits, Propagation
 from fxmerge.symmetry.units import Ids, distinct
 from fxmerge.symmetry.verify import verify
 from fxmerge.units.layout import AxisLayout

@@ -16,7 +16,7 @@ from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.mixing import Column, Seen
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.units import Ids, distinct, mix
 from fxmerge.units.kind import Kind, UnitKind
 

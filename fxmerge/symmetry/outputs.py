@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fxmerge.errors import OptionError
 from fxmerge.symmetry.classes import UnitClass
 from fxmerge.symmetry.columns import core, support
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.units import Ids
 
 ROOT = "output"

@@ -12,7 +12,7 @@ import torch
 
 from fxmerge.errors import OptionError
 from fxmerge.symmetry import rules as registry
-from fxmerge.symmetry.propagate import Axis
+from fxmerge.symmetry.propagation import Axis
 
 Pin = str | tuple[str, int]
 """A parameter by name or by a pattern such as "layer.*" (all of its axes), or one axis: ("layer.weight", 0), or

@@ -17,7 +17,7 @@ from fxmerge.symmetry.contracted import Role
 from fxmerge.symmetry.freeze import freeze
 from fxmerge.symmetry.outputs import FreeOutput
 from fxmerge.symmetry.overrides import REQUESTED, pinned_axes
-from fxmerge.symmetry.propagate import Axis
+from fxmerge.symmetry.propagation import Axis
 from fxmerge.symmetry.ranges import read_ranges
 from fxmerge.symmetry.spec import KIND, VERSION, slots
 from fxmerge.symmetry.units import Ids

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.columns import core, support
-from fxmerge.symmetry.propagate import AxisUnits, Propagation
+from fxmerge.symmetry.propagation import AxisUnits, Propagation
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import AxisLayout
 

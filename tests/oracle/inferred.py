@@ -14,7 +14,7 @@ from torch import nn
 from fxmerge import Symmetry
 from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.group import analyse
-from fxmerge.symmetry.propagate import Propagation
+from fxmerge.symmetry.propagation import Propagation
 from tests.oracle.architectures import CASES, INCOMPLETE
 from tests.slow import slow
 
