@@ -49,11 +49,11 @@ def one_network(
     inputs: Inputs | None = None,
 ) -> fx.GraphModule:
     """One network of any number of models, by a recipe without "auto"."""
-    asked_for = recipe
+    asked = recipe
     assert not isinstance(recipe.match, str) and not isinstance(recipe.combine, str)
     weights = validate.check_weights(recipe.combine.weights, len(models))
-    asked = None if recipe.match is None else recipe.match.reference
-    reference = validate.check_reference(asked, len(models), base is not None)
+    wanted = None if recipe.match is None else recipe.match.reference
+    reference = validate.check_reference(wanted, len(models), base is not None)
     reference = reference if base is None else 0  # The base comes first.
     check_one_network(recipe, len(models))
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
@@ -97,10 +97,10 @@ def one_network(
     back = sorted(range(len(order)), key=order.__getitem__)
     numbers = range(len(back))[-len(models) :]  # A base comes first.
     maps = [(matching.units.maps[back[i]], i) for i in numbers]
-    told = replace(
+    summary = replace(
         group.report(merged),
         models=len(models),
-        recipe=asked_for.to_dict(),
+        recipe=asked.to_dict(),
         weights=tuple(weights),
         units_of=order[matching.reference] if base is None else None,
         images=tuple(group.images(own, i) for own, i in maps),
@@ -117,7 +117,7 @@ def one_network(
         held_out=refitted.held_out,
     )
     units = replace(matching.units, maps=tuple(own for own, _ in maps))
-    attach(told, merged, Made(group.whole, units, similarities, tuple(job.names), peak_memory()))
+    attach(summary, merged, Made(group.whole, units, similarities, tuple(job.names), peak_memory()))
     return merged
 
 
@@ -136,11 +136,11 @@ def _side_by_side(group: Prepared, recipe: Recipe, weights: Sequence[float]) -> 
     """Networks that share nothing, in one graph."""
     job = group.job
     merged = emit(group, job.program, job.states[0])
-    told = replace(
+    summary = replace(
         group.report(merged),
         recipe=recipe.to_dict(),
         weights=tuple(weights),
         heads=tuple(asdict(head) for head in job.heads),
     )
-    attach(told, merged, Made(group.whole, None, (), tuple(job.names), peak_memory()))
+    attach(summary, merged, Made(group.whole, None, (), tuple(job.names), peak_memory()))
     return merged

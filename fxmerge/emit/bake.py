@@ -30,9 +30,14 @@ def _make_traceable(module: fx.GraphModule) -> None:
 
     torch traces what it unpickles, and does not see a size that the graph computes inside of an overload's list.
     """
-    for node in module.graph.nodes:
-        if isinstance(node.target, OpOverload) and node.all_input_nodes:
-            schema = node.target._schema
-            if not any("Tensor" in str(argument.type) for argument in schema.arguments):
-                node.target = getattr(torch, schema.name.removeprefix("aten::"), node.target)
-    module.recompile()
+    fills = [
+        node
+        for node in module.graph.nodes
+        if isinstance(node.target, OpOverload)
+        and node.all_input_nodes
+        and not any("Tensor" in str(argument.type) for argument in node.target._schema.arguments)
+    ]
+    for node in fills:
+        node.target = getattr(torch, node.target._schema.name.removeprefix("aten::"), node.target)
+    if fills:
+        module.recompile()
