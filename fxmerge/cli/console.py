@@ -89,7 +89,7 @@ def _worded(text: str, argv: Sequence[str]) -> str:
     from fxmerge.cli.options import PLANS
     from fxmerge.plan.wording import worded
 
-    return worded(text, yaml=any(word.endswith(PLANS) for word in argv))
+    return worded(text, yaml=any(word.endswith(PLANS) for word in argv), typed=argv)
 
 
 def _told(sentence: str, code: int, as_json: bool) -> int:
