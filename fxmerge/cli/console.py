@@ -26,7 +26,7 @@ CODES = {
     5: "check or verify found something wrong",
     70: "a fault of fxmerge",
     130: "interrupted",
-    141: "who reads the output has gone",
+    141: "the reader of the output has gone",
 }
 """The exit codes and what they mean."""
 
