@@ -25,7 +25,11 @@ from fxmerge.plan.wording import worded
         ("pass a loader, or fit=None.", "pass --data, or recipe.fit: null.", None),
         ("pass a loader, or targets='mean'.", "pass --data, or recipe.targets: mean.", None),
         ("Pass Recipe(share='trunk') for", "Pass --share trunk for", "Pass recipe.share: trunk for"),
-        ("pass names=('first', 'second').", "pass --name first --name second.", None),
+        (
+            "pass names=('first', 'second').",
+            "pass --name first --name second.",
+            "pass recipe.names: [first, second].",
+        ),
         ("name it: Recipe(free=\"output['x']\").", "name it: recipe.free: output['x'].", None),
         ("pass LeastSquares(), Readout() or None", "pass {kind: LeastSquares}, {kind: Readout} or None", None),
         ("pass Zip(continuous=False).", "pass {kind: Zip, continuous: false}.", None),
@@ -48,7 +52,7 @@ from fxmerge.plan.wording import worded
 )
 def test_options_by_their_names(said: str, options: str, yaml: str | None) -> None:
     assert worded(said) == options
-    assert yaml is None or worded(said, yaml=True) == yaml
+    assert worded(said, yaml=True) == (options if yaml is None else yaml)
 
 
 OF_USERS = [

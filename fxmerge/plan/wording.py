@@ -136,8 +136,7 @@ def _given(yaml: bool) -> Callable[[re.Match[str]], str]:
         name = _name(f"{OWNERS.get(field, 'Recipe')}.{field}", yaml)
         if not name.startswith("--"):
             return f"{name}: {_plain(value)}"
-        several = value.strip("()").split(", ") if value.startswith("(") else [value]
-        return " ".join(f"{name} {_plain(one)}" for one in several)
+        return " ".join(f"{name} {_plain(item)}" for item in _items(value))
 
     return said
 
@@ -150,4 +149,11 @@ def _mapping(kind: str, arguments: str) -> str:
 
 def _plain(value: str) -> str:
     """A value of Python as YAML writes it."""
+    if value.startswith("("):
+        return f"[{', '.join(map(_plain, _items(value)))}]"
     return {"None": "null", "True": "true", "False": "false"}.get(value, value.strip("'\""))
+
+
+def _items(value: str) -> list[str]:
+    """The values in a tuple as Python writes it, or the one value that is no tuple."""
+    return value[1:-1].removesuffix(",").split(", ") if value.startswith("(") else [value]
