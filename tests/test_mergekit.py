@@ -1,6 +1,7 @@
 """YAML files of mergekit as plans."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,45 +199,48 @@ def by_hand(config: dict[str, Any], states: dict[str, dict[str, torch.Tensor]]) 
     return found
 
 
-@pytest.mark.parametrize("name", but_slow(CONFIGS))
-def test_a_merge_gives_what_mergekit_documents(
-    name: str,
+Merge = Callable[[dict[str, Any]], dict[str, torch.Tensor]]
+
+
+@pytest.fixture
+def merge(
     call: Call,  # noqa: F811
     models: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> Merge:
+    """Merges into `merged` by a file of mergekit, and gives the tensors."""
     monkeypatch.chdir(models)
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIGS[name]))
-    code, _, err = call("merge", tmp_path / "config.yml", "--out", tmp_path / "merged")
-    assert code == 0, err
-    states = {own: dict(io.load(models / own).items()) for own in ("base", "a", "b", "c")}
-    expected, merged = by_hand(CONFIGS[name], states), dict(io.load(tmp_path / "merged").items())
-    for key, value in merged.items():
+
+    def by(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+        (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+        code, _, err = call("merge", tmp_path / "config.yml", "--out", tmp_path / "merged")
+        assert code == 0, err
+        return dict(io.load(tmp_path / "merged").items())
+
+    return by
+
+
+@pytest.mark.parametrize("name", but_slow(CONFIGS))
+def test_a_merge_gives_what_mergekit_documents(name: str, merge: Merge, models: Path, tmp_path: Path) -> None:
+    states = {folder: dict(io.load(models / folder).items()) for folder in ("base", "a", "b", "c")}
+    expected = by_hand(CONFIGS[name], states)
+    for key, value in merge(CONFIGS[name]).items():
         torch.testing.assert_close(value.double(), expected[key], rtol=0, atol=1e-6)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
 
 
 @pytest.mark.filterwarnings("ignore")  # Those of mergekit.
 @pytest.mark.parametrize("name", but_slow(CONFIGS))
-def test_a_merge_gives_what_mergekit_gives(
-    name: str,
-    call: Call,  # noqa: F811
-    models: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_merge_gives_what_mergekit_gives(name: str, merge: Merge, tmp_path: Path) -> None:
     pytest.importorskip("mergekit")
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
-    monkeypatch.chdir(models)
     config = {**CONFIGS[name], "dtype": "float32"}
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    ours = merge(config)
     run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "theirs"), MergeOptions(write_model_card=False))
-    code, _, err = call("merge", tmp_path / "config.yml", "--out", tmp_path / "ours")
-    assert code == 0, err
-    theirs, ours = (dict(io.load(tmp_path / own).items()) for own in ("theirs", "ours"))
+    theirs = dict(io.load(tmp_path / "theirs").items())
     assert theirs.keys() >= ours.keys()
     for key, value in ours.items():
         torch.testing.assert_close(value, theirs[key], rtol=0, atol=1e-6)

@@ -25,7 +25,11 @@ from fxmerge.plan.wording import worded
         ("pass a loader, or fit=None.", "pass --data, or recipe.fit: null.", None),
         ("pass a loader, or targets='mean'.", "pass --data, or recipe.targets: mean.", None),
         ("Pass Recipe(share='trunk') for", "Pass --share trunk for", "Pass recipe.share: trunk for"),
-        ("pass names=('first', 'second').", "pass --name first --name second.", None),
+        (
+            "pass names=('first', 'second').",
+            "pass --name first --name second.",
+            "pass recipe.names: [first, second].",
+        ),
         ("name it: Recipe(free=\"output['x']\").", "name it: recipe.free: output['x'].", None),
         ("pass LeastSquares(), Readout() or None", "pass {kind: LeastSquares}, {kind: Readout} or None", None),
         ("pass Zip(continuous=False).", "pass {kind: Zip, continuous: false}.", None),
@@ -48,7 +52,37 @@ from fxmerge.plan.wording import worded
 )
 def test_options_by_their_names(said: str, options: str, yaml: str | None) -> None:
     assert worded(said) == options
-    assert yaml is None or worded(said, yaml=True) == yaml
+    assert worded(said, yaml=True) == (options if yaml is None else yaml)
+
+
+OF_USERS = [
+    "/home/me/Recipe.names/a.pt has no rows.",
+    "runs/width=64/a.pt and width=64.pt, width=64/b.pt differ.",
+    "C:\\Run.device\\match=None is no file.",
+    "There is no directory 'my Recipe.share', and none called \"match='Zip'\".",
+    "Output.safetensors, Data.npz, Run.pt and Zip.pt2 cannot be read.",
+    "Average.path and net.Zip.width.weight are no layers; Zip.alpha[0] is.",
+    "The models' files are Run(1).pt and Data(1).npz, next to Run(1).",
+    "'Run.seed' and fxmerge.merge/a.pt and fxmerge.fold.pt are mine.",
+    "The text \ue000 is left.",
+]
+
+
+@pytest.mark.parametrize("text", OF_USERS)
+@pytest.mark.parametrize("yaml", [False, True])
+def test_names_and_paths_of_users_stay(text: str, yaml: bool) -> None:
+    assert worded(text, yaml=yaml) == text
+    assert worded(f"{text} Recipe.targets is 3: pass match=None.") == (
+        f"{text} recipe.targets is 3: pass recipe.match: null."
+    )
+
+
+def test_words_that_users_typed_stay() -> None:
+    typed = ["merge", "Recipe.names", "width=64", "trunk"]
+    text = "Recipe.names and width=64 are no files: pass Recipe(share='trunk'), width=0.5, or fit=None."
+    assert worded(text, typed=typed) == (
+        "Recipe.names and width=64 are no files: pass --share trunk, --width 0.5, or recipe.fit: null."
+    )
 
 
 def messages() -> list[str]:
@@ -75,7 +109,7 @@ def test_no_message_is_in_python_once_it_is_worded() -> None:
     own = re.compile(
         r"\b(Recipe|Run|Zip|Align|Ties|LeastSquares|Output)[.(]|\b\w+=(None|False|True|'|batch)|a loader\b"
     )
-    texts = [text for text in messages() if "merge_many([...])" not in text]
+    texts = [text.replace("Recipe.x", "Recipe.combine") for text in messages() if "merge_many([...])" not in text]
     assert sum(bool(own.search(text)) for text in texts) > 20
     left = [text for text in map(worded, texts) if own.search(text)]
     assert left == []

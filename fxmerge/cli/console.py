@@ -26,7 +26,7 @@ CODES = {
     5: "check or verify found something wrong",
     70: "a fault of fxmerge",
     130: "interrupted",
-    141: "who reads the output has gone",
+    141: "the reader of the output has gone",
 }
 """The exit codes and what they mean."""
 
@@ -89,7 +89,7 @@ def _worded(text: str, argv: Sequence[str]) -> str:
     from fxmerge.cli.options import PLANS
     from fxmerge.plan.wording import worded
 
-    return worded(text, yaml=any(word.endswith(PLANS) for word in argv))
+    return worded(text, yaml=any(word.endswith(PLANS) for word in argv), typed=argv)
 
 
 def _told(sentence: str, code: int, as_json: bool) -> int:

@@ -67,7 +67,7 @@ def run(plan: Plan, context: click.Context) -> None:
 
 
 def line_of(result: Result, points: int | None) -> Interpolation | None:
-    """Networks on the line between the two models of a result, if that was asked for and they are equal all through."""
+    """Networks on the line between the two models of a result, if it was asked for and both have one architecture."""
     if points is None:
         return None
     (a, b), match = (network.model for network in result.networks), result.plan.recipe.match
@@ -104,12 +104,10 @@ def check_files(
 
 
 def check_plan(plan: Plan, *, allow_pickle: bool) -> Check:
-    files = (*plan.models, *([] if plan.base is None else [plan.base]))
-    archs, own = [plan.arch_of(file) for file in files], [plan.settings_of(file) for file in files]
     return check(
         opened(plan, allow_pickle=allow_pickle),
-        archs,
-        own,
+        [plan.arch_of(file) for file in plan.files],
+        [plan.settings_of(file) for file in plan.files],
         plan.input,
         [one.path for one in plan.data],
         rows=plan.data[0] if plan.data else None,

@@ -51,7 +51,7 @@ def card(result: Result, report: Report, loads: Mapping[str, str], reasons: Mapp
     """
     plan = result.plan
     names = [Path(model.path).name for model in plan.models]
-    warnings = [*result.warnings, *(f"{what} was not written: {why}." for what, why in reasons.items())]
+    warnings = warnings_of(result, reasons)
     parts = [_head(result, names), f"# {' + '.join(names)}\n"]
     if warnings:
         parts.append("## Warnings\n\n" + "\n".join(f"- {text}" for text in warnings) + "\n")
@@ -67,6 +67,11 @@ def card(result: Result, report: Report, loads: Mapping[str, str], reasons: Mapp
     parts.append(_inputs(result))
     parts.append(FILES)
     return "\n".join(parts)
+
+
+def warnings_of(result: Result, reasons: Mapping[str, str]) -> list[str]:
+    """The warnings of a run, and what was not written with the reason."""
+    return [*result.warnings, *(f"{what} was not written: {why}." for what, why in reasons.items())]
 
 
 def _loading(loads: Mapping[str, str]) -> str:

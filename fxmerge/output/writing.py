@@ -18,7 +18,7 @@ from fxmerge.interpolation import Interpolation
 from fxmerge.io.writing import told
 from fxmerge.networks import Network
 from fxmerge.output import exported, library
-from fxmerge.output.card import card
+from fxmerge.output.card import card, warnings_of
 from fxmerge.pictures.content import finite
 from fxmerge.pictures.page import page
 from fxmerge.plan import to_yaml
@@ -155,6 +155,6 @@ def _page(result: Result, written: Written, line: Interpolation | None) -> str:
     facts += [("data", found.note) for found in result.data]
     facts += [("to load it" if name == "." else name, code) for name, code in written.loads.items()]
     facts.append(("fxmerge", fxmerge.__version__))
-    warnings = [*result.warnings, *(f"{what} was not written: {why}." for what, why in written.reasons.items())]
     title = " + ".join(Path(name).name for name in names[-len(result.plan.models) :])
+    warnings = warnings_of(result, written.reasons)
     return page(result.module, title=title, models=names, warnings=warnings, facts=facts, line=line).to_html()

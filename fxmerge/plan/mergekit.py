@@ -28,7 +28,7 @@ PARAMETERS = {
     "task_arithmetic": ("weight", "lambda", "normalize", "int8_mask"),
     "ties": ("weight", "density", "lambda", "normalize", "int8_mask"),
 }
-"""The methods that fxmerge has, and their parameters. `int8_mask` saves memory there and changes no result."""
+"""The methods that fxmerge has, and their parameters. `int8_mask` saves memory in mergekit and changes no result."""
 
 NEAREST = {
     "slerp": "linear, with the weights 1 - t and t",
@@ -49,7 +49,7 @@ NEAREST = {
     "ramplus_tl": "task_arithmetic",
     "passthrough": "linear: fxmerge merges whole networks, and stacks no layers",
 }
-"""The methods that fxmerge does not have, and what is nearest to each."""
+"""The methods that fxmerge does not have, and the nearest method to each."""
 
 REFUSED = {
     "modules": "fxmerge merges whole networks: write models",
@@ -63,26 +63,32 @@ KEYS = ("models", "slices", METHOD, "base_model", "parameters", "dtype", "out_dt
 DTYPES = ("bfloat16", "float16", "float32")
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
-"""Under what a configuration tells how many layers there are."""
+"""The keys of config.json that hold the number of layers; each configuration has one of them."""
 
 
 @dataclass(frozen=True)
 class _Input:
-    """A model with the values that are its own, and where they stand."""
+    """An entry of the list of models.
+
+    Attributes:
+        model: the directory.
+        parameters: the values for this model alone.
+        at: the path to the entry in the file.
+    """
 
     model: ModelFile
-    own: Mapping[str, Any]
+    parameters: Mapping[str, Any]
     at: reading.Path
 
 
 def plan_of(data: Mapping[str, Any]) -> Plan:
-    """The plan of a file of mergekit: units with equal numbers are merged and nothing is fitted, as there.
+    """The plan of a file of mergekit. As in mergekit, units with equal numbers are merged and nothing is fitted.
 
     Arguments:
-        data: what the file holds. Relative paths are relative to the working directory, as there.
+        data: the content of the file. Paths are relative to the working directory, as in mergekit.
 
     Raises:
-        Misfit: if something in it cannot be expressed.
+        Misfit: if an entry of the file cannot be expressed.
 
     Example:
         >>> import tempfile
@@ -94,8 +100,7 @@ def plan_of(data: Mapping[str, Any]) -> Plan:
     """
     for key in data:
         if key not in KEYS:
-            near = get_close_matches(str(key), KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"mergekit has {', '.join(KEYS)}."
+            hint = reading.meant(key, KEYS, f"mergekit has {', '.join(KEYS)}.")
             raise Misfit((key,), f"mergekit has no key {key!r}; {hint}", of_key=True)
         if key in REFUSED:
             raise Misfit((key,), f"{key!r} cannot be expressed: {REFUSED[key]}.", of_key=True)
@@ -104,15 +109,16 @@ def plan_of(data: Mapping[str, Any]) -> Plan:
     inputs = _inputs(data)
     base = None if data.get("base_model") is None else _model(data["base_model"], ("base_model",))
     _check_base(method, base, inputs)
-    inputs = [one for one in inputs if base is None or method == "linear" or one.model != base]
-    for own, at in [(shared, ("parameters",)), *((one.own, (*one.at, "parameters")) for one in inputs)]:
-        _check_names(method, own, at)
+    inputs = [entry for entry in inputs if base is None or method == "linear" or entry.model != base]
+    _check_names(method, shared, ("parameters",))
+    for entry in inputs:
+        _check_names(method, entry.parameters, (*entry.at, "parameters"))
     _check_dtype(data, inputs)
     _check_tokenizer(data, inputs)
-    weights = [_weight(one, shared) for one in inputs]
+    weights = [_number("weight", entry, shared, None) for entry in inputs]
     combine = _average(weights, shared) if method == "linear" else _vectors(method, inputs, weights, shared)
     return Plan(
-        tuple(one.model for one in inputs),
+        tuple(entry.model for entry in inputs),
         HF,
         base=None if method == "linear" else base,
         recipe=Recipe(match=None, combine=combine, fit=None),
@@ -135,17 +141,18 @@ def _method(name: Any) -> str:
 
 
 def _inputs(data: Mapping[str, Any]) -> list[_Input]:
-    """The models, which may stand in one slice of all of their layers."""
+    """The models of the file: those of `models`, or of one slice with all layers."""
     if ("models" in data) == ("slices" in data):
         raise Misfit((), "give models, or slices.")
     if "models" in data:
-        return [_input(one, ("models", i)) for i, one in enumerate(_list(data["models"], ("models",)))]
+        return [_input(entry, ("models", i)) for i, entry in enumerate(_list(data["models"], ("models",)))]
     slices = _list(data["slices"], ("slices",))
     first = _mapping(slices[0], ("slices", 0))
     at = ("slices", 0, "sources")
-    inputs = [_input(one, (*at, i)) for i, one in enumerate(_list(first.get("sources"), at))]
-    ranges = [one.get("layer_range") for one in first["sources"]]
-    if len(slices) > 1 or any(own != [0, _layers(one.model)] for own, one in zip(ranges, inputs, strict=True)):
+    inputs = [_input(source, (*at, i)) for i, source in enumerate(_list(first.get("sources"), at))]
+    ranges = [source.get("layer_range") for source in first["sources"]]
+    whole = [[0, _layers(entry.model)] for entry in inputs]
+    if len(slices) > 1 or ranges != whole:
         raise Misfit(
             ("slices",),
             "slices of some layers cannot be expressed: fxmerge merges whole networks. The nearest is models, with the "
@@ -158,8 +165,8 @@ def _inputs(data: Mapping[str, Any]) -> list[_Input]:
     return inputs
 
 
-def _input(one: Any, at: reading.Path) -> _Input:
-    given = _mapping(one, at)
+def _input(entry: Any, at: reading.Path) -> _Input:
+    given = _mapping(entry, at)
     for key in given:
         if key not in ("model", "parameters", "layer_range"):
             raise Misfit((*at, key), f"a model has no {key!r}; it has model and parameters.", of_key=True)
@@ -207,26 +214,25 @@ def _layers(model: ModelFile) -> int | None:
 def _check_base(method: str, base: ModelFile | None, inputs: Sequence[_Input]) -> None:
     if method != "linear" and base is None:
         raise Misfit((METHOD,), f"{method} needs base_model: what the models were fine-tuned from.")
-    if method == "linear" and base is not None and base not in [one.model for one in inputs]:
+    if method == "linear" and base is not None and base not in [entry.model for entry in inputs]:
         raise Misfit(("base_model",), "linear takes no base_model but one of the models: leave it out.")
 
 
 # -------------------------------------------------------------------------- parameters
 
 
-def _check_names(method: str, own: Mapping[str, Any], at: reading.Path) -> None:
+def _check_names(method: str, parameters: Mapping[str, Any], at: reading.Path) -> None:
     known = PARAMETERS[method]
-    for name in own:
+    for name in parameters:
         if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}."
+            hint = reading.meant(name, known, f"it has {', '.join(known)}.")
             raise Misfit((*at, name), f"{method} has no parameter {name!r} in fxmerge; {hint}", of_key=True)
 
 
-def _value(name: str, own: Mapping[str, Any], at: reading.Path) -> Any:
+def _value(name: str, parameters: Mapping[str, Any], at: reading.Path) -> Any:
     """A parameter's value, which has to be the same for all layers and tensors."""
-    value = own[name]
-    if isinstance(value, list) and value and all(one == value[0] for one in value):
+    value = parameters[name]
+    if isinstance(value, list) and value and all(part == value[0] for part in value):
         value = value[0]
     if isinstance(value, Mapping) and value.get("filter") in (None, "*"):
         value = value.get("value")
@@ -239,22 +245,18 @@ def _value(name: str, own: Mapping[str, Any], at: reading.Path) -> Any:
     return value
 
 
-def _number(name: str, one: _Input | None, shared: Mapping[str, Any], default: float | None) -> float:
-    """A number of a model, or of all."""
-    own, at = (one.own, one.at) if one is not None and name in one.own else (shared, ())
-    if name not in own:
+def _number(name: str, entry: _Input | None, shared: Mapping[str, Any], default: float | None) -> float:
+    """A parameter of one model or else of all models; without a default it is required."""
+    parameters, at = (entry.parameters, entry.at) if entry is not None and name in entry.parameters else (shared, ())
+    if name not in parameters:
         if default is None:
-            at = () if one is None else one.at
+            at = () if entry is None else entry.at
             raise Misfit(at, f"{reading.shown(at)} has no {name!r}, which it needs: a number.")
         return default
-    value = _value(name, own, (*at, "parameters"))
+    value = _value(name, parameters, (*at, "parameters"))
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Misfit((*at, "parameters", name), f"{name} is {value!r}; it must be a number.")
     return float(value)
-
-
-def _weight(one: _Input, shared: Mapping[str, Any]) -> float:
-    return _number("weight", one, shared, None)
 
 
 def _normalized(shared: Mapping[str, Any], default: bool) -> bool:
@@ -276,11 +278,11 @@ def _average(weights: Sequence[float], shared: Mapping[str, Any]) -> Average:
 def _vectors(
     method: str, inputs: Sequence[_Input], weights: Sequence[float], shared: Mapping[str, Any]
 ) -> TaskArithmetic | Ties:
-    """How task vectors are combined. The weights of fxmerge are relative, and its scale is that of the whole."""
+    """The combination of task vectors. Weights of fxmerge are relative, and its scale multiplies the whole sum."""
     scale = _number("lambda", None, shared, 1.0)
     sign = -1.0 if max(weights) <= 0 else 1.0
-    counts = [sign * weight for weight in weights]
-    if min(counts) < 0 or not sum(counts) > 0:
+    relative = [sign * weight for weight in weights]
+    if min(relative) < 0 or not sum(relative) > 0:
         raise Misfit(
             ("models",),
             "weights have different signs or all are 0, which cannot be expressed. The nearest are weights of one "
@@ -288,21 +290,22 @@ def _vectors(
         )
     normalized = _normalized(shared, method == "ties")
     if method == "task_arithmetic":
-        # Normalized, the sum of the weighted vectors is divided by the sum of the weights, sign and all.
-        total = 1.0 if normalized else sign * sum(counts)
-        return TaskArithmetic(scale=scale * total / len(counts), weights=tuple(counts))
+        # If normalized, the sum of the weighted vectors is divided by the sum of the weights with their signs.
+        total = 1.0 if normalized else sign * sum(relative)
+        return TaskArithmetic(scale=scale * total / len(relative), weights=tuple(relative))
     if not normalized or sign < 0:
         at = ("parameters", "normalize") if not normalized else ("models",)
         what = "normalize is false" if not normalized else "weights are negative"
         raise Misfit(
             at, f"{what}, and ties of fxmerge is a weighted mean. The nearest is normalize: true, with a lambda."
         )
-    densities = [_number("density", one, shared, 1.0) for one in inputs]
+    densities = [_number("density", entry, shared, 1.0) for entry in inputs]
     if len(set(densities)) > 1:
+        listed = ", ".join(f"{density:g}" for density in densities)
         raise Misfit(
             ("models",),
-            f"the densities {', '.join(f'{own:g}' for own in densities)} differ, and ties of fxmerge has one. The "
-            f"nearest is their mean, {sum(densities) / len(densities):.3g}.",
+            f"the densities {listed} differ, and ties of fxmerge has one. The nearest is their mean, "
+            f"{sum(densities) / len(densities):.3g}.",
         )
     if densities[0] < 1:
         logger.warning(
@@ -310,7 +313,7 @@ def _vectors(
             "many of every tensor, so that its result is another one.",
             densities[0],
         )
-    return Ties(density=densities[0], scale=scale, weights=tuple(counts))
+    return Ties(density=densities[0], scale=scale, weights=tuple(relative))
 
 
 # -------------------------------------------------------------------------- dtype and tokenizer
@@ -322,20 +325,20 @@ def _check_dtype(data: Mapping[str, Any], inputs: Sequence[_Input]) -> None:
         name = data.get(key)
         if name is None:
             continue
-        known = str(name).removeprefix("torch.")
-        if known not in DTYPES:
+        dtype = str(name).removeprefix("torch.")
+        if dtype not in DTYPES:
             raise Misfit((key,), f"{key} is {name!r}; it must be {', '.join(DTYPES)}, or be left out.")
-        for one in inputs:
+        for path in (entry.model.path for entry in inputs):
             try:
-                held = {entry.dtype for entry in io.load(one.model.path).entries.values()}
+                held = {tensor.dtype for tensor in io.load(path).entries.values()}
             except CheckpointError:
-                continue  # What is wrong with the file is told when it is read.
-            other = sorted(own for own in held if own in DTYPES and own != known)
+                continue  # The error is raised again when the file is read.
+            other = sorted(held.intersection(DTYPES) - {dtype})
             if other:
                 raise Misfit(
                     (key,),
-                    f"{key} is {name!r}, and {one.model.path} holds {other[0]}. fxmerge keeps the dtype of the files: "
-                    f"leave {key} out, or save the models in {known}.",
+                    f"{key} is {name!r}, and {path} holds {other[0]}. fxmerge keeps the dtype of the files: "
+                    f"leave {key} out, or save the models in {dtype}.",
                 )
 
 

@@ -152,17 +152,22 @@ class Plan:
             raise _unfit("models", f"{self.verb} takes {needed}, and {count} {'is' if count == 1 else 'are'} given.")
         if self.base is not None and self.verb != "merge":
             raise _unfit("base", f"{self.verb} takes no base; leave it out.")
-        for model in (*self.models, *([] if self.base is None else [self.base])):
+        for model in self.files:
             if self.arch_of(model) is None:
                 raise _unfit("arch", f"{model.path} has no architecture: pass --arch, such as timm:resnet18 or hf.")
         if len(self.data) not in (0, 1, count):
             raise _unfit("data", f"data has {len(self.data)} entries for {count} models: give one, or one for each.")
         if self.run.resume is not None:
             raise _unfit(
-                "run", "run.resume is of Python: leave it out, and pass --resume to fxmerge " + self.verb + "."
+                "run", "run.resume is for Python only: leave it out, and pass --resume to fxmerge " + self.verb + "."
             )
         if self.verb == "fold" and not (self.recipe.match == AUTO or isinstance(self.recipe.match, Zip)):
             raise _unfit("recipe", "fold merges units: recipe.match must be Zip, with the width to fold to.")
+
+    @property
+    def files(self) -> tuple[ModelFile, ...]:
+        """The weights of all models, the base last."""
+        return (*self.models, *([] if self.base is None else [self.base]))
 
     def arch_of(self, model: ModelFile) -> str | None:
         """The architecture of one of the models."""

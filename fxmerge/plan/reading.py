@@ -48,6 +48,17 @@ def shown(path: Path) -> str:
     return text.removeprefix(".") or "the file"
 
 
+def meant(name: object, known: Sequence[str], otherwise: str) -> str:
+    """A question for the known name that is nearest to another one, or else what is given.
+
+    Example:
+        >>> meant("wieght", ("weight", "density"), "it has weight and density.")
+        "did you mean 'weight'?"
+    """
+    near = get_close_matches(str(name), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
 def read(hint: Any, value: Any, path: Path = ()) -> Any:
     """A value of a type from plain data.
 
@@ -153,8 +164,7 @@ def _dataclass(kinds: Sequence[type], value: Mapping[Any, Any], path: Path) -> A
 
 
 def _no_field(path: Path, name: Any, known: list[str]) -> str:
-    near = get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"its fields are {', '.join(known)}."
+    hint = meant(name, known, f"its fields are {', '.join(known)}.")
     return f"{shown(path)} has no field {name!r}; {hint}"
 
 

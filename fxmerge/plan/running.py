@@ -39,10 +39,10 @@ class Result:
 
     Attributes:
         plan: the plan, with the checksums of all files that were read.
-        networks: of the models.
+        networks: one for each model, without the base.
         data: the calibration data.
         module: the network that was made.
-        warnings: what was warned of meanwhile, each in a sentence.
+        warnings: the warnings of the run, each in a sentence.
         call: example inputs: (args, kwargs).
     """
 
@@ -55,18 +55,17 @@ class Result:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the parameters of the network hold."""
+        """How many numbers the parameters of `module` hold."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
 
 def opened(plan: Plan, *, allow_pickle: bool = False) -> tuple[Checkpoint, ...]:
     """The weights of all models of a plan, the base last, with their headers checked."""
-    files = (*plan.models, *([] if plan.base is None else [plan.base]))
-    return tuple(io.load(file.path, allow_pickle=allow_pickle) for file in files)
+    return tuple(io.load(file.path, allow_pickle=allow_pickle) for file in plan.files)
 
 
 def execute(plan: Plan, checkpoints: Sequence[Checkpoint], resume: Path | None = None) -> Result:
-    """Does what a plan says, but for writing its result.
+    """Does what a plan says, and gives the result without writing it.
 
     Arguments:
         plan: what to do.
@@ -78,20 +77,19 @@ def execute(plan: Plan, checkpoints: Sequence[Checkpoint], resume: Path | None =
             verbs do.
     """
     with warnings_logged() as warnings:
-        files = (*plan.models, *([] if plan.base is None else [plan.base]))
         with timed(logger, {}, "reading models"):
-            files = tuple(_summed(*pair) for pair in zip(files, checkpoints, strict=True))
+            files = tuple(_summed(*pair) for pair in zip(plan.files, checkpoints, strict=True))
             networks = [build_of(plan, *pair) for pair in zip(files, checkpoints, strict=True)]
         plan, base = replace(plan, models=files[: len(plan.models)]), None
         if plan.base is not None:
             plan, base = replace(plan, base=files[-1]), networks.pop()
         with timed(logger, {}, "reading data"):
-            data = tuple(_data(one, networks[i], plan.run.seed) for i, one in enumerate(plan.data))
-            plan = replace(plan, data=tuple(_checked(*pair) for pair in zip(plan.data, data, strict=True)))
-        module = _done(plan, networks, base, data, replace(plan.run, resume=resume))
-    # What was wrong with the files of an earlier run says nothing of the result.
-    said = tuple(worded(one.getMessage()) for one in warnings if one.name != stages.__name__)
-    return Result(plan, tuple(networks), data, module, said, _call(networks[0], data))
+            loaders = tuple(_data(one, networks[i], plan.run.seed) for i, one in enumerate(plan.data))
+            plan = replace(plan, data=tuple(_checked(*pair) for pair in zip(plan.data, loaders, strict=True)))
+        module = _done(plan, networks, base, loaders, replace(plan.run, resume=resume))
+    # Warnings of damaged files of an earlier run say nothing of the result.
+    messages = tuple(worded(record.getMessage()) for record in warnings if record.name != stages.__name__)
+    return Result(plan, tuple(networks), loaders, module, messages, _call(networks[0], loaders))
 
 
 def build_of(plan: Plan, file: ModelFile, checkpoint: Checkpoint) -> Network:
@@ -107,8 +105,16 @@ def example_of(network: Network) -> Call:
 
 
 def whole(plan: Plan, networks: Sequence[Network], *, apart: bool) -> tuple[Model, Call]:
-    """What the symmetry of a merge is of, and example inputs: the first network or, where networks have heads of their
-    own or are of other widths, all of them as one, as the merge sees them."""
+    """The module whose symmetry a merge uses, and example inputs.
+
+    It is the first network. If networks have heads of their own or other widths, it is all of them as one module, as in
+    the merge.
+
+    Arguments:
+        plan: of the merge.
+        networks: the networks of its models.
+        apart: whether the result has heads apart.
+    """
     models, call = tuple(network.model for network in networks), example_of(networks[0])
     shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in models]
     if not apart and all(own == shapes[0] for own in shapes):
@@ -144,9 +150,11 @@ def _done(
 
 
 def _data(data: Data, network: Network, seed: int) -> Batches:
-    found = calibration.read(data.path, network, samples=data.samples, batch=data.batch, length=data.length, seed=seed)
-    logger.info("%s", found.note)
-    return found
+    batches = calibration.read(
+        data.path, network, samples=data.samples, batch=data.batch, length=data.length, seed=seed
+    )
+    logger.info("%s", batches.note)
+    return batches
 
 
 # -------------------------------------------------------------------------- checksums
@@ -156,11 +164,11 @@ def checksum(*files: Path) -> str:
     """The SHA-256 of a file; of several, that of their checksums, one after the other."""
     sums = []
     for file in files:
-        own = hashlib.sha256()
+        digest = hashlib.sha256()
         with file.open("rb") as content:
             while piece := content.read(2**20):
-                own.update(piece)
-        sums.append(own.hexdigest())
+                digest.update(piece)
+        sums.append(digest.hexdigest())
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
@@ -180,18 +188,18 @@ def _summed(file: ModelFile, checkpoint: Checkpoint) -> ModelFile:
     return replace(file, path=str(Path(file.path).absolute()), sha256=sums)
 
 
-def _checked(data: Data, found: Batches) -> Data:
+def _checked(data: Data, batches: Batches) -> Data:
     """The data with their checksum.
 
     Raises:
         LoaderError: if they had another.
     """
-    if not found.files:
+    if not batches.files:
         return data
-    own = checksum(*found.files)
-    if data.sha256 not in (None, own):
+    given = checksum(*batches.files)
+    if data.sha256 not in (None, given):
         raise LoaderError(
-            f"{data.path} are not the data of the recipe: their SHA-256 is {own}, and the recipe says {data.sha256}. "
+            f"{data.path} are not the data of the recipe: their SHA-256 is {given}, and the recipe says {data.sha256}. "
             "Use those data, or take sha256 out of the recipe."
         )
-    return replace(data, path=str(Path(data.path).absolute()), sha256=own)
+    return replace(data, path=str(Path(data.path).absolute()), sha256=given)
