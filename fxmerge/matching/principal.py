@@ -198,19 +198,17 @@ def joint_directions(products: Mapping[Pair, Tensor], weights: Sequence[float], 
         [[1.0, 0.0], [0.0, 1.41]]
         [[1.0, 0.0], [0.0, 0.0]]
     """
-    count = len(weights)
-    size = len(products[0, 0])
+    count, size = len(weights), len(products[0, 0])
     frame = centred_frame(size) if kind == Kind.CENTRED else torch.eye(size, dtype=torch.float64)
-    roots = torch.tensor(weights, dtype=torch.float64).sqrt()
-    rows = []
-    for i in range(count):
-        own = [products[i, j] if i <= j else products[j, i].T for j in range(count)]
-        rows.append(torch.cat([frame.T @ x.to(frame) @ frame * roots[i] * roots[j] for j, x in enumerate(own)], 1))
-    whole = torch.cat(rows)
     width = frame.shape[1]
-    agreeing = AGREEMENT * whole.trace() / width * torch.kron(torch.outer(roots, roots), torch.eye(width).to(whole))
-    first = torch.linalg.eigh((whole + whole.T) / 2 + agreeing)[1].flip(1)[:, :width]
-    parts = first.reshape(count, width, width)
-    u, _, vh = torch.linalg.svd((roots[:, None, None] * parts).sum(0))
-    found = [frame @ (u @ vh @ part.T / root) @ frame.T for part, root in zip(parts, roots, strict=True)]
-    return [matrix + 1 / size for matrix in found] if kind == Kind.CENTRED else found
+    roots = torch.tensor(weights, dtype=torch.float64).sqrt()
+    shares = torch.outer(roots, roots)
+    blocks = torch.zeros(count, width, count, width, dtype=torch.float64)
+    whole = blocks.view(count * width, count * width)
+    for (i, j), product in products.items():  # `eigh` reads the lower half only.
+        blocks[j, :, i] = (frame.T @ product.to(frame) @ frame * shares[i, j]).T
+    blocks.diagonal(dim1=1, dim2=3).add_(AGREEMENT * whole.trace() / width * shares[:, :, None])
+    rows = torch.linalg.eigh(whole)[1][:, -width:].flip(1).view(count, width, width)
+    u, _, vh = torch.linalg.svd((roots[:, None, None] * rows).sum(0))
+    matrices = [frame @ (u @ vh @ own.T / root) @ frame.T for own, root in zip(rows, roots, strict=True)]
+    return [matrix + 1 / size for matrix in matrices] if kind == Kind.CENTRED else matrices
