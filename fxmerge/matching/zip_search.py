@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from fxmerge.evidence import weights
 from fxmerge.evidence.weights import Slices
+from fxmerge.matching.agglomerate import Links
 from fxmerge.matching.allot import Allotment, zip_losses
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
@@ -91,7 +92,7 @@ class ZipProblem:
 
     symmetry: Symmetry
     states: Sequence[Mapping[str, Tensor]]
-    correlation: Mapping[int, Scores]
+    correlation: Mapping[int, Links]
     mix: Mix
     room: Room
     places: list[list[Ids]] = field(init=False)
@@ -182,26 +183,26 @@ class ZipProblem:
             factor[slots] = np.where(sizes > 0, 1 / np.sqrt(np.maximum(sizes, 1)), 0.0)
         return along_axis(torch.from_numpy(factor[axis.slot]), axis)
 
-    def similarity(self, number: int) -> Scores:
+    def similarity(self, number: int) -> Links:
         """alpha * cosines of the units' weights + (1 - alpha) * correlations of their activations (MuDSC, equation 5),
         of all pairs of units of all models, above the diagonal."""
         alpha, total = self.mix.alpha(number), self._cosines(number)
         if alpha < 1:
-            total *= alpha
-            total += (1 - alpha) * self.correlation[number]
-        return total
+            total.mul_(alpha).add_(torch.from_numpy(self.correlation[number]), alpha=1 - alpha)
+        links: Links = total.numpy()
+        return links
 
     def _gain(self, number: int) -> Scores:
         """The same of all pairs, each as much as the entries of a unit."""
-        above = np.triu(self.similarity(number), 1)
+        above = np.triu(self.similarity(number), 1).astype(np.float64)
         gain: Scores = self.weight(number) * (above + above.T + np.eye(len(above)))
         return gain
 
-    def _cosines(self, number: int) -> Scores:
+    def _cosines(self, number: int) -> Tensor:
         """The cosines of the units' weights, above the diagonal; 0 where they are not needed."""
         size = self.symmetry.units[number].size * len(self.states)
         if self.mix.alpha(number) == 0 or not self.slices[number]:
-            return np.zeros((size, size))
+            return torch.zeros(size, size)
         gram: Tensor | None = None
         for s in self.slices[number]:
             name = s.axis.parameter
@@ -211,10 +212,9 @@ class ZipProblem:
         assert gram is not None
         norms = gram.diagonal().clamp(min=0).sqrt()
         inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-        cosines: Scores = gram.mul_(inverse[:, None]).mul_(inverse).cpu().double().numpy()
-        return cosines
+        return gram.mul_(inverse[:, None]).mul_(inverse).cpu()
 
-    def pairs(self, number: int, without: Collection[int] = ()) -> tuple[Scores, dict[int, Scores]]:
+    def pairs(self, number: int, without: Collection[int] = ()) -> tuple[Links, dict[int, Scores]]:
         """How similar all units of a class are; and for blocks, what those in them gain, but for some classes."""
         if not is_block(self.symmetry, number):
             return self.similarity(number), {}
@@ -277,7 +277,7 @@ class ZipProblem:
 def match_zip(
     symmetry: Symmetry,
     states: Sequence[Mapping[str, Tensor]],
-    correlation: Mapping[int, Scores],
+    correlation: Mapping[int, Links],
     flow: Mapping[Axis, Flow],
     *,
     alpha: float | Mapping[int, float],
