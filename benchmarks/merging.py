@@ -1,5 +1,8 @@
 """Whole merges: seconds by stage and peak memory, each in a process of its own, of networks with random weights.
 
+CPU seconds are shown beside, for machines on which other programs run; and in how many products of two matrices of
+4,096 by 4,096 numbers, timed in the same process, they are, for machines of another speed.
+
     python benchmarks/merging.py [--short] [--cases NAME ...] [--threads 2]
 
 All but the first case need `pip install -e '.[zoo]'`; those whose package is not installed are left out.
@@ -73,6 +76,20 @@ CASES: dict[str, Case] = {
 SHORT = Case(partial(ResNet20, 1, 2, nn.BatchNorm2d, 32), (1, 28, 28), 128, batch=32)
 
 
+PRODUCT = 4096
+
+
+def product(size: int) -> float:
+    """CPU seconds of the product of two square matrices in single precision: the least of three."""
+    a = torch.randn(size, size)
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        torch.mm(a, a)
+        seconds.append(time.process_time() - began)
+    return min(seconds)
+
+
 def work(task: Row, note: Note) -> None:
     """Merges one pair."""
     case = SHORT if task["short"] else CASES[task["name"]]
@@ -83,12 +100,14 @@ def work(task: Row, note: Note) -> None:
         networks.append(case.build().eval())
     batches: list[Tensor] = list(torch.randn(case.inputs or 1, *case.shape).split(case.batch))
     note("merge", machine=machine(), parameters=sum(p.numel() for p in networks[0].parameters()))
-    began = time.perf_counter()
+    unit = product(256 if task["short"] else PRODUCT)
+    began, worked = time.perf_counter(), time.process_time()
     loader = batches if case.inputs else None
     merged = fxmerge.merge(
         networks[0], networks[1], loader, case.recipe, example=batches[0][:2], run=Run(progress=False)
     )
-    note("done", seconds=time.perf_counter() - began, stages=dict(fxmerge.report(merged).seconds))
+    spent = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - worked}
+    note("done", **spent, unit=unit, stages=dict(fxmerge.report(merged).seconds))
 
 
 def main() -> int:
@@ -104,7 +123,13 @@ def main() -> int:
     print(next((row["machine"] for row in rows if "machine" in row), ""), "\n")
     stages = list(dict.fromkeys(stage for row in rows for stage in row.get("stages", ())))
     lines = [
-        {"merge": row["name"], "parameters": f"{row['parameters']:,}", "seconds": f"{row['seconds']:.1f}"}
+        {
+            "merge": row["name"],
+            "parameters": f"{row['parameters']:,}",
+            "seconds": f"{row['seconds']:.1f}",
+            "CPU seconds": f"{row['cpu']:.1f}",
+            "in products": f"{row['cpu'] / row['unit']:.1f}",
+        }
         | {stage: f"{row['stages'][stage]:.1f}" if stage in row["stages"] else "-" for stage in stages}
         | {"peak GiB": f"{row['peak_mib'] / 1024:.1f}"}
         if "seconds" in row

@@ -217,12 +217,12 @@ def similarities(
     return {n: m.covariances(kind) if n in mixed else m.similarities(kind) for n, m in sums.items()}
 
 
-def whole(blocks: Mapping[Pair, Tensor], models: int) -> NDArray[np.float64]:
+def whole(blocks: Mapping[Pair, Tensor], models: int) -> NDArray[np.float32]:
     """One matrix over the units of all models, model after model, from its blocks on and above the diagonal."""
     rows = [
         torch.cat([blocks[i, j] if i <= j else blocks[j, i].T for j in range(models)], dim=1) for i in range(models)
     ]
-    matrix: NDArray[np.float64] = torch.cat(rows).double().cpu().numpy()
+    matrix: NDArray[np.float32] = torch.cat(rows).float().cpu().numpy()
     return matrix
 
 

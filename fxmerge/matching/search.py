@@ -231,7 +231,7 @@ def match(
     return Match(Permutation(symmetry.layout, problem.images), basis, trace, quality(problem))
 
 
-def search(problem: Problem, *, seed: int = 0, progress: bool | None = None) -> tuple[float, ...]:
+def search(problem: Problem, *, afresh: bool = True, seed: int = 0, progress: bool | None = None) -> tuple[float, ...]:
     """Moves the units of a problem's model b to where it is most similar to a.
 
     The first sweep visits the classes in the order in which evidence reaches them: a class is matched
@@ -239,15 +239,22 @@ def search(problem: Problem, *, seed: int = 0, progress: bool | None = None) -> 
     was where that is no worse, coordinate descent in random order goes on until no step
     helps by more than `TOLERANCE`.
 
+    Arguments:
+        problem: the problem.
+        afresh: whether there is a first sweep. Without one, the search goes on from where b is.
+        seed: seed of the random order.
+        progress: whether to show a progress bar; None shows it on a terminal.
+
     Returns:
         The objective at the start and after every accepted step; it never falls.
     """
     start, at_start = problem.position, problem.objective()
     roots = [n for n, c in enumerate(problem.symmetry.units) if not c.parents]
     with tqdm(total=None, desc="matching", disable=None if progress is None else not progress, leave=False) as bar:
-        _first_sweep(problem, roots, bar)
+        if afresh:
+            _first_sweep(problem, roots, bar)
         # Units that are alike in a, such as dead ones, may trade places at no gain; they stay where they are.
-        if not rises(at_start, problem.objective()):
+        if afresh and not rises(at_start, problem.objective()):
             problem.position = start
         return descend(
             roots,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ FOLDS, LEAST_FOLDS = 5, 2
 FOLD_MEMORY = 2**28
 """Into how many parts the data go of which each is predicted from the others: fewer where their moments would take
 more bytes than this, but no less than two."""
+
+BLOCK = 256
+"""Features of which products with the features after them are taken together; those before are the same again."""
+
+USUAL = 4
+"""The position of the strength that is tried first: the one that is chosen most often if there are more rows than
+features."""
 
 MARGIN, NEGLIGIBLE = 0.01, 1e-10
 """A stronger ridge is preferred if its error is greater by no more than this share, and this share of the targets."""
@@ -65,11 +73,15 @@ class Few:
 
     def solve(self, ridge: float) -> Solution | None:
         """The step of a ridge, in the dual form: x' (x x' + ridge)^-1 rest."""
+        found = self.dual(ridge)
+        return None if found is None else Solution(self.x.transpose(1, 2) @ found[0], *found[1:])
+
+    def dual(self, ridge: float) -> tuple[Tensor, Tensor, Tensor] | None:
+        """How much each row counts in the step of a ridge, shape (groups, rows, outputs); with the Cholesky factor and
+        what the ridge adds."""
         scale = _scale(self.x.square().sum(1), ridge)
         factor = _factor(self._products, scale)
-        if factor is None:
-            return None
-        return Solution(self.x.transpose(1, 2) @ torch.cholesky_solve(self.rest, factor), factor, scale)
+        return None if factor is None else (torch.cholesky_solve(self.rest, factor), factor, scale)
 
     @cached_property
     def _products(self) -> Tensor:
@@ -126,6 +138,7 @@ class NormalEquations:
         self.targets = Moments()
         self._rows: list[Few] = []
         self._sums: Many | None = None
+        self._half = False  # Whether the products of features are up to date on the diagonal and above only.
 
     @classmethod
     def folds(cls, groups: int, features: int, outputs: int, device: torch.device) -> list[NormalEquations]:
@@ -149,13 +162,12 @@ class NormalEquations:
             return
         turned = x.transpose(1, 2)
         squares = float(rest.square().sum(dtype=torch.float64))
-        sums = self.sums()
-        self._sums = Many(
-            sums.features.add_((turned @ x).double(), alpha=weight),
-            sums.cross.add_((turned @ rest).double(), alpha=weight),
-            sums.squares + squares * weight,
-        )
-        self._rows = []
+        sums = self.sums() if self._sums is None else self._sums
+        for start in range(0, x.shape[2], BLOCK):
+            end = start + BLOCK
+            sums.features[:, start:end, start:].add_((turned[:, start:end] @ x[..., start:]).double(), alpha=weight)
+        sums.cross.add_((turned @ rest).double(), alpha=weight)
+        self._sums, self._half, self._rows = replace(sums, squares=sums.squares + squares * weight), True, []
 
     def rows(self) -> Few | None:
         """The rows, in float64; None if they are more than few."""
@@ -167,6 +179,9 @@ class NormalEquations:
     def sums(self) -> Many:
         """The rows as sums."""
         if self._sums is not None:
+            if self._half:
+                _fill_below(self._sums.features)
+                self._half = False
             return self._sums
         rows = self.rows()
         if rows is not None:
@@ -182,6 +197,14 @@ class NormalEquations:
             [self._sums.features, self._sums.cross] if self._sums else [t for r in self._rows for t in (r.x, r.rest)]
         )
         return all(bool(torch.isfinite(t).all()) for t in found)
+
+
+def _fill_below(products: Tensor) -> None:
+    """Completes symmetric matrices of shape (groups, features, features), in place, of which the blocks below the
+    diagonal are not known."""
+    for start in range(0, products.shape[1], BLOCK):
+        end = start + BLOCK
+        products[:, end:, start:end] = products[:, start:end, end:].transpose(1, 2)
 
 
 def joined(folds: Sequence[NormalEquations]) -> Few | Many:
@@ -226,7 +249,7 @@ def fit(folds: Sequence[NormalEquations]) -> Fit:
     square = sum(fold.targets.square for fold in folds)
     total = max(square, torch.finfo(torch.float64).tiny)
     errors = _held_out(folds, total) if len(folds) > 1 else dict.fromkeys(RIDGES, 0.0)
-    limit = min(errors.values()) * (1 + MARGIN) + NEGLIGIBLE * total
+    limit = _limit(errors, total)
     whole = joined(folds)
     before = whole.error(torch.zeros(folds[0].shape, dtype=torch.float64, device=folds[0].device)) / total
     for ridge in (r for r, error in errors.items() if error <= limit):
@@ -240,17 +263,53 @@ def fit(folds: Sequence[NormalEquations]) -> Fit:
 
 
 def _held_out(folds: Sequence[NormalEquations], total: float) -> dict[float, float]:
-    """The sums of errors on all folds of what the others give, for ridges from the strongest on."""
-    alone = [joined([fold]) for fold in folds]
-    others = [joined([other for other in folds if other is not own]) for own in folds]
-    errors: dict[float, float] = {}
-    for ridge in RIDGES:
-        found = [other.solve(ridge) for other in others]
-        missed = [math.inf if f is None else error_of(own.error(f.step)) for own, f in zip(alone, found, strict=True)]
-        errors[ridge] = sum(missed)
-        if errors[ridge] > 2 * min(errors.values()) + NEGLIGIBLE * total:
-            break  # It only gets worse from here.
+    """The sums of errors on all folds of what the others give, for ridges from the strongest on.
+
+    Over the strength, the error falls to its least and then rises. So from a usual strength on, weaker ones are tried
+    until it rises, and stronger ones until it is beyond the limit.
+    """
+    parts = [_Held(joined([own]), joined([other for other in folds if other is not own])) for own in folds]
+
+    def missed(ridge: float) -> float:
+        return sum(error_of(part.error(ridge)) for part in parts)
+
+    errors = {RIDGES[USUAL]: missed(RIDGES[USUAL])}
+    for before, ridge in pairwise(RIDGES[USUAL:]):
+        errors[ridge] = missed(ridge)
+        if errors[ridge] >= errors[before]:
+            break
+    for ridge in reversed(RIDGES[:USUAL]):
+        errors = {ridge: missed(ridge)} | errors
+        if errors[ridge] > _limit(errors, total):
+            break
     return errors
+
+
+def _limit(errors: Mapping[float, float], total: float) -> float:
+    """Up to which error a stronger ridge is preferred."""
+    return min(errors.values()) * (1 + MARGIN) + NEGLIGIBLE * total
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Rows that are held out, and those that are to predict them."""
+
+    own: Few | Many
+    others: Few | Many
+
+    def error(self, ridge: float) -> float:
+        """The squared error on the rows held out; infinite where rounding does not let the fit be found."""
+        if isinstance(self.own, Few) and isinstance(self.others, Few):
+            # By products of rows with rows, so that there is no step, which is as large as the layer.
+            dual = self.others.dual(ridge)
+            return math.inf if dual is None else float((self.own.rest - self._across @ dual[0]).square().sum())
+        found = self.others.solve(ridge)
+        return math.inf if found is None else self.own.error(found.step)
+
+    @cached_property
+    def _across(self) -> Tensor:
+        assert isinstance(self.own, Few) and isinstance(self.others, Few)
+        return self.own.x @ self.others.x.transpose(1, 2)
 
 
 def step_without(own: NormalEquations, folds: Sequence[NormalEquations], ridge: float) -> Tensor | None:
@@ -267,6 +326,7 @@ def _scale(squares: Tensor, ridge: float) -> Tensor:
 
 def _factor(products: Tensor, scale: Tensor) -> Tensor | None:
     """The Cholesky factor of products with what a ridge adds; None where rounding has left them indefinite."""
-    eye = torch.eye(products.shape[1], dtype=products.dtype, device=products.device)
-    factor, failed = torch.linalg.cholesky_ex(products + scale[:, None, None] * eye)
+    shifted = products.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(scale[:, None])
+    factor, failed = torch.linalg.cholesky_ex(shifted)
     return None if bool(failed.any()) else factor
