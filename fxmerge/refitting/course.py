@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.processes import ALONE, Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.models import same_draws
 from fxmerge.program.run import Call, Runner
 from fxmerge.refitting.boundaries import Boundaries, without_the_rest
-from fxmerge.refitting.gather import Shares, Values
+from fxmerge.refitting.gather import Counted, Shares, Values
 from fxmerge.refitting.output_error import asked
 from fxmerge.refitting.schedule import Step, jump
 from fxmerge.refitting.staging import Stage
@@ -41,15 +42,16 @@ class Lesson:
 
 
 class Course:
-    """All networks on their way through the stages, on all data.
+    """All networks on their way through the stages, on the data of this process.
 
     Arguments:
         kept: holds what networks compute in one stage for the next.
         merged: the merged network.
         lanes: the parents.
-        lessons: the data.
+        lessons: the data of all processes.
         stages: the stages, in their order.
         all_parents: whether every parent goes through all data, also through those on which its share is 0.
+        processes: those that share the data.
     """
 
     def __init__(
@@ -61,25 +63,31 @@ class Course:
         stages: Sequence[Stage],
         *,
         all_parents: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
         self.kept, self.merged, self.lanes, self.stages = kept, merged, lanes, stages
         self.at = 0
         self.data: list[Lesson] = []
-        self.there: list[list[int]] = []
-        for lesson in lessons:
-            inputs = without_the_rest(merged.inputs(*lesson.call))  # One copy for all networks.
-            there = [*range(len(lanes))] if all_parents else asked(lesson.shares)
-            for lane in (_MERGED, *there):
-                kept.put((len(self.data), lane), inputs)
+        self.there: dict[int, list[int]] = {}
+        for number, lesson in enumerate(lessons):
+            if processes.owns(number):
+                inputs = without_the_rest(merged.inputs(*lesson.call))  # One copy for all networks.
+                self.there[number] = [*range(len(lanes))] if all_parents else asked(lesson.shares)
+                for lane in (_MERGED, *self.there[number]):
+                    kept.put((number, lane), inputs)
             self.data.append(replace(lesson, call=((), {})))
-            self.there.append(there)
         self._alike: dict[int | None, Counter[Shares]] = {}
+        self._before: dict[int | None, list[int]] = {}
 
     def alike(self, parent: int | None) -> Counter[Shares]:
         """How many batches have the same shares, of those on which a layer learns from a parent, or from all (None)."""
         if parent not in self._alike:
-            numbers = range(len(self.data))
-            self._alike[parent] = Counter(s for s in (self._shares(b, parent) for b in numbers) if s is not None)
+            found, before = Counter[Shares](), list[int]()
+            for shares in (self._shares(number, parent) for number in range(len(self.data))):
+                before.append(0 if shares is None else found[shares])
+                if shares is not None:
+                    found[shares] += 1
+            self._alike[parent], self._before[parent] = found, before
         return self._alike[parent]
 
     def _shares(self, number: int, parent: int | None) -> Shares | None:
@@ -90,12 +98,13 @@ class Course:
             return None
         return tuple(float(j == parent) for j in range(len(self.lanes)))
 
-    def lesson(self, number: int, parent: int | None) -> tuple[Shares, float] | None:
-        """Whom a layer learns from on a batch, and how much that counts; None if it does not learn there."""
+    def lesson(self, number: int, parent: int | None) -> Counted | None:
+        """How a batch counts for a layer that learns from a parent, or from all; None if it does not learn there."""
         shares = self._shares(number, parent)
         if shares is None:
             return None
-        return shares, (self.data[number].weight if parent is None else 1.0) / self.alike(parent)[shares]
+        weight = (self.data[number].weight if parent is None else 1.0) / self.alike(parent)[shares]
+        return Counted(number, shares, weight, self._before[parent][number])
 
     def batches(self, stage: int, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
         """Of every batch its number, what the merged network computes in a stage, and what the parents do.
@@ -115,8 +124,8 @@ class Course:
         self.at = stage + onward
 
     def _through(self, mine: Step, theirs: Step, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
-        """All networks go through all data."""
-        for b, there in enumerate(self.there):
+        """All networks go through all data of this process."""
+        for b, there in self.there.items():
             values = self._advance((b, _MERGED), self.merged, mine, onward)
             taught = {j: self._advance((b, j), self.lanes[j], theirs, onward) for j in there}
             yield b, values, taught

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fxmerge.processes import Processes
 from fxmerge.refitting.ridge import MARGIN, RIDGES
 
 SAMPLE_MEMORY = 2**29
@@ -286,16 +287,14 @@ class ScoreRows:
         features: how many features a row has.
         classes: how many classes.
         batches: how many batches there will be, of which each has an equal share of the memory.
-        seed: seed of the choice of rows.
     """
 
-    def __init__(self, features: int, classes: int, batches: int, seed: int) -> None:
+    def __init__(self, features: int, classes: int, batches: int) -> None:
         self.row_size = features + 3 * classes
         self.batches = batches
-        self.generator = torch.Generator().manual_seed(seed)
         self.parts: list[tuple[int, Rows]] = []
 
-    def add(self, fold: int, x: Tensor, p: Tensor, weight: float, parts: int = 1) -> None:
+    def add(self, fold: int, x: Tensor, p: Tensor, weight: float, generator: torch.Generator, parts: int = 1) -> None:
         """Takes in rows.
 
         Arguments:
@@ -303,15 +302,20 @@ class ScoreRows:
             x: features, shape (rows, features).
             p: probabilities of classes, shape (rows, classes).
             weight: how much each row counts.
+            generator: of the choice of rows.
             parts: in how many such calls a batch comes.
         """
         limit = SAMPLE_MEMORY // (self.row_size * x.element_size() * self.batches * parts) + 1
         if len(x) > limit:
-            chosen = torch.randperm(len(x), generator=self.generator)[:limit].sort().values.to(x.device)
+            chosen = torch.randperm(len(x), generator=generator)[:limit].sort().values.to(x.device)
             # What is left out is stood for by what is chosen.
             weight, x, p = weight * len(x) / limit, x[chosen], p[chosen]
         weights = torch.full((len(x),), weight, dtype=torch.float64, device=x.device)
         self.parts.append((fold, Rows(x.clone(), p.to(x, copy=True), weights)))
+
+    def total(self, processes: Processes) -> None:
+        """Makes these the rows of all processes."""
+        self.parts = [part for own in processes.gather("rows of scores", self.parts) for part in own]
 
     def gathered(self) -> tuple[Rows, int]:
         """All rows, those that are held out first, and how many these are."""

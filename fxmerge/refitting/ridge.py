@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from fxmerge.evidence.moments import Moments
 from fxmerge.ordering import error_of
+from fxmerge.processes import ALONE, Processes
 
 RIDGES = tuple(10.0**power for power in range(1, -6, -1))
 """The strengths to choose from, relative to the mean square of a feature, strongest first. Below them, rounding in
@@ -124,7 +125,7 @@ class NormalEquations:
     def __init__(self, groups: int, features: int, outputs: int, device: torch.device, few: int = 0) -> None:
         self.shape, self.device, self.few = (groups, features, outputs), device, few
         self.targets = Moments()
-        self._rows: list[Few] = []
+        self._rows: list[tuple[Tensor, Tensor, float]] = []
         self._sums: Many | None = None
 
     @classmethod
@@ -143,25 +144,49 @@ class NormalEquations:
         """Adds rows: features of shape (groups, rows, features), targets of shape (groups, rows, outputs)."""
         rest = y - x @ centre
         self.targets += Moments.of(y, weight)
-        if self._sums is None and self.targets.rows <= self.few:
-            root = math.sqrt(weight)
-            self._rows.append(Few(x * root, rest * root))
-            return
+        self._rows.append((x, rest, weight))
+        if self.targets.rows > self.few:
+            self._sums = self._summed()
+        else:
+            self._rows[-1] = x.clone(), rest, weight  # Features may be a view of far more.
+
+    def _summed(self) -> Many:
+        """All rows as sums, of which none is left. Each batch has a product of its own, so that rounding does not
+        depend on when this is done."""
+        sums = self._sums or self._empty()
+        for x, rest, weight in self._rows:
+            sums = self._added(sums, x, rest, weight)
+        self._rows = []
+        return sums
+
+    @staticmethod
+    def _added(sums: Many, x: Tensor, rest: Tensor, weight: float) -> Many:
         turned = x.transpose(1, 2)
         squares = float(rest.square().sum(dtype=torch.float64))
-        sums = self.sums()
-        self._sums = Many(
+        return Many(
             sums.features.add_((turned @ x).double(), alpha=weight),
             sums.cross.add_((turned @ rest).double(), alpha=weight),
             sums.squares + squares * weight,
         )
-        self._rows = []
+
+    def total(self, processes: Processes) -> None:
+        """Makes these the equations of the rows of all processes."""
+        if processes.size == 1:
+            return
+        self.targets = processes.total("targets of a layer", self.targets)
+        if self.targets.rows <= self.few:
+            self._rows = [row for own in processes.gather("rows of a layer", self._rows) for row in own]
+        else:
+            sums = self._summed()
+            found = processes.total("sums of a layer", (sums.features, sums.cross, sums.squares))
+            self._sums = Many(*found)
 
     def rows(self) -> Few | None:
         """The rows, in float64; None if they are more than few."""
         if self._sums is not None or not self._rows:
             return None
-        x, rest = (torch.cat(own, 1).double() for own in zip(*((r.x, r.rest) for r in self._rows), strict=True))
+        scaled = ((x * math.sqrt(weight), rest * math.sqrt(weight)) for x, rest, weight in self._rows)
+        x, rest = (torch.cat(own, 1).double() for own in zip(*scaled, strict=True))
         return Few(x, rest)
 
     def sums(self) -> Many:
@@ -171,6 +196,9 @@ class NormalEquations:
         rows = self.rows()
         if rows is not None:
             return rows.many()
+        return self._empty()
+
+    def _empty(self) -> Many:
         groups, features, outputs = self.shape
         empty = torch.zeros(groups, features, features + outputs, dtype=torch.float64, device=self.device)
         return Many(empty[..., :features].contiguous(), empty[..., features:].contiguous(), 0.0)
@@ -178,9 +206,7 @@ class NormalEquations:
     @property
     def is_finite(self) -> bool:
         """Whether no sum has overflowed, and no value was infinite or NaN."""
-        found = (
-            [self._sums.features, self._sums.cross] if self._sums else [t for r in self._rows for t in (r.x, r.rest)]
-        )
+        found = [self._sums.features, self._sums.cross] if self._sums else [t for row in self._rows for t in row[:2]]
         return all(bool(torch.isfinite(t).all()) for t in found)
 
 
@@ -216,16 +242,26 @@ class Fit:
     rank: float
 
 
-def fit(folds: Sequence[NormalEquations]) -> Fit:
-    """Ridge regression around a centre; its strength is the one that predicts each fold best from the others.
+def fit(layers: Sequence[Sequence[NormalEquations]], processes: Processes = ALONE) -> list[Fit]:
+    """Ridge regressions around centres; the strength of each is the one that predicts each fold best from the others.
 
     Minimises  sum of |residual - x step|^2 + ridge * scale * |step|^2, where scale is the mean of the features' sums
     of squares: where the data say nothing, there is no step.
+
+    Arguments:
+        layers: the folds of each regression, which are the same in all processes.
+        processes: among these, the folds are dealt out, and then the regressions.
     """
-    folds = [f for f in folds if f.targets.rows] or folds[:1]
-    square = sum(fold.targets.square for fold in folds)
-    total = max(square, torch.finfo(torch.float64).tiny)
-    errors = _held_out(folds, total) if len(folds) > 1 else dict.fromkeys(RIDGES, 0.0)
+    layers = [[fold for fold in folds if fold.targets.rows] or folds[:1] for folds in layers]
+    totals = [max(sum(f.targets.square for f in folds), torch.finfo(torch.float64).tiny) for folds in layers]
+    errors = _held_out(layers, totals, processes)
+    problems = list(zip(layers, totals, errors, strict=True))
+    owners = processes.deal([_cost(folds) for folds in layers])
+    return processes.solve("fits", problems, lambda problem: _chosen(*problem), owners)
+
+
+def _chosen(folds: Sequence[NormalEquations], total: float, errors: Mapping[float, float]) -> Fit:
+    """The fit with the strongest ridge whose held-out error is about the least."""
     limit = min(errors.values()) * (1 + MARGIN) + NEGLIGIBLE * total
     whole = joined(folds)
     before = whole.error(torch.zeros(folds[0].shape, dtype=torch.float64, device=folds[0].device)) / total
@@ -239,18 +275,59 @@ def fit(folds: Sequence[NormalEquations]) -> Fit:
     return Fit(none, math.inf, before, before, before, 0.0)
 
 
-def _held_out(folds: Sequence[NormalEquations], total: float) -> dict[float, float]:
-    """The sums of errors on all folds of what the others give, for ridges from the strongest on."""
-    alone = [joined([fold]) for fold in folds]
-    others = [joined([other for other in folds if other is not own]) for own in folds]
-    errors: dict[float, float] = {}
-    for ridge in RIDGES:
-        found = [other.solve(ridge) for other in others]
-        missed = [math.inf if f is None else error_of(own.error(f.step)) for own, f in zip(alone, found, strict=True)]
-        errors[ridge] = sum(missed)
-        if errors[ridge] > 2 * min(errors.values()) + NEGLIGIBLE * total:
-            break  # It only gets worse from here.
+@dataclass(frozen=True, eq=False)
+class _HeldOut:
+    """A fold that the others are to predict, of a layer by its number."""
+
+    layer: int
+    fold: NormalEquations
+    rest: Sequence[NormalEquations]
+
+    @cached_property
+    def rows(self) -> Few | Many:
+        return joined([self.fold])
+
+    @cached_property
+    def others(self) -> Few | Many:
+        return joined(self.rest)
+
+    def missed(self, ridge: float) -> float:
+        """The error on the fold of what the others give."""
+        found = self.others.solve(ridge)
+        return math.inf if found is None else error_of(self.rows.error(found.step))
+
+
+def _held_out(
+    layers: Sequence[Sequence[NormalEquations]], totals: Sequence[float], processes: Processes
+) -> list[dict[float, float]]:
+    """For every layer the sums of errors on all folds of what the others give, for ridges from the strongest on."""
+    tasks = [
+        _HeldOut(n, own, [other for other in folds if other is not own])
+        for n, folds in enumerate(layers)
+        if len(folds) > 1
+        for own in folds
+    ]
+    # A process keeps what it has found of a fold from one ridge to the next.
+    owner = dict(zip(tasks, processes.deal([_cost(task.rest) for task in tasks]), strict=True))
+    going = {task.layer for task in tasks}
+    errors: list[dict[float, float]] = [{} if n in going else dict.fromkeys(RIDGES, 0.0) for n in range(len(layers))]
+    for ridge in RIDGES if going else ():
+        now = [task for task in tasks if task.layer in going]
+        missed = processes.solve("held-out errors", now, partial(_HeldOut.missed, ridge=ridge), [owner[t] for t in now])
+        for n in sorted(going):
+            own = errors[n]
+            own[ridge] = sum(error for task, error in zip(now, missed, strict=True) if task.layer == n)
+            if own[ridge] > 2 * min(own.values()) + NEGLIGIBLE * totals[n]:
+                going.remove(n)  # It only gets worse from here.
+        if not going:
+            break
     return errors
+
+
+def _cost(folds: Sequence[NormalEquations]) -> float:
+    """About what a solve costs: the cube of the rows or of the features."""
+    groups, features, _ = folds[0].shape
+    return float(groups * min(sum(fold.targets.rows for fold in folds), features) ** 3)
 
 
 def step_without(own: NormalEquations, folds: Sequence[NormalEquations], ridge: float) -> Tensor | None:
