@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial, wraps
 from itertools import islice
 from typing import Any, ParamSpec, TypeVar
@@ -18,6 +20,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import FxmergeError, OptionError, ProcessError, first_line
+
+PATIENCE = timedelta(minutes=30)
+"""How long the command line lets processes wait for each other. They do so while one of them solves or writes; that one
+has ended, they see at once."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -249,6 +255,34 @@ def in_step(verb: Callable[P, T]) -> Callable[P, T]:
             return verb(*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def launched(device: str | torch.device | None) -> Iterator[Processes]:
+    """The processes that torchrun has launched, in a group of their own; without torchrun, this one alone.
+
+    Arguments:
+        device: where they work. Of "cuda", each takes the card of its number on the machine.
+
+    Raises:
+        ProcessError: if they do not find each other.
+    """
+    needed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    if not needed.issubset(os.environ) or os.environ["WORLD_SIZE"] == "1":
+        yield ALONE
+        return
+    backend = "gloo"
+    if device is not None and torch.device(device) == torch.device("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(f"The processes of torchrun do not find each other: {first_line(error)}.") from error
+    try:
+        yield Processes.of_group()
+    finally:
+        dist.destroy_process_group()
 
 
 class _Pickler(pickle.Pickler):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import random
 import signal
-import threading
+import socket
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 import fxmerge
-from fxmerge import LeastSquares, Recipe, Repair, Run, Zip, cli, io
+from fxmerge import LeastSquares, Recipe, Repair, Run, Zip, cli, io, processes
 from fxmerge.processes import Processes
 from tests import files
-from tests.networks import Attentive, mlp, vectors
-from tests.slow import but_slow, crossed
+from tests.networks import Attentive, mlp
+from tests.slow import but_slow
 from tests.test_stages import Repeating, classes, normalized
 
 PATIENCE = 60.0
@@ -101,21 +100,25 @@ def of_one(name: str) -> Told:
 # -------------------------------------------------------------------------- processes
 
 
-def _member(rank: int, size: int, folder: Path, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
+def _member(rank: int, folder: Path, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    group = f"file://{folder}/group"
-    dist.init_process_group("gloo", group, timedelta(seconds=PATIENCE), rank=rank, world_size=size)
     torch.save(work(rank, *given), folder / f"{rank}.pt")
+
+
+def _in_group(rank: int, size: int, group: str, work: Callable[[int], Any]) -> Any:
+    dist.init_process_group("gloo", group, timedelta(seconds=PATIENCE), rank=rank, world_size=size)
+    found = work(rank)
     dist.destroy_process_group()
+    return found
 
 
 class Team:
-    """Processes of one group that each do some work, given its rank; a process that ends early has no result."""
+    """Processes that each do some work, given its rank; a process that ends early has no result."""
 
     def __init__(self, size: int, folder: Path, work: Callable[..., Any], *given: Any) -> None:
         self.size, self.folder = size, folder
-        self.members = [SPAWN.Process(target=_member, args=(rank, size, folder, work, given)) for rank in range(size)]
+        self.members = [SPAWN.Process(target=_member, args=(rank, folder, work, given)) for rank in range(size)]
         for member in self.members:
             member.start()
 
@@ -127,20 +130,20 @@ class Team:
         return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
 
 
-def _all_told(rank: int, names: list[str]) -> dict[str, Told]:
+def in_group(size: int, folder: Path, work: Callable[[int], Any]) -> list[Any]:
+    """What processes of one group find."""
+    return Team(size, folder, _in_group, size, f"file://{folder}/group", work).results()
+
+
+def _all_told(names: tuple[str, ...], rank: int) -> dict[str, Told]:
     return {name: told(MERGES[name], Run(processes="auto")) for name in names}
 
 
 @pytest.mark.parametrize(
-    ("size", "names"),
-    [(2, FIRST)]
-    + [
-        pytest.param(2, tuple(n for n in MERGES if n not in FIRST), marks=pytest.mark.slow),
-        pytest.param(4, FIRST, marks=pytest.mark.slow),
-    ],
+    ("size", "names"), but_slow([(2, FIRST), (4, FIRST), (2, tuple(name for name in MERGES if name not in FIRST))])
 )
 def test_several_processes_make_what_one_makes(size: int, names: tuple[str, ...], tmp_path: Path) -> None:
-    found = Team(size, tmp_path, _all_told, list(names)).results()
+    found = in_group(size, tmp_path, partial(_all_told, names))
     for name in names:
         expected = of_one(name)
         for own in found:
@@ -152,3 +155,138 @@ def test_several_processes_make_what_one_makes(size: int, names: tuple[str, ...]
                 assert own[name].layers[layer] == pytest.approx(numbers, rel=1e-4, abs=1e-6), layer
             for key, tensor in found[0][name].state.items():
                 assert torch.equal(own[name].state[key], tensor)
+
+
+def test_the_costly_tasks_are_dealt_out_first() -> None:
+    owners = Processes(0, 3).deal([1, 1, 5, 4, 3, 3])
+    loads = [sum(c for c, own in zip([1, 1, 5, 4, 3, 3], owners, strict=True) if own == rank) for rank in range(3)]
+    assert sorted(loads) == [5, 6, 6]
+
+
+# -------------------------------------------------------------------------- errors
+
+
+class Failing:
+    """A loader that fails in one process, the so manieth time that it is read."""
+
+    def __init__(self, rank: int, time: int) -> None:
+        self.failing, self.time, self.read = rank == 1, time, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.read += 1
+        for number, batch in enumerate(rows(4)):
+            if self.failing and self.read == self.time and number == min(self.time, 3):
+                raise OSError("the disk is gone")
+            yield batch
+
+
+def _spoilt(rank: int) -> list[Tensor]:
+    """Data of which one process has an infinite value in its share."""
+    data = rows(4)
+    data[3][0, 0, 0, 0] = torch.inf
+    return data
+
+
+def _errors(rank: int) -> list[tuple[str, str]]:
+    run = Run(processes="auto")
+    calls: list[Callable[[], Any]] = [
+        *(lambda time=time: fxmerge.merge(mlp(0), mlp(1), Failing(rank, time), run=run) for time in range(2, 6)),
+        lambda: fxmerge.merge(mlp(0), mlp(1), _spoilt(rank), run=run),
+        lambda: fxmerge.merge(mlp(0), mlp(1 + rank), rows(4), run=run),
+        lambda: fxmerge.merge(mlp(0), mlp(1), rows(4 + rank), run=run),
+        lambda: fxmerge.merge(mlp(0), mlp(1), rows(4), run=Run(processes="auto", resume="stages")),
+        lambda: fxmerge.merge(mlp(0), mlp(1), rows(4), Recipe(targets="standardized", share="trunk"), run=run),
+    ]
+    found = []
+    for call in calls:
+        with pytest.raises(Exception) as info:
+            call()
+        found.append((type(info.value).__name__, str(info.value)))
+    told(MERGES["zip"], run)  # Errors are over, and the group is not.
+    return found
+
+
+def test_all_processes_end_with_the_error_of_one(tmp_path: Path) -> None:
+    first, second = in_group(2, tmp_path, _errors)
+    assert second[:4] == [("OSError", "the disk is gone")] * 4
+    assert {kind for kind, _ in first[:4]} == {"ProcessError"}
+    assert {text for _, text in first[:4]} == {"Process 1 of 0 to 1 has failed: OSError: the disk is gone."}
+    assert first[4][0] == second[4][0] == "NonFiniteError"
+    assert first[4][1] == "Process 1 of 0 to 1 has failed: " + second[4][1]
+    for number, differs in ((5, "the weights of model B"), (6, "the calibration data")):
+        assert first[number] == second[number]
+        assert first[number][0] == "OptionError" and f"they differ in {differs}. Give" in first[number][1]
+    assert first[7:] == second[7:]
+    assert first[7] == ("OptionError", "Run.resume is of one process, and this run has several: leave resume out.")
+    assert first[8][0] == "OptionError"
+
+
+# -------------------------------------------------------------------------- the command line
+
+
+def _command(rank: int, size: int, port: int, arguments: list[str]) -> int:
+    """A command as torchrun starts it."""
+    processes.PATIENCE = timedelta(seconds=PATIENCE / 2)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    return cli.main(arguments)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def typed(tmp_path: Path) -> list[str]:
+    """A command that merges two networks with data."""
+    paths = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        paths.append(str(tmp_path / f"{seed}.safetensors"))
+        io.save(files.deep()[0].state_dict(), Path(paths[-1]))
+    return [
+        "merge",
+        *paths,
+        "--arch",
+        "tests.files:deep",
+        "--data",
+        "tests.files:batches",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    return dict(io.load(folder / "model.safetensors"))
+
+
+def test_the_command_line_makes_what_it_makes_alone(typed: list[str], tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    assert cli.main([*typed[:-1], str(alone)]) == 0
+    assert Team(2, tmp_path, _command, 2, _free_port(), typed).results() == [0, 0]
+    torch.testing.assert_close(_weights(tmp_path / "out"), _weights(alone), rtol=1e-6, atol=1e-6)
+    assert cli.main(["verify", typed[-1]]) == 0
+    # The target is there, which only the first process sees.
+    assert Team(2, tmp_path, _command, 2, _free_port(), typed).results() == [4, 4]
+    assert Team(2, tmp_path, _command, 2, _free_port(), [*typed, "--resume", "--force"]).results() == [1, 1]
+
+
+@pytest.mark.parametrize("seed", but_slow(range(6)))
+def test_a_killed_process_ends_the_others(seed: int, typed: list[str], tmp_path: Path) -> None:
+    draw = random.Random(seed)
+    team = Team(2, tmp_path, _command, 2, _free_port(), typed)
+    time.sleep(draw.uniform(0.0, 4.0))
+    killed = draw.randrange(2)
+    pid = team.members[killed].pid
+    assert pid is not None
+    was_running = team.members[killed].exitcode is None
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    code = team.results()[1 - killed]
+    assert time.monotonic() - began < PATIENCE
+    if was_running:
+        assert code == 6
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
