@@ -25,6 +25,11 @@ PATIENCE = timedelta(minutes=30)
 """How long the command line lets processes wait for each other. They do so while one of them solves or writes; that one
 has ended, they see at once."""
 
+SMALL = 2**16
+"""Values of up to so many bytes are exchanged along with others."""
+
+SAME = "Give all processes the same arguments."
+
 P = ParamSpec("P")
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -115,8 +120,7 @@ class Processes:
             if word.place != place:
                 raise self._ended(
                     ProcessError(
-                        f"Process {rank} is at {word.place!r}, while process {self.rank} is at {place!r}. Give all "
-                        "processes the same arguments."
+                        f"Process {rank} is at {word.place!r}, while process {self.rank} is at {place!r}. {SAME}"
                     )
                 )
         return [pickle.loads(word.value) for word in words]
@@ -132,8 +136,18 @@ class Processes:
         if self.size == 1:
             return sums
         leaves, structure = pytree.tree_flatten(sums)
-        numbers = [(leaf.shape, leaf.device.type) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return pytree.tree_unflatten(map(self._sum, leaves, zip(*self.gather(place, numbers), strict=True)), structure)  # type: ignore[no-any-return]
+        outlines = [(leaf.shape, leaf.device.type) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        found, tensors = [], []
+        for leaf, all_ in zip(leaves, zip(*self.gather(place, outlines), strict=True), strict=True):
+            shapes = {outline for outline in all_ if isinstance(outline, tuple)}
+            if len(shapes) > 1:
+                raise self._ended(ProcessError(f"The processes have sums of different shapes: {shapes}. {SAME}"))
+            for shape, device in shapes:
+                zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+                tensors.append(leaf.double().contiguous() if isinstance(leaf, Tensor) else zeros)
+            found.append(tensors[-1] if shapes else sum(all_))
+        self._add_up(tensors)
+        return pytree.tree_unflatten(found, structure)  # type: ignore[no-any-return]
 
     def solve(self, place: str, items: Sequence[Item], function: Callable[[Item], T], owners: Sequence[int]) -> list[T]:
         """The results of a function for some items, each of which one process computes for all.
@@ -147,11 +161,11 @@ class Processes:
         if self.size == 1:
             return [function(item) for item in items]
         own = _packed({i: function(items[i]) for i, owner in enumerate(owners) if owner == self.rank})
-        self.gather(place, None)
         found: dict[int, T] = {}
-        for owner in sorted(set(owners)):
-            given = [own]
-            self._exchange(partial(dist.broadcast_object_list, given, src=owner))
+        for owner, content in enumerate(self.gather(place, own if len(own) <= SMALL else None)):
+            given = [content or own]
+            if content is None:
+                self._exchange(partial(dist.broadcast_object_list, given, src=owner))
             found |= pickle.loads(given[0])
         return [found[i] for i in range(len(items))]
 
@@ -190,22 +204,25 @@ class Processes:
         self._exchange(partial(dist.all_gather_object, words, word))
         return words
 
-    def _sum(self, leaf: Any, all_: Sequence[Any]) -> Any:
-        """The sum of a leaf, by what it is in all processes: a number, or the shape and the device of a tensor."""
-        shapes = [one for one in all_ if isinstance(one, tuple)]
-        if not shapes:
-            return sum(all_)
-        shape, device = shapes[0]
-        total = (
-            leaf.double().contiguous()
-            if isinstance(leaf, Tensor)
-            else torch.zeros(shape, dtype=torch.float64, device=device)
-        )
-        if any(one[0] != shape for one in shapes):
-            raise self._ended(ProcessError("The processes have sums of different shapes. Give all the same arguments."))
-        place = total.to(_reachable(total.device))
+    def _add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Adds up tensors of all processes, in place; small ones of a device together, which saves time."""
+        small: dict[torch.device, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.nbytes <= SMALL:
+                small.setdefault(tensor.device, []).append(tensor)
+            else:
+                self._add(tensor)
+        for own in small.values():
+            joined = torch.cat([tensor.reshape(-1) for tensor in own])
+            self._add(joined)
+            for tensor, total in zip(own, joined.split([tensor.numel() for tensor in own]), strict=True):
+                tensor.copy_(total.reshape(tensor.shape))
+
+    def _add(self, tensor: Tensor) -> None:
+        place = tensor.to(_reachable(tensor.device))
         self._exchange(partial(dist.all_reduce, place))
-        return place.to(total.device)
+        if place is not tensor:
+            tensor.copy_(place)
 
     def _exchange(self, exchange: Callable[[], Any]) -> None:
         try:

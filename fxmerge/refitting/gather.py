@@ -201,19 +201,21 @@ class LayerFit:
             self.parts[number, shares] = _ratio(shares[number] * self.coefficients[number], counted)
         return self.parts[number, shares]
 
-    def total(self, processes: Processes) -> None:
-        """Makes this what is gathered of the batches of all processes.
+    @staticmethod
+    def total(fits: Sequence[LayerFit], processes: Processes) -> None:
+        """Makes some fits those of what is gathered of the batches of all processes.
 
         Raises:
-            NonFiniteError: if an input or an output of the layer is NaN or infinite.
+            NonFiniteError: if an input or an output of a layer is NaN or infinite.
         """
-        for fold in self.folds:
-            fold.total(processes)
-        self.missed = processes.total("errors of parents", self.missed)
-        if self.rows is not None:
-            self.rows.total(processes)
-        if not all(fold.is_finite for fold in self.folds):
-            raise not_finite(self.layer)
+        NormalEquations.total([fold for fit in fits for fold in fit.folds], processes)
+        for fit, missed in zip(fits, processes.total("errors", [fit.missed for fit in fits]), strict=True):
+            fit.missed = missed
+        for fit in fits:
+            if fit.rows is not None:
+                fit.rows.total(processes)
+            if not all(fold.is_finite for fold in fit.folds):
+                raise not_finite(fit.layer)
 
     def settle(self, state: dict[str, Tensor], found: Fit, processes: Processes) -> dict[str, float]:
         """Puts the fitted coefficients into a state dict, and tells how they were found.

@@ -201,8 +201,6 @@ def refit(
                     del values, taught
                     bar.update(not again)
                     ticker.tick(min(len(layers_told) + 1, due), due)
-                for fit in fits:
-                    fit.total(processes)
                 told |= _settled(fits, own, processes)
                 if again:
                     merged.use(own)
@@ -283,12 +281,16 @@ def with_statistics(
 
 def _settled(fits: Sequence[LayerFit | Repair], state: dict[str, Tensor], processes: Processes) -> LayerReport:
     """Puts the new coefficients of some layers into a state dict, and tells how they were found."""
+    told = LayerReport()
+    for fit in fits:
+        if isinstance(fit, Repair):
+            fit.total(processes)
+            told[fit.layer.name] = fit.settle(state)
     layers = [fit for fit in fits if isinstance(fit, LayerFit)]
-    steps = dict(zip(layers, ridge_fits([fit.folds for fit in layers], processes), strict=True))
-    return {
-        fit.layer.name: fit.settle(state, steps[fit], processes) if isinstance(fit, LayerFit) else fit.settle(state)
-        for fit in fits
-    }
+    LayerFit.total(layers, processes)
+    for layer, step in zip(layers, ridge_fits([layer.folds for layer in layers], processes), strict=True):
+        told[layer.layer.name] = layer.settle(state, step, processes)
+    return told
 
 
 def _statistics(program: Program, agreed: Collection[str]) -> dict[tuple[str, str], list[fx.Node]]:

@@ -169,17 +169,22 @@ class NormalEquations:
             sums.squares + squares * weight,
         )
 
-    def total(self, processes: Processes) -> None:
-        """Makes these the equations of the rows of all processes."""
+    @staticmethod
+    def total(all_: Sequence[NormalEquations], processes: Processes) -> None:
+        """Makes some equations those of the rows of all processes."""
         if processes.size == 1:
             return
-        self.targets = processes.total("targets of a layer", self.targets)
-        if self.targets.rows <= self.few:
-            self._rows = [row for own in processes.gather("rows of a layer", self._rows) for row in own]
-        else:
-            sums = self._summed()
-            found = processes.total("sums of a layer", (sums.features, sums.cross, sums.squares))
-            self._sums = Many(*found)
+        for own, targets in zip(all_, processes.total("targets", [own.targets for own in all_]), strict=True):
+            own.targets = targets
+        few = [own for own in all_ if own.targets.rows <= own.few]
+        if few:
+            for own, *rows in zip(few, *processes.gather("rows", [own._rows for own in few]), strict=True):
+                own._rows = [row for of_one in rows for row in of_one]
+        many = [own for own in all_ if own.targets.rows > own.few]
+        summed = [own._summed() for own in many]
+        sums = processes.total("sums", [(own.features, own.cross, own.squares) for own in summed])
+        for own, found in zip(many, sums, strict=True):
+            own._sums = Many(*found)
 
     def rows(self) -> Few | None:
         """The rows, in float64; None if they are more than few."""
