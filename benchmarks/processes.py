@@ -31,9 +31,7 @@ import fxmerge
 from fxmerge import Recipe, Run, pipeline
 
 CASES = {
-    "ResNet20 of width 2, 1,000 images": Case(
-        partial(ResNet20, 2, 2, nn.BatchNorm2d, 32), (1, 28, 28), 1000, batch=50
-    ),
+    "ResNet20 of width 2, 1,000 images": Case(partial(ResNet20, 2, 2, nn.BatchNorm2d, 32), (1, 28, 28), 1000, batch=50),
     "ResNet-50, 64 images of 96 pixels": Case(
         partial(_torchvision, "resnet50"), (3, 96, 96), 64, "torchvision", batch=8
     ),

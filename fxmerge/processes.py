@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial, wraps
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -83,7 +83,7 @@ class Processes:
         return number % self.size == self.rank
 
     def share(self, batches: Iterable[T]) -> Iterator[T]:
-        """The share of this process: every so manieth batch."""
+        """The batches of the share of this process."""
         return islice(batches, self.rank, None, self.size)
 
     def deal(self, costs: Sequence[float]) -> list[int]:
@@ -91,13 +91,26 @@ class Processes:
 
         Example:
             >>> Processes(0, 2).deal([1.0, 3.0, 2.0, 2.0])
-            [1, 0, 1, 0]
+            [0, 0, 1, 1]
         """
         loads, owners = [0.0] * self.size, [0] * len(costs)
         for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
             owners[task] = loads.index(min(loads))
             loads[owners[task]] += costs[task]
         return owners
+
+    def split(self, costs: Sequence[float]) -> list[int]:
+        """Which process does each of some tasks, if tasks that come one after the other have something in common: parts
+        of about equal costs.
+
+        Example:
+            >>> Processes(0, 2).split([1.0, 1.0, 1.0, 3.0])
+            [0, 0, 0, 1]
+        """
+        total, ends = sum(costs), accumulate(costs)
+        return [
+            min(int(self.size * (end - cost / 2) / total), self.size - 1) for end, cost in zip(ends, costs, strict=True)
+        ]
 
     # ---------------------------------------------------------------------- exchanges
 
@@ -242,7 +255,7 @@ class Processes:
 
     def _told(self, error: Exception) -> FxmergeError:
         """An error as other processes raise it."""
-        text = f"Process {self.rank} of 0 to {self.size - 1} has failed: "
+        text = f"Process {self.rank} has failed: "
         if isinstance(error, FxmergeError):
             return type(error)(text + str(error))
         return ProcessError(f"{text}{type(error).__name__}: {first_line(error)}.")

@@ -210,9 +210,9 @@ def test_all_processes_end_with_the_error_of_one(tmp_path: Path) -> None:
     first, second = in_group(2, tmp_path, _errors)
     assert second[:4] == [("OSError", "the disk is gone")] * 4
     assert {kind for kind, _ in first[:4]} == {"ProcessError"}
-    assert {text for _, text in first[:4]} == {"Process 1 of 0 to 1 has failed: OSError: the disk is gone."}
+    assert {text for _, text in first[:4]} == {"Process 1 has failed: OSError: the disk is gone."}
     assert first[4][0] == second[4][0] == "NonFiniteError"
-    assert first[4][1] == "Process 1 of 0 to 1 has failed: " + second[4][1]
+    assert first[4][1] == "Process 1 has failed: " + second[4][1]
     for number, differs in ((5, "the weights of model B"), (6, "the calibration data")):
         assert first[number] == second[number]
         assert first[number][0] == "OptionError" and f"they differ in {differs}. Give" in first[number][1]

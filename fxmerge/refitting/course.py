@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.notices import warn_of_few_batches
 from fxmerge.processes import ALONE, Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.models import same_draws
@@ -76,18 +77,15 @@ class Course:
                 for lane in (_MERGED, *self.there[number]):
                     kept.put((number, lane), inputs)
             self.data.append(replace(lesson, call=((), {})))
+        warn_of_few_batches(len(self.data), processes.size)
         self._alike: dict[int | None, Counter[Shares]] = {}
-        self._before: dict[int | None, list[int]] = {}
+        self._counted: dict[int | None, list[Counted | None]] = {}
 
     def alike(self, parent: int | None) -> Counter[Shares]:
         """How many batches have the same shares, of those on which a layer learns from a parent, or from all (None)."""
         if parent not in self._alike:
-            found, before = Counter[Shares](), list[int]()
-            for shares in (self._shares(number, parent) for number in range(len(self.data))):
-                before.append(0 if shares is None else found[shares])
-                if shares is not None:
-                    found[shares] += 1
-            self._alike[parent], self._before[parent] = found, before
+            numbers = range(len(self.data))
+            self._alike[parent] = Counter(s for s in (self._shares(b, parent) for b in numbers) if s is not None)
         return self._alike[parent]
 
     def _shares(self, number: int, parent: int | None) -> Shares | None:
@@ -100,11 +98,25 @@ class Course:
 
     def lesson(self, number: int, parent: int | None) -> Counted | None:
         """How a batch counts for a layer that learns from a parent, or from all; None if it does not learn there."""
-        shares = self._shares(number, parent)
-        if shares is None:
-            return None
-        weight = (self.data[number].weight if parent is None else 1.0) / self.alike(parent)[shares]
-        return Counted(number, shares, weight, self._before[parent][number])
+        if parent not in self._counted:
+            self._counted[parent] = self._count(parent)
+        return self._counted[parent][number]
+
+    def _count(self, parent: int | None) -> list[Counted | None]:
+        alike, seen = self.alike(parent), Counter[Shares]()
+        found: list[Counted | None] = []
+        for number, lesson in enumerate(self.data):
+            shares = self._shares(number, parent)
+            if shares is None:
+                found.append(None)
+                continue
+            weight = (lesson.weight if parent is None else 1.0) / alike[shares]
+            found.append(Counted(number, shares, weight, seen[shares]))
+            seen[shares] += 1
+        # Only their ratios matter. With weights of one, sums of float32 products are exact in float64, so that they do
+        # not depend on the order of the batches, and results do not on the number of processes.
+        largest = max((one.weight for one in found if one is not None), default=0.0) or 1.0
+        return [one and replace(one, weight=one.weight / largest) for one in found]
 
     def batches(self, stage: int, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
         """Of every batch its number, what the merged network computes in a stage, and what the parents do.

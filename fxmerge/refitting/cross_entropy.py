@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -292,9 +293,18 @@ class ScoreRows:
     def __init__(self, features: int, classes: int, batches: int) -> None:
         self.row_size = features + 3 * classes
         self.batches = batches
-        self.parts: list[tuple[int, Rows]] = []
+        self.parts: list[tuple[int, int, Rows]] = []
 
-    def add(self, fold: int, x: Tensor, p: Tensor, weight: float, generator: torch.Generator, parts: int = 1) -> None:
+    def add(
+        self,
+        fold: int,
+        x: Tensor,
+        p: Tensor,
+        weight: float,
+        generator: torch.Generator,
+        parts: int = 1,
+        batch: int = 0,
+    ) -> None:
         """Takes in rows.
 
         Arguments:
@@ -304,6 +314,7 @@ class ScoreRows:
             weight: how much each row counts.
             generator: of the choice of rows.
             parts: in how many such calls a batch comes.
+            batch: the number of the batch.
         """
         limit = SAMPLE_MEMORY // (self.row_size * x.element_size() * self.batches * parts) + 1
         if len(x) > limit:
@@ -311,7 +322,7 @@ class ScoreRows:
             # What is left out is stood for by what is chosen.
             weight, x, p = weight * len(x) / limit, x[chosen], p[chosen]
         weights = torch.full((len(x),), weight, dtype=torch.float64, device=x.device)
-        self.parts.append((fold, Rows(x.clone(), p.to(x, copy=True), weights)))
+        self.parts.append((fold, batch, Rows(x.clone(), p.to(x, copy=True), weights)))
 
     def total(self, processes: Processes) -> None:
         """Makes these the rows of all processes."""
@@ -319,8 +330,8 @@ class ScoreRows:
 
     def gathered(self) -> tuple[Rows, int]:
         """All rows, those that are held out first, and how many these are."""
-        parts = [rows for _, rows in sorted(self.parts, key=lambda part: part[0])]
+        parts = [rows for _, _, rows in sorted(self.parts, key=itemgetter(0, 1))]
         whole = Rows(*(torch.cat([getattr(r, n) for r in parts]) for n in ("features", "targets", "weights")))
-        held = sum(len(rows) for fold, rows in self.parts if fold == 0)
+        held = sum(len(rows) for fold, _, rows in self.parts if fold == 0)
         self.parts = []
         return whole, held

@@ -155,11 +155,11 @@ class LayerFit:
             parts = count if self.alike[shares] == 1 else 1
             apart = zip(x.chunk(parts, 1), y.chunk(parts, 1), strict=True)
             for fold, part in enumerate(apart, start=counted.before):
-                self.folds[fold % count].add(*part, self.centre.to(x), weight)
+                self.folds[fold % count].add(*part, self.centre.to(x), weight, counted.number)
             if self.rows is not None and weight > 0:
                 p = self.distribution(use, taught, shares, chosen)
                 for fold, (own, its) in enumerate(zip(x[0].chunk(parts), p.chunk(parts), strict=True)):
-                    self.rows.add((counted.before + fold) % count, own, its, weight, generator, parts)
+                    self.rows.add((counted.before + fold) % count, own, its, weight, generator, parts, counted.number)
 
     def targets(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:
         """What the parents give at a use, in merged units: shape (groups, rows, outputs)."""
@@ -209,9 +209,9 @@ class LayerFit:
             NonFiniteError: if an input or an output of a layer is NaN or infinite.
         """
         NormalEquations.total([fold for fit in fits for fold in fit.folds], processes)
-        for fit, missed in zip(fits, processes.total("errors", [fit.missed for fit in fits]), strict=True):
-            fit.missed = missed
         for fit in fits:
+            if fit.missed:
+                fit.missed = processes.total("errors", fit.missed)
             if fit.rows is not None:
                 fit.rows.total(processes)
             if not all(fold.is_finite for fold in fit.folds):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import product
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -125,7 +127,7 @@ class NormalEquations:
     def __init__(self, groups: int, features: int, outputs: int, device: torch.device, few: int = 0) -> None:
         self.shape, self.device, self.few = (groups, features, outputs), device, few
         self.targets = Moments()
-        self._rows: list[tuple[Tensor, Tensor, float]] = []
+        self._rows: list[tuple[int, Tensor, Tensor, float]] = []
         self._sums: Many | None = None
 
     @classmethod
@@ -140,21 +142,21 @@ class NormalEquations:
         size = groups * features * (features + outputs) * torch.float64.itemsize
         return min(max(FOLD_MEMORY // max(size, 1), LEAST_FOLDS), FOLDS)
 
-    def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float) -> None:
-        """Adds rows: features of shape (groups, rows, features), targets of shape (groups, rows, outputs)."""
+    def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float, batch: int = 0) -> None:
+        """Adds rows of a batch: features of shape (groups, rows, features), targets of shape (groups, rows, outputs)."""
         rest = y - x @ centre
         self.targets += Moments.of(y, weight)
-        self._rows.append((x, rest, weight))
+        self._rows.append((batch, x, rest, weight))
         if self.targets.rows > self.few:
             self._sums = self._summed()
         else:
-            self._rows[-1] = x.clone(), rest, weight  # Features may be a view of far more.
+            self._rows[-1] = batch, x.clone(), rest, weight  # Features may be a view of far more.
 
     def _summed(self) -> Many:
         """All rows as sums, of which none is left. Each batch has a product of its own, so that rounding does not
         depend on when this is done."""
         sums = self._sums or self._empty()
-        for x, rest, weight in self._rows:
+        for _, x, rest, weight in self._rows:
             sums = self._added(sums, x, rest, weight)
         self._rows = []
         return sums
@@ -179,7 +181,7 @@ class NormalEquations:
         few = [own for own in all_ if own.targets.rows <= own.few]
         if few:
             for own, *rows in zip(few, *processes.gather("rows", [own._rows for own in few]), strict=True):
-                own._rows = [row for of_one in rows for row in of_one]
+                own._rows = sorted((row for of_one in rows for row in of_one), key=itemgetter(0))
         many = [own for own in all_ if own.targets.rows > own.few]
         summed = [own._summed() for own in many]
         sums = processes.total("sums", [(own.features, own.cross, own.squares) for own in summed])
@@ -190,7 +192,7 @@ class NormalEquations:
         """The rows, in float64; None if they are more than few."""
         if self._sums is not None or not self._rows:
             return None
-        scaled = ((x * math.sqrt(weight), rest * math.sqrt(weight)) for x, rest, weight in self._rows)
+        scaled = ((x * math.sqrt(weight), rest * math.sqrt(weight)) for _, x, rest, weight in self._rows)
         x, rest = (torch.cat(own, 1).double() for own in zip(*scaled, strict=True))
         return Few(x, rest)
 
@@ -211,7 +213,7 @@ class NormalEquations:
     @property
     def is_finite(self) -> bool:
         """Whether no sum has overflowed, and no value was infinite or NaN."""
-        found = [self._sums.features, self._sums.cross] if self._sums else [t for row in self._rows for t in row[:2]]
+        found = [self._sums.features, self._sums.cross] if self._sums else [t for row in self._rows for t in row[1:3]]
         return all(bool(torch.isfinite(t).all()) for t in found)
 
 
@@ -312,20 +314,22 @@ def _held_out(
         if len(folds) > 1
         for own in folds
     ]
-    # A process keeps what it has found of a fold from one ridge to the next.
-    owner = dict(zip(tasks, processes.deal([_cost(task.rest) for task in tasks]), strict=True))
     going = {task.layer for task in tasks}
     errors: list[dict[float, float]] = [{} if n in going else dict.fromkeys(RIDGES, 0.0) for n in range(len(layers))]
-    for ridge in RIDGES if going else ():
-        now = [task for task in tasks if task.layer in going]
-        missed = processes.solve("held-out errors", now, partial(_HeldOut.missed, ridge=ridge), [owner[t] for t in now])
-        for n in sorted(going):
-            own = errors[n]
-            own[ridge] = sum(error for task, error in zip(now, missed, strict=True) if task.layer == n)
-            if own[ridge] > 2 * min(own.values()) + NEGLIGIBLE * totals[n]:
-                going.remove(n)  # It only gets worse from here.
-        if not going:
+    # As many ridges at a time as there are processes, so that these have equally much to do.
+    for start in range(0, len(RIDGES), processes.size):
+        ridges = RIDGES[start : start + processes.size]
+        now = [(task, ridge) for task in tasks if task.layer in going for ridge in ridges]
+        if not now:
             break
+        owners = processes.split([_cost(task.rest) for task, _ in now])
+        missed = processes.solve("held-out errors", now, lambda one: one[0].missed(one[1]), owners)
+        for n, ridge in product(sorted(going), ridges):
+            if n in going:
+                own = errors[n]
+                own[ridge] = sum(e for (t, r), e in zip(now, missed, strict=True) if (t.layer, r) == (n, ridge))
+                if own[ridge] > 2 * min(own.values()) + NEGLIGIBLE * totals[n]:
+                    going.remove(n)  # It only gets worse from here.
     return errors
 
 
