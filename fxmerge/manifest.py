@@ -54,7 +54,7 @@ def _check_same(processes: Processes, given: Mapping[str, str]) -> None:
         if other != first:
             raise OptionError(
                 f"Process {rank} was given something else than process 0: they differ in {differences(first, other)}. "
-                "Give all processes the same models, options and batches: seed a loader that shuffles alike in all."
+                "Give all processes the same models, options and batches; where data are shuffled, with the same seed."
             )
 
 

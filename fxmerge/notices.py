@@ -62,15 +62,6 @@ def _outputs(found: Propagation, symmetry: Symmetry) -> list[str]:
     ]
 
 
-def warn_of_few_batches(batches: int, processes: int) -> None:
-    """Warns if some of several processes have no batch."""
-    if batches < processes:
-        count = "1 batch" if batches == 1 else f"{batches} batches"
-        logger.warning(
-            "The data are %s for %d processes, so that some do nothing. Pass smaller batches.", count, processes
-        )
-
-
 def warn_of_few_rows(layers: Mapping[str, Mapping[str, float]]) -> None:
     """Warns if most refitted layers had fewer rows of data than features."""
     few = [name for name, told in layers.items() if told.get("rows", np.inf) < told.get("features", 0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.notices import warn_of_few_batches
 from fxmerge.processes import ALONE, Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.models import same_draws
@@ -20,6 +20,8 @@ from fxmerge.refitting.gather import Counted, Shares, Values
 from fxmerge.refitting.output_error import asked
 from fxmerge.refitting.schedule import Step, jump
 from fxmerge.refitting.staging import Stage
+
+logger = logging.getLogger(__name__)
 
 _MERGED = -1
 """The key of the merged network among those of its parents."""
@@ -77,7 +79,9 @@ class Course:
                 for lane in (_MERGED, *self.there[number]):
                     kept.put((number, lane), inputs)
             self.data.append(replace(lesson, call=((), {})))
-        warn_of_few_batches(len(self.data), processes.size)
+        if len(self.data) < processes.size:
+            text = "There are fewer batches (%d) than processes (%d), so that some do nothing. Pass smaller batches."
+            logger.warning(text, len(self.data), processes.size)
         self._alike: dict[int | None, Counter[Shares]] = {}
         self._counted: dict[int | None, list[Counted | None]] = {}
 

@@ -143,7 +143,8 @@ class NormalEquations:
         return min(max(FOLD_MEMORY // max(size, 1), LEAST_FOLDS), FOLDS)
 
     def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float, batch: int = 0) -> None:
-        """Adds rows of a batch: features of shape (groups, rows, features), targets of shape (groups, rows, outputs)."""
+        """Adds rows of a batch: features of shape (groups, rows, features), targets of shape (groups, rows,
+        outputs)."""
         rest = y - x @ centre
         self.targets += Moments.of(y, weight)
         self._rows.append((batch, x, rest, weight))
