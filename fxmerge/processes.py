@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -241,10 +242,11 @@ class Processes:
         try:
             exchange()
         except RuntimeError as error:
+            said = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # Without where, and without advice.
             raise self._ended(
                 ProcessError(
-                    f"Another process of the run has ended, or does not answer: {first_line(error)}. Its own error "
-                    "says why. If it was killed, it may have run out of memory."
+                    f"Another process of the run has ended, or does not answer: {said}. Its own error says why. If it was "
+                    "killed, it may have run out of memory."
                 )
             ) from error
 

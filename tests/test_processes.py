@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import socket
-import time
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cache, partial
@@ -224,8 +226,27 @@ def test_all_processes_end_with_the_error_of_one(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------- the command line
 
 
-def _command(rank: int, size: int, port: int, arguments: list[str]) -> int:
-    """A command as torchrun starts it."""
+EXCHANGES = 40
+"""The command of `typed` has some more."""
+
+
+def _command(
+    rank: int, size: int, port: int, arguments: list[str], killed: tuple[int, int, float] | None = None
+) -> int:
+    """A command as torchrun starts it.
+
+    Arguments:
+        killed: the rank of a process that is killed, after how many exchanges, and how many seconds later.
+    """
+    if killed is not None and killed[0] == rank:
+        left, exchange = iter(range(killed[1], -1, -1)), Processes._exchange
+
+        def counted(self: Processes, own: Callable[[], Any]) -> None:
+            exchange(self, own)
+            if not next(left, 1):
+                threading.Timer(killed[2], os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+        Processes._exchange = counted  # type: ignore[method-assign]
     processes.PATIENCE = timedelta(seconds=PATIENCE / 2)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
@@ -263,6 +284,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     return dict(io.load(folder / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_what_it_makes_alone(typed: list[str], tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     assert cli.main([*typed[:-1], str(alone)]) == 0
@@ -274,19 +296,23 @@ def test_the_command_line_makes_what_it_makes_alone(typed: list[str], tmp_path: 
     assert Team(2, tmp_path, _command, 2, _free_port(), [*typed, "--resume", "--force"]).results() == [1, 1]
 
 
-@pytest.mark.parametrize("seed", but_slow(range(6)))
+@pytest.mark.parametrize("seed", but_slow(range(4)))
 def test_a_killed_process_ends_the_others(seed: int, typed: list[str], tmp_path: Path) -> None:
+    """It is killed at a random moment after a random exchange."""
     draw = random.Random(seed)
-    team = Team(2, tmp_path, _command, 2, _free_port(), typed)
-    time.sleep(draw.uniform(0.0, 4.0))
-    killed = draw.randrange(2)
-    pid = team.members[killed].pid
-    assert pid is not None
-    was_running = team.members[killed].exitcode is None
-    os.kill(pid, signal.SIGKILL)
-    began = time.monotonic()
-    code = team.results()[1 - killed]
-    assert time.monotonic() - began < PATIENCE
-    if was_running:
-        assert code == 6
-        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
+    killed, moment = draw.randrange(2), (draw.randrange(EXCHANGES), draw.uniform(0.0, 0.02))
+    team = Team(2, tmp_path, _command, 2, _free_port(), typed, (killed, *moment))
+    assert team.results()[1 - killed] == 6
+    assert team.members[killed].exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert killed == 0 or not list(tmp_path.glob(".out.*"))  # Of the first process, the next run clears away.
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_command(typed: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fxmerge", *typed]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=4 * PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is written. README.md in it is the model card.") == 1
+    assert cli.main(["verify", typed[-1]]) == 0
+    assert subprocess.run(command, capture_output=True, timeout=4 * PATIENCE).returncode == 1  # The target is there.
