@@ -1,10 +1,9 @@
 """Refitting by several processes of one thread each: seconds, CPU seconds of each process, and how far results differ.
 
-    python benchmarks/processes.py [--short] [--cases NAME ...] [--counts 1 2]
+    python benchmarks/processes.py [--short] [--counts 1 2]
 
-Processes that share a machine with other work wait for cores. What each computes is then told by its CPU seconds:
-the largest of them is about what a run takes on a machine with a free core for each. ResNet-50 needs
-`pip install -e '.[zoo]'`, and is left out without it.
+Processes that share a machine with other work wait for cores. What each computes is then told by its CPU seconds: the
+largest of them is about what a run takes on a machine with a free core for each.
 """
 
 from __future__ import annotations
@@ -16,40 +15,34 @@ import tempfile
 import time
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from invariance import machine, table
-from merging import Case, _torchvision
 from tasks_suite.networks import ResNet20
 from torch import Tensor, multiprocessing, nn
 
 import fxmerge
 from fxmerge import Recipe, Run, pipeline
 
-CASES = {
-    "ResNet20 of width 2, 1,000 images": Case(partial(ResNet20, 2, 2, nn.BatchNorm2d, 32), (1, 28, 28), 1000, batch=50),
-    "ResNet-50, 64 images of 96 pixels": Case(
-        partial(_torchvision, "resnet50"), (3, 96, 96), 64, "torchvision", batch=8
-    ),
-}
-SHORT = {"ResNet20 of width 1, 64 images": Case(partial(ResNet20, 1, 2, nn.BatchNorm2d, 32), (1, 28, 28), 64, batch=16)}
+CASE = "ResNet20 of width 2, 1,000 images", 2, 1000, 50
+SHORT = "ResNet20 of width 1, 64 images", 1, 64, 16
+"""The name, the width of the networks, the number of images, and how many are in a batch."""
 
 
-def work(rank: int, count: int, name: str, folder: str) -> None:
+def work(rank: int, count: int, case: tuple[str, int, int, int], folder: str) -> None:
     """Refits the average of two networks as one of several processes, and writes what it took and gave."""
-    case = (CASES | SHORT)[name]
+    _, width, images, batch = case
     torch.set_num_threads(1)
     group = f"file://{folder}/group"
     dist.init_process_group("gloo", group, timedelta(minutes=10), rank=rank, world_size=count)
     networks = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        networks.append(case.build().eval())
-    batches: list[Tensor] = list(torch.randn(case.inputs, *case.shape).split(case.batch))
+        networks.append(ResNet20(width, 2, nn.BatchNorm2d, 32).eval())
+    batches: list[Tensor] = list(torch.randn(images, 1, 28, 28).split(batch))
     spent: dict[str, Any] = {}
     pipeline.refit = partial(_timed, pipeline.refit, spent)
     run = Run(progress=False, processes="auto", verify=False)
@@ -66,44 +59,40 @@ def _timed(refit: Any, spent: dict[str, Any], *args: Any, **options: Any) -> Any
     return found
 
 
-def measured(name: str, count: int) -> list[dict[str, Any]]:
+def measured(case: tuple[str, int, int, int], count: int) -> list[dict[str, Any]]:
     """What each of some processes took and gave."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (count, name, folder), count)
+        multiprocessing.spawn(work, (count, case, folder), count)
         return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(count)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="only a small network")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), help="only these")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2], help="numbers of processes, one first")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     print(machine(), f"load {os.getloadavg()[0]:.1f}", "\n")
+    case = SHORT if options.short else CASE
     rows, failed = [], False
-    for name in SHORT if options.short else options.cases or CASES:
-        if find_spec((CASES | SHORT)[name].package) is None:
-            continue
-        first: list[dict[str, Any]] = []
-        for count in options.counts:
-            found = measured(name, count)
-            first = first or found
-            off = max(float((own["state"][n] - t).abs().max()) for own in found for n, t in first[0]["state"].items())
-            failed |= off > 1e-6
-            wall, cpu = max(own["wall"] for own in found), max(own["cpu"] for own in found)
-            rows.append(
-                {
-                    "refit": name,
-                    "processes": count,
-                    "seconds": f"{wall:.1f}",
-                    "of one": f"{wall / first[0]['wall']:.2f}",
-                    "CPU seconds": " ".join(f"{own['cpu']:.1f}" for own in found),
-                    "most, of one": f"{cpu / first[0]['cpu']:.2f}",
-                    "differs by": f"{off:.0e}",
-                }
-            )
-            print(rows[-1], file=sys.stderr)
+    first: list[dict[str, Any]] = []
+    for count in options.counts:
+        found = measured(case, count)
+        first = first or found
+        off = max(float((own["state"][n] - t).abs().max()) for own in found for n, t in first[0]["state"].items())
+        failed |= off > 1e-6
+        wall, cpu = max(own["wall"] for own in found), max(own["cpu"] for own in found)
+        rows.append(
+            {
+                "refit": case[0],
+                "processes": count,
+                "seconds": f"{wall:.1f}",
+                "of one": f"{wall / first[0]['wall']:.2f}",
+                "CPU seconds": " ".join(f"{own['cpu']:.1f}" for own in found),
+                "most, of one": f"{cpu / first[0]['cpu']:.2f}",
+                "differs by": f"{off:.0e}",
+            }
+        )
     print(table(rows))
     return int(failed)
 

@@ -245,8 +245,8 @@ class Processes:
             said = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # Without where, and without advice.
             raise self._ended(
                 ProcessError(
-                    f"Another process of the run has ended, or does not answer: {said}. Its own error says why. If it was "
-                    "killed, it may have run out of memory."
+                    f"Another process of the run has ended, or does not answer: {said}. Its own error says why. If it "
+                    "was killed, it may have run out of memory."
                 )
             ) from error
 
