@@ -24,6 +24,7 @@ from fxmerge.emit.trunk import within
 from fxmerge.errors import ArchitectureMismatchError, CaptureError, LoaderError, OptionError
 from fxmerge.keeping import verified
 from fxmerge.notices import warn_of_small_trunk
+from fxmerge.processes import ALONE, Processes
 from fxmerge.program.capture import Args, capture_ops, capture_program, check_example
 from fxmerge.program.captured import Program
 from fxmerge.program.models import accepted, apart, copied, evaluating, tensors
@@ -52,7 +53,8 @@ class Job:
     `states` are the parameters and buffers of the models. Where the models have heads of their own, the program is of
     all of them, `heads` tells what is whose, and a state also holds the heads of the other models, as they are. The
     `trunks` are the nodes with which a trunk within the recipe's budget may end, the shortest trunk first; `varying`
-    are the dimensions of inputs that data have in several sizes; `stages` keeps results of stages.
+    are the dimensions of inputs that data have in several sizes; `stages` keeps results of stages; `processes` share
+    the work.
     """
 
     model: Model
@@ -68,6 +70,7 @@ class Job:
     trunks: tuple[str, ...] = ()
     varying: frozenset[tuple[int, int]] = frozenset()
     stages: Stages = NO_STAGES
+    processes: Processes = ALONE
 
     @cached_property
     def owner(self) -> dict[str, int]:
@@ -148,7 +151,8 @@ class Job:
         if verify:
             with self.timed("verification"):
                 prove = partial(symmetry.verify, self.model, *self.example)
-                symmetry = self.stages.remember("verification", prove, verified(symmetry))
+                prove_once = partial(self.processes.once, "verification", prove)
+                symmetry = self.stages.remember("verification", prove_once, verified(symmetry))
         return found, symmetry
 
 
@@ -263,6 +267,7 @@ def prepare(
         heads,
         joined.trunks,
         frozenset(varying),
+        processes=run.processes if isinstance(run.processes, Processes) else ALONE,
     )
 
 
@@ -393,7 +398,9 @@ def _example_of(model: Model) -> tuple[Args, dict[str, Any]]:
     if isinstance(model, fx.GraphModule):
         values = [n.meta.get("val") for n in model.graph.nodes if n.op == "placeholder"]
         if values and all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
-            return tuple(torch.randn([int(s) for s in v.shape], dtype=v.dtype) for v in values if v is not None), {}
+            drawn = torch.Generator().manual_seed(0)  # All processes draw the same.
+            sizes = [([int(s) for s in v.shape], v.dtype) for v in values if v is not None]
+            return tuple(torch.randn(shape, dtype=dtype, generator=drawn) for shape, dtype in sizes), {}
     raise OptionError(
         "Without a loader, an example is needed to capture the model: pass example=batch, such as example=x."
     )

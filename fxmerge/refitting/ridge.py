@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from fxmerge.evidence.moments import Moments
 from fxmerge.ordering import error_of
+from fxmerge.processes import ALONE, Processes
 
 RIDGES = tuple(10.0**power for power in range(1, -6, -1))
 """The strengths to choose from, relative to the mean square of a feature, strongest first. Below them, rounding in
@@ -136,7 +138,7 @@ class NormalEquations:
     def __init__(self, groups: int, features: int, outputs: int, device: torch.device, few: int = 0) -> None:
         self.shape, self.device, self.few = (groups, features, outputs), device, few
         self.targets = Moments()
-        self._rows: list[Few] = []
+        self._rows: list[tuple[int, Tensor, Tensor, float]] = []
         self._sums: Many | None = None
         self._half = False  # Whether the products of features are up to date on the diagonal and above only.
 
@@ -152,28 +154,59 @@ class NormalEquations:
         size = groups * features * (features + outputs) * torch.float64.itemsize
         return min(max(FOLD_MEMORY // max(size, 1), LEAST_FOLDS), FOLDS)
 
-    def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float) -> None:
-        """Adds rows: features of shape (groups, rows, features), targets of shape (groups, rows, outputs)."""
+    def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float, batch: int = 0) -> None:
+        """Adds rows of a batch: features of shape (groups, rows, features), targets of shape (groups, rows,
+        outputs)."""
         rest = y - x @ centre
         self.targets += Moments.of(y, weight)
-        if self._sums is None and self.targets.rows <= self.few:
-            root = math.sqrt(weight)
-            self._rows.append(Few(x * root, rest * root))
-            return
+        self._rows.append((batch, x, rest, weight))
+        if self.targets.rows > self.few:
+            self._sums = self._summed()
+        else:
+            self._rows[-1] = batch, x.clone(), rest, weight  # Features may be a view of far more.
+
+    def _summed(self) -> Many:
+        """All rows as sums, of which none is left. Each batch has a product of its own, so that rounding does not
+        depend on when this is done."""
+        sums = self._sums or self._empty()
+        for _, x, rest, weight in self._rows:
+            sums = self._added(sums, x, rest, weight)
+        self._half, self._rows = True, []
+        return sums
+
+    @staticmethod
+    def _added(sums: Many, x: Tensor, rest: Tensor, weight: float) -> Many:
         turned = x.transpose(1, 2)
         squares = float(rest.square().sum(dtype=torch.float64))
-        sums = self.sums() if self._sums is None else self._sums
         for start in range(0, x.shape[2], BLOCK):
             end = start + BLOCK
             sums.features[:, start:end, start:].add_((turned[:, start:end] @ x[..., start:]).double(), alpha=weight)
         sums.cross.add_((turned @ rest).double(), alpha=weight)
-        self._sums, self._half, self._rows = replace(sums, squares=sums.squares + squares * weight), True, []
+        return Many(sums.features, sums.cross, sums.squares + squares * weight)
+
+    @staticmethod
+    def total(all_: Sequence[NormalEquations], processes: Processes) -> None:
+        """Makes some equations those of the rows of all processes."""
+        if processes.size == 1:
+            return
+        for own, targets in zip(all_, processes.total("targets", [own.targets for own in all_]), strict=True):
+            own.targets = targets
+        few = [own for own in all_ if own.targets.rows <= own.few]
+        if few:
+            for own, *rows in zip(few, *processes.gather("rows", [own._rows for own in few]), strict=True):
+                own._rows = sorted((row for of_one in rows for row in of_one), key=itemgetter(0))
+        many = [own for own in all_ if own.targets.rows > own.few]
+        summed = [own._summed() for own in many]
+        sums = processes.total("sums", [(own.features, own.cross, own.squares) for own in summed])
+        for own, found in zip(many, sums, strict=True):
+            own._sums, own._half = Many(*found), True
 
     def rows(self) -> Few | None:
         """The rows, in float64; None if they are more than few."""
         if self._sums is not None or not self._rows:
             return None
-        x, rest = (torch.cat(own, 1).double() for own in zip(*((r.x, r.rest) for r in self._rows), strict=True))
+        scaled = ((x * math.sqrt(weight), rest * math.sqrt(weight)) for _, x, rest, weight in self._rows)
+        x, rest = (torch.cat(own, 1).double() for own in zip(*scaled, strict=True))
         return Few(x, rest)
 
     def sums(self) -> Many:
@@ -186,6 +219,9 @@ class NormalEquations:
         rows = self.rows()
         if rows is not None:
             return rows.many()
+        return self._empty()
+
+    def _empty(self) -> Many:
         groups, features, outputs = self.shape
         empty = torch.zeros(groups, features, features + outputs, dtype=torch.float64, device=self.device)
         return Many(empty[..., :features].contiguous(), empty[..., features:].contiguous(), 0.0)
@@ -193,9 +229,7 @@ class NormalEquations:
     @property
     def is_finite(self) -> bool:
         """Whether no sum has overflowed, and no value was infinite or NaN."""
-        found = (
-            [self._sums.features, self._sums.cross] if self._sums else [t for r in self._rows for t in (r.x, r.rest)]
-        )
+        found = [self._sums.features, self._sums.cross] if self._sums else [t for row in self._rows for t in row[1:3]]
         return all(bool(torch.isfinite(t).all()) for t in found)
 
 
@@ -239,16 +273,26 @@ class Fit:
     rank: float
 
 
-def fit(folds: Sequence[NormalEquations]) -> Fit:
-    """Ridge regression around a centre; its strength is the one that predicts each fold best from the others.
+def fit(layers: Sequence[Sequence[NormalEquations]], processes: Processes = ALONE) -> list[Fit]:
+    """Ridge regressions around centres; the strength of each is the one that predicts each fold best from the others.
 
     Minimises  sum of |residual - x step|^2 + ridge * scale * |step|^2, where scale is the mean of the features' sums
     of squares: where the data say nothing, there is no step.
+
+    Arguments:
+        layers: the folds of each regression, which are the same in all processes.
+        processes: among these, the folds are dealt out, and then the regressions.
     """
-    folds = [f for f in folds if f.targets.rows] or folds[:1]
-    square = sum(fold.targets.square for fold in folds)
-    total = max(square, torch.finfo(torch.float64).tiny)
-    errors = _held_out(folds, total) if len(folds) > 1 else dict.fromkeys(RIDGES, 0.0)
+    layers = [[fold for fold in folds if fold.targets.rows] or folds[:1] for folds in layers]
+    totals = [max(sum(f.targets.square for f in folds), torch.finfo(torch.float64).tiny) for folds in layers]
+    errors = _held_out(layers, totals, processes)
+    problems = list(zip(layers, totals, errors, strict=True))
+    owners = processes.deal([_cost(folds) for folds in layers])
+    return processes.solve("fits", problems, lambda problem: _chosen(*problem), owners)
+
+
+def _chosen(folds: Sequence[NormalEquations], total: float, errors: Mapping[float, float]) -> Fit:
+    """The fit with the strongest ridge whose held-out error is about the least."""
     limit = _limit(errors, total)
     whole = joined(folds)
     before = whole.error(torch.zeros(folds[0].shape, dtype=torch.float64, device=folds[0].device)) / total
@@ -262,27 +306,102 @@ def fit(folds: Sequence[NormalEquations]) -> Fit:
     return Fit(none, math.inf, before, before, before, 0.0)
 
 
-def _held_out(folds: Sequence[NormalEquations], total: float) -> dict[float, float]:
-    """The sums of errors on all folds of what the others give, for ridges from the strongest on.
+@dataclass(frozen=True, eq=False)
+class _HeldOut:
+    """A fold that the others are to predict, of a layer by its number."""
+
+    layer: int
+    fold: NormalEquations
+    rest: Sequence[NormalEquations]
+
+    @cached_property
+    def rows(self) -> Few | Many:
+        return joined([self.fold])
+
+    @cached_property
+    def others(self) -> Few | Many:
+        return joined(self.rest)
+
+    def missed(self, ridge: float) -> float:
+        """The error on the fold of what the others give; infinite where rounding does not let the fit be found."""
+        if isinstance(self.rows, Few) and isinstance(self.others, Few):
+            # By products of rows with rows, so that there is no step, which is as large as the layer.
+            dual = self.others.dual(ridge)
+            return math.inf if dual is None else float((self.rows.rest - self._across @ dual[0]).square().sum())
+        found = self.others.solve(ridge)
+        return math.inf if found is None else error_of(self.rows.error(found.step))
+
+    @cached_property
+    def _across(self) -> Tensor:
+        assert isinstance(self.rows, Few) and isinstance(self.others, Few)
+        return self.rows.x @ self.others.x.transpose(1, 2)
+
+
+def _held_out(
+    layers: Sequence[Sequence[NormalEquations]], totals: Sequence[float], processes: Processes
+) -> list[dict[float, float]]:
+    """For every layer the sums of errors on all folds of what the others give, by ridges from the strongest on."""
+    errors: list[dict[float, float]] = [dict.fromkeys(RIDGES, 0.0) for _ in layers]
+    open_ = {n: _Search(total) for n, total in enumerate(totals) if len(layers[n]) > 1}
+    tasks = [_HeldOut(n, own, [other for other in layers[n] if other is not own]) for n in open_ for own in layers[n]]
+    while open_:
+        # With several processes, as many ridges at a time, so that these have equally much to do.
+        now = [(t, r) for t in tasks if t.layer in open_ for r in open_[t.layer].nearest(processes.size)]
+        owners = processes.split([_cost(task.rest) for task, _ in now])
+        missed = processes.solve("held-out errors", now, lambda one: one[0].missed(one[1]), owners)
+        found: dict[int, dict[float, float]] = {n: {} for n in open_}
+        for (task, ridge), error in zip(now, missed, strict=True):
+            found[task.layer][ridge] = found[task.layer].get(ridge, 0.0) + error
+        for n, own in found.items():
+            if open_[n].go_on(own):
+                errors[n] = open_.pop(n).errors
+    return errors
+
+
+class _Search:
+    """The search for the best ridge of a layer.
 
     Over the strength, the error falls to its least and then rises. So from a usual strength on, weaker ones are tried
     until it rises, and stronger ones until it is beyond the limit.
+
+    Arguments:
+        total: the square of the targets.
+
+    Attributes:
+        errors: of what the search has tried, from the strongest ridge on.
     """
-    parts = [_Held(joined([own]), joined([other for other in folds if other is not own])) for own in folds]
 
-    def missed(ridge: float) -> float:
-        return sum(error_of(part.error(ridge)) for part in parts)
+    def __init__(self, total: float) -> None:
+        self.errors, self._known = dict[float, float](), dict[float, float]()
+        self._steps = self._search(total)
+        self._wanted = next(self._steps)
 
-    errors = {RIDGES[USUAL]: missed(RIDGES[USUAL])}
-    for before, ridge in pairwise(RIDGES[USUAL:]):
-        errors[ridge] = missed(ridge)
-        if errors[ridge] >= errors[before]:
-            break
-    for ridge in reversed(RIDGES[:USUAL]):
-        errors = {ridge: missed(ridge)} | errors
-        if errors[ridge] > _limit(errors, total):
-            break
-    return errors
+    def nearest(self, count: int) -> list[float]:
+        """The ridge that is to be tried next, and others that are not known, by how near they are to it."""
+        at = RIDGES.index(self._wanted)
+        others = (ridge for ridge in RIDGES if ridge not in self._known)
+        return sorted(others, key=lambda ridge: abs(RIDGES.index(ridge) - at))[:count]
+
+    def go_on(self, found: Mapping[float, float]) -> bool:
+        """Goes on with the errors of some ridges; True at the end."""
+        self._known.update(found)
+        try:
+            while self._wanted in self._known:
+                self._wanted = self._steps.send(self._known[self._wanted])
+        except StopIteration:
+            return True
+        return False
+
+    def _search(self, total: float) -> Generator[float, float, None]:
+        self.errors = {RIDGES[USUAL]: (yield RIDGES[USUAL])}
+        for before, ridge in pairwise(RIDGES[USUAL:]):
+            self.errors[ridge] = yield ridge
+            if self.errors[ridge] >= self.errors[before]:
+                break
+        for ridge in reversed(RIDGES[:USUAL]):
+            self.errors = {ridge: (yield ridge), **self.errors}
+            if self.errors[ridge] > _limit(self.errors, total):
+                break
 
 
 def _limit(errors: Mapping[float, float], total: float) -> float:
@@ -290,26 +409,10 @@ def _limit(errors: Mapping[float, float], total: float) -> float:
     return min(errors.values()) * (1 + MARGIN) + NEGLIGIBLE * total
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Rows that are held out, and those that are to predict them."""
-
-    own: Few | Many
-    others: Few | Many
-
-    def error(self, ridge: float) -> float:
-        """The squared error on the rows held out; infinite where rounding does not let the fit be found."""
-        if isinstance(self.own, Few) and isinstance(self.others, Few):
-            # By products of rows with rows, so that there is no step, which is as large as the layer.
-            dual = self.others.dual(ridge)
-            return math.inf if dual is None else float((self.own.rest - self._across @ dual[0]).square().sum())
-        found = self.others.solve(ridge)
-        return math.inf if found is None else self.own.error(found.step)
-
-    @cached_property
-    def _across(self) -> Tensor:
-        assert isinstance(self.own, Few) and isinstance(self.others, Few)
-        return self.own.x @ self.others.x.transpose(1, 2)
+def _cost(folds: Sequence[NormalEquations]) -> float:
+    """About what a solve costs: the cube of the rows or of the features."""
+    groups, features, _ = folds[0].shape
+    return float(groups * min(sum(fold.targets.rows for fold in folds), features) ** 3)
 
 
 def step_without(own: NormalEquations, folds: Sequence[NormalEquations], ridge: float) -> Tensor | None:
