@@ -148,7 +148,7 @@ class LayerFit:
         if use in self.shown:
             return use.outputs(self.mean(use.node, taught, shares), arguments(use, next(iter(taught.values()))), chosen)
         given = ((j, use.features(arguments(use, theirs), chosen)) for j, theirs in taught.items())
-        return _sum(f @ self._taught(j, shares).to(f) for j, f in given)
+        return _sum(f @ self.taught(j, shares).to(f) for j, f in given)
 
     def distribution(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:
         """The mean of the probabilities of classes that the parents give at a use: shape (rows, classes)."""
@@ -176,7 +176,7 @@ class LayerFit:
         more = (share * torch.where(own == count * mine, 0.0, own - count * mine) for share, own, count in given)
         return _ratio(_sum(more), _sum(share * count for share, _, count in given))
 
-    def _taught(self, number: int, shares: Shares) -> Tensor:
+    def taught(self, number: int, shares: Shares) -> Tensor:
         """The coefficients with which one parent has a part in the targets."""
         if (number, shares) not in self.parts:
             counted = _sum(share * own for share, own in zip(shares, self.members, strict=True))

@@ -1,0 +1,238 @@
+"""Layers whose weights are looked up as well: an output layer whose weight is that of the embedding.
+
+What is looked up is read by all layers, so that it has to be known before any of them is fitted. The inputs of the
+output layer are known after all of them. So the weight is fitted first, and the inputs are what all layers are fitted
+to give: the mean of what the parents compute there. All other layers are then fitted to what the new rows give.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.program.captured import Program
+from fxmerge.program.forms import argument, bind
+from fxmerge.refitting.course import Lane, Lesson
+from fxmerge.refitting.gather import LayerFit, Shares, Teacher, Values, arguments, not_finite
+from fxmerge.refitting.layers import Layer, Use
+from fxmerge.refitting.places import Places
+from fxmerge.refitting.ridge import MARGIN, RIDGES, NormalEquations
+from fxmerge.refitting.schedule import walk
+from fxmerge.refitting.staging import Outcome, apart
+
+LOOKUPS = 0.1
+"""How much the relative error of what is looked up counts, beside that of what the layer gives. It is less than one as
+the layers between both are fitted afterwards, and make up for changes of the rows."""
+
+
+def fit_tied(
+    program: Program,
+    tied: Mapping[Layer, Sequence[fx.Node]],
+    state: Mapping[str, Tensor],
+    lanes: Sequence[Lane],
+    teachers: Sequence[Teacher],
+    lessons: Sequence[Lesson],
+    seed: int,
+) -> Outcome:
+    """Fits layers whose weights are looked up as well, each in one fit from all uses.
+
+    Minimises, around the weight that is given, the squared error of what the layer gives for the mean of the parents'
+    inputs, plus that of what is looked up, each relative to its targets, plus a ridge. As a row's lookups are a number
+    of equations for this row alone, one eigendecomposition of the inputs' products solves all rows.
+
+    Arguments:
+        program: the program of the merged network.
+        tied: the layers, and the nodes that look up rows of their weights.
+        state: the parameters.
+        lanes: the parents.
+        teachers: what their layers give.
+        lessons: the data.
+        seed: of the choice of rows.
+    """
+    alike = Counter(lesson.shares for lesson in lessons)
+    fits = [_TiedFit(layer, nodes, state, teachers, alike, seed) for layer, nodes in tied.items()]
+    (step,) = walk(program.graph.graph, [{n for fit in fits for n in fit.nodes} - program.derived], program.derived)
+    for lesson in lessons:
+        taught = {
+            j: lane.advance(lane.inputs(*lesson.call), step)
+            for j, (lane, share) in enumerate(zip(lanes, lesson.shares, strict=True))
+            if share > 0
+        }
+        for fit in fits:
+            fit.add(taught, lesson.shares, lesson.weight / alike[lesson.shares])
+    new = dict(state)
+    told = {fit.layer.name: fit.settle(new) for fit in fits}
+    return Outcome({name: tensor for name, tensor in new.items() if tensor is not state[name]}, told, ())
+
+
+def can_be_fitted(layer: Layer, lookups: Sequence[fx.Node], places: Sequence[Places]) -> bool:
+    """Whether the inputs and outputs of a layer, and what is looked up, are known in merged units."""
+    data = [argument(bind(use.node), use.data) for use in layer.uses]
+    return not any(apart(use, own) for use in layer.uses for own in places) and all(
+        own.known(node) for node in (*data, *lookups) for own in places
+    )
+
+
+@dataclass
+class _Rows:
+    """What is looked up in a part of the data: sums over lookups, for every row of the table.
+
+    Attributes:
+        counts: how often it is looked up, shape (rows,).
+        rest: how far the targets are from the row, shape (rows, features). Where there is a bias, it is the last
+            feature of its row.
+        squares: the sum of squares of this.
+        total: the sum of squares of the targets.
+    """
+
+    counts: Tensor
+    rest: Tensor
+    squares: float = 0.0
+    total: float = 0.0
+
+    def add(self, ids: Tensor, targets: Tensor, table: Tensor, weight: float) -> None:
+        """Adds lookups: numbers of rows, shape (n,), and what they should give, shape (n, features)."""
+        targets = targets.to(table)
+        rest = targets - table[ids]
+        self.counts.index_add_(0, ids, torch.full(ids.shape, weight).to(table))
+        self.rest.index_add_(0, ids, rest, alpha=weight)
+        self.squares += weight * float(rest.square().sum())
+        self.total += weight * float(targets.square().sum())
+
+    def error(self, step: Tensor) -> float:
+        """The sum of squares of what a step of the table leaves over."""
+        return max(self.squares + float((step * (self.counts[:, None] * step - 2 * self.rest)).sum()), 0.0)
+
+
+class _TiedFit:
+    """The sums of a tied layer over all uses, and its fit."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        lookups: Sequence[fx.Node],
+        state: Mapping[str, Tensor],
+        teachers: Sequence[Teacher],
+        alike: Mapping[Shares, int],
+        seed: int,
+    ) -> None:
+        self.began = time.perf_counter()
+        self.layer, self.lookups = layer, lookups
+        self.fit = LayerFit(layer, state, teachers, {}, (), alike, seed)
+        self.biased = layer.uses[0].biased
+        self.centre = self.fit.centre[0]
+        self.table = self.centre.T.contiguous()
+        self.folds = [NormalEquations(1, *self.centre.shape, self.centre.device) for _ in self.fit.folds]
+        self.rows = [_Rows(self.table.new_zeros(len(self.table)), torch.zeros_like(self.table)) for _ in self.folds]
+        self.seen = 0
+
+    @property
+    def nodes(self) -> set[fx.Node]:
+        """What is read of the parents."""
+        return {*self.lookups} | {
+            n for node in (*self.lookups, *map(_node, self.layer.uses)) for n in node.all_input_nodes
+        }
+
+    def add(self, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
+        """Takes in a batch."""
+        parts = len(self.folds) if sum(self.fit.alike.values()) == 1 else 1
+        some = next(iter(taught.values()))
+        for use in self.layer.uses:
+            mean = self.fit.mean(argument(bind(use.node), use.data), taught, shares)
+            mine = {**arguments(use, some), use.data: mean}
+            rows, chosen = use.size(mine), None
+            if rows > self.fit.limit:
+                chosen = torch.randperm(rows, generator=self.fit.generator)[: self.fit.limit].sort().values
+            x, y = use.features(mine, chosen), self.fit.targets(use, taught, shares, chosen)
+            for fold, own in enumerate(zip(x.chunk(parts, 1), y.chunk(parts, 1), strict=True), start=self.seen):
+                self.folds[fold % len(self.folds)].add(*own, self.centre.to(x), weight)
+        for node in self.lookups:
+            mean = self.fit.mean(node, taught, shares)
+            ids = some[bind(node)["indices"]].reshape(-1)
+            given = mean.reshape(len(ids), -1).to(self.table)
+            if self.biased:
+                bias = sum(self.fit.taught(j, shares)[0, -1] for j in taught)
+                given = torch.cat([given, bias[ids, None]], 1)
+            for fold, (own, targets) in enumerate(
+                zip(ids.chunk(parts), given.chunk(parts), strict=True), start=self.seen
+            ):
+                self.rows[fold % len(self.folds)].add(own, targets, self.table, weight)
+        self.seen += 1
+
+    def settle(self, state: dict[str, Tensor]) -> dict[str, float]:
+        """Puts the fitted coefficients into a state dict, and tells how they were found."""
+        if not all(fold.is_finite for fold in self.folds):
+            raise not_finite(self.layer)
+        parts = [part for part in zip(self.folds, self.rows, strict=True) if part[0].targets.rows]
+        square = sum(fold.targets.square for fold, _ in parts)
+        looked_up = sum(rows.total for _, rows in parts)
+        count = LOOKUPS * square / looked_up if looked_up > 0 else 0.0
+        still = torch.zeros_like(self.centre)
+        before = self._error(parts, still, count)
+        errors = {math.inf: before}
+        if len(parts) > 1:
+            others = [_Equations.of([p for p in parts if p is not part], count) for part in parts]
+            for ridge in RIDGES:
+                errors[ridge] = sum(
+                    self._error([part], other.solve(ridge), count) for part, other in zip(parts, others, strict=True)
+                )
+        ridge = next(ridge for ridge, error in errors.items() if error <= min(errors.values()) * (1 + MARGIN))
+        step = still if math.isinf(ridge) else _Equations.of(parts, count).solve(ridge)
+        if not math.isinf(ridge):
+            self.layer.write(state, (self.centre + step)[None])
+        total = (1 + LOOKUPS) * square if square > 0 else 1.0
+        return {
+            "before": before / total,
+            "after": self._error(parts, step, count) / total,
+            "held_out": errors[ridge] / total,
+            "ridge": ridge,
+            "features": len(self.centre),
+            "rows": sum(fold.targets.rows for fold, _ in parts),
+            "seconds": time.perf_counter() - self.began,
+        }
+
+    def _error(self, parts: Sequence[tuple[NormalEquations, _Rows]], step: Tensor, count: float) -> float:
+        return sum(fold.sums().error(step[None]) + count * rows.error(step.T) for fold, rows in parts)
+
+
+@dataclass(frozen=True)
+class _Equations:
+    """The normal equations of the rows w of a table:  w (products + ridge + count of w) = wanted of w.
+
+    Attributes:
+        values, vectors: the eigendecomposition of the products of features, shapes (features,), (features, features).
+        counts: how much each row is looked up, shape (rows,).
+        wanted: shape (rows, features).
+    """
+
+    values: Tensor
+    vectors: Tensor
+    counts: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[NormalEquations, _Rows]], count: float) -> _Equations:
+        """The equations of some parts of the data together."""
+        sums = [fold.sums() for fold, _ in parts]
+        products = torch.stack([own.features[0] for own in sums]).sum(0)
+        cross = torch.stack([own.cross[0] for own in sums]).sum(0).T
+        counts = count * torch.stack([rows.counts for _, rows in parts]).sum(0)
+        wanted = cross + count * torch.stack([rows.rest for _, rows in parts]).sum(0)
+        values, vectors = torch.linalg.eigh(products)
+        return cls(values.clamp(min=0), vectors, counts, wanted)
+
+    def solve(self, ridge: float) -> Tensor:
+        """The step of a ridge, relative to the mean of the features' sums of squares: shape (features, rows)."""
+        scale = float(self.values.mean())
+        added = ridge * scale if scale > 0 else 1.0
+        return ((self.wanted @ self.vectors / (self.values + added + self.counts[:, None])) @ self.vectors.T).T
+
+
+def _node(use: Use) -> fx.Node:
+    return use.node
