@@ -1,7 +1,6 @@
-"""Whether the gains and shifts of norms are better fitted, or left at the average of the models'.
+"""What the fit of gains and shifts of norms is worth: merges with it, and with all of them left at the average.
 
-What a norm gives is linear in its gain and shift, so that they could be layers like any other: here a form for layer
-and group norm is added to those of `fxmerge.program.forms`, and merges with and without it are compared.
+Only those are fitted that no layer makes up for (`fxmerge.refitting.gains`), such as of group norms before a ReLU.
 
     python benchmarks/norms.py [--short] [--networks NAME ...] [--cache FOLDER] [--jobs 2] [--markdown FILE]
 
@@ -10,10 +9,10 @@ Parents are those of `benchmarks/tasks.py` in its setting `disjoint`, first pair
 
 from __future__ import annotations
 
-import string
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from many import arguments, show, trained
@@ -21,38 +20,13 @@ from models.processes import Row
 from tasks_suite import training
 from tasks_suite.methods import with_state_of
 from tasks_suite.suite import NETWORKS, PROBLEMS
-from torch import Tensor
-from torch.nn import functional
 
 import fxmerge
 from fxmerge.demo import recalibrated
-from fxmerge.program.forms import Arguments, Form, form
+from fxmerge.refitting.layers import Layers
 
 LONG = ("resnet20-1-gn", "resnet20-2-gn", "vit-fused", "vit-separate", "convnext", "mixer")
 SHORT = ("digits-vgg-gn",)
-
-
-def group_norm(call: Arguments) -> Form | None:
-    """One coefficient and one shift for each channel, dimension 1."""
-
-    def normalized(x: Tensor, call: Arguments) -> Tensor:
-        return functional.group_norm(x, call["num_groups"], eps=call["eps"])
-
-    places = string.ascii_lowercase[: call["input"].ndim - 1]
-    term = f"{places[0]}C{places[1:]}"
-    return Form(("input", "weight"), (term, "C", term), "bias", "C", {"input": normalized})
-
-
-def layer_norm(call: Arguments) -> Form | None:
-    """One coefficient and one shift for each entry of the last dimension."""
-    if len(call["normalized_shape"]) != 1:
-        return None
-
-    def normalized(x: Tensor, call: Arguments) -> Tensor:
-        return functional.layer_norm(x, call["normalized_shape"], eps=call["eps"])
-
-    term = string.ascii_lowercase[: call["input"].ndim - 1] + "C"
-    return Form(("input", "weight"), (term, "C", term), "bias", "C", {"input": normalized})
 
 
 def merged(network: str, cache: Path) -> tuple[str, int]:
@@ -67,11 +41,10 @@ def merged(network: str, cache: Path) -> tuple[str, int]:
 
 def compare(networks: Sequence[str], cache: Path) -> list[Row]:
     """The lines of the table."""
-    averaged = {network: merged(network, cache) for network in networks}
-    form("group_norm")(group_norm)
-    form("layer_norm")(layer_norm)
     rows: list[Row] = []
-    for network, (before, layers) in averaged.items():
+    for network in networks:
+        with patch("fxmerge.refitting.refit.find_gains", lambda *_: Layers((), {})):
+            before, layers = merged(network, cache)
         after, more = merged(network, cache)
         rows.append({"network": network, "norms": more - layers, "averaged": before, "fitted": after})
         print(rows[-1], flush=True)

@@ -9,7 +9,6 @@ linear least-squares problem (Gauss-Newton). Conjugate gradients solve it, and d
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -171,7 +170,7 @@ class AheadFit:
                 for fit, (_, use) in zip(self.fits, self.ahead.readers, strict=True)
             ]
             rows = max(targets[0].shape[1], 1)
-            self.every = max(rows * self.count // MIN_ROWS, 1)
+            self.every = max(min(rows * self.count // MIN_ROWS, self.count // HELD_OUT), 1)
             self.batches.append(_Batch({n: values[n] for n in self.ahead.inputs}, targets, weight))
         self.seen += 1
 
@@ -205,10 +204,11 @@ class _Problem:
     ) -> None:
         self.ahead = fit.ahead
         self.coefficients = [own.centre for own in fit.fits]
-        self.scales = [
+        squares = [
             sum(b.weight * float(b.targets[i].square().sum(dtype=torch.float64)) for b in batches)
             for i in range(len(fit.fits))
         ]
+        self.scales = [square if square > 0 else 1.0 for square in squares]
         program = fit.program
         self.open, self.fixed = dict[fx.Node, str](), dict[fx.Node, Any]()
         self.way: list[fx.Node] = []
@@ -222,7 +222,6 @@ class _Problem:
                 self.fixed[node] = state.get(name, program.constants[name])
             else:
                 self.way.append(node)
-        self.readers = Counter(n for node in self.way for n in node.all_input_nodes)
 
     def outputs(self, parameters: Parameters, batch: _Batch) -> tuple[Tensor, ...]:
         """What each reader gives on a batch, scaled so that the squares of all targets sum to one for each reader."""
@@ -230,21 +229,18 @@ class _Problem:
         for node in self.way:
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             # Attention in simple ops leaves its result in another order in memory than the op that the graph is of.
-            op = torch.reshape if op_name(node) in ("view", "_unsafe_view") else node.target
-            env[node] = op(*args, **kwargs)  # type: ignore[operator]
+            op: Any = torch.reshape if op_name(node) in ("view", "_unsafe_view") else node.target
+            env[node] = op(*args, **kwargs)
         found = []
         for (_, use), own, scale in zip(self.ahead.readers, self.coefficients, self.scales, strict=True):
-            call = {k: env.get(v, v) if isinstance(v, fx.Node) else v for k, v in bind(use.node).items()}
-            call = fx.map_arg(call, lambda n: env.get(n, n.meta.get("val")))
+            # Of the other arguments, only the shapes count.
+            call = fx.map_arg(bind(use.node), lambda n: env.get(n, n.meta.get("val")))
             x = use.features(call, None)
-            found.append(x @ own.to(x) * math.sqrt(batch.weight / max(scale, 1e-300)))
+            found.append(x @ own.to(x) * math.sqrt(batch.weight / scale))
         return tuple(found)
 
     def targets(self, batch: _Batch) -> tuple[Tensor, ...]:
-        return tuple(
-            y * math.sqrt(batch.weight / max(scale, 1e-300))
-            for y, scale in zip(batch.targets, self.scales, strict=True)
-        )
+        return tuple(y * math.sqrt(batch.weight / scale) for y, scale in zip(batch.targets, self.scales, strict=True))
 
     @torch.no_grad()
     def error(self, parameters: Parameters, batches: Sequence[_Batch]) -> float:
@@ -264,19 +260,20 @@ class _Problem:
             """J' J of a direction, or J' of what is missed."""
             total = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
             for batch in batches:
-
-                def own(parameters: Parameters, batch: _Batch = batch) -> tuple[Tensor, ...]:
-                    return self.outputs(parameters, batch)
-
-                with sdpa_kernel(SDPBackend.MATH):
-                    given, back = torch.func.vjp(own, start)
+                at = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+                # The derivatives of fused attention have none of their own.
+                with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                    given = self.outputs(at, batch)
                     if direction is None:
-                        along = tuple(y - o for y, o in zip(self.targets(batch), given, strict=True))
+                        along = [y - o.detach() for y, o in zip(self.targets(batch), given, strict=True)]
                     else:
-                        _, along = torch.func.jvp(own, (start,), (direction,))
-                    (turned,) = back(along)
-                for name, tensor in turned.items():
-                    total[name] += tensor
+                        # J' u is linear in u, and the derivative of its product with a direction by u is J direction.
+                        weights = [torch.zeros_like(o, requires_grad=True) for o in given]
+                        turned = _gradients(given, at, weights, create_graph=True)
+                        product = torch.stack([(turned[name] * direction[name]).sum() for name in at]).sum()
+                        along = list(torch.autograd.grad(product, weights, retain_graph=True))
+                    for name, tensor in _gradients(given, at, along).items():
+                        total[name] += tensor
             return total
 
         residual = normal(None)
@@ -286,13 +283,23 @@ class _Problem:
             if not size > 0:
                 break
             turned = normal(direction)
-            length = size / max(_inner(direction, turned), 1e-300)
+            length = size / max(_inner(direction, turned), torch.finfo(torch.float64).tiny)
             step = {name: step[name] + length * direction[name] for name in step}
             residual = {name: residual[name] - length * turned[name] for name in step}
             size, last = _inner(residual, residual), size
             direction = {name: residual[name] + size / last * direction[name] for name in step}
             if number in STEPS:
                 yield {name: start[name] + step[name] for name in step}
+
+
+def _gradients(
+    given: Sequence[Tensor], at: Parameters, along: Sequence[Tensor], *, create_graph: bool = False
+) -> Parameters:
+    """The gradients of the products of outputs with other tensors, by parameter."""
+    found = torch.autograd.grad(
+        given, list(at.values()), along, create_graph=create_graph, retain_graph=True, materialize_grads=True
+    )
+    return dict(zip(at, found, strict=True))
 
 
 def _inner(a: Parameters, b: Parameters) -> float:

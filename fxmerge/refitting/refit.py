@@ -127,6 +127,10 @@ def refit(
     teachers = teachers or [Teacher(own, {}) for own in parents]
     places = [teacher.places for teacher in teachers if teacher.places is not None]
     left: dict[str, str] = {} if only_last else dict(layers.left)
+    owner = owner or {}
+    tied = {} if only_last or repair or owner else _tied(layers, places, shared)
+    for name in (name for layer in tied for name in layer.parameters):
+        left.pop(name, None)
 
     def chosen_of(some: Iterable[Layer]) -> list[Layer]:
         """Those that can be fitted; of the others the reason is noted."""
@@ -140,7 +144,8 @@ def refit(
     chosen = chosen_of(last if only_last else layers.all)
     if not (only_last or repair):
         gains = find_gains(program, {name for layer in chosen for name in layer.parameters})
-        left = {n: why for n, why in left.items() if all(n not in layer.parameters for layer in gains.all)} | gains.left
+        scaled = {name for layer in gains.all for name in layer.parameters}
+        left = {**{name: why for name, why in left.items() if name not in scaled}, **gains.left}
         chosen += chosen_of(gains.all)
     found = score_layers(program, layers, last) if scores else ScoreLayers((), {})
     left, of_scores = {**found.left, **left}, [layer for layer in found.layers if layer in chosen]
@@ -148,7 +153,6 @@ def refit(
         left[layer.name] = "the order of its classes is free"
         of_scores.remove(layer)
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
-    owner = owner or {}
     only_parent = {layer: _only_parent(layer, owner) for layer in chosen}
     by_layers = not repair and not owner and comparable(program, last, chosen, teachers)
     state, normal = dict(start), _statistics(program, agreed)
@@ -159,13 +163,11 @@ def refit(
     )
     lanes = [Lane(program, own, parents_program) for own in parents]
     layers_told, found_errors = LayerReport(), list[OutputErrors]()
-    tied = {} if only_last or repair or owner else _tied(layers, places, shared)
     if tied:
         lessons = list(lessons)
         first = partial(fit_tied, program, tied, state, lanes, teachers, lessons, seed)
         outcome = stages.remember("fitting", first, OUTCOME)
-        state, layers_told = state | outcome.tensors, dict(outcome.layers)
-        left = {name: why for name, why in left.items() if all(name not in layer.parameters for layer in tied)}
+        state, layers_told = {**state, **outcome.tensors}, dict(outcome.layers)
     merged = Lane(program, state)
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:

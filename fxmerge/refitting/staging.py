@@ -121,10 +121,10 @@ def plan_stages(
         find_ahead(program, layers, chosen, final, stage) if products and not circular[stage] else None
         for stage, layers in enumerate(own)
     ]
-    for stage, found in ((stage, found) for stage, found in enumerate(ahead) if found is not None):
-        uses = [use for _, use in found.readers]
+    for stage, product in ((stage, product) for stage, product in enumerate(ahead) if product is not None):
+        uses = [use for _, use in product.readers]
         shown[stage] |= {use for use in uses if all_shown or any(apart(use, p) for p in places)}
-        read[stage] |= found.inputs
+        read[stage] |= product.inputs
         taught[stage] |= {n for use in uses for n in (use.node, *use.node.all_input_nodes)} - derived
     ways = walk(graph, read, derived, final), walk(graph, taught, derived)
     return [Stage(*each) for each in zip(own, summands, shown, normalized, circular, ahead, *ways, strict=True)]
