@@ -10,6 +10,7 @@ import fxmerge
 from fxmerge.program.capture import capture_program
 from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.gains import IN_READERS, find_gains
+from fxmerge.refitting.layers import Layers, find_layers
 from fxmerge.refitting.refit import refit
 from tests.slow import but_slow
 
@@ -60,17 +61,29 @@ def test_a_gain_and_a_shift_are_recovered_from_what_the_network_computes(name: s
         torch.testing.assert_close(found.state[key], wanted[key], rtol=0, atol=1e-4)
 
 
+class Mixing(nn.Module):
+    """What a norm gives is read over rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.rows = nn.LayerNorm(4), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.rows(self.norm(x).transpose(1, 2)).mean(1)
+        return out
+
+
 def test_gains_are_left_to_the_layers_that_read_them() -> None:
     x = torch.randn(3, 5, 4)
     read = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     program = capture_program(read, (x,))
-    weights = {"0.weight", "0.bias", "2.weight", "2.bias"}
-    fitted = find_gains(program, weights)
-    assert fitted.all == () and fitted.left == {"1.weight": IN_READERS, "1.bias": IN_READERS}
-    # Where the reader stays as it is, or has no bias for the shift, the norm is fitted.
-    assert [layer.name for layer in find_gains(program, weights - {"2.weight"}).all] == ["1.weight"]
-    unbiased = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2, bias=False))
-    assert [layer.name for layer in find_gains(capture_program(unbiased, (x,)), {"1.weight"}).all] == ["0.weight"]
+    layers = find_layers(program).all
+    assert find_gains(program, layers) == Layers((), {"1.weight": IN_READERS, "1.bias": IN_READERS})
+    assert [layer.name for layer in find_gains(program, layers[:1]).all] == ["1.weight"]  # The reader stays as it is.
+    mixing = capture_program(Mixing(), (x,))
+    assert find_gains(mixing, find_layers(mixing).all).all == ()
+    last = capture_program(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), (x,))
+    assert [layer.name for layer in find_gains(last, find_layers(last).all).all] == ["1.weight"]
 
 
 @pytest.mark.parametrize("match", but_slow([fxmerge.Align(), fxmerge.Zip()]))

@@ -1,27 +1,31 @@
-"""The gains and shifts of norms that no fit of a layer makes up for."""
+"""The gains and shifts of norms that are not left to the layers that read them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-from fxmerge.program.canonicalize import plan_folds
+from torch import fx
+
 from fxmerge.program.captured import Program
-from fxmerge.program.forms import gain_of
-from fxmerge.refitting.layers import Layers, find_layers
+from fxmerge.program.channels import CASTS, DROPOUTS, MOVES, SIZES
+from fxmerge.program.forms import gain_of, op_name
+from fxmerge.refitting.layers import Layer, Layers, find_layers
 
-IN_READERS = "the layers that read what it gives are fitted in its place"
+IN_READERS = "the layers that read what it gives are fitted"
+
+_LINEAR = MOVES | CASTS | DROPOUTS | {"mean", "sum"}
+"""Ops with one operand that, in eval mode, are linear in it."""
 
 
-def find_gains(program: Program, fitted: Collection[str]) -> Layers:
+def find_gains(program: Program, fitted: Sequence[Layer]) -> Layers:
     """Finds the gains and shifts of layer, RMS, group and instance norms, and other factors of channels, to be fitted.
 
     What a norm gives is linear in its gain and shift, so that they are a layer with one feature, and a constant, for
-    each channel. Where all that reads it are layers with weights and biases of their own for each channel, a fit of
-    these is one of the gains too. Then the gains are left.
+    each channel. Where fitted layers alone read it, these learn what is to come of it, and the gains are left.
 
     Arguments:
         program: the captured program.
-        fitted: the names of the parameters of the layers that are fitted.
+        fitted: the layers that are fitted.
 
     Example:
         >>> import torch
@@ -30,15 +34,31 @@ def find_gains(program: Program, fitted: Collection[str]) -> Layers:
         >>> norms = nn.LayerNorm(4), nn.LayerNorm(4)
         >>> net = nn.Sequential(nn.Linear(4, 4), norms[0], nn.Linear(4, 4), norms[1], nn.ReLU(), nn.Linear(4, 2))
         >>> program = capture_program(net, (torch.randn(3, 4),))
-        >>> found = find_gains(program, ["0.weight", "0.bias", "2.weight", "2.bias", "5.weight", "5.bias"])
+        >>> found = find_gains(program, find_layers(program).all)
         >>> [(layer.parameters, tuple(layer.codes.shape)) for layer in found.all]
         [(('3.weight', '3.bias'), (4, 2, 1))]
         >>> found.left["1.weight"]
-        'the layers that read what it gives are fitted in its place'
+        'the layers that read what it gives are fitted'
     """
-    found, left = find_layers(program, gain_of), dict[str, str]()
-    for move in plan_folds(program).moves:
-        readers = {one.operand.parameter for layer in move.readers or () for one in layer.scalings}
-        if move.takes_shift and readers <= set(fitted):
-            left |= dict.fromkeys(move.site.parameters, IN_READERS)
-    return Layers(tuple(layer for layer in found.all if left.keys().isdisjoint(layer.parameters)), left)
+    readers = {use.node for layer in fitted for use in layer.uses}
+    kept, left = list[Layer](), dict[str, str]()
+    for layer in find_layers(program, gain_of).all:
+        if all(_read_by(use.node, readers, program.derived) for use in layer.uses):
+            left |= dict.fromkeys(layer.parameters, IN_READERS)
+        else:
+            kept.append(layer)
+    return Layers(tuple(kept), left)
+
+
+def _read_by(node: fx.Node, readers: Collection[fx.Node], derived: Collection[fx.Node]) -> bool:
+    """Whether a node's value is read by some nodes alone, as it is or after ops that are linear."""
+    users = [user for user in node.users if op_name(user) not in SIZES]
+    return bool(users) and all(
+        user in readers or (_is_linear(user, node, derived) and _read_by(user, readers, derived)) for user in users
+    )
+
+
+def _is_linear(user: fx.Node, node: fx.Node, derived: Collection[fx.Node]) -> bool:
+    if op_name(user) in ("add", "sub"):
+        return all(other is node or other in derived for other in user.all_input_nodes)
+    return op_name(user) in _LINEAR

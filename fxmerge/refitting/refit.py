@@ -143,7 +143,7 @@ def refit(
 
     chosen = chosen_of(last if only_last else layers.all)
     if not (only_last or repair):
-        gains = find_gains(program, {name for layer in chosen for name in layer.parameters})
+        gains = find_gains(program, chosen)
         scaled = {name for layer in gains.all for name in layer.parameters}
         left = {**{name: why for name, why in left.items() if name not in scaled}, **gains.left}
         chosen += chosen_of(gains.all)
