@@ -128,7 +128,7 @@ def refit(
     places = [teacher.places for teacher in teachers if teacher.places is not None]
     left: dict[str, str] = {} if only_last else dict(layers.left)
     owner = owner or {}
-    tied = {} if only_last or repair or owner else _tied(layers, places, shared)
+    tied = {} if only_last or repair or owner or resized else _tied(layers, places, shared)
     for name in (name for layer in tied for name in layer.parameters):
         left.pop(name, None)
 

@@ -20,7 +20,7 @@ from fxmerge.program.captured import Program
 from fxmerge.program.forms import argument, bind
 from fxmerge.refitting.course import Lane, Lesson
 from fxmerge.refitting.gather import LayerFit, Shares, Teacher, Values, arguments, not_finite
-from fxmerge.refitting.layers import Layer, Use
+from fxmerge.refitting.layers import Layer
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.ridge import MARGIN, RIDGES, NormalEquations
 from fxmerge.refitting.schedule import walk
@@ -136,9 +136,8 @@ class _TiedFit:
     @property
     def nodes(self) -> set[fx.Node]:
         """What is read of the parents."""
-        return {*self.lookups} | {
-            n for node in (*self.lookups, *map(_node, self.layer.uses)) for n in node.all_input_nodes
-        }
+        nodes = [*self.lookups, *(use.node for use in self.layer.uses)]
+        return {*self.lookups, *(n for node in nodes for n in node.all_input_nodes)}
 
     def add(self, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
         """Takes in a batch."""
@@ -233,7 +232,3 @@ class _Equations:
         scale = float(self.values.mean())
         added = ridge * scale if scale > 0 else 1.0
         return ((self.wanted @ self.vectors / (self.values + added + self.counts[:, None])) @ self.vectors.T).T
-
-
-def _node(use: Use) -> fx.Node:
-    return use.node
