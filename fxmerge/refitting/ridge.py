@@ -30,6 +30,9 @@ USUAL = 4
 """The position of the strength that is tried first: the one that is chosen most often if there are more rows than
 features."""
 
+CERTAIN = 4
+"""From how many rows for each feature on the error is taken to have one minimum over the strength."""
+
 MARGIN, NEGLIGIBLE = 0.01, 1e-10
 """A stronger ridge is preferred if its error is greater by no more than this share, and this share of the targets."""
 
@@ -265,14 +268,23 @@ def fit(folds: Sequence[NormalEquations]) -> Fit:
 def _held_out(folds: Sequence[NormalEquations], total: float) -> dict[float, float]:
     """The sums of errors on all folds of what the others give, for ridges from the strongest on.
 
-    Over the strength, the error falls to its least and then rises. So from a usual strength on, weaker ones are tried
-    until it rises, and stronger ones until it is beyond the limit.
+    With many rows for each feature, the error falls to its least and then rises, from the strongest on. So from a usual
+    strength on, weaker ones are tried until it rises, and stronger ones until it is beyond the limit. With about as
+    many rows as features, a weak ridge follows the noise, and the error has several minima: then all are tried.
     """
     parts = [_Held(joined([own]), joined([other for other in folds if other is not own])) for own in folds]
 
     def missed(ridge: float) -> float:
         return sum(error_of(part.error(ridge)) for part in parts)
 
+    rows = [fold.targets.rows for fold in folds]
+    if sum(rows) - max(rows) < CERTAIN * folds[0].shape[1]:
+        tried: dict[float, float] = {}
+        for ridge in RIDGES:
+            tried[ridge] = missed(ridge)
+            if tried[ridge] > 2 * min(tried.values()) + NEGLIGIBLE * total:
+                break  # It only gets worse from here.
+        return tried
     errors = {RIDGES[USUAL]: missed(RIDGES[USUAL])}
     for before, ridge in pairwise(RIDGES[USUAL:]):
         errors[ridge] = missed(ridge)
