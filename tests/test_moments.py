@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.evidence.moments import Moments
+from fxmerge.refitting import ridge, strength
 from fxmerge.refitting.ridge import Fit, NormalEquations, fit
 
 
@@ -55,6 +56,27 @@ def test_few_rows_give_what_their_sums_give(rows: int, groups: int) -> None:
     torch.testing.assert_close(kept.step, sums.step, rtol=1e-8, atol=1e-10)
     for name in ("ridge", "before", "after", "held_out", "rank"):
         assert getattr(kept, name) == pytest.approx(getattr(sums, name), rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize(("rows", "features"), [(40, 30), (60, 30), (400, 12)])
+def test_the_strength_does_not_depend_on_which_one_is_tried_first(
+    rows: int, features: int, noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y, w = problem(rows, features, noise=noise)
+    x = x * torch.logspace(0, -3, features, dtype=torch.float64)
+    found = []
+    for usual in range(len(strength.RIDGES)):
+        monkeypatch.setattr(strength, "USUAL", usual)
+        found.append(fitted(x, y, torch.zeros_like(w), few=rows).ridge)
+    assert len(set(found)) == 1
+
+
+def test_products_by_blocks_are_those_of_all_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, w = problem(50, features=10)
+    whole = fitted(x, y, torch.zeros_like(w))
+    monkeypatch.setattr(ridge, "BLOCK", 4)
+    torch.testing.assert_close(fitted(x, y, torch.zeros_like(w)).step, whole.step, rtol=1e-12, atol=1e-12)
 
 
 def test_pure_noise_leaves_the_centre() -> None:

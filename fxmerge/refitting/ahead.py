@@ -21,7 +21,7 @@ from fxmerge.program.captured import Program
 from fxmerge.program.forms import argument, bind, op_name
 from fxmerge.refitting.gather import MIN_ROWS, Counted, LayerFit, Shares, Teacher, Values
 from fxmerge.refitting.layers import Layer, Use
-from fxmerge.refitting.ridge import MARGIN
+from fxmerge.refitting.strength import MARGIN
 from fxmerge.symmetry import rules
 
 ROUNDS = 2

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.processes import Processes
-from fxmerge.refitting.ridge import MARGIN, RIDGES
+from fxmerge.refitting.strength import MARGIN, RIDGES
 
 SAMPLE_MEMORY = 2**29
 """How many bytes the rows of a fit take at most: features, target probabilities and the network's probabilities. Of

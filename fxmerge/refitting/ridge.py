@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from operator import itemgetter
 
 import torch
@@ -15,10 +14,7 @@ from torch import Tensor
 from fxmerge.evidence.moments import Moments
 from fxmerge.ordering import error_of
 from fxmerge.processes import ALONE, Processes
-
-RIDGES = tuple(10.0**power for power in range(1, -6, -1))
-"""The strengths to choose from, relative to the mean square of a feature, strongest first. Below them, rounding in
-the moments would count."""
+from fxmerge.refitting.strength import CERTAIN, RIDGES, Search, limit_of
 
 FOLDS, LEAST_FOLDS = 5, 2
 FOLD_MEMORY = 2**28
@@ -27,13 +23,6 @@ more bytes than this, but no less than two."""
 
 BLOCK = 256
 """Features of which products with the features after them are taken together; those before are the same again."""
-
-USUAL = 4
-"""The position of the strength that is tried first: the one that is chosen most often if there are more rows than
-features."""
-
-MARGIN, NEGLIGIBLE = 0.01, 1e-10
-"""A stronger ridge is preferred if its error is greater by no more than this share, and this share of the targets."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +282,7 @@ def fit(layers: Sequence[Sequence[NormalEquations]], processes: Processes = ALON
 
 def _chosen(folds: Sequence[NormalEquations], total: float, errors: Mapping[float, float]) -> Fit:
     """The fit with the strongest ridge whose held-out error is about the least."""
-    limit = _limit(errors, total)
+    limit = limit_of(errors, total)
     whole = joined(folds)
     before = whole.error(torch.zeros(folds[0].shape, dtype=torch.float64, device=folds[0].device)) / total
     for ridge in (r for r, error in errors.items() if error <= limit):
@@ -342,7 +331,11 @@ def _held_out(
 ) -> list[dict[float, float]]:
     """For every layer the sums of errors on all folds of what the others give, by ridges from the strongest on."""
     errors: list[dict[float, float]] = [dict.fromkeys(RIDGES, 0.0) for _ in layers]
-    open_ = {n: _Search(total) for n, total in enumerate(totals) if len(layers[n]) > 1}
+    open_ = {
+        n: Search(total, in_one_minimum=_rows_each(layers[n]) >= CERTAIN)
+        for n, total in enumerate(totals)
+        if len(layers[n]) > 1
+    }
     tasks = [_HeldOut(n, own, [other for other in layers[n] if other is not own]) for n in open_ for own in layers[n]]
     while open_:
         # With several processes, as many ridges at a time, so that these have equally much to do.
@@ -358,55 +351,10 @@ def _held_out(
     return errors
 
 
-class _Search:
-    """The search for the best ridge of a layer.
-
-    Over the strength, the error falls to its least and then rises. So from a usual strength on, weaker ones are tried
-    until it rises, and stronger ones until it is beyond the limit.
-
-    Arguments:
-        total: the square of the targets.
-
-    Attributes:
-        errors: of what the search has tried, from the strongest ridge on.
-    """
-
-    def __init__(self, total: float) -> None:
-        self.errors, self._known = dict[float, float](), dict[float, float]()
-        self._steps = self._search(total)
-        self._wanted = next(self._steps)
-
-    def nearest(self, count: int) -> list[float]:
-        """The ridge that is to be tried next, and others that are not known, by how near they are to it."""
-        at = RIDGES.index(self._wanted)
-        others = (ridge for ridge in RIDGES if ridge not in self._known)
-        return sorted(others, key=lambda ridge: abs(RIDGES.index(ridge) - at))[:count]
-
-    def go_on(self, found: Mapping[float, float]) -> bool:
-        """Goes on with the errors of some ridges; True at the end."""
-        self._known.update(found)
-        try:
-            while self._wanted in self._known:
-                self._wanted = self._steps.send(self._known[self._wanted])
-        except StopIteration:
-            return True
-        return False
-
-    def _search(self, total: float) -> Generator[float, float, None]:
-        self.errors = {RIDGES[USUAL]: (yield RIDGES[USUAL])}
-        for before, ridge in pairwise(RIDGES[USUAL:]):
-            self.errors[ridge] = yield ridge
-            if self.errors[ridge] >= self.errors[before]:
-                break
-        for ridge in reversed(RIDGES[:USUAL]):
-            self.errors = {ridge: (yield ridge), **self.errors}
-            if self.errors[ridge] > _limit(self.errors, total):
-                break
-
-
-def _limit(errors: Mapping[float, float], total: float) -> float:
-    """Up to which error a stronger ridge is preferred."""
-    return min(errors.values()) * (1 + MARGIN) + NEGLIGIBLE * total
+def _rows_each(folds: Sequence[NormalEquations]) -> float:
+    """How many rows there are for each feature, at least, to predict a fold from."""
+    rows = [fold.targets.rows for fold in folds]
+    return (sum(rows) - max(rows)) / folds[0].shape[1]
 
 
 def _cost(folds: Sequence[NormalEquations]) -> float:

@@ -23,9 +23,10 @@ from fxmerge.refitting.course import Lane, Lesson
 from fxmerge.refitting.gather import Counted, LayerFit, Shares, Teacher, Values, arguments, generator_of, not_finite
 from fxmerge.refitting.layers import Layer
 from fxmerge.refitting.places import Places
-from fxmerge.refitting.ridge import MARGIN, RIDGES, NormalEquations
+from fxmerge.refitting.ridge import NormalEquations
 from fxmerge.refitting.schedule import walk
 from fxmerge.refitting.staging import Outcome, apart
+from fxmerge.refitting.strength import MARGIN, RIDGES
 
 LOOKUPS = 0.03
 """How much the relative error of what is looked up counts, beside that of what the layer gives. It is less than one as
