@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxmerge.evidence.weights import BLOCK, Similarities, add_products, inner, scale, similarity, slices
+from fxmerge.evidence.weights import BLOCK, Placing, Similarities, add_products, inner, scale, similarity, slices
 from fxmerge.matching.search import floats
 from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.group import analyse
@@ -37,6 +37,7 @@ def test_what_is_kept_of_a_class_gives_what_is_computed_anew() -> None:
     for seed in range(3):
         order = symmetry.sample(torch.Generator().manual_seed(seed)) if seed else identity
         moved = order.apply(b)
+        stamps = {(axis.parameter, axis.dim): seed for axis in symmetry.layout}
         for number in symmetry.choices:
-            found = kept.of(number, moved, where[number], order.images[number])
+            found = kept.of(number, where[number], Placing(moved, order.images[number], stamps))
             torch.testing.assert_close(found, similarity(a, moved, where[number], scales))
