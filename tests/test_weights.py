@@ -41,3 +41,19 @@ def test_what_is_kept_of_a_class_gives_what_is_computed_anew() -> None:
         for number in symmetry.choices:
             found = kept.of(number, where[number], Placing(moved, order.images[number], stamps))
             torch.testing.assert_close(found, similarity(a, moved, where[number], scales))
+
+
+def test_parameters_of_several_dtypes_are_compared_in_the_widest() -> None:
+    torch.manual_seed(0)
+    model = mlp(0)
+    symmetry = analyse(capture_program(model, (vectors()[0],)))[1]
+    a = floats(symmetry, model.state_dict())
+    mixed = {name: tensor.double() if k % 2 else tensor for k, (name, tensor) in enumerate(a.items())}
+    wide, scales = {name: tensor.double() for name, tensor in a.items()}, dict.fromkeys(a, 1.0)
+    for number, where in slices(symmetry).items():
+        kept = Similarities(mixed, scales)
+        expected = similarity(wide, wide, where, scales)
+        for stamp in range(2):
+            stamps = {(axis.parameter, axis.dim): stamp for axis in symmetry.layout}
+            got = kept.of(number, where, Placing(mixed, symmetry.identity().images[number], stamps))
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)

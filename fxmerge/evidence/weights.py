@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
@@ -126,14 +126,14 @@ def similarity(
         A tensor of shape (units, units): rows are units of a, columns of b; the sum over `where` of the
         inner products of the units' slices, each times the parameter's entry of `scales`.
     """
-    total: Tensor | None = None
+    if not where:
+        raise ValueError("a class without parameter slices has no weight similarity")
+    names, units = {s.axis.parameter for s in where}, len(where[0].slots)
+    dtype = reduce(torch.promote_types, (own[name].real.dtype for own in (a, b) for name in names))
+    total = torch.zeros(units, units, dtype=dtype, device=a[where[0].axis.parameter].device)
     for s in where:
         name = s.axis.parameter
-        one, other = s.of(a[name]), s.of(b[name])
-        total = one.new_zeros(len(one), len(other)) if total is None else total
-        total.addmm_(one, other.T, alpha=scales[name])
-    if total is None:
-        raise ValueError("a class without parameter slices has no weight similarity")
+        total.addmm_(s.of(a[name]).to(dtype), s.of(b[name]).T.to(dtype), alpha=scales[name])
     return total
 
 
@@ -266,7 +266,7 @@ class Similarities:
         own, change = s.of(self._a[s.axis.parameter]), after - before
         if len(terms) < len(change.T):
             own, change = own[:, terms], change[:, terms]
-        return torch.addmm(total, own, change.T, alpha=self._scales[s.axis.parameter])
+        return torch.addmm(total, own.to(total), change.T.to(total), alpha=self._scales[s.axis.parameter])
 
     def _keep(self, number: int, seen: _Seen, at: Placing) -> None:
         held = {id(tensor) for tensor in at.b.values()}

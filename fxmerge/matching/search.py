@@ -70,7 +70,7 @@ class Problem:
         slices: the parameter slices of every class.
         value: for every parameter, its part of the objective.
         agreed: for every class with activations, how much the matched units agree: the sum of their correlations.
-        stamps: of every axis along which units were moved or mixed.
+        stamps: of every axis along which units were moved or mixed, a number that no other state has.
         similarities: of the units' weights, kept from one visit of a class to the next.
     """
 
@@ -158,12 +158,14 @@ class Problem:
         """Moves the units of b."""
         moved = {n for n, image in enumerate(step) if not np.array_equal(image, np.arange(len(image)))}
         b: dict[str, Tensor] = {}
+        touched = []
         for axis in self.symmetry.layout:
             if not moved.isdisjoint(axis.classes):
                 source = axis.source(tuple(step))
                 if source is not None:
                     b[axis.parameter] = move_axis(b.get(axis.parameter, self.b[axis.parameter]), axis, source)
-                    self.stamps = {**self.stamps, (axis.parameter, axis.dim): next(self._count)}
+                    touched.append((axis.parameter, axis.dim))
+        self._stamp(touched)
         self.value = self.value | {name: self._match(name, b) for name in b}
         self.b = self.b | b
         self.images = tuple(s[i] for s, i in zip(step, self.images, strict=True))
@@ -174,6 +176,9 @@ class Problem:
             came = np.argsort(number[step[n][blocks[:, 0]]])
             self.matrices = self.matrices | {n: self.matrices[n][torch.from_numpy(came)]}
         self.agreed = self.agreed | {n: float(self.agreement(n).sum()) for n in moved & self.agreed.keys()}
+
+    def _stamp(self, axes: Iterable[tuple[str, int]]) -> None:
+        self.stamps = {**self.stamps, **dict.fromkeys(axes, next(self._count))}
 
     def rotate(self, numbers: Iterable[int], usable: Mapping[int, list[Slices]]) -> None:
         """Mixes the units of some classes of b by the orthogonal matrices that fit those of a best.
@@ -187,10 +192,7 @@ class Problem:
             step = Basis(self.symmetry.mixed, {n: torch.stack(steps)})
             moved = step.apply({own.axis.parameter: self.b[own.axis.parameter] for own in self.symmetry.mixed[n]})
             self.b = self.b | moved
-            self.stamps = {
-                **self.stamps,
-                **{(own.axis.parameter, own.axis.dim): next(self._count) for own in self.symmetry.mixed[n]},
-            }
+            self._stamp((own.axis.parameter, own.axis.dim) for own in self.symmetry.mixed[n])
             self.value = self.value | {name: self._match(name, self.b) for name in moved}
             self.matrices = self.matrices | {n: step.matrices[n] @ self.matrices[n]}
             if n in self.agreed:
