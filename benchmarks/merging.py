@@ -1,7 +1,9 @@
 """Whole merges: seconds by stage and peak memory, each in a process of its own, of networks with random weights.
 
 CPU seconds are shown beside, for machines on which other programs run; and in how many products of two matrices of
-4,096 by 4,096 numbers, timed in the same process, they are, for machines of another speed.
+4,096 by 4,096 numbers, timed in the same process, they are, for machines of another speed. Where two networks are
+aligned, a second table has the CPU seconds of its stages beside what they cannot do without, timed in the same process:
+matrix products, assignments and passes, each of them once.
 
     python benchmarks/merging.py [--short] [--cases NAME ...] [--threads 2]
 
@@ -11,15 +13,17 @@ All but the first case need `pip install -e '.[zoo]'`; those whose package is no
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 from invariance import machine, table
+from models import floors
 from models.processes import Note, Row, run_all
 from tasks_suite.networks import ResNet20
 from torch import Tensor, nn
@@ -76,20 +80,6 @@ CASES: dict[str, Case] = {
 SHORT = Case(partial(ResNet20, 1, 2, nn.BatchNorm2d, 32), (1, 28, 28), 128, batch=32)
 
 
-PRODUCT = 4096
-
-
-def product(size: int) -> float:
-    """CPU seconds of the product of two square matrices in single precision: the least of three."""
-    a = torch.randn(size, size)
-    seconds = []
-    for _ in range(3):
-        began = time.process_time()
-        torch.mm(a, a)
-        seconds.append(time.process_time() - began)
-    return min(seconds)
-
-
 def work(task: Row, note: Note) -> None:
     """Merges one pair."""
     case = SHORT if task["short"] else CASES[task["name"]]
@@ -100,14 +90,40 @@ def work(task: Row, note: Note) -> None:
         networks.append(case.build().eval())
     batches: list[Tensor] = list(torch.randn(case.inputs or 1, *case.shape).split(case.batch))
     note("merge", machine=machine(), parameters=sum(p.numel() for p in networks[0].parameters()))
-    unit = product(256 if task["short"] else PRODUCT)
+    clock, logger = floors.StageClock(), logging.getLogger("fxmerge")
+    logger.addHandler(clock)
+    logger.setLevel(logging.INFO)
     began, worked = time.perf_counter(), time.process_time()
     loader = batches if case.inputs else None
     merged = fxmerge.merge(
         networks[0], networks[1], loader, case.recipe, example=batches[0][:2], run=Run(progress=False)
     )
     spent = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - worked}
-    note("done", **spent, unit=unit, stages=dict(fxmerge.report(merged).seconds))
+    unit = floors.product(256 if task["short"] else floors.PRODUCT)
+    note("floors", **spent, unit=unit, stages=dict(fxmerge.report(merged).seconds), cpu_stages=clock.seconds)
+    if isinstance(case.recipe.match, Align):
+        example = batches[0][:2]
+        symmetry = fxmerge.find_symmetry(networks[0], (example,))
+        states = [network.state_dict() for network in networks]
+        least = {
+            "verification": floors.passes(networks[0], example),
+            "matching": floors.matching(replace(symmetry, kinds=()), *states),
+        }
+        note("floors", floors=least)
+    note("done")
+
+
+def beside_floors(row: Row) -> dict[str, str]:
+    """A line of the table of CPU seconds beside what stages cannot do without."""
+    line = {"merge": row["name"]}
+    for stage, least in row["floors"].items():
+        spent = row["cpu_stages"][stage]
+        line |= {
+            f"{stage} s": f"{spent:.2f}",
+            f"{stage}, at least": f"{least:.2f}",
+            f"{stage} ratio": f"{spent / least:.1f}",
+        }
+    return line
 
 
 def main() -> int:
@@ -137,6 +153,9 @@ def main() -> int:
         for row in rows
     ]
     print(table(lines))
+    aligned = [beside_floors(row) for row in rows if "floors" in row]
+    if aligned:
+        print("\n" + table(aligned))
     return int(any("seconds" not in row for row in rows))
 
 

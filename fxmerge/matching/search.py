@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fxmerge.evidence import weights
-from fxmerge.evidence.weights import Similarities, Slices
+from fxmerge.evidence.weights import Placing, Similarities, Slices, Stamps
 from fxmerge.matching.assignment import Scores, descendants, propose
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
@@ -41,9 +42,9 @@ class Match:
     quality: Mapping[str, Mapping[str, float]]
 
 
-Position = tuple[dict[str, Tensor], tuple[Ids, ...], dict[int, Tensor], dict[str, float], dict[int, float]]
-"""The moved parameters of a problem, where units are, how they are mixed, and what parameters and activations give to
-the objective."""
+Position = tuple[dict[str, Tensor], tuple[Ids, ...], dict[int, Tensor], dict[str, float], dict[int, float], Stamps]
+"""The moved parameters of a problem, where units are, how they are mixed, what parameters and activations give to the
+objective, and the stamps of axes."""
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Problem:
         slices: the parameter slices of every class.
         value: for every parameter, its part of the objective.
         agreed: for every class with activations, how much the matched units agree: the sum of their correlations.
+        stamps: of every axis along which units were moved or mixed, a number that no other state has.
         similarities: of the units' weights, kept from one visit of a class to the next.
     """
 
@@ -83,10 +85,11 @@ class Problem:
     matrices: dict[int, Tensor] = field(init=False)
     value: dict[str, float] = field(init=False)
     agreed: dict[int, float] = field(init=False)
+    stamps: Stamps = field(init=False, default_factory=dict)
     similarities: Similarities = field(init=False)
 
     def __post_init__(self) -> None:
-        self.similarities = Similarities(self.a, self.scales)
+        self.similarities, self._count = Similarities(self.a, self.scales), count(1)
         self.matrices = dict(self.symmetry.identity_basis().matrices)
         self.value = {n: self._match(n, self.b) for n in self.scales}
         self.agreed = {n: float(self.agreement(n).sum()) for n in self.correlation}
@@ -124,23 +127,45 @@ class Problem:
         """For every (unit of a, unit of b as placed now), what the objective gains from matching them."""
         by_weights, shown = self.mix.weights_of(number), self.mix.activations.get(number, 0.0)
         size = self.symmetry.units[number].size
-        total = np.zeros((size, size))
+        total = torch.zeros(size, size, dtype=torch.float64)
         if by_weights > 0 and usable:
-            similarity = self.similarities.of(number, self.b, usable, self.images[number])
-            total += by_weights * similarity.double().cpu().numpy()
+            similarity = self.similarities.of(number, usable, self.placing(number))
+            total.add_(similarity.cpu(), alpha=by_weights)
         if shown > 0:
-            total += shown * self.weight(number) * self.placed(number).double().cpu().numpy()
-        return total
+            total.add_(self.placed(number).cpu(), alpha=shown * self.weight(number))
+        return total.numpy()
+
+    def stay(self, root: int) -> bool:
+        """Whether it is certain that the units of a class are where they match best; see `Similarities.stay`."""
+        tree = [n for n in descendants(self.symmetry, root) if n in self.symmetry.choices]
+        where = self.slices[root] if tree == [root] else []
+        if not where or root in self.matrices or root in self.mix.activations or self.mix.weights <= 0:
+            return False
+        return self.similarities.stay(root, where, self.placing(root))
+
+    def placing(self, number: int) -> Placing:
+        """The units of a class as they are now."""
+        blocks = self.symmetry.by_block(number) if number in self.matrices else None
+        return Placing(self.b, self.images[number], self.stamps, blocks, self.matrices.get(number))
+
+    def follow(self, step: Sequence[Ids], mixed: Iterable[int]) -> None:
+        """Brings what is kept of the classes that a step has moved or mixed to where their units are now."""
+        moved = {n for n in self.symmetry.choices if not np.array_equal(step[n], np.arange(len(step[n])))}
+        for n in sorted(moved.union(mixed)):
+            self.similarities.follow(n, self.placing(n))
 
     def take(self, step: Sequence[Ids]) -> None:
         """Moves the units of b."""
         moved = {n for n, image in enumerate(step) if not np.array_equal(image, np.arange(len(image)))}
         b: dict[str, Tensor] = {}
+        touched = []
         for axis in self.symmetry.layout:
-            if any(n in moved for n, _ in axis.roles):
+            if not moved.isdisjoint(axis.classes):
                 source = axis.source(tuple(step))
                 if source is not None:
                     b[axis.parameter] = move_axis(b.get(axis.parameter, self.b[axis.parameter]), axis, source)
+                    touched.append((axis.parameter, axis.dim))
+        self._stamp(touched)
         self.value = self.value | {name: self._match(name, b) for name in b}
         self.b = self.b | b
         self.images = tuple(s[i] for s, i in zip(step, self.images, strict=True))
@@ -151,6 +176,9 @@ class Problem:
             came = np.argsort(number[step[n][blocks[:, 0]]])
             self.matrices = self.matrices | {n: self.matrices[n][torch.from_numpy(came)]}
         self.agreed = self.agreed | {n: float(self.agreement(n).sum()) for n in moved & self.agreed.keys()}
+
+    def _stamp(self, axes: Iterable[tuple[str, int]]) -> None:
+        self.stamps = {**self.stamps, **dict.fromkeys(axes, next(self._count))}
 
     def rotate(self, numbers: Iterable[int], usable: Mapping[int, list[Slices]]) -> None:
         """Mixes the units of some classes of b by the orthogonal matrices that fit those of a best.
@@ -164,12 +192,13 @@ class Problem:
             step = Basis(self.symmetry.mixed, {n: torch.stack(steps)})
             moved = step.apply({own.axis.parameter: self.b[own.axis.parameter] for own in self.symmetry.mixed[n]})
             self.b = self.b | moved
+            self._stamp((own.axis.parameter, own.axis.dim) for own in self.symmetry.mixed[n])
             self.value = self.value | {name: self._match(name, self.b) for name in moved}
             self.matrices = self.matrices | {n: step.matrices[n] @ self.matrices[n]}
             if n in self.agreed:
                 self.agreed = self.agreed | {n: float(self.agreement(n).sum())}
 
-    def improve(self, step: Sequence[Ids], mixed: Iterable[int] = ()) -> float:
+    def improve(self, step: Sequence[Ids], mixed: Sequence[int] = ()) -> float:
         """Moves the units of b, and mixes those of some classes, if the objective rises by it.
 
         Returns:
@@ -180,6 +209,7 @@ class Problem:
         self.rotate(mixed, self.slices)
         after = self.objective()
         if rises(before, after):
+            self.follow(step, mixed)
             return after
         self.position = at
         return before
@@ -187,11 +217,11 @@ class Problem:
     @property
     def position(self) -> Position:
         """Where the units of b are, to come back to."""
-        return self.b, self.images, self.matrices, self.value, self.agreed
+        return self.b, self.images, self.matrices, self.value, self.agreed, self.stamps
 
     @position.setter
     def position(self, at: Position) -> None:
-        self.b, self.images, self.matrices, self.value, self.agreed = at
+        self.b, self.images, self.matrices, self.value, self.agreed, self.stamps = at
 
 
 def match(
@@ -251,15 +281,23 @@ def search(problem: Problem, *, afresh: bool = True, seed: int = 0, progress: bo
     start, at_start = problem.position, problem.objective()
     roots = [n for n, c in enumerate(problem.symmetry.units) if not c.parents]
     with tqdm(total=None, desc="matching", disable=None if progress is None else not progress, leave=False) as bar:
-        if afresh:
-            _first_sweep(problem, roots, bar)
+        seen = _first_sweep(problem, roots, bar) if afresh else {}
         # Units that are alike in a, such as dead ones, may trade places at no gain; they stay where they are.
         if afresh and not rises(at_start, problem.objective()):
             problem.position = start
+            seen.clear()
+
+        def step(root: int) -> float:
+            inputs = _inputs(problem, root)
+            if seen.get(root) == inputs or problem.stay(root):
+                return problem.objective()
+            seen[root] = inputs
+            return problem.improve(_best(problem, root, problem.slices), _mixed(problem, root))
+
         return descend(
             roots,
             problem.objective(),
-            lambda root: problem.improve(_best(problem, root, problem.slices), _mixed(problem, root)),
+            step,
             _neighbours(problem, roots).__getitem__,
             np.random.default_rng(seed),
             bar,
@@ -335,7 +373,18 @@ def _neighbours(problem: Problem, roots: list[int]) -> dict[int, set[int]]:
     return {r: set().union({r}, *(on for on in by_parameter.values() if r in on)) for r in roots}
 
 
-def _first_sweep(problem: Problem, roots: list[int], bar: tqdm[None]) -> None:
+def _inputs(problem: Problem, root: int) -> list[int | None]:
+    """What the best move of a class and of all that are nested in it depends on, but for where their units are: the
+    stamps of the axes along which the entries of their slices lie."""
+    return [problem.stamps.get(axis) for _, s in _tree_slices(problem, root) for axis in s.across]
+
+
+def _first_sweep(problem: Problem, roots: list[int], bar: tqdm[None]) -> dict[int, list[int | None]]:
+    """Matches every class by the slices that are comparable already.
+
+    Returns:
+        For the classes that were matched by all of their slices, what they were matched by: see `_inputs`.
+    """
     on_axis = _roots_on(problem, roots)
     others: dict[int, list[tuple[int, Slices, set[int]]]] = {}
     for root in roots:
@@ -348,6 +397,7 @@ def _first_sweep(problem: Problem, roots: list[int], bar: tqdm[None]) -> None:
                 across |= beside - {root}
             others[root].append((n, s, across))
     matched: set[int] = set()
+    seen: dict[int, list[int | None]] = {}
     while len(matched) < len(roots):
         evidence = {
             r: sum(s.entries for _, s, across in others[r] if across <= matched) for r in roots if r not in matched
@@ -357,11 +407,16 @@ def _first_sweep(problem: Problem, roots: list[int], bar: tqdm[None]) -> None:
         for n, s, across in others[root]:
             if across <= matched or not evidence[root]:
                 usable[n].append(s)
+        if sum(map(len, usable.values())) == len(others[root]):
+            seen[root] = _inputs(problem, root)
         # What is not usable yet does not count against the move.
-        problem.take(_best(problem, root, usable))
-        problem.rotate(_mixed(problem, root), usable)
+        step, mixed = _best(problem, root, usable), _mixed(problem, root)
+        problem.take(step)
+        problem.rotate(mixed, usable)
+        problem.follow(step, mixed)
         matched.add(root)
         bar.update()
+    return seen
 
 
 def quality(problem: Problem) -> dict[str, dict[str, float]]:
