@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fxmerge.symmetry.contracted import Contracted, Role, Told
+from fxmerge.symmetry.contracted import Contracted, Recorded, Role
 from fxmerge.symmetry.propagation import Axis, AxisUnits
 from fxmerge.symmetry.reasons import concatenate, first_reasons
 from fxmerge.symmetry.relate import Pairs, meet
@@ -75,9 +75,9 @@ def resolve(units: UnitGraph, axes: dict[Axis, AxisUnits]) -> Resolution:
     for axis in axes.values():
         units.pin(distinct(axis.ids[~used[axis.ids]]), "not used for the example inputs")
     units.node = CONCLUDED
-    told, state = Told(units, axes), None
+    recorded, state = Recorded(units, axes), None
     while True:
-        state = _Closing(units, told, state)
+        state = _Closing(units, recorded, state)
         if not state.close():
             return state.classes()
 
@@ -197,7 +197,7 @@ class _Closing(Contracted):
 
         None where it is unclear which part is a member of which.
         """
-        child, parent = self.told.child, self.told.parent
+        child, parent = self.recorded.child, self.recorded.parent
         own = (self.colour[self.unit[child]] == c) & (self.colour[self.unit[parent]] == p)
         child, parent = child[own], parent[own]
         raw = distinct(child)
@@ -367,7 +367,7 @@ class _Closing(Contracted):
         """For every axis, the raw units that do not move, by the first reason given for each."""
         names, why = first_reasons(self.units)
         pinned: dict[Axis, dict[str, Ids]] = {}
-        for axis, raw in self.told.raw.items():
+        for axis, raw in self.recorded.raw.items():
             still = raw[~movable[self.unit[raw]]]
             for r in distinct(why[still]):
                 pinned.setdefault(axis, {})[names[r]] = still[why[still] == r]

@@ -29,7 +29,7 @@ class Role:
     raw: Ids
 
 
-class Told:
+class Recorded:
     """What the rules said, of single units. What is concluded since is said of whole contracted ones.
 
     Attributes:
@@ -77,11 +77,12 @@ class Contracted:
 
     Arguments:
         units: the unit graph.
-        told: what the rules said.
+        recorded: what the rules said.
         before: the same graph with fewer facts, contracted, if it is known.
 
     Attributes:
         unit: for every raw unit, the contracted one.
+        counts: how many equalities and memberships there were.
         first: for every contracted unit, its first raw unit.
         child, parent: the memberships of contracted units.
         pinned: which contracted units do not move.
@@ -89,9 +90,9 @@ class Contracted:
         maps: for each class and each class of its blocks, every member's block, in the order of `members`.
     """
 
-    def __init__(self, units: UnitGraph, told: Told, before: Contracted | None = None) -> None:
-        self.units, self.told = units, told
-        self.facts = len(units.equal), len(units.member)
+    def __init__(self, units: UnitGraph, recorded: Recorded, before: Contracted | None = None) -> None:
+        self.units, self.recorded = units, recorded
+        self.counts = len(units.equal), len(units.member)
         self.unit = self._contract(before)
         self.count = int(self.unit.max()) + 1
         self.first = np.zeros(self.count, np.int64)
@@ -108,14 +109,14 @@ class Contracted:
         count, start, known = self.units.size, np.arange(self.units.size), 0
         if before is not None:
             count = before.count + self.units.size - len(before.unit)
-            start, known = np.concatenate([before.unit, np.arange(before.count, count)]), before.facts[0]
+            start, known = np.concatenate([before.unit, np.arange(before.count, count)]), before.counts[0]
         a, b = concatenate(self.units.equal[known:])
         graph = coo_matrix((np.ones(len(a), np.int8), (start[a], start[b])), shape=(count,) * 2)
         unit: Ids = connected_components(graph, directed=False)[1].astype(np.int64)[start]
         return unit
 
     def _memberships(self, before: Contracted | None) -> tuple[Ids, Ids]:
-        child, parent = concatenate(self.units.member[0 if before is None else before.facts[1] :])
+        child, parent = concatenate(self.units.member[0 if before is None else before.counts[1] :])
         code = self.unit[child] * self.count + self.unit[parent]
         if before is not None:
             now = self.unit[before.first]
@@ -138,7 +139,7 @@ class Contracted:
     def _refine(self) -> Ids:
         """Stable colours: what axes a unit indexes, then what its members and blocks look like."""
         colour = np.zeros(self.count, np.uint64)
-        for number, raw in enumerate(self.told.raw.values()):
+        for number, raw in enumerate(self.recorded.raw.values()):
             np.add.at(colour, self.unit[raw], mix(np.array([number]))[0])
         for number, followed in enumerate(self.units.followed):
             np.add.at(colour, self.unit[followed.ids], mix(np.array([number + (1 << 50)]))[0])
@@ -201,7 +202,7 @@ class Contracted:
 
     def is_raw(self) -> NDArray[np.bool_]:
         is_raw = np.zeros(self.units.size, bool)
-        for raw in self.told.raw.values():
+        for raw in self.recorded.raw.values():
             is_raw[raw] = True
         return is_raw
 
@@ -241,21 +242,21 @@ class Contracted:
 
     @cached_property
     def kinds(self) -> Hashes:
-        """Those of `Told`; nothing was told of the units that are new since."""
-        new = np.zeros(self.units.size - self.told.size, np.uint64)
-        return np.concatenate([self.told.kinds, mix(mix(mix(new)))])
+        """Those of `Recorded`; nothing was recorded of the units that are new since."""
+        new = np.zeros(self.units.size - self.recorded.size, np.uint64)
+        return np.concatenate([self.recorded.kinds, mix(mix(mix(new)))])
 
     @cached_property
     def kinds_by_place(self) -> Hashes:
         """Tells raw units apart by their axes, too, and by which of the blocks that do not move each is a member of."""
-        parent = self.told.parent
+        parent = self.recorded.parent
         unit = self.unit[parent]
         block = np.where(self.pinned[unit], self.units.size + unit, self.origin[parent])
-        return self.told.hashes(mix(self.origin), block, self.origin)
+        return self.recorded.hashes(mix(self.origin), block, self.origin)
 
     @cached_property
     def members_of_several(self) -> tuple[Ids, Ids]:
-        child, parent = self.told.child, self.told.parent
+        child, parent = self.recorded.child, self.recorded.parent
         some = self.several[parent] & (self.unit[child] != self.unit[parent])
         return child[some], parent[some]
 
@@ -263,7 +264,7 @@ class Contracted:
     def on_axes(self) -> dict[int, list[tuple[Axis, Ids]]]:
         """For every class, the raw units of it on each axis."""
         found: dict[int, list[tuple[Axis, Ids]]] = {}
-        for axis, raw in self.told.raw.items():
+        for axis, raw in self.recorded.raw.items():
             colour = self.colour[self.unit[raw]]
             for c in distinct(colour):
                 found.setdefault(int(c), []).append((axis, raw[colour == c]))
