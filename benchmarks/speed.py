@@ -26,7 +26,8 @@ from models import floors
 from torch import Tensor
 
 from fxmerge.evidence.activations import similarities
-from fxmerge.matching.search import match, nearest
+from fxmerge.matching.problem import nearest
+from fxmerge.matching.search import match
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Data, Runner, batch_inputs
 from fxmerge.symmetry.group import analyse

@@ -18,7 +18,7 @@ from fxmerge.keeping import changed
 from fxmerge.matching.balance import balance
 from fxmerge.matching.consensus import match_all
 from fxmerge.matching.models import Correlations, alpha_by_class
-from fxmerge.matching.search import floats
+from fxmerge.matching.problem import floats
 from fxmerge.matching.universe import canonical_order
 from fxmerge.prepared import Prepared
 from fxmerge.program.canonicalize import plan_folds

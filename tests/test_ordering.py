@@ -10,7 +10,8 @@ from torch import nn
 import fxmerge
 from fxmerge.evidence import weights
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.search import Problem, floats, search
+from fxmerge.matching.problem import Problem, floats
+from fxmerge.matching.search import search
 from fxmerge.notices import warn_of_nearer_parent
 from fxmerge.ordering import error_of, score_of
 from fxmerge.refitting.ridge import Many, NormalEquations, fit

@@ -10,7 +10,8 @@ from fxmerge.evidence import weights
 from fxmerge.evidence.activations import MAX_ROWS, _consumed, find_taps, similarities
 from fxmerge.matching.assignment import assign, descendants, propose
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.search import Problem, floats, search
+from fxmerge.matching.problem import Problem, floats
+from fxmerge.matching.search import search
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Data, batch_inputs
 from fxmerge.symmetry.group import Symmetry, analyse

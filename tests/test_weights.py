@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxmerge.evidence.weights import BLOCK, Placing, Similarities, add_products, inner, scale, similarity, slices
-from fxmerge.matching.search import floats
+from fxmerge.matching.problem import floats
 from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.group import analyse
 from tests.networks import mlp, vectors

@@ -11,8 +11,8 @@ from fxmerge.demo import ViT
 from fxmerge.evidence.activations import similarities, whole
 from fxmerge.evidence.weights import slices
 from fxmerge.matching.mix import Mix
+from fxmerge.matching.problem import Problem, floats
 from fxmerge.matching.room import Room
-from fxmerge.matching.search import Problem, floats
 from fxmerge.matching.zip_search import ZipProblem, match_zip, zipped_classes
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Data, batch_inputs

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxmerge.evidence import weights
 from fxmerge.matching.assignment import assign
-from fxmerge.matching.search import floats, nearest
+from fxmerge.matching.problem import floats, nearest
 from fxmerge.progress import BEGUN, DONE
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.units.basis import Basis

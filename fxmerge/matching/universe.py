@@ -24,7 +24,8 @@ from torch import Tensor
 from fxmerge.evidence import weights
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.search import Match, Problem, floats, quality, search
+from fxmerge.matching.problem import Problem, floats, quality
+from fxmerge.matching.search import Match, search
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.permutation import Permutation

@@ -24,8 +24,8 @@ from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.nested import carry, is_block, merge_blocks, similar_blocks
+from fxmerge.matching.problem import floats
 from fxmerge.matching.room import Room, cells
-from fxmerge.matching.search import floats
 from fxmerge.matching.zipping import zip_blocks
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
