@@ -117,7 +117,7 @@ def test_a_class_opens_with_its_similarities_and_links_to_its_layers(tab: Any) -
     tab.wait_for_timeout(100)
     assert name in panel.locator("h2").inner_text()
     panel.get_by_role("button", name="Close").click()
-    tab.wait_for_function("location.hash === ''")  # The browser tells the page of the closing a little later.
+    tab.wait_for_url(lambda url: "#" not in url)  # The browser tells the page of the closing a little later.
     assert not panel.is_visible()
 
 
