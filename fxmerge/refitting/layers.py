@@ -218,7 +218,8 @@ class _Finder:
             else:
                 same.append([(use, codes)])
         layers = [self._layer(tuple(use for use, _ in uses), uses[0][1]) for uses in same]
-        counts = {name: torch.zeros(shape.numel(), dtype=torch.int32) for name, shape in self.shapes.items()}
+        own = {name: self.shapes[name].numel() for layer in layers for name in layer.parameters}
+        counts = {name: torch.zeros(count, dtype=torch.int32) for name, count in own.items()}
         for layer in layers:
             for name, (_, positions) in layer.places.items():
                 counts[name].index_add_(0, positions, torch.ones(len(positions), dtype=torch.int32))

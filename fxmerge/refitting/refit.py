@@ -127,7 +127,6 @@ def refit(
     program = written_out(program)
     resized = parents_program is not None and parents_program is not program
     layers = find_layers(program)
-    last = last_layers(program, layers)
     teachers = teachers or [Teacher(own, {}) for own in parents]
     places = [teacher.places for teacher in teachers if teacher.places is not None]
     left: dict[str, str] = {} if only_last else dict(layers.left)
@@ -135,6 +134,7 @@ def refit(
     tied = {} if only_last or repair or owner or resized else _tied(layers, places, shared)
     for name in (name for layer in tied for name in layer.parameters):
         left.pop(name, None)
+    last = last_layers(program, replace(layers, all=(*layers.all, *tied)))
 
     def chosen_of(some: Iterable[Layer]) -> list[Layer]:
         """Those that can be fitted; of the others the reason is noted."""
