@@ -15,6 +15,7 @@ from fxmerge.combine.batch_norm import alike, statistics_nodes
 from fxmerge.processes import ALONE, Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.forms import argument, bind, form_of
+from fxmerge.program.plain_norms import plain_norms
 from fxmerge.progress import Ticker
 from fxmerge.refitting.ahead import AheadFit
 from fxmerge.refitting.boundaries import Boundaries
@@ -337,14 +338,15 @@ def _add(
 
 def written_out(program: Program) -> Program:
     """The program with its recurrent layers, and whatever else multiplies parameters inside of one op, written out in
-    simpler ops where torch can do that."""
+    simpler ops where torch can do that, and with plain norms."""
     ops = {
         node.target
         for node in program.graph.graph.nodes
         if rules.contracts(node.target) and form_of(node) is None and _holds_weights(program, node)
     }
     simpler = program.aten.decompose(ops) if ops else None
-    return program if simpler is None else replace(program, aten=simpler)
+    aten = plain_norms(simpler or program.aten)
+    return program if aten is program.aten else replace(program, aten=aten)
 
 
 def _holds_weights(program: Program, node: fx.Node) -> bool:
