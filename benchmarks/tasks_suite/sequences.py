@@ -62,15 +62,21 @@ class ViT(nn.Module):
 
 
 class GPT(nn.Module):
-    """A causal transformer that gives the scores of each next character, shape (n, length, characters)."""
+    """A causal transformer that gives the scores of each next character, shape (n, length, characters).
 
-    def __init__(self, characters: int, context: int, dim: int, depth: int, heads: int) -> None:
+    Tied, the weight of the output layer is that of the embedding, as in GPT-2.
+    """
+
+    def __init__(self, characters: int, context: int, dim: int, depth: int, heads: int, *, tied: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, dim)
         self.position = nn.Parameter(0.02 * torch.randn(context, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads, fused=True, causal=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, characters)
+        if tied:
+            self.head.weight = self.embedding.weight
+            nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         y: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens) + self.position)))
@@ -109,14 +115,17 @@ class RotaryBlock(nn.Module):
 
 class Llama(nn.Module):
     """A causal transformer in the manner of Llama, which gives the scores of each next character, shape
-    (n, length, characters)."""
+    (n, length, characters). Tied, the weight of the output layer is that of the embedding."""
 
-    def __init__(self, characters: int, dim: int, depth: int, heads: int, hidden: int) -> None:
+    def __init__(self, characters: int, dim: int, depth: int, heads: int, hidden: int, *, tied: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, dim)
         self.blocks = nn.Sequential(*(RotaryBlock(dim, heads, hidden) for _ in range(depth)))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, characters, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+            nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         y: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens))))

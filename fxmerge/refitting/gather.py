@@ -131,9 +131,7 @@ class LayerFit:
             counted: how the batch counts.
         """
         shares, weight = counted.shares, counted.weight
-        # Whatever other batches were taken in, the same rows are chosen.
-        (seed,) = np.random.SeedSequence((self.seed, counted.number)).generate_state(1).tolist()
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(self.seed, counted.number)
         for use in self.layer.uses:
             mine = arguments(use, values)
             rows, chosen = use.size(mine), None
@@ -166,7 +164,7 @@ class LayerFit:
         if use in self.shown:
             return use.outputs(self.mean(use.node, taught, shares), arguments(use, next(iter(taught.values()))), chosen)
         given = ((j, use.features(arguments(use, theirs), chosen)) for j, theirs in taught.items())
-        return _sum(f @ self._taught(j, shares).to(f) for j, f in given)
+        return _sum(f @ self.taught(j, shares).to(f) for j, f in given)
 
     def distribution(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:
         """The mean of the probabilities of classes that the parents give at a use: shape (rows, classes)."""
@@ -194,7 +192,7 @@ class LayerFit:
         more = (share * torch.where(own == count * mine, 0.0, own - count * mine) for share, own, count in given)
         return _ratio(_sum(more), _sum(share * count for share, _, count in given))
 
-    def _taught(self, number: int, shares: Shares) -> Tensor:
+    def taught(self, number: int, shares: Shares) -> Tensor:
         """The coefficients with which one parent has a part in the targets."""
         if (number, shares) not in self.parts:
             counted = _sum(share * own for share, own in zip(shares, self.members, strict=True))
@@ -290,6 +288,12 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
     """The mean over members; 0 where there are none."""
     return torch.where(count > 0, total / count, 0.0)
+
+
+def generator_of(seed: int, batch: int) -> torch.Generator:
+    """Chooses the rows of a batch: the same ones, whatever other batches there are."""
+    (own,) = np.random.SeedSequence((seed, batch)).generate_state(1).tolist()
+    return torch.Generator().manual_seed(own)
 
 
 def not_finite(layer: Layer) -> NonFiniteError:
