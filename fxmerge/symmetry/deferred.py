@@ -141,23 +141,43 @@ class Chosen(Deferred):
 
 @dataclass(frozen=True)
 class Order(Deferred):
-    """The order in which an index is sorted: each of the numbers from 0 once."""
+    """The order in which an index is sorted: each of the numbers from 0 once.
 
-    order: Labels
+    Attributes:
+        hot: the labels of the numbers as one-hot vectors, of shape (numbers, places in the order).
+    """
+
+    hot: Labels
+
+    @property
+    def order(self) -> Labels:
+        """The labels of the places in the order."""
+        column = next(c for c in self.hot.columns if support(c) == (1,))
+        return Labels(self.hot.shape[1:], (column[0],))
+
+    @property
+    def names_places(self) -> bool:
+        """Whether what the numbers count is in an order that is not told, too."""
+        return any(0 in support(c) for c in self.hot.columns)
 
     @property
     def most(self) -> int:
-        return self.order.shape[0]
+        return self.hot.shape[0]
 
     @property
     def parts(self) -> tuple[Labels, ...]:
         return (self.order,)
 
+    def names(self) -> Index:
+        """The numbers as names of what they count."""
+        return Index.of(self.hot)
+
     def inverse(self) -> Index:
         """Where in the order each number is: numbers that name places in the order."""
-        size = self.order.shape[0]
-        columns = tuple(c[:, None].expand(size, size) for c in self.order.columns)
-        return Index.of(Labels((size, size), columns, (axis_column((size, size), 1),)))
+        return Index.of(self.hot.map(torch.t, self.hot.shape))
+
+    def settle(self, units: UnitGraph, reason: str) -> Labels:
+        return self.names().settle(units, reason)
 
 
 @dataclass(frozen=True)
@@ -196,21 +216,31 @@ def sort(units: UnitGraph, x: Index, *, ascending: bool) -> tuple[Index, Order]:
     """
     size = x.shape[0]
     column = axis_column((x.count, size), 1)
-    pin(units, x.hot, f"{units.node}: order along the dimension", [1])
+    lines = [c for c in x.hot.columns if support(c) == (1,)]
+    rows = [units.rows_followed(c[0].contiguous().numpy()) for c in lines]
+    told = any(row is None for row in rows) or len(rows) != 1
+    if told:  # As they were, the numbers are not in an order that data tell.
+        pin(units, x.hot, f"{units.node}: order along the dimension", [1])
     named = [c for c in x.hot.columns if 0 in support(c)]
     ids = units.fresh(size, ("places", units.node))
     slots = spread(torch.from_numpy(ids), tuple(column.shape), (1,))
     kept = tuple(c for c in x.hot.inert if 0 in support(c))
     ordered = Index.of(Labels(tuple(column.shape), (*named, slots), kept))
     follow = [distinct(c.select(1, 0).contiguous().numpy()) for c in named]
-    units.follow(ids, follow, (x, ordered) if ascending and x.is_complete else None)
-    return ordered, Order(Labels((size,), (slots[0],)))
+    follow += [] if told else [distinct(lines[0][0].contiguous().numpy())]
+    units.follow(ids, follow, order=(x, ordered) if ascending and x.is_complete else None)
+    square = (size, size)
+    places = spread(torch.from_numpy(ids), square, (1,))
+    if told:
+        return ordered, Order(Labels(square, (places,), (axis_column(square, 0),)))
+    number, row = (spread(torch.as_tensor(v), square, (0,)) for v in (lines[0][0].contiguous(), rows[0]))
+    return ordered, Order(Labels(square, (places, number), (row,)))
 
 
 def sorted_by(units: UnitGraph, x: Index, order: Order) -> Index | None:
     """The numbers in an order that is theirs, None if it may be another one."""
     for followed in units.followed:
-        if followed.order is not None and np.array_equal(order.order.columns[0], followed.ids):
+        if followed.order is not None and np.array_equal(order.order.columns[0].contiguous(), followed.ids):
             numbers: Index = followed.order[0]
             ordered: Index = followed.order[1]
             if numbers.source is x.source and torch.equal(numbers.place, x.place):
