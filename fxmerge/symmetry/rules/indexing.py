@@ -100,16 +100,14 @@ def index_select(at: Site, x: Operand, dim: int, chosen: Operand) -> Labels | De
 
 @rule("one_hot", takes=True)
 def one_hot(at: Site, x: Operand, classes: int = -1) -> Labels:
-    """Numbers that name units become columns of these, others positions."""
+    """Numbers that name units become columns of these; others are compared with the number of each place."""
     if isinstance(x, Index) and 0 < x.count <= classes:
         hot = x.hot.map(lambda c: c.movedim(0, -1), (*x.shape, x.count))
         if classes == x.count:
             return hot
         return assemble(at, [hot, torch.zeros(*x.shape, classes - x.count)], lambda c: torch.cat(c, -1), [x.ndim])
     values = at.labels(x)
-    last = len(at.shape) - 1
-    told = pin(at.units, values, f"{at.name}: values become places")
-    return at.join(told.reshape((*told.shape, 1)), inert(at.shape, [last]), at.shape)
+    return at.join(values.reshape((*values.shape, 1)), inert(at.shape, [len(at.shape) - 1]), at.shape)
 
 
 @rule("embedding", takes=True, mixes=True)
