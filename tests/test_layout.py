@@ -82,12 +82,25 @@ def test_the_source_of_a_permutation_is_the_way_back_of_its_target(name: str) ->
     assert layout.source((np.arange(4), np.arange(2))) is None
 
 
-def test_units_of_every_row_keep_their_number() -> None:
+def test_units_of_every_row_are_fewer_in_every_row() -> None:
+    """Two rows with three units each, and a pinned index in the middle."""
+    slots = np.array([[0, 1, 6, 2], [3, 4, 7, 5]])
+    layout = AxisLayout("w", (), (2, 4), 1, (0, 1), slots, ((0, np.arange(6)),))
+    shorter = layout.resized((4,), [np.array([0, 2, 3, 5])])
+    assert shorter.shape == (2, 3)
+    target = layout.target([np.array([0, 0, 1, 2, 3, 3])], shorter)
+    assert target.tolist() == [[0, 0, 1, 2], [0, 2, 1, 2]]
+    tensor = torch.tensor([[1.0, 10.0, 100.0, 1000.0], [2.0, 20.0, 200.0, 2000.0]])
+    assert add_axis(tensor, layout, target, 3).tolist() == [[11.0, 100.0, 1000.0], [2.0, 200.0, 2020.0]]
+    for widths, kept in (((7,), None), ((5,), [np.array([0, 1, 2, 3, 4])])):
+        with pytest.raises(UnitMapError, match=r"Axis 1 of 'w' .* in every row.*all rows as many.*\[6\] units"):
+            layout.resized(widths, kept)
+
+
+def test_units_of_every_row_move_by_rows() -> None:
     slots = np.arange(6).reshape(2, 3)
     layout = AxisLayout("w", (), (2, 3), 1, (0, 1), slots, ((0, np.arange(6)),))
     assert layout.resized((6,)) is layout
-    with pytest.raises(UnitMapError, match=r"Axis 1 of 'w' .* in every row.*\[6\] merged units"):
-        layout.resized((7,))
     moved = layout.target([np.array([1, 0, 2, 5, 4, 3])])
     assert moved.tolist() == [[1, 0, 2], [2, 1, 0]]
     tensor = torch.arange(6.0).reshape(2, 3)

@@ -63,7 +63,7 @@ class AxisLayout:
             into: the layout of the merged axis, as `resized` gives it; None if no class changes its width.
         """
         into = self if into is None else into
-        after = np.arange(len(self.index)) if into is self else into.slot[_pinned_places(self, into)]
+        after = np.arange(len(self.index)) if into is self else _pinned_slots(self, into)
         for (number, slots), (_, merged) in zip(self.roles, into.roles, strict=True):
             after[slots] = merged[maps[number]]
         target: Ids = into.index[after[self.slot]]
@@ -81,15 +81,13 @@ class AxisLayout:
                 for those with the smallest numbers.
 
         Raises:
-            UnitMapError: if rows of the parameter have units of their own along the axis, and a width changes.
+            UnitMapError: if rows of the parameter have units of their own along the axis, and there are to be more of
+                them, or other numbers in some rows than in others.
         """
         if all(widths[number] == len(slots) for number, slots in self.roles):
             return self
         if len(self.dims) > 1:
-            raise UnitMapError(
-                f"Axis {self.dim} of {self.parameter!r} has units of its own in every row: its width cannot change. "
-                f"Give the classes there {[len(slots) for _, slots in self.roles]} merged units."
-            )
+            return self._with_shorter_rows(widths, kept)
         _, _, unit, _, role = self._entries(widths, kept)
         roles = [np.zeros(widths[number], np.int64) for number, _ in self.roles]
         for r, own in enumerate(roles):
@@ -97,6 +95,25 @@ class AxisLayout:
         shape = (*self.shape[: self.dim], len(role), *self.shape[self.dim + 1 :])
         numbered = tuple((number, slots) for (number, _), slots in zip(self.roles, roles, strict=True))
         return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, np.arange(len(role)), numbered)
+
+    def _with_shorter_rows(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> AxisLayout:
+        """The layout of an axis along which rows have units of their own, of which each row loses as many."""
+        own = {n: np.arange(widths[n]) if kept is None else kept[n] for n, _ in self.roles}
+        alive = np.ones(len(self.index), bool)
+        for number, slots in self.roles:
+            alive[np.delete(slots, own[number][own[number] < len(slots)])] = False
+        rows = np.moveaxis(self.slot, self.dims.index(self.dim), -1)
+        left = alive[rows].sum(-1)
+        if left.min() < left.max() or any(widths[number] > len(slots) for number, slots in self.roles):
+            raise UnitMapError(
+                f"Axis {self.dim} of {self.parameter!r} has units of its own in every row: each row can only have fewer, "
+                f"and all rows as many. The classes there have {[len(slots) for _, slots in self.roles]} units."
+            )
+        shorter = np.moveaxis(rows[alive[rows]].reshape(*rows.shape[:-1], -1), -1, self.dims.index(self.dim))
+        before, slot = np.unique(shorter, return_inverse=True)
+        shape = (*self.shape[: self.dim], int(left.max()), *self.shape[self.dim + 1 :])
+        roles = tuple((number, np.searchsorted(before, slots[own[number]])) for number, slots in self.roles)
+        return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, slot.reshape(shorter.shape), roles)
 
     def _entries(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> Ids:
         """The indices of the resized axis in order, shape (5, indices): for each the index at which it stands or, with
@@ -152,13 +169,20 @@ def _pinned(axis: AxisLayout) -> list[int]:
     return pinned
 
 
-def _pinned_places(axis: AxisLayout, into: AxisLayout) -> Ids:
-    """For every slot of an axis, the index in a resized one; of what no class has, in the order of the axis."""
-    places = np.zeros(len(axis.index), np.int64)
-    before, after = _pinned(axis), _pinned(into)
-    order = sorted(before, key=lambda slot: axis.index[slot])
-    places[order] = sorted(into.index[slot] for slot in after)
-    return places
+def _pinned_slots(axis: AxisLayout, into: AxisLayout) -> Ids:
+    """For every slot of an axis, the slot in a resized one; of what no class has, in the order of the axis."""
+    slots = np.zeros(len(axis.index), np.int64)
+    slots[_in_order(axis)] = _in_order(into)
+    return slots
+
+
+def _in_order(axis: AxisLayout) -> Ids:
+    """The slots that no class has, as they come, row by row."""
+    rows = np.moveaxis(axis.slot, axis.dims.index(axis.dim), -1)
+    first = np.unique(rows, return_index=True)[1]
+    pinned = np.array(_pinned(axis), np.int64)
+    ordered: Ids = pinned[np.argsort(first[pinned])]
+    return ordered
 
 
 def _stretches(roles: Sequence[tuple[int, Ids]]) -> list[tuple[int, int]]:
@@ -188,11 +212,11 @@ def add_axis(tensor: Tensor, layout: AxisLayout, target: Ids, size: int | None =
         size: the length of the axis afterwards; None leaves it as it is.
     """
     index = torch.from_numpy(target).to(tensor.device)
-    if len(layout.dims) > 1:
-        total = torch.zeros_like(tensor)
-        return total.scatter_add_(layout.dim, along_axis(index, layout).expand(tensor.shape), tensor)
     shape = list(tensor.shape)
     shape[layout.dim] = shape[layout.dim] if size is None else size
+    if len(layout.dims) > 1:
+        total = tensor.new_zeros(shape)
+        return total.scatter_add_(layout.dim, along_axis(index, layout).expand(tensor.shape), tensor)
     return tensor.new_zeros(shape).index_add_(layout.dim, index, tensor)
 
 
