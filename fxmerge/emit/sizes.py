@@ -104,7 +104,7 @@ class Sizes:
         return any(dim in shown.dims for shown in self._shown(node))
 
     def _shown(self, node: fx.Node) -> list[Shown]:
-        """What lies along the dimensions of the value of a node of the labelled graph. Of what an index chooses, this is
+        """What lies along the dimensions of the value of a node of the labelled graph. Of what an index chooses, it is
         what each of the units has among which it chooses: these lie along a dimension of number -1."""
         if node.graph is not self._graph:
             return []
@@ -220,4 +220,3 @@ def _size(found: Size) -> int:
     if isinstance(found, tuple):
         return len(found[1].index)
     return found if isinstance(found, int) else int(found[-1])
-

@@ -144,7 +144,8 @@ class Order(Deferred):
     """The order in which an index is sorted: each of the numbers from 0 once.
 
     Attributes:
-        hot: the labels of the numbers as one-hot vectors, of shape (numbers, places in the order).
+        hot: the labels of the numbers as one-hot vectors, of shape (numbers, places in the order). The column of the
+            places comes first.
     """
 
     hot: Labels
@@ -152,8 +153,7 @@ class Order(Deferred):
     @property
     def order(self) -> Labels:
         """The labels of the places in the order."""
-        column = next(c for c in self.hot.columns if support(c) == (1,))
-        return Labels(self.hot.shape[1:], (column[0],))
+        return Labels(self.hot.shape[1:], (self.hot.columns[0][0],))
 
     @property
     def names_places(self) -> bool:

@@ -106,8 +106,8 @@ class AxisLayout:
         left = alive[rows].sum(-1)
         if left.min() < left.max() or any(widths[number] > len(slots) for number, slots in self.roles):
             raise UnitMapError(
-                f"Axis {self.dim} of {self.parameter!r} has units of its own in every row: each row can only have fewer, "
-                f"and all rows as many. The classes there have {[len(slots) for _, slots in self.roles]} units."
+                f"Axis {self.dim} of {self.parameter!r} has units of its own in every row: each row can only have "
+                f"fewer, and all rows as many. The classes there have {[len(slots) for _, slots in self.roles]} units."
             )
         shorter = np.moveaxis(rows[alive[rows]].reshape(*rows.shape[:-1], -1), -1, self.dims.index(self.dim))
         before, slot = np.unique(shorter, return_inverse=True)

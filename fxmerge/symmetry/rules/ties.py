@@ -200,7 +200,7 @@ def _repeated(n: fx.Node, dim: int) -> int | None:
 
 
 def _distinct(n: Any, dim: int) -> int | None:
-    """How many numbers an index holds along a dimension, if no two of them are equal: those that topk or argmax give."""
+    """How many numbers an index holds along a dimension, if no two of them are equal, as those that topk gives."""
     if not isinstance(n, fx.Node) or not isinstance(n.meta.get("val"), Tensor):
         return None
     if _is_copy(n):
@@ -220,4 +220,6 @@ def _is_along(value: Any, n: fx.Node, dim: int) -> bool:
 
 def _shape(n: fx.Node) -> list[int]:
     """The sizes of a node's output, those of the example where they are open."""
-    return [s.node.hint if isinstance(s, torch.SymInt) else s for s in n.meta["val"].shape]
+    shape: Any = n.meta["val"].shape
+    sizes: list[Any] = [s.node.hint if isinstance(s, torch.SymInt) else s for s in shape]
+    return sizes
