@@ -183,7 +183,8 @@ def _every_few(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     before = [sizes.boundary(x, dim, i) for i in range(size)] + [sizes.boundary(x, dim, size)]
     taken = range(size)[slice(call["start"], call["end"], step)]
     left = [before[i] for i in taken if before[i] < before[i + 1]]
-    if not left or left != list(range(left[0], left[-1] + 1, step)):
+    added = any(b - a > 1 for a, b in itertools.pairwise(before))
+    if added or not left or left != list(range(left[0], left[-1] + 1, step)):
         raise sizes.cannot(node, "takes every few of the units along a dimension")
     return {"start": left[0], "end": left[-1] + 1}
 

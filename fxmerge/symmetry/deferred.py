@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, spread, support
 from fxmerge.symmetry.labels import Labels, inert, join, pin, reduce
-from fxmerge.symmetry.units import UnitGraph, distinct
+from fxmerge.symmetry.units import Ids, UnitGraph, distinct
 
 
 class Deferred:
@@ -215,26 +215,34 @@ def sort(units: UnitGraph, x: Index, *, ascending: bool) -> tuple[Index, Order]:
     which follow the units that are named: if something tells the places apart, these are pinned.
     """
     size = x.shape[0]
-    column = axis_column((x.count, size), 1)
-    lines = [c for c in x.hot.columns if support(c) == (1,)]
-    rows = [units.rows_followed(c[0].contiguous().numpy()) for c in lines]
-    told = any(row is None for row in rows) or len(rows) != 1
-    if told:  # As they were, the numbers are not in an order that data tell.
+    before = _untold(units, x)
+    if before is None:
         pin(units, x.hot, f"{units.node}: order along the dimension", [1])
     named = [c for c in x.hot.columns if 0 in support(c)]
     ids = units.fresh(size, ("places", units.node))
-    slots = spread(torch.from_numpy(ids), tuple(column.shape), (1,))
+    slots = spread(torch.from_numpy(ids), (x.count, size), (1,))
     kept = tuple(c for c in x.hot.inert if 0 in support(c))
-    ordered = Index.of(Labels(tuple(column.shape), (*named, slots), kept))
+    ordered = Index.of(Labels((x.count, size), (*named, slots), kept))
     follow = [distinct(c.select(1, 0).contiguous().numpy()) for c in named]
-    follow += [] if told else [distinct(lines[0][0].contiguous().numpy())]
+    follow += [] if before is None else [distinct(before[0])]
     units.follow(ids, follow, order=(x, ordered) if ascending and x.is_complete else None)
     square = (size, size)
     places = spread(torch.from_numpy(ids), square, (1,))
-    if told:
+    if before is None:
         return ordered, Order(Labels(square, (places,), (axis_column(square, 0),)))
-    number, row = (spread(torch.as_tensor(v), square, (0,)) for v in (lines[0][0].contiguous(), rows[0]))
+    number, row = (spread(torch.from_numpy(own), square, (0,)) for own in before)
     return ordered, Order(Labels(square, (places, number), (row,)))
+
+
+def _untold(units: UnitGraph, x: Index) -> tuple[Ids, Ids] | None:
+    """Of a vector of numbers whose places follow data already, the units of the places and the row of each; None for
+    all others."""
+    columns = [c for c in x.hot.columns if 1 in support(c)]
+    if len(columns) != 1:
+        return None
+    ids = columns[0][0].contiguous().numpy()
+    row = units.rows_followed(ids)
+    return None if row is None else (ids, row)
 
 
 def sorted_by(units: UnitGraph, x: Index, order: Order) -> Index | None:
