@@ -159,7 +159,7 @@ def test_sets_of_the_same_units_that_hold_others_more_often_are_pinned() -> None
     units = UnitGraph()
     a, b = column(units, (2,), 0).tolist()
     reduce(units, Labels((2, 3), (torch.tensor([[a, a, b], [a, b, b]]),)), [1], "sum")
-    assert [sorted(ids.tolist()) for ids, why in units.pinned if "uneven" in why][0] == [a, b]
+    assert next(sorted(ids.tolist()) for ids, why in units.pinned if "uneven" in why) == [a, b]
 
 
 def test_a_reduction_crosswise_is_pinned_and_its_results_are_told_apart() -> None:
