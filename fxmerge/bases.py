@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -17,7 +18,7 @@ from fxmerge.keeping import changed
 from fxmerge.matching.balance import balance
 from fxmerge.matching.consensus import match_all
 from fxmerge.matching.models import Correlations, alpha_by_class
-from fxmerge.matching.search import floats
+from fxmerge.matching.problem import floats
 from fxmerge.matching.universe import canonical_order
 from fxmerge.prepared import Prepared
 from fxmerge.program.canonicalize import plan_folds
@@ -114,7 +115,8 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
         return states, [[[ids.tolist() for ids in own] for own in images], objectives]
 
     with job.timed("matching bases"):
-        moved, (images, objectives) = job.stages.remember("bases", rebased, changed(job.states))
+        once = partial(job.processes.once, "bases", rebased)
+        moved, (images, objectives) = job.stages.remember("bases", once, changed(job.states))
     smaller, names = freeze(symmetry, placed, lambda _: IN_ONE_BASIS)
     return replace(
         group,

@@ -84,7 +84,7 @@ class Prepared:
             warn_of_outputs(propagation, whole, flow)
         if recipe.targets == "standardized" and job.data is not None:
             with job.timed("standardizing"):
-                job = replace(job, states=standardized(job.program, job.states, job.data))
+                job = replace(job, states=standardized(job.program, job.states, job.data, job.processes))
         cut = masked(job.program, job.masks)
         symmetry, still = without_shared(whole, flow, job.states, cut.values(), job.owner)
         return Prepared(replace(job, states=pruned(job.states, cut)), propagation, whole, symmetry, still, flow)
@@ -170,7 +170,7 @@ class Prepared:
 
         def measure() -> dict[int, dict[Pair, Tensor]]:
             found = similarities(
-                self.propagation, symmetry, states, data, names, pairs, kind, job.owner, mixed, running=running
+                self.propagation, symmetry, states, data, names, pairs, kind, job.owner, mixed, running, job.processes
             )
             if running is not None:
                 warn_of_statistics({name: running.off(m) for m, name in enumerate(names)})

@@ -92,9 +92,26 @@ def test_units_of_every_row_are_fewer_in_every_row() -> None:
     assert target.tolist() == [[0, 0, 1, 2], [0, 2, 1, 2]]
     tensor = torch.tensor([[1.0, 10.0, 100.0, 1000.0], [2.0, 20.0, 200.0, 2000.0]])
     assert add_axis(tensor, layout, target, 3).tolist() == [[11.0, 100.0, 1000.0], [2.0, 200.0, 2020.0]]
-    for widths, kept in (((7,), None), ((5,), [np.array([0, 1, 2, 3, 4])])):
-        with pytest.raises(UnitMapError, match=r"Axis 1 of 'w' .* in every row.*all rows as many.*\[6\] units"):
-            layout.resized(widths, kept)
+    assert shorter.even
+    with pytest.raises(UnitMapError, match=r"Axis 1 of 'w' .* in every row.*cannot be more.*\[6\] units"):
+        layout.resized((7,))
+
+
+def test_rows_of_two_classes_are_shortened_one_after_the_other() -> None:
+    """Until both are, nothing stands at the end of the shorter row; a pinned index stays in each."""
+    slots = np.array([[0, 1, 6, 2], [3, 7, 4, 5]])
+    layout = AxisLayout("w", (), (2, 4), 1, (0, 1), slots, ((0, np.arange(3)), (1, np.arange(3, 6))))
+    maps = [np.array([0, 1, 0]), np.arange(3)]
+    between = layout.resized((2, 3), [np.array([0, 1]), np.arange(3)])
+    assert between.shape == (2, 4) and not between.even
+    tensor = torch.tensor([[1.0, 10.0, 100.0, 1000.0], [2.0, 20.0, 200.0, 2000.0]])
+    added = add_axis(tensor, layout, layout.target(maps, between), 4)
+    assert added.tolist() == [[1001.0, 10.0, 100.0, 0.0], [2.0, 20.0, 200.0, 2000.0]]
+    shorter = layout.resized((2, 2), [np.array([0, 1]), np.array([0, 2])])
+    assert shorter.shape == (2, 3) and shorter.even
+    maps = [np.array([0, 1, 0]), np.array([0, 0, 1])]
+    added = add_axis(tensor, layout, layout.target(maps, shorter), 3)
+    assert added.tolist() == [[1001.0, 10.0, 100.0], [202.0, 20.0, 2000.0]]
 
 
 def test_units_of_every_row_move_by_rows() -> None:

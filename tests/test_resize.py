@@ -219,6 +219,20 @@ def test_what_cannot_be_resized_keeps_its_width_under_one_number_for_all(name: s
     assert len(fxmerge.report(fxmerge.fold(model, width=0.5, **example)).widths) < len(find_classes(model, args))
 
 
+def test_streams_that_one_parameter_reads_by_rows_get_smaller_together() -> None:
+    """Queries, keys and values of one packed weight may read one stream each; all of its rows are of one length."""
+    model, args = CASES["attention, three streams of one width"]()
+    example: dict[str, Any] = {"example": args, "inputs": lambda given: (given, {})}
+    streams = dict.fromkeys(("query.weight[0]", "key.weight[0]", "value.weight[0]"), 0.5)
+    for continuous in (True, False):
+        recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=continuous))
+        widths = fxmerge.report(fxmerge.fold(model, None, streams, recipe, **example)).widths
+        assert widths == dict.fromkeys(streams, (6, 3))
+    del streams["key.weight[0]"]
+    with pytest.raises(fxmerge.OptionError, match=r"rows of several lengths along axis 1: all must lose as many units"):
+        fxmerge.fold(model, width=streams, **example)
+
+
 class Recurrence(nn.Module):
     """A recurrent layer, read at all steps or as it ends."""
 
@@ -325,6 +339,36 @@ def test_long_ways_to_a_constant_have_a_size() -> None:
 
     folded = fxmerge.fold(Filtered(), width=0.5, example=torch.randn(5, 4))
     assert list(fxmerge.report(folded).widths.values()) == [(8, 4)]
+
+
+class Constants(nn.Module):
+    """Units beside a value of a written size, which something else reads too."""
+
+    def __init__(self, read: Callable[[nn.Linear, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.read = nn.Linear(4, 6), nn.Linear(6, 2), read
+
+    def forward(self, x: Tensor) -> Any:
+        ones = x.new_ones(len(x), 6)
+        return self.read(self.last, (self.first(x) + ones).relu(), ones)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda last, units, ones: (last(units), ones),
+        lambda last, units, ones: last(units) * ones.sum(-1, keepdim=True),
+        lambda last, units, ones: last(nn.functional.batch_norm(units, ones[0] * 0, ones[0])),
+    ],
+    ids=["given out", "summed", "statistics"],
+)
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_reads_a_constant_as_it_is_keeps_its_size(read: Any, verify: bool) -> None:
+    x, run = torch.randn(5, 4), fxmerge.Run(verify=verify)
+    model = Constants(read).eval()
+    folded = fxmerge.fold(model, width=0.5, example=x, run=run)
+    assert fxmerge.report(folded).widths == {}
+    assert error(model(x), folded(x)) < 1e-6
 
 
 def find_classes(model: nn.Module, args: Any) -> tuple[str, ...]:

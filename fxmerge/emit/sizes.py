@@ -47,6 +47,9 @@ class Sizes:
         symmetry: its classes.
         units: where units go, and how many merged ones there are.
         twins: for nodes of another graph of the model, the node of the labelled one with the same value.
+
+    Raises:
+        CannotResizeError: if a parameter would have rows of several lengths.
     """
 
     def __init__(
@@ -61,6 +64,10 @@ class Sizes:
         self.counts = [c.size for c in symmetry.units]
         self.number, self.place = places_and_blocks(found, symmetry)
         self.dims: dict[str, dict[int, Size]] = {}
+        for axis in symmetry.layout:
+            if not units.into(axis).even:
+                why = f"would have rows of several lengths along axis {axis.dim}: all must lose as many units"
+                raise CannotResizeError(axis.parameter, units.resized & axis.classes, why)
 
     def of(self, node: fx.Node) -> dict[int, Size]:
         """For every dimension of a node's value of which the size changes, what is known of that.
@@ -81,8 +88,7 @@ class Sizes:
         self.dims = {node.name: self._along(node) for node in self._graph.nodes}
         for node in reversed(self._graph.nodes):
             if isinstance(node.meta.get("val"), Tensor):
-                told = needed(node, self).items()
-                self.dims[node.name] |= {dim: size for dim, size in told if not self.has_units(node, dim)}
+                self.dims[node.name] |= needed(node, self)
 
     def _along(self, node: fx.Node) -> dict[int, Size]:
         """The dimensions of which the size changes since units lie along them."""

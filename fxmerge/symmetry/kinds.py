@@ -75,7 +75,7 @@ def not_turned(found: Propagation, symmetry: Group, number: Ids) -> set[str]:
     """
     turns = [any(symmetry.kind(m).turns for m in (n, *(p for p, _ in c.parents))) for n, c in enumerate(symmetry.units)]
     records = zip(found.units.turned, found.units.turned_at, strict=True)
-    return {node for planes, node in records if not all(n >= 0 and turns[n] for n in np.unique(number[planes]))}
+    return {node for planes, node in records if not all(n >= 0 and turns[n] for n in distinct(number[planes]))}
 
 
 def _planes(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> tuple[UnitKind, ...]:
@@ -86,7 +86,7 @@ def _planes(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> tup
     pairs: dict[int, set[tuple[int, int]]] = defaultdict(set)
     why: dict[int, str] = {}
     for planes, node in zip(found.units.turned, found.units.turned_at, strict=True):
-        for n in np.unique(number[planes]).tolist():
+        for n in distinct(number[planes]).tolist():
             own = planes[(number[planes] == n).any(1)]
             why.setdefault(n, node)
             whole = (number[own] == n).all(1).tolist()

@@ -342,7 +342,7 @@ class _Walk(fx.Interpreter):
         if len(dims) != 1 or any(dims[0] in support(c) for c in value.columns if c is not column):
             return False
         units = self.found.units
-        origins = np.unique(units.origin(core(column, dims).numpy()))
+        origins = distinct(units.origin(core(column, dims).numpy()))
         return all(units.origins[i][0] in ("axis", "nothing") for i in origins.tolist())
 
     def _use(self, x: Labels) -> None:

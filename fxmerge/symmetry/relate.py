@@ -86,13 +86,13 @@ def meet(a: Tensor, b: Tensor) -> Pairs | None:
     at, bt = at_inv.reshape(size, -1), bt_inv.reshape(size, -1)
     na, nb = len(a_ids), len(b_ids)
     if at.shape[1] == bt.shape[1] == 1:
-        pairs = np.unique(at[:, 0] * nb + bt[:, 0])
+        pairs = distinct(at[:, 0] * nb + bt[:, 0])
         parts, part = _components(na + nb, pairs // nb, na + pairs % nb)
         full_a = full_b = None
     else:
         # Through the positions, without listing the pairs: a unit - position - b unit.
         position = np.arange(size)[:, None]
-        pa, pb = np.unique(at * size + position), np.unique(bt * size + position)
+        pa, pb = distinct(at * size + position), distinct(bt * size + position)
         rows = np.concatenate([pa // size, na + pb // size])
         cols = na + nb + np.concatenate([pa % size, pb % size])
         parts, part = _components(na + nb + size, rows, cols)
@@ -130,7 +130,7 @@ def _everywhere(at: Ids, bt: Ids, part: Ids) -> np.ndarray:
         rows = part == p
         patterns = [np.unique(column[rows], axis=1).T for column in (at, bt)]
         whole[p] = all(
-            len(np.unique(a)) * len(np.unique(b)) == len(np.unique(np.stack([a, b]), axis=1).T)
+            len(distinct(a)) * len(distinct(b)) == len(np.unique(np.stack([a, b]), axis=1).T)
             for a, b in product(*patterns)
         )
     return whole

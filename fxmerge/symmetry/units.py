@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from fxmerge.symmetry.mixing import Mix
 from fxmerge.units.layout import Ids as Ids
 
 Hashes = NDArray[np.uint64]
+Numbers = TypeVar("Numbers", Ids, Hashes)
 
 NOTHING = 0
 """The unit of positions that carry no unit of a column: constants and inputs beside moving units in one cat."""
@@ -35,14 +36,20 @@ def mix(x: Ids | Hashes) -> Hashes:
     return mixed
 
 
-def distinct(ids: Ids) -> Ids:
+def distinct(ids: Numbers) -> Numbers:
     """The numbers in `ids`, each once, in order: `numpy.unique`, but quick for what is in order already, or large."""
-    ordered: Ids = ids.reshape(-1)
+    ordered: Numbers = ids.reshape(-1)
     if (ordered[1:] > ordered[:-1]).all():
         return ordered
     ordered = np.sort(ordered)
-    kept: Ids = ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
+    kept: Numbers = ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
     return kept
+
+
+def among(ids: Ids, ordered: Ids) -> NDArray[np.bool_]:
+    """Which of `ids` are in `ordered`, which is in order: `numpy.isin`, but quick for large numbers too."""
+    found: NDArray[np.bool_] = np.searchsorted(ordered, ids, "right") > np.searchsorted(ordered, ids)
+    return found
 
 
 def number(values: Ids | Hashes) -> tuple[Ids, Ids]:
@@ -124,6 +131,10 @@ class UnitGraph:
     def origin(self, ids: Ids) -> Ids:
         """For each unit, the number of the creation that it comes from."""
         return (np.searchsorted(self.starts, ids, side="right") - 1).astype(np.int64)
+
+    def all_origins(self) -> Ids:
+        """`origin` of all units."""
+        return np.repeat(np.arange(len(self.starts)), np.diff([*self.starts, self.size]))
 
     def axis(self, ids: Ids) -> tuple[str, int] | None:
         """The parameter axis on which all these units are, None if there is no such."""

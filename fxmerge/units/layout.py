@@ -24,7 +24,8 @@ class AxisLayout:
         parameter: the parameter's name; `aliases` are its other names.
         dim: the axis.
         dims: the dimensions of `slot`: the axis, and those whose rows have units of their own along it.
-        slot: for every index, a number that stands for the unit there.
+        slot: for every index, a number that stands for the unit there; -1 for nothing, at the end of rows that have
+            fewer units than others.
         roles: for every class on the axis, its number and the slots of its units.
     """
 
@@ -37,13 +38,23 @@ class AxisLayout:
     roles: tuple[tuple[int, Ids], ...]
 
     @cached_property
+    def classes(self) -> frozenset[int]:
+        """The numbers of the classes on the axis."""
+        return frozenset(number for number, _ in self.roles)
+
+    @cached_property
     def index(self) -> Ids:
         """For every slot, its index along the axis."""
         where = self.dims.index(self.dim)
         along = np.arange(self.slot.shape[where]).reshape([-1 if d == where else 1 for d in range(self.slot.ndim)])
-        index = np.zeros(int(self.slot.max()) + 1, np.int64)
-        index[self.slot] = np.broadcast_to(along, self.slot.shape)
+        index, holds = np.zeros(int(self.slot.max()) + 1, np.int64), self.slot >= 0
+        index[self.slot[holds]] = np.broadcast_to(along, self.slot.shape)[holds]
         return index
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows are of one length, as those of a tensor must be."""
+        return bool((self.slot >= 0).all())
 
     def source(self, images: tuple[Ids, ...]) -> Ids | None:
         """For every index after the permutation, the index along the axis before it; None if none moves."""
@@ -82,7 +93,7 @@ class AxisLayout:
 
         Raises:
             UnitMapError: if rows of the parameter have units of their own along the axis, and there are to be more of
-                them, or other numbers in some rows than in others.
+                them.
         """
         if all(widths[number] == len(slots) for number, slots in self.roles):
             return self
@@ -97,23 +108,27 @@ class AxisLayout:
         return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, np.arange(len(role)), numbered)
 
     def _with_shorter_rows(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> AxisLayout:
-        """The layout of an axis along which rows have units of their own, of which each row loses as many."""
+        """The layout of an axis along which rows have units of their own, of which there are fewer. The axis is as long
+        as the longest row; until all classes there are merged, others may be shorter."""
+        if any(widths[number] > len(slots) for number, slots in self.roles):
+            raise UnitMapError(
+                f"Axis {self.dim} of {self.parameter!r} has units of its own in every row, of which there cannot be "
+                f"more: the classes there have {[len(slots) for _, slots in self.roles]} units."
+            )
         own = {n: np.arange(widths[n]) if kept is None else kept[n] for n, _ in self.roles}
         alive = np.ones(len(self.index), bool)
         for number, slots in self.roles:
-            alive[np.delete(slots, own[number][own[number] < len(slots)])] = False
+            alive[np.delete(slots, own[number])] = False
         rows = np.moveaxis(self.slot, self.dims.index(self.dim), -1)
-        left = alive[rows].sum(-1)
-        if left.min() < left.max() or any(widths[number] > len(slots) for number, slots in self.roles):
-            raise UnitMapError(
-                f"Axis {self.dim} of {self.parameter!r} has units of its own in every row: each row can only have "
-                f"fewer, and all rows as many. The classes there have {[len(slots) for _, slots in self.roles]} units."
-            )
-        shorter = np.moveaxis(rows[alive[rows]].reshape(*rows.shape[:-1], -1), -1, self.dims.index(self.dim))
-        before, slot = np.unique(shorter, return_inverse=True)
-        shape = (*self.shape[: self.dim], int(left.max()), *self.shape[self.dim + 1 :])
-        roles = tuple((number, np.searchsorted(before, slots[own[number]])) for number, slots in self.roles)
-        return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, slot.reshape(shorter.shape), roles)
+        left = alive[rows]
+        length = int(left.sum(-1).max())
+        first = np.argsort(~left, axis=-1, kind="stable")[..., :length]
+        shorter = np.where(np.take_along_axis(left, first, -1), np.take_along_axis(rows, first, -1), -1)
+        number = np.append(np.cumsum(alive) - 1, -1)  # Of every slot that is left; the last is that of nothing.
+        slot = np.moveaxis(number[shorter], -1, self.dims.index(self.dim))
+        shape = (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+        roles = tuple((n, number[slots[own[n]]]) for n, slots in self.roles)
+        return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, slot, roles)
 
     def _entries(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> Ids:
         """The indices of the resized axis in order, shape (5, indices): for each the index at which it stands or, with
@@ -179,7 +194,7 @@ def _pinned_slots(axis: AxisLayout, into: AxisLayout) -> Ids:
 def _in_order(axis: AxisLayout) -> Ids:
     """The slots that no class has, as they come, row by row."""
     rows = np.moveaxis(axis.slot, axis.dims.index(axis.dim), -1)
-    first = np.unique(rows, return_index=True)[1]
+    first = np.unique(rows[rows >= 0], return_index=True)[1]
     pinned = np.array(_pinned(axis), np.int64)
     ordered: Ids = pinned[np.argsort(first[pinned])]
     return ordered

@@ -43,7 +43,7 @@ from fxmerge.program.captured import AtenGraph, Program
 from fxmerge.program.double import _WRITTEN_OUT
 from fxmerge.symmetry.classes import Resolution, resolve
 from fxmerge.symmetry.columns import core, joint_column, support
-from fxmerge.symmetry.contracted import Contracted
+from fxmerge.symmetry.contracted import Contracted, Recorded
 from fxmerge.symmetry.deferred import Deferred, Index
 from fxmerge.symmetry.labels import Labels, constant
 from fxmerge.symmetry.propagate import propagate
@@ -473,13 +473,13 @@ def analyse(call: Call) -> Analysis:
         if isinstance(y, Labels) and y.parameter is not None:
             for c in y.columns:
                 found.units.use(np.unique(core(c, support(c)).numpy()))
-    told = len(found.units.equal), len(found.units.member)
+    recorded = Recorded(found.units, found.axes)
     resolution = resolve(found.units, found.axes)
     return Analysis(
         call,
         [(leaf, labels[id(leaf)]) for leaf in leaves],
         outputs,
-        Contracted(found.units, found.axes, told),
+        Contracted(found.units, recorded),
         resolution,
         [str(op) for op in found.unknown],
     )
