@@ -124,10 +124,10 @@ class AxisLayout:
         length = int(left.sum(-1).max())
         first = np.argsort(~left, axis=-1, kind="stable")[..., :length]
         shorter = np.where(np.take_along_axis(left, first, -1), np.take_along_axis(rows, first, -1), -1)
-        number = np.append(np.cumsum(alive) - 1, -1)  # Of every slot that is left; the last is that of nothing.
-        slot = np.moveaxis(number[shorter], -1, self.dims.index(self.dim))
+        after = np.append(np.cumsum(alive) - 1, -1)  # Of every slot that is left; the last is that of nothing.
+        slot = np.moveaxis(after[shorter], -1, self.dims.index(self.dim))
         shape = (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
-        roles = tuple((n, number[slots[own[n]]]) for n, slots in self.roles)
+        roles = tuple((n, after[slots[own[n]]]) for n, slots in self.roles)
         return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, slot, roles)
 
     def _entries(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> Ids:
