@@ -48,8 +48,8 @@ class Search:
         >>> search = Search(1.0, in_one_minimum=True)
         >>> while not search.go_on({ridge: (ridge - 0.01) ** 2 for ridge in search.nearest(1)}):
         ...     pass
-        >>> list(search.errors), search.nearest(1)
-        ([0.01, 0.001, 0.0001], [0.1])
+        >>> list(search.errors)
+        [0.1, 0.01, 0.001, 0.0001]
     """
 
     def __init__(self, total: float, *, in_one_minimum: bool) -> None:
