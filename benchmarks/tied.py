@@ -4,15 +4,17 @@ The constant is chosen here, on `llama-tied`, a network that no other benchmark 
 merged by the default recipe, by permutations and by changes of basis, and the squared errors of the outputs are told,
 relative to what is learnt.
 
-    python benchmarks/tied.py [--cache FOLDER] [--markdown FILE]
+    python benchmarks/tied.py [--short] [--cache FOLDER] [--markdown FILE]
 
-It takes about ten minutes. Needs what `benchmarks/kinds.py` needs.
+It takes about ten minutes. `--short` tries two values on networks that have learnt nothing.
+Needs what `benchmarks/kinds.py` needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,6 +23,7 @@ from invariance import machine, table
 from models.processes import Row, run_all
 from tasks_suite import training
 from tasks_suite.suite import NETWORKS, PROBLEMS
+from torch import nn
 
 import fxmerge
 from fxmerge import Recipe, Run, Zip
@@ -33,12 +36,12 @@ TIME = 1800
 """Seconds for the training of each parent."""
 
 
-def errors(setting: str, continuous: bool, cache: Path) -> Row:
+def errors(setting: str, continuous: bool, pair: Iterable[nn.Module], values: Sequence[float]) -> Row:
     """A line of the table: the error of the outputs for every value."""
     problem = PROBLEMS[NETWORKS[NETWORK].data]()
-    a, b = (training.load(parent, cache) for parent in training.parents_of(NETWORK, setting, 0))
+    a, b = pair
     row: Row = {"setting": setting, "match": "bases" if continuous else "permutations"}
-    for value in VALUES:
+    for value in values:
         with patch("fxmerge.refitting.tied.LOOKUPS", value):
             recipe = Recipe(match=Zip(continuous=continuous))
             merged = fxmerge.merge(a, b, problem.calibration(), recipe, run=Run(progress=False))
@@ -49,15 +52,25 @@ def errors(setting: str, continuous: bool, cache: Path) -> Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="networks that have learnt nothing")
     parser.add_argument("--cache", type=Path, default=training.default_cache(), help="folder of trained parents")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    parents = [parent for setting in SETTINGS for parent in training.parents_of(NETWORK, setting, 0)]
     print(machine(), flush=True)
-    for row in run_all(training.work, training.missing(parents, options.cache), 1, TIME, 6):
-        print(f"trained {row['network']}: {row.get('failure', 'done')}", flush=True)
-    rows = [errors(setting, continuous, options.cache) for setting in SETTINGS for continuous in (False, True)]
+    if options.short:
+        untrained = [training.build(NETWORK, seed).eval() for seed in range(2)]
+        rows = [errors("untrained", False, untrained, VALUES[:2])]
+    else:
+        parents = {setting: training.parents_of(NETWORK, setting, 0) for setting in SETTINGS}
+        missing = training.missing([own for pair in parents.values() for own in pair], options.cache)
+        for row in run_all(training.work, missing, 1, TIME, 6):
+            print(f"trained {row['network']}: {row.get('failure', 'done')}", flush=True)
+        rows = [
+            errors(setting, continuous, [training.load(own, options.cache) for own in pair], VALUES)
+            for setting, pair in parents.items()
+            for continuous in (False, True)
+        ]
     text = table(rows)
     print(text)
     if options.markdown is not None:

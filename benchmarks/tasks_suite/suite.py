@@ -77,6 +77,7 @@ NETWORKS: dict[str, Entry] = {
     ),
     "llama": Entry(partial(Llama, _CHARACTERS, 96, 2, 4, 256), "text", 1200, 3e-3, batch=32),
     "llama-tied": Entry(partial(Llama, _CHARACTERS, 96, 2, 4, 256, tied=True), "text", 1200, 3e-3, batch=32, seeds=0),
+    "experts-8": Entry(partial(Llama, _CHARACTERS, 96, 2, 4, 64, experts=8), "text", 1200, 3e-3, batch=32, seeds=0),
     "lstm": Entry(partial(LSTM, _CHARACTERS, 64, 192, 1), "text", 1200, 5e-3, batch=32),
     "unet-bn": Entry(partial(UNet, (24, 48, 96), nn.BatchNorm2d, dense.MAPS), "dense", 600, 3e-3),
     "unet-gn": Entry(partial(UNet, (24, 48, 96), group_norm, dense.MAPS), "dense", 600, 3e-3),

@@ -83,7 +83,8 @@ class LayerFit:
         seed: seed of the choice of rows.
         own: the numbers of parents whose errors are to be known, none of whose outputs are in other units than the
             layer's.
-        scores: whether the layer writes scores of classes, which are fitted to the parents' distributions at last.
+        scores: whether the layer writes scores of classes, or of what a softmax chooses from, which are fitted to the
+            parents' distributions at last.
     """
 
     def __init__(
@@ -167,9 +168,16 @@ class LayerFit:
         return _sum(f @ self.taught(j, shares).to(f) for j, f in given)
 
     def distribution(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:
-        """The mean of the probabilities of classes that the parents give at a use: shape (rows, classes)."""
-        given = ((j, use.outputs(theirs[use.node], arguments(use, theirs), chosen)) for j, theirs in taught.items())
-        return _sum(shares[j] * own[0].softmax(-1) for j, own in given)
+        """The mean of the probabilities that the parents give at a use, in merged units: shape (rows, classes). Of
+        units that are merged, the probabilities are added up."""
+
+        def given(number: int, theirs: Values) -> Tensor:
+            value = theirs[use.node]
+            wide = torch.promote_types(value.dtype, torch.float32)
+            total, _ = self.teachers[number].gather(use.node, value.softmax(use.outputs_dim, dtype=wide))
+            return use.outputs(total, arguments(use, theirs), chosen)[0]
+
+        return _sum(shares[j] * given(j, theirs) for j, theirs in taught.items())
 
     def _given(self, use: Use, theirs: Values, number: int, chosen: Tensor | None) -> Tensor:
         """What one parent gives at a use."""

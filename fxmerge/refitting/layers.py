@@ -65,6 +65,13 @@ class Use:
             return [1] if 1 < call["groups"] == call["input"].meta["val"].shape[1] else []
         return [self.data_term.index(letter) for letter in self.kinds.rows + self.kinds.groups]
 
+    @property
+    def outputs_dim(self) -> int | None:
+        """The dimension of what the node gives along which the outputs lie; None if they lie along several."""
+        if RESULT in (self.form.views or {}):
+            return 1  # Of a convolution, they are its channels.
+        return self.form.terms[2].index(self.kinds.outputs) if len(self.kinds.outputs) == 1 else None
+
     def size(self, arguments: Mapping[str, Any]) -> int:
         """How many rows the data have."""
         x = self.form.view(self.data, argument(arguments, self.data), arguments)

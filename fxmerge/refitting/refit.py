@@ -28,6 +28,7 @@ from fxmerge.refitting.output_error import OutputDistance, OutputErrors, asked, 
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.repair import Repair
 from fxmerge.refitting.ridge import fit as ridge_fits
+from fxmerge.refitting.routers import router_layers
 from fxmerge.refitting.staging import OUTCOME, LayerReport, Outcome, apart, plan_stages
 from fxmerge.refitting.tied import can_be_fitted, fit_tied
 from fxmerge.shared import EQUAL
@@ -49,10 +50,10 @@ class Refitted:
         layers: for every refitted layer by name: `before` and `after`, the squared error relative to the square of the
             targets; `held_out`, the same on rows apart from those of the fit; `ridge`, relative to the mean square of
             a feature; `rank`, how many directions of the features it leaves free, of `features`; `rows`, the number
-            of equations; `seconds`. Where scores of classes were fitted, these numbers are of the squared-error fit,
-            and there are `cross_entropy_before` and `cross_entropy_after`, in nats on rows held out, of the
-            squared-error fit and of the result; `entropy`, below which none can be; and `cross_entropy_ridge`, infinite
-            where the squared-error fit was kept.
+            of equations; `seconds`. Where scores of classes, or scores that a softmax reads, were fitted, these
+            numbers are of the squared-error fit, and there are `cross_entropy_before` and `cross_entropy_after`, in
+            nats on rows held out, of the squared-error fit and of the result; `entropy`, below which none can be; and
+            `cross_entropy_ridge`, infinite where the squared-error fit was kept.
         left: for parameters that some op multiplies with data and that were left as they were, the reason; and for
             layers that write scores of classes and were fitted to squared errors only.
         errors: how much the outputs of the merged network, at None, and those of each parent by number miss of the
@@ -157,6 +158,8 @@ def refit(
     for layer in [layer for layer in of_scores if _in_other_units(layer, places)]:
         left[layer.name] = "the order of its classes is free"
         of_scores.remove(layer)
+    if not (only_last or repair):
+        of_scores += [layer for layer in router_layers(chosen) if layer not in of_scores]
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
     only_parent = {layer: _only_parent(layer, owner) for layer in chosen}
     by_layers = not repair and not owner and comparable(program, last, chosen, teachers)
