@@ -51,8 +51,9 @@ class Slices:
         return picked.reshape(len(slots), -1)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The slices of every unit, shape (units, entries); of complex numbers both parts."""
-        tensor = real(tensor)
+        """The slices of every unit, shape (units, entries), in at least single precision; of complex numbers both
+        parts."""
+        tensor = single(real(tensor))
         rest = [d for d in range(tensor.ndim) if d not in self.axis.dims]
         flat = tensor.permute(*self.axis.dims, *rest).reshape(self.axis.slot.size, -1)
         if self._in_order:
@@ -106,9 +107,14 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def single(tensor: Tensor) -> Tensor:
+    """A tensor of real numbers in at least single precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def inner(a: Tensor, b: Tensor) -> float:
     """The inner product of two tensors as lists of real numbers."""
-    return float((real(a) * real(b)).sum(dtype=torch.float64))
+    return float((single(real(a)) * single(real(b))).sum(dtype=torch.float64))
 
 
 def scale(a: Tensor, b: Tensor) -> float:
@@ -129,7 +135,7 @@ def similarity(
     if not where:
         raise ValueError("a class without parameter slices has no weight similarity")
     names, units = {s.axis.parameter for s in where}, len(where[0].slots)
-    dtype = reduce(torch.promote_types, (own[name].real.dtype for own in (a, b) for name in names))
+    dtype = reduce(torch.promote_types, (own[name].real.dtype for own in (a, b) for name in names), torch.float32)
     total = torch.zeros(units, units, dtype=dtype, device=a[where[0].axis.parameter].device)
     for s in where:
         name = s.axis.parameter

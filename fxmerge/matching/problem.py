@@ -209,6 +209,14 @@ def floats(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {n: state[n].detach().float() if state[n].element_size() < 4 else state[n].detach() for n in sorted(names)}
 
 
+def movable(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that the group moves: in at least single precision where units are mixed, and else as they are,
+    since they only change places."""
+    mixed = {own.axis.parameter for each in symmetry.mixed for own in each}
+    names = sorted({axis.parameter for axis in symmetry.layout})
+    return {n: weights.single(state[n].detach()) if n in mixed else state[n].detach() for n in names}
+
+
 def nearest(scores: Tensor, kind: Kind) -> Tensor:
     """The orthogonal matrix R with the largest trace of `scores` times the transpose of R.
 
