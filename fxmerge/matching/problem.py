@@ -250,7 +250,8 @@ def quality(problem: Problem) -> dict[str, dict[str, float]]:
             dot = 0.0
             for s in problem.slices[n]:
                 name = s.axis.parameter
-                dot += float((s.of(problem.a[name]) * s.of(problem.b[name])).sum()) * problem.scales[name]
+                pieces = s.pieces(problem.a[name], problem.b[name])
+                dot += sum(float((one * other).sum()) for one, other in pieces) * problem.scales[name]
             entry["weights"] = dot / (problem.weight(n) * problem.symmetry.units[n].size)
         if n in problem.correlation:
             entry["activations"] = float(problem.agreement(n).mean())
