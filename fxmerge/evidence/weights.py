@@ -300,18 +300,25 @@ class Similarities:
         return total
 
     def _keep(self, number: int, seen: _Seen, at: Placing) -> None:
-        held = {id(tensor) for tensor in at.b.values()}
+        if self._taken([seen], at.b) <= self._room:
+            self._seen[number] = seen
+            self.make_room(at.b)
 
-        def taken(kept: Iterable[_Seen]) -> int:
-            """A tensor of several classes takes room once; one that the search works on does not."""
-            tensors = (tensor for s in kept for tensor in (s.total, *s.at.b.values()))
-            return sum({id(tensor): tensor.nbytes for tensor in tensors if id(tensor) not in held}.values())
+    def make_room(self, b: Mapping[str, Tensor]) -> None:
+        """Forgets classes, the first seen first, until what is kept fits into the room.
 
-        if taken([seen]) > self._room:
-            return
-        self._seen[number] = seen
-        while taken(self._seen.values()) > self._room:
+        Arguments:
+            b: parameters that the search works on, and goes on working on: these take no room.
+        """
+        while self._taken(self._seen.values(), b) > self._room:
             del self._seen[next(iter(self._seen))]
+
+    @staticmethod
+    def _taken(kept: Iterable[_Seen], b: Mapping[str, Tensor]) -> int:
+        """The bytes of what is kept. A tensor of several classes takes room once."""
+        held = {id(tensor) for tensor in b.values()}
+        tensors = (tensor for s in kept for tensor in (s.total, *s.at.b.values()))
+        return sum({id(tensor): tensor.nbytes for tensor in tensors if id(tensor) not in held}.values())
 
 
 def _of_slices(at: Placing, where: list[Slices]) -> Placing:

@@ -20,7 +20,7 @@ from fxmerge.program import models
 from fxmerge.program.capture import Args, Kwargs, check_example, open_outputs
 from fxmerge.program.double import InDouble, WithOwnStatistics, double, in_double, largest_change
 from fxmerge.program.models import evaluating
-from fxmerge.program.on_use import Made, by_pieces, fill, is_stand_in, with_stand_ins
+from fxmerge.program.on_use import PIECE, Made, by_pieces, fill, is_stand_in, with_stand_ins
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.freeze import demote
 from fxmerge.symmetry.outputs import FreeOutput
@@ -283,7 +283,8 @@ def _perturb(tensor: Tensor, seed: int) -> Tensor:
         return tensor.detach().clone()
     own, drawn = tensor.detach(), torch.Generator().manual_seed(seed)
     usual = math.sqrt(len(own) / own.numel()) if own.ndim > 1 else 1.0
-    size = float(torch.linalg.vector_norm(own, dtype=torch.float32)) / math.sqrt(own.numel())
+    norms = (float(piece.norm(dtype=torch.float64)) for piece in own.reshape(-1).split(PIECE))
+    size = math.hypot(*norms) / math.sqrt(own.numel())
     grown = usual / 10 / size if 0 < size < usual / 100 else 1.0
 
     def perturbed(value: Tensor) -> Tensor:
