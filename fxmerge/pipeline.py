@@ -315,7 +315,7 @@ def calibrated(
 def emit(group: Prepared, program: Program, state: Mapping[str, Tensor]) -> fx.GraphModule:
     """A GraphModule of a program with these parameters."""
     with group.job.timed("emitting"):
-        return bake(program, state)
+        return bake(program, state, group.job.states)
 
 
 def renumbered(quality: Sequence[Mapping[str, Mapping[str, float]]], order: Collection[int]) -> tuple[Any, ...]:

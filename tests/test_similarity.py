@@ -261,9 +261,10 @@ def test_only_the_terms_of_units_that_moved_are_computed_again(monkeypatch: pyte
     changed: list[int] = []
     updated = weights.Similarities._updated
 
-    def counted(self: Any, total: Tensor, s: Any, before: Tensor, at: Any) -> Tensor:
-        changed.append(int((before != s.of(at.b[s.axis.parameter])).any(0).sum()))
-        return updated(self, total, s, before, at)
+    def counted(self: Any, total: Tensor, s: Any, change: Any, before: Any, after: Any) -> Tensor:
+        old, new = (s.of(at.b[s.axis.parameter]) for at in (before, after))
+        changed.append(int((change.rows(old) != new).any(0).sum()))
+        return updated(self, total, s, change, before, after)
 
     monkeypatch.setattr(weights.Similarities, "_updated", counted)
     for number in (first, second):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
@@ -18,13 +19,16 @@ Stamps = Mapping[tuple[str, int], int]
 """For every axis of parameters, by name and dimension, a number that is another one after every change of the units
 along it."""
 
-ROOM = 2**30
+ROOM = 2**28
 """Bytes of similarities, and of the parameters that they were found from, which a search keeps beside those that it
 works on."""
 
 
 FEW = 16
 """Rows of a similarity that are looked at first."""
+
+PIECE = 2**22
+"""So many entries of a tensor are turned to single precision at a time."""
 
 BLOCK = 512
 """Rows of which inner products with the rows after them are taken together."""
@@ -51,7 +55,17 @@ class Slices:
         return picked.reshape(len(slots), -1)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The slices of every unit, shape (units, entries); of complex numbers both parts."""
+        """The slices of every unit, shape (units, entries), in at least single precision; of complex numbers both
+        parts."""
+        return single(self._rows(tensor))
+
+    def pieces(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The slices of several tensors as `of` gives them, a stretch of the entries at a time."""
+        stretch = max(PIECE // len(self.slots), 1)
+        for pieces in zip(*(self._rows(tensor).split(stretch, 1) for tensor in tensors), strict=True):
+            yield tuple(map(single, pieces))
+
+    def _rows(self, tensor: Tensor) -> Tensor:
         tensor = real(tensor)
         rest = [d for d in range(tensor.ndim) if d not in self.axis.dims]
         flat = tensor.permute(*self.axis.dims, *rest).reshape(self.axis.slot.size, -1)
@@ -106,14 +120,26 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def single(tensor: Tensor) -> Tensor:
+    """A tensor of real numbers in at least single precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def inner(a: Tensor, b: Tensor) -> float:
     """The inner product of two tensors as lists of real numbers."""
-    return float((real(a) * real(b)).sum(dtype=torch.float64))
+    pieces = zip(*(real(t).reshape(-1).split(PIECE) for t in (a, b)), strict=True)
+    return sum(float((single(one) * single(other)).sum(dtype=torch.float64)) for one, other in pieces)
+
+
+def norm(tensor: Tensor) -> float:
+    """The norm of a tensor as a list of real numbers."""
+    pieces = real(tensor).reshape(-1).split(PIECE)
+    return math.hypot(*(float(piece.norm(dtype=torch.float64)) for piece in pieces))
 
 
 def scale(a: Tensor, b: Tensor) -> float:
     """Turns <a, b> into a similarity that counts every entry alike: the number of entries times the cosine."""
-    norms = float(real(a).norm(dtype=torch.float64) * real(b).norm(dtype=torch.float64))
+    norms = norm(a) * norm(b)
     return a.numel() / norms if norms > 0 else 0.0
 
 
@@ -129,11 +155,12 @@ def similarity(
     if not where:
         raise ValueError("a class without parameter slices has no weight similarity")
     names, units = {s.axis.parameter for s in where}, len(where[0].slots)
-    dtype = reduce(torch.promote_types, (own[name].real.dtype for own in (a, b) for name in names))
+    dtype = reduce(torch.promote_types, (own[name].real.dtype for own in (a, b) for name in names), torch.float32)
     total = torch.zeros(units, units, dtype=dtype, device=a[where[0].axis.parameter].device)
     for s in where:
         name = s.axis.parameter
-        total.addmm_(s.of(a[name]).to(dtype), s.of(b[name]).T.to(dtype), alpha=scales[name])
+        for one, other in s.pieces(a[name], b[name]):
+            total.addmm_(one.to(dtype), other.T.to(dtype), alpha=scales[name])
     return total
 
 
@@ -213,7 +240,7 @@ class Similarities:
             total = now.columns(last.total)
             for s in last.where:
                 if s.changed(last.at.stamps, at.stamps):
-                    total = self._updated(total, s, now.rows(s.of(last.at.b[s.axis.parameter])), at)
+                    total = self._updated(total, s, now, last.at, at)
             fresh = [s for s in where if s not in before]
             if fresh:
                 total = total + similarity(self._a, at.b, fresh, self._scales)
@@ -249,38 +276,49 @@ class Similarities:
         norms, changes, own = (last.total.new_zeros(len(last.total)) for _ in range(3))
         for s in where:
             name, scale = s.axis.parameter, self._scales[s.axis.parameter]
-            a, after = s.of(self._a[name]), s.of(at.b[name])
-            own += scale / 2 * (a * after).sum(1)
-            if s.changed(last.at.stamps, at.stamps):
-                norms += scale * a.square().sum(1)
-                changes += scale * (after - now.rows(s.of(last.at.b[name]))).square().sum(1)
+            changed = s.changed(last.at.stamps, at.stamps)
+            for a, after, before in s.pieces(self._a[name], at.b[name], last.at.b[name]):
+                own += scale / 2 * (a * after).sum(1)
+                if changed:
+                    norms += scale * a.square().sum(1)
+                    changes += scale * (after - now.rows(before)).square().sum(1)
         above = torch.addr(now.columns(last.total), norms.sqrt(), changes.sqrt()).sub_(own).sub_(own[:, None])
         return bool(above.fill_diagonal_(0).amax() <= 0)
 
-    def _updated(self, total: Tensor, s: Slices, before: Tensor, at: Placing) -> Tensor:
-        after = s.of(at.b[s.axis.parameter])
-        # As bytes, because any() takes several times as long.
-        terms = (before != after).view(torch.uint8).amax(0).nonzero().squeeze(1)
-        if not len(terms):
-            return total
-        own, change = s.of(self._a[s.axis.parameter]), after - before
-        if len(terms) < len(change.T):
-            own, change = own[:, terms], change[:, terms]
-        return torch.addmm(total, own.to(total), change.T.to(total), alpha=self._scales[s.axis.parameter])
+    def _updated(self, total: Tensor, s: Slices, now: _Change, before: Placing, after: Placing) -> Tensor:
+        """A similarity in which the terms of some slices are as they are now."""
+        name = s.axis.parameter
+        for own, old, new in s.pieces(self._a[name], before.b[name], after.b[name]):
+            old = now.rows(old)
+            # As bytes, because any() takes several times as long.
+            terms = (old != new).view(torch.uint8).amax(0).nonzero().squeeze(1)
+            if len(terms):
+                change = new - old
+                if len(terms) < len(change.T):
+                    own, change = own[:, terms], change[:, terms]
+                total = torch.addmm(total, own.to(total), change.T.to(total), alpha=self._scales[name])
+        return total
 
     def _keep(self, number: int, seen: _Seen, at: Placing) -> None:
-        held = {id(tensor) for tensor in at.b.values()}
+        if self._taken([seen], at.b) <= self._room:
+            self._seen[number] = seen
+            self.make_room(at.b)
 
-        def taken(kept: Iterable[_Seen]) -> int:
-            """A tensor of several classes takes room once; one that the search works on does not."""
-            tensors = (tensor for s in kept for tensor in (s.total, *s.at.b.values()))
-            return sum({id(tensor): tensor.nbytes for tensor in tensors if id(tensor) not in held}.values())
+    def make_room(self, b: Mapping[str, Tensor]) -> None:
+        """Forgets classes, the first seen first, until what is kept fits into the room.
 
-        if taken([seen]) > self._room:
-            return
-        self._seen[number] = seen
-        while taken(self._seen.values()) > self._room:
+        Arguments:
+            b: parameters that the search works on, and goes on working on: these take no room.
+        """
+        while self._taken(self._seen.values(), b) > self._room:
             del self._seen[next(iter(self._seen))]
+
+    @staticmethod
+    def _taken(kept: Iterable[_Seen], b: Mapping[str, Tensor]) -> int:
+        """The bytes of what is kept. A tensor of several classes takes room once."""
+        held = {id(tensor) for tensor in b.values()}
+        tensors = (tensor for s in kept for tensor in (s.total, *s.at.b.values()))
+        return sum({id(tensor): tensor.nbytes for tensor in tensors if id(tensor) not in held}.values())
 
 
 def _of_slices(at: Placing, where: list[Slices]) -> Placing:

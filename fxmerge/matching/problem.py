@@ -19,7 +19,7 @@ from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.basis import Basis, centred_frame, plane
 from fxmerge.units.kind import Kind
-from fxmerge.units.layout import move_axis
+from fxmerge.units.layout import AxisLayout, move_axis
 
 Position = tuple[dict[str, Tensor], tuple[Ids, ...], dict[int, Tensor], dict[str, float], dict[int, float], Stamps]
 """The moved parameters of a problem, where units are, how they are mixed, what parameters and activations give to the
@@ -136,17 +136,19 @@ class Problem:
     def take(self, step: Sequence[Ids]) -> None:
         """Moves the units of b."""
         moved = {n for n, image in enumerate(step) if not np.array_equal(image, np.arange(len(image)))}
-        b: dict[str, Tensor] = {}
-        touched = []
+        sources: dict[str, list[tuple[AxisLayout, Ids]]] = {}
         for axis in self.symmetry.layout:
-            if not moved.isdisjoint(axis.classes):
-                source = axis.source(tuple(step))
-                if source is not None:
-                    b[axis.parameter] = move_axis(b.get(axis.parameter, self.b[axis.parameter]), axis, source)
-                    touched.append((axis.parameter, axis.dim))
-        self._stamp(touched)
-        self.value = self.value | {name: self._match(name, b) for name in b}
-        self.b = self.b | b
+            source = None if moved.isdisjoint(axis.classes) else axis.source(tuple(step))
+            if source is not None:
+                sources.setdefault(axis.parameter, []).append((axis, source))
+        self.similarities.make_room({n: t for n, t in self.b.items() if n not in sources})
+        self._stamp((name, axis.dim) for name, own in sources.items() for axis, _ in own)
+        for name, own in sources.items():  # One at a time, so that the whole model is not there twice.
+            tensor = self.b[name]
+            for axis, source in own:
+                tensor = move_axis(tensor, axis, source)
+            self.b = self.b | {name: tensor}
+            self.value = self.value | {name: self._match(name, self.b)}
         self.images = tuple(s[i] for s, i in zip(step, self.images, strict=True))
         for n in moved & self.matrices.keys():
             blocks = self.symmetry.by_block(n)
@@ -183,14 +185,19 @@ class Problem:
         Returns:
             The objective afterwards.
         """
-        before, at = self.objective(), self.position
+        before, known = self.objective(), (self.value, self.agreed, self.stamps)
+        at = self.position if mixed else None  # It holds on to the parameters before the step.
         self.take(step)
         self.rotate(mixed, self.slices)
         after = self.objective()
         if rises(before, after):
             self.follow(step, mixed)
             return after
-        self.position = at
+        if at is None:
+            self.take(tuple(map(np.argsort, step)))
+            self.value, self.agreed, self.stamps = known
+        else:
+            self.position = at
         return before
 
     @property
@@ -207,6 +214,14 @@ def floats(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     """The parameters that the group moves, at least in single precision."""
     names = {axis.parameter for axis in symmetry.layout}
     return {n: state[n].detach().float() if state[n].element_size() < 4 else state[n].detach() for n in sorted(names)}
+
+
+def movable(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that the group moves: in at least single precision where units are mixed, and else as they are,
+    since they only change places."""
+    mixed = {own.axis.parameter for each in symmetry.mixed for own in each}
+    names = sorted({axis.parameter for axis in symmetry.layout})
+    return {n: weights.single(state[n].detach()) if n in mixed else state[n].detach() for n in names}
 
 
 def nearest(scores: Tensor, kind: Kind) -> Tensor:
@@ -242,7 +257,8 @@ def quality(problem: Problem) -> dict[str, dict[str, float]]:
             dot = 0.0
             for s in problem.slices[n]:
                 name = s.axis.parameter
-                dot += float((s.of(problem.a[name]) * s.of(problem.b[name])).sum()) * problem.scales[name]
+                pieces = s.pieces(problem.a[name], problem.b[name])
+                dot += sum(float((one * other).sum()) for one, other in pieces) * problem.scales[name]
             entry["weights"] = dot / (problem.weight(n) * problem.symmetry.units[n].size)
         if n in problem.correlation:
             entry["activations"] = float(problem.agreement(n).mean())

@@ -14,7 +14,7 @@ from fxmerge.evidence.weights import Slices
 from fxmerge.matching.assignment import descendants, propose
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.problem import Problem, floats, quality
+from fxmerge.matching.problem import Problem, movable, quality
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.basis import Basis
@@ -67,7 +67,7 @@ def match(
         progress: whether to show a progress bar; None shows it on a terminal.
     """
     symmetry = symmetry if continuous else replace(symmetry, kinds=())
-    a, b = floats(symmetry, a), floats(symmetry, b)
+    a, b = movable(symmetry, a), movable(symmetry, b)
     scales = {name: weights.scale(a[name], b[name]) for name in a}
     start, slices = symmetry.identity().images, weights.slices(symmetry)
     problem = Problem(symmetry, a, b, correlation, Mix.of(alpha, correlation), start, scales, slices)

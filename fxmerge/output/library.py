@@ -114,8 +114,10 @@ def _transformers(
     for key, value in config.items():
         setattr(changed, key, value)
     with quiet():
-        model: Any = type(network.model)(changed)
-        _fill(model, state)
+        with torch.device("meta"):
+            model: Any = type(network.model)(changed)
+        model.load_state_dict({name: tensor.cpu() for name, tensor in state.items()}, assign=True)
+        model.tie_weights()
         model.save_pretrained(place, max_shard_size=MOST if shard_size is None else shard_size)
         for name in BESIDE:
             if (network.directory / name).is_file() and not (place / name).exists():

@@ -30,7 +30,8 @@ from fxmerge.program.exporting import Args as Args
 from fxmerge.program.exporting import Kwargs as Kwargs
 from fxmerge.program.exporting import Sizes, at_least_two, export, has_fixed_batch
 from fxmerge.program.memory import write_out_of_place
-from fxmerge.program.models import evaluating
+from fxmerge.program.models import evaluating, first_names
+from fxmerge.program.on_use import Made, by_pieces, fill, with_stand_ins
 from fxmerge.program.reads import find_reads, fixed_inputs
 from fxmerge.program.tracing import Traced, trace_around, trace_ops, trace_path, trace_symbolically
 
@@ -67,13 +68,13 @@ def capture(model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs 
     """
     views = _Views(*_given(model, args, kwargs))
     with _tracing(views.model):
-        return _skeleton(views)[0]
+        return duplicate(_skeleton(views)[0])
 
 
 def capture_program(
     model: nn.Module | ExportedProgram, args: Args = (), kwargs: Kwargs | None = None, varying: Sizes = ()
 ) -> Program:
-    """Captures both the GraphModule to emit and the graph to analyse.
+    """Captures both the GraphModule to emit, which shares the parameters of the model, and the graph to analyse.
 
     Arguments:
         model, args, kwargs: as for `capture`.
@@ -246,16 +247,25 @@ class _Views:
                 ) from second
 
     @cached_property
-    def varied(self) -> tuple[dict[str, Tensor], Any]:
+    def varied(self) -> tuple[Mapping[str, Tensor], Any]:
         """Values of the model's parameters and buffers other than its own, and its outputs with these."""
         assert isinstance(self.model, nn.Module)
-        model = models.copied(self.model)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for tensor in models.tensors(model).values():
-                tensor.copy_(other_values(tensor, generator))
-        values = {name: tensor.clone() for name, tensor in models.tensors(model).items()}
-        return values, models.run(model, self.args, self.kwargs)
+        own = models.tensors(self.model)
+        first = first_names(own)
+        seeds = {name: seed for seed, name in enumerate(own)}
+
+        def other(name: str) -> Tensor:
+            name = first[name]
+            return other_values(own[name], torch.Generator().manual_seed(seeds[name])).to(own[name].dtype)
+
+        values = Made(own, other)
+        return values, self.outputs(self.model, values)
+
+    def outputs(self, model: nn.Module, values: Mapping[str, Tensor]) -> Any:
+        """The outputs of a model, or of a trace of it, with other values of its tensors."""
+        light = with_stand_ins(model)
+        with fill(models.tensors(light, keep_vars=True), values) as filled:
+            return filled.with_values(models.run(light, self.args, self.kwargs))
 
 
 def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
@@ -264,7 +274,7 @@ def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
         module = model.module()
         return emitted(module, write_out_guards(_as_graph_module(module)), module), "exported program"
     if isinstance(model, fx.GraphModule):
-        return duplicate(model).eval(), "kept"
+        return duplicate(model, models.shared(model)).eval(), "kept"
     routes: dict[str, Callable[[nn.Module], fx.GraphModule]] = {
         "symbolic_trace": lambda model: _emitted(views, model, trace_symbolically),
         "torch.export": lambda model: _emitted(views, model, None),
@@ -275,7 +285,7 @@ def _skeleton(views: _Views) -> tuple[fx.GraphModule, str]:
     for name, route in routes.items():
         try:
             with evaluating(model), quiet():
-                module = route(models.copied(model))
+                module = route(models.apart(model))  # Parameters are not copied: no route changes them.
                 _check_same(views, module)
         except Exception as error:
             logger.debug("%s did not capture %s", name, type(model).__name__, exc_info=True)
@@ -317,7 +327,7 @@ def _emitted(views: _Views, model: nn.Module, trace: Callable[[nn.Module], Trace
     else:
         graph, source = trace(model)
     if is_told(graph):
-        trained = models.copied(model)
+        trained = models.apart(model)
         models.switch(trained, True)
         try:
             if trace is None:
@@ -360,31 +370,23 @@ def _check_same(views: _Views, module: nn.Module) -> None:
         return
     values, expected = views.varied
     open_outputs(model, expected)
-    own = models.tensors(module, keep_vars=True)
-    kept = {name: tensor.clone() for name, tensor in own.items()}
-    try:
-        _set(own, values)
-        got = models.run(module, views.args, views.kwargs)
-        if pytree.tree_structure(expected) != pytree.tree_structure(got):
-            names = type(got).__name__, type(expected).__name__
-            raise TypeError(f"the outputs are a {names[0]}, and not a {names[1]} as the model's")
-        for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
-            if isinstance(a, Tensor):
-                torch.testing.assert_close(b, a, equal_nan=True)
-    finally:
-        _set(own, kept)  # Not before: an output may be a parameter itself.
-
-
-def _set(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(values[name])
+    got = views.outputs(module, values)
+    if pytree.tree_structure(expected) != pytree.tree_structure(got):
+        names = type(got).__name__, type(expected).__name__
+        raise TypeError(f"the outputs are a {names[0]}, and not a {names[1]} as the model's")
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(b, a, equal_nan=True)
 
 
 def other_values(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Values near those of a tensor, none of them equal; positive ones stay positive, as variances must."""
+    """Values near those of a tensor, none of them equal, in at least single precision; positive ones stay positive, as
+    variances must."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
-    noise = torch.rand(tensor.shape, generator=generator).to(tensor.device)
-    value = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-    return torch.where(value == 0, 0.01 * noise, value * (1 + 0.1 * noise))
+
+    def other(value: Tensor) -> Tensor:
+        noise = torch.rand(value.shape, generator=generator).to(value.device)
+        return torch.where(value == 0, 0.01 * noise, value * (1 + 0.1 * noise))
+
+    return by_pieces(other, tensor.detach(), torch.promote_types(tensor.dtype, torch.float32))

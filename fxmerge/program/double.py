@@ -13,9 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def in_double(value: Any) -> Any:
     """A tensor of real or complex numbers in double precision; anything else as it is."""
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-        return value
-    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+    return value.to(double(value.dtype)) if isinstance(value, Tensor) else value
+
+
+def double(dtype: torch.dtype) -> torch.dtype:
+    """Double precision for real and complex numbers; any other dtype as it is."""
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
 
 
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor], smallest: float = 0.0) -> float:

@@ -122,13 +122,28 @@ def tensors(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if isinstance(t, Tensor) and not _is_extra(n)}
 
 
+def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """For every name of a tensor, the first of its names: tied parameters get one value."""
+    first: dict[Any, str] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        found[name] = first.setdefault(key, name)
+    return found
+
+
 def _is_extra(name: str) -> bool:
     return name.rpartition(".")[2] == _EXTRA
 
 
 def apart(model: nn.Module) -> nn.Module:
     """A copy of a model that shares its parameters: what a call does to buffers and attributes, it does to the copy."""
-    return copied(model, {id(p): p for m in model.modules() for p in m._parameters.values() if p is not None})
+    return copied(model, shared(model))
+
+
+def shared(model: nn.Module) -> dict[int, Any]:
+    """What makes a copy of a model share its parameters: these by their ids, as for `copy.deepcopy`."""
+    return {id(p): p for m in model.modules() for p in m._parameters.values() if p is not None}
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from fxmerge.errors import FxmergeError, OptionError
 from fxmerge.program import models
 from fxmerge.program.capture import Args, Kwargs, check_example, open_outputs
-from fxmerge.program.double import InDouble, WithOwnStatistics, in_double, largest_change
+from fxmerge.program.double import InDouble, WithOwnStatistics, double, in_double, largest_change
 from fxmerge.program.models import evaluating
+from fxmerge.program.on_use import PIECE, Made, by_pieces, fill, is_stand_in, with_stand_ins
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.freeze import demote
 from fxmerge.symmetry.outputs import FreeOutput
@@ -189,11 +190,18 @@ class Probe:
                 model = model.module()  # It shares its tensors with the program.
             else:
                 stack.enter_context(evaluating(model))
-            self.module = models.copied(model)._apply(in_double)
+            self.module = with_stand_ins(model, double)._apply(in_double)
         self.inputs: tuple[Args, dict[str, Any]] = pytree.tree_map(in_double, (tuple(args), kwargs))
-        own = models.tensors(self.module, keep_vars=True)
-        self.state = {name: _perturb(t, generator) for name, t in own.items()}
-        _share(self.state, own)
+        own, light = models.tensors(model, keep_vars=True), models.tensors(self.module, keep_vars=True)
+        self.first = models.first_names(own)
+        seeds = {name: _seed(generator) for name in own}
+        held = {name: _perturb(t, seeds[name]) for name, t in own.items() if not is_stand_in(light[name])}
+
+        def perturbed(name: str) -> Tensor:
+            name = self.first[name]
+            return held[name] if name in held else _perturb(own[name], seeds[name])
+
+        self.state: Mapping[str, Tensor] = Made(own, perturbed)
         self.expected = self.outputs(self.state, statistics=True)
 
     def outputs(
@@ -208,12 +216,12 @@ class Probe:
         own = models.tensors(module, keep_vars=True)
         mode: InDouble = InDouble()  # type: ignore[no-untyped-call]
         if statistics:
-            mode = WithOwnStatistics({t.data_ptr(): self.state[name] for name, t in own.items() if t.numel()})
+            held = {name: t for name, t in own.items() if t.numel() and not is_stand_in(t)}
+            mode = WithOwnStatistics({t.data_ptr(): self.state[name] for name, t in held.items()})
         with torch.no_grad(), models.same_draws(*own.values()):
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
-            with mode:
-                outputs = module(*self.inputs[0], **self.inputs[1])
+            filled = fill(own, state)
+            with mode, filled:
+                outputs = filled.with_values(module(*self.inputs[0], **self.inputs[1]))
         open_outputs(module, outputs)
         leaves = pytree.tree_leaves(outputs)
         for output in self.free if images is not None else ():
@@ -223,29 +231,36 @@ class Probe:
 
     def error(self, p: Permutation) -> float:
         """What a permutation of the parameters changes."""
-        return self.change(p.apply(self.state), p.images)
+        return self.change(self._each(lambda name, own: p.moved(name, own)), p.images)
+
+    def _each(self, change: Callable[[str, Tensor], Tensor]) -> Mapping[str, Tensor]:
+        """The state with a change of every tensor, which is given with the first of its names."""
+        return Made(self.state, lambda name: change(self.first[name], self.state[name]))
 
     def prepared(self, uniform: Collection[str], mixed: Collection[str]) -> Probe:
         """The same module with the mean of some parameters in place of their entries, and with parameters in float64
         that are to be mixed."""
-        state = {id(self.state[n]): in_double(self.state[n]) for n in mixed}
-        state |= {id(self.state[n]): torch.full_like(self.state[n], float(self.state[n].mean())) for n in uniform}
+        state = {self.first[n]: in_double(self.state[n]) for n in mixed}
+        state |= {self.first[n]: torch.full_like(self.state[n], float(self.state[n].mean())) for n in uniform}
         other = copy(self)
-        other.state = {n: state.get(id(t), t) for n, t in self.state.items()}  # Tied ones are one object.
+        other.state = self._each(lambda name, own: state.get(name, own))
         other.expected = other.outputs(other.state) if uniform else self.expected
         return other
 
     def rounding(self, generator: torch.Generator) -> float:
         """What changes of the parameters in their last places change."""
 
-        def shaken(tensor: Tensor) -> Tensor:
+        seeds = {name: _seed(generator) for name in self.state}
+
+        def shaken(name: str, tensor: Tensor) -> Tensor:
             if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.device.type == "meta":
                 return tensor
-            noise = torch.rand(tensor.shape, dtype=torch.float64, generator=generator).to(tensor.device)
+            drawn = torch.Generator().manual_seed(seeds[name])
+            noise = torch.rand(tensor.shape, dtype=torch.float64, generator=drawn).to(tensor.device)
             wide: Tensor = in_double(tensor)
             return wide * (1 + 4 * torch.finfo(torch.float64).eps * (noise - 0.5))
 
-        return self.change({name: shaken(tensor) for name, tensor in self.state.items()})
+        return self.change(self._each(shaken))
 
     def change(self, state: Mapping[str, Tensor], images: Sequence[Ids] | None = None) -> float:
         """The largest change of an output under other parameters, relative to the largest value of that output; of free
@@ -253,27 +268,27 @@ class Probe:
         return largest_change(self.expected, self.outputs(state, images), SMALLEST)
 
 
-def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator))
+
+
+def _perturb(tensor: Tensor, seed: int) -> Tensor:
     """Generic values near those of the tensor, in float32, which takes half the memory; positive ones stay
     positive, as variances must. What is next to nothing at initialisation, such as the scales of branches,
-    grows until it counts."""
+    grows until it counts. They are the same for the same seed."""
     if tensor.is_complex() and tensor.device.type != "meta":
         parts = torch.view_as_real(tensor.detach().to(torch.complex64).resolve_conj())
-        return torch.view_as_complex(_perturb(parts, generator))
+        return torch.view_as_complex(_perturb(parts, seed))
     if not tensor.is_floating_point() or tensor.device.type == "meta" or not tensor.numel():
         return tensor.detach().clone()
-    value = tensor.detach().float()
-    noise = torch.rand(tensor.shape, generator=generator).to(tensor.device)
-    usual = math.sqrt(len(value) / value.numel()) if value.ndim > 1 else 1.0
-    size = float(value.square().mean().sqrt())
-    if 0 < size < usual / 100:
-        value = value * (usual / 10 / size)
-    return torch.where(value == 0, usual * 0.2 * (noise - 0.5), value * (0.9 + 0.2 * noise))
+    own, drawn = tensor.detach(), torch.Generator().manual_seed(seed)
+    usual = math.sqrt(len(own) / own.numel()) if own.ndim > 1 else 1.0
+    norms = (float(piece.norm(dtype=torch.float64)) for piece in own.reshape(-1).split(PIECE))
+    size = math.hypot(*norms) / math.sqrt(own.numel())
+    grown = usual / 10 / size if 0 < size < usual / 100 else 1.0
 
+    def perturbed(value: Tensor) -> Tensor:
+        noise = torch.rand(value.shape, dtype=torch.float32, generator=drawn).to(value.device)
+        return torch.where(value == 0, usual * 0.2 * (noise - 0.5), value * grown * (0.9 + 0.2 * noise))
 
-def _share(state: dict[str, Tensor], module: Mapping[str, Tensor]) -> None:
-    """Tied parameters get one value."""
-    first: dict[Any, str] = {}
-    for name, tensor in module.items():
-        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
-        state[name] = state[first.setdefault(key, name)]
+    return by_pieces(perturbed, own, torch.float32)

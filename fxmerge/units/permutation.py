@@ -6,6 +6,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -50,24 +51,39 @@ class Permutation:
         moved: OrderedDict[str, Tensor] = OrderedDict(state_dict)
         if hasattr(state_dict, "_metadata"):
             moved._metadata = state_dict._metadata  # type: ignore[attr-defined]
-        for axis in self.layout:
-            if axis.parameter not in moved:
+        for name, axes in self._axes.items():
+            if name not in moved:
+                raise PermutationError(f"The state dict has no parameter {name!r}, which the permutation moves.")
+            moved[name] = self.moved(name, moved[name])
+            for alias in axes[0].aliases:
+                if alias in moved:
+                    moved[alias] = moved[name]
+        return moved
+
+    def moved(self, name: str, tensor: Tensor) -> Tensor:
+        """One parameter of `apply`, by the first of its names.
+
+        Raises:
+            PermutationError: if it has another shape.
+        """
+        for axis in self._axes.get(name, ()):
+            if tuple(tensor.shape) != axis.shape:
                 raise PermutationError(
-                    f"The state dict has no parameter {axis.parameter!r}, which the permutation moves."
-                )
-            if tuple(moved[axis.parameter].shape) != axis.shape:
-                raise PermutationError(
-                    f"Parameter {axis.parameter!r} has shape {tuple(moved[axis.parameter].shape)}, "
+                    f"Parameter {name!r} has shape {tuple(tensor.shape)}, "
                     f"but the symmetry was found for shape {axis.shape}."
                 )
             source = axis.source(self.images)
             if source is not None:
-                moved[axis.parameter] = move_axis(moved[axis.parameter], axis, source)
+                tensor = move_axis(tensor, axis, source)
+        return tensor
+
+    @cached_property
+    def _axes(self) -> dict[str, list[AxisLayout]]:
+        """The axes of every parameter."""
+        found: dict[str, list[AxisLayout]] = {}
         for axis in self.layout:
-            for alias in axis.aliases:
-                if alias in moved:
-                    moved[alias] = moved[axis.parameter]
-        return moved
+            found.setdefault(axis.parameter, []).append(axis)
+        return found
 
     def inverse(self) -> Permutation:
         """The permutation that undoes this one."""

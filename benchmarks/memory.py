@@ -1,0 +1,157 @@
+"""How much memory a merge of large checkpoints takes, stage by stage.
+
+Makes two checkpoints of the shape of Llama in bfloat16 shards, with random weights. The second one is the first with
+its units in another order and 1% of noise. Aligns and averages them by weights from the command line, and tells
+
+- the most memory in use in every stage that the system cannot take back: what is mapped from files, it can;
+- the whole peak, with what is mapped from files;
+- the same of a pair of a few thousand parameters: what torch, transformers and fxmerge take by themselves.
+
+    OMP_NUM_THREADS=1 python benchmarks/memory.py [--sizes 300M ...] [--folder FOLDER] [--verb merge]
+
+Needs Linux and `pip install -e '.[zoo,cli]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    "100M": {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 7},
+    "300M": {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16},
+    "2B": {"vocab_size": 64000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 28},
+}
+
+HEADS, GROUPS = 16, 4
+NOISE = 0.01
+SHARD = 200_000_000
+SECONDS = 0.002
+"""Between two looks at the memory."""
+
+
+def make(folder: Path, size: str) -> tuple[Path, Path]:
+    """Writes two checkpoints, if they are not there yet."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = HEADS if size != "tiny" else GROUPS
+    config = LlamaConfig(**SIZES[size], num_attention_heads=heads, num_key_value_heads=GROUPS, use_cache=False)
+    places = folder / size / "a", folder / size / "b"
+    if all((place / "config.json").is_file() for place in places):
+        return places
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(places[0], max_shard_size=SHARD)
+    stream, inner = (torch.randperm(SIZES[size][name]) for name in ("hidden_size", "intermediate_size"))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            own = weight.data
+            if name.endswith(("o_proj.weight", "down_proj.weight")) or "norm" in name:
+                own = own[stream]
+            else:
+                own = own[:, stream]
+            if name.endswith(("gate_proj.weight", "up_proj.weight")):
+                own = own[inner]
+            elif name.endswith("down_proj.weight"):
+                own = own[:, inner]
+            weight.data = own + NOISE * own.float().std(correction=0).to(own) * torch.randn_like(own)
+    model.save_pretrained(places[1], max_shard_size=SHARD)
+    return places
+
+
+class Watch(threading.Thread):
+    """Looks at the memory of this process until it ends, and keeps the most of every stage that is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.stage, self.stages, self.most = "start", dict[str, float](), dict[str, float]()
+
+    def run(self) -> None:
+        while True:
+            own = status()
+            held = own["RssAnon"] + own["RssShmem"]
+            self.stages[self.stage] = max(self.stages.get(self.stage, 0.0), held)
+            for name, value in own.items():
+                self.most[name] = max(self.most.get(name, 0.0), value)
+            time.sleep(SECONDS)
+
+    def follow(self, record: logging.LogRecord) -> bool:
+        if record.msg == "%s ..." and record.args:
+            self.stage = str(record.args[0])
+        return True
+
+
+def status() -> dict[str, float]:
+    """GiB of memory of this process, by kind."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        words[0].rstrip(":"): int(words[1]) / 2**20
+        for words in lines
+        if words[0] in ("RssAnon:", "RssShmem:", "RssFile:", "VmHWM:")
+    }
+
+
+def child(a: str, b: str, out: str, verb: str) -> None:
+    """Merges two checkpoints, and prints what it took."""
+    import transformers  # noqa: F401
+
+    import fxmerge
+    from fxmerge.cli import main
+
+    start, watch = status(), Watch()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(watch.follow)
+    root = logging.getLogger("fxmerge")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    watch.start()
+    began = time.perf_counter()
+    failed = main([verb, a, b, "--arch", "hf", "--out", out, "--force", "--shard-size", "200MB", "-v"])
+    found = {
+        "failed": failed,
+        "seconds": time.perf_counter() - began,
+        "start": start,
+        "stages": watch.stages,
+        "most": watch.most | {"VmHWM": status()["VmHWM"]},
+        "fxmerge": fxmerge.__file__,
+    }
+    print(json.dumps(found), file=sys.stderr)
+
+
+def measure(places: tuple[Path, Path], verb: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--child", *map(str, places), f"{folder}/out", verb]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = done.stderr.strip().splitlines()
+    try:
+        found: dict[str, Any] = json.loads(lines[-1])
+    except ValueError:
+        print(done.stdout, done.stderr)
+        raise
+    return found
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
+        sys.exit()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "300M"], choices=list(SIZES))
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "fxmerge" / "llamas")
+    parser.add_argument("--verb", default="merge")
+    arguments = parser.parse_args()
+    for size in arguments.sizes:
+        print(size)
+        print(json.dumps(measure(make(arguments.folder, size), arguments.verb), indent=1))
