@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.columns import core, support
+from fxmerge.symmetry.exponents import ExponentFacts
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.mixing import Column, Seen
 from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.units import Ids, distinct, mix
-from fxmerge.units.kind import Kind, UnitKind
+from fxmerge.units.kind import Exponents, Kind, UnitKind
 
 G = TypeVar("G", bound=Group)
 
@@ -36,7 +37,7 @@ def find_kinds(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> 
         place: its place in that class.
     """
     symmetry = replace(symmetry, kinds=_planes(found, symmetry, number, place))
-    facts, sight = _Facts(symmetry), _Sight(symmetry, number, place)
+    facts, sight = _Facts(symmetry, ExponentFacts(found, symmetry)), _Sight(symmetry, number, place)
     for record, operands, how, reason in found.units.mixing if facts.open else ():
         facts.reason = reason
         record(facts, *map(sight.of, operands), **how)
@@ -181,16 +182,20 @@ class _Facts:
 
     Attributes:
         kind, why: of every class.
+        may_mix: the classes that are more than permuted if nothing speaks against it.
         first: for every unit of a class, the first unit in its block.
         ties: pairs of units of the walk, and whether one is mixed by the transpose of the inverse.
         scaling, mixing: for every class, the parameters of one number that scale its units, and those that are mixed.
+        exponents: what is told of signs and scales.
         reason: the node whose facts are read.
     """
 
     symmetry: Group
+    exponents: ExponentFacts
     kind: list[Kind] = field(init=False)
     why: list[str] = field(init=False)
     first: list[Ids] = field(init=False)
+    may_mix: set[int] = field(init=False)
     ties: dict[int, list[tuple[Ids, Ids, bool]]] = field(default_factory=lambda: defaultdict(list))
     scaling: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     mixing: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -198,6 +203,7 @@ class _Facts:
 
     def __post_init__(self) -> None:
         numbers, open_ = range(len(self.symmetry.units)), set(_may_mix(self.symmetry))
+        self.may_mix = open_
         largest = [kind if kind.turns else Kind.GENERAL_LINEAR for kind in map(self.symmetry.kind, numbers)]
         self.kind = [largest[n] if n in open_ else Kind.PERMUTATION for n in numbers]
         self.why = [self.symmetry.kinds[n].why if n in open_ else "it is of blocks" for n in numbers]
@@ -262,6 +268,12 @@ class _Facts:
                 self.ties[a.number].append((units, firsts[-1][is_first.cumsum() - 1], False))
         self.ties[a.number].append((firsts[0], firsts[1], inverse))
 
+    def fix(self, column: Column, *, signs: bool = True, scales: bool = True) -> None:
+        self.exponents.fix(column, signs=signs, scales=scales)
+
+    def weigh(self, result: Column | None, terms: Sequence[tuple[Column, int, float]]) -> None:
+        self.exponents.weigh(result, terms)
+
     def kinds(self, found: Propagation) -> tuple[UnitKind, ...]:
         """The kinds, with the axes on which the inverse is applied.
 
@@ -270,7 +282,7 @@ class _Facts:
         """
         size = found.units.size
         ties = [tie for n, own in self.ties.items() if self.kind[n] > Kind.PERMUTATION for tie in own]
-        part = _signs(size, ties)
+        part = _signs(size, [*ties, *((new, old, False) for new, old in found.units.renamed)])
         for n, own in self.ties.items():
             ids = np.concatenate([ids for a, b, _ in own for ids in (a, b)])
             if (part[ids] == part[ids + size]).any():
@@ -285,9 +297,16 @@ class _Facts:
         return tuple(
             UnitKind(kind, why, inverse[n] or frozenset(), frozenset(self.scaling[n]), self.symmetry.kinds[n].planes)
             if kind > Kind.PERMUTATION
-            else UnitKind(kind, why)
+            else UnitKind(kind, why, **self._single(n))
             for n, (kind, why) in enumerate(zip(self.kind, self.why, strict=True))
         )
+
+    def _single(self, number: int) -> dict[str, tuple[Exponents, ...]]:
+        """The signs and scales of the units of a class that are not mixed."""
+        if number not in self.may_mix:
+            return {}
+        signs, stretches = self.exponents.solve(number)
+        return {"signs": signs, "stretches": stretches}
 
     def _inverse(self, number: int, found: Propagation, part: Ids) -> frozenset[tuple[str, int, int]] | None:
         """The axes of a class on which units are mixed by the transpose of the inverse of what other axes have, None if

@@ -98,6 +98,7 @@ class UnitGraph:
     contracted: list[Ids] = field(default_factory=list)
     followed: list[Followed] = field(default_factory=list)
     turned: list[Ids] = field(default_factory=list)
+    renamed: list[tuple[Ids, Ids]] = field(default_factory=list)
     mixing: list[tuple[Mix, tuple[Any, ...], Mapping[str, Any], str]] = field(default_factory=list)
     node: str = ""
     equal_at: list[str] = field(default_factory=list)
@@ -107,6 +108,7 @@ class UnitGraph:
     contracted_at: list[str] = field(default_factory=list)
     summed_at: list[str] = field(default_factory=list)
     turned_at: list[str] = field(default_factory=list)
+    renamed_at: list[str] = field(default_factory=list)
     mixing_at: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -141,7 +143,7 @@ class UnitGraph:
     def keep(self, nodes: Collection[str]) -> None:
         """Forgets the facts of all graph nodes but these."""
         nodes = {"", *nodes}
-        for kind in ("equal", "member", "pinned", "used", "contracted", "summed", "turned", "mixing"):
+        for kind in ("equal", "member", "pinned", "used", "contracted", "summed", "turned", "renamed", "mixing"):
             facts, at = getattr(self, kind), getattr(self, f"{kind}_at")
             kept = [i for i, node in enumerate(at) if node in nodes]
             setattr(self, kind, [facts[i] for i in kept])
@@ -151,6 +153,24 @@ class UnitGraph:
         """Unit `a[i]` moves exactly as unit `b[i]` does, for all i."""
         self.equal.append((a, b))
         self.equal_at.append(self.node)
+
+    def rename(self, ids: Ids) -> Ids:
+        """New units that move as some do, each made as if where the other one was.
+
+        By these it is told whether a result changes its signs and scales as what it is computed from does.
+        """
+        old = distinct(ids)
+        old = old[old != NOTHING]
+        creation = self.origin(old)
+        new = np.empty_like(old)
+        for c in distinct(creation):
+            own = creation == c
+            new[own] = self.fresh(int(own.sum()), self.origins[c])
+        self.equate(new, old)
+        self.renamed.append((new, old))
+        self.renamed_at.append(self.node)
+        result: Ids = np.where(ids == NOTHING, NOTHING, np.concatenate([new, [NOTHING]])[np.searchsorted(old, ids)])
+        return result
 
     def include(self, child: Ids, parent: Ids) -> None:
         """Where unit `child[i]` goes, its block `parent[i]` goes too, for all i."""

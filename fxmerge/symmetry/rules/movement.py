@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry import mixing
+from fxmerge.symmetry import mixing, weighing
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, shrink, spread, support
 from fxmerge.symmetry.labels import MAX_INERT, Labels, diagonals, move, prune, reduce
 from fxmerge.symmetry.rules.registry import Site, is_zero, rule
@@ -22,12 +22,13 @@ from fxmerge.symmetry.units import NOTHING, distinct
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze"),
     lifts="views",
     mixes=True,
+    weighs=True,
 )
 def view(at: Site, x: Labels, *args: Any) -> Labels:
     return diagonals(at.units, x.reshape(at.shape), at.name)
 
 
-@rule("expand", "expand_as", "broadcast_to", lifts="aligns", mixes=True)
+@rule("expand", "expand_as", "broadcast_to", lifts="aligns", mixes=True, weighs=True)
 def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return x.expand(at.shape)
 
@@ -40,6 +41,7 @@ def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided", "fft_fftshift", "fft_ifftshift"),
     lifts="moves",
     mixes=True,
+    weighs=True,
 )
 def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return move(at.units, x, on_columns(at.target, *args, **kwargs), at.shape, at.name)
@@ -80,6 +82,7 @@ def diagonal(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     *("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split"),
     lifts="moves",
     mixes=True,
+    weighs=True,
 )
 def split(at: Site, x: Labels, *args: Any, **kwargs: Any) -> list[Labels]:
     def piece(i: int) -> Callable[[Tensor], Tensor]:
@@ -108,7 +111,8 @@ def assemble(
     one unit, or equal constants, may come in through two of them; parts that are the same tensor are alike.
     """
 
-    at.mix(mixing.assembled, *(p for p in parts if not is_zero(p)), dims=dims)
+    for what in (mixing.assembled, weighing.tied):
+        at.mix(what, *(p for p in parts if not is_zero(p)), dims=dims)
 
     def kind(column: Tensor) -> tuple[int, ...]:
         return tuple(d for d in support(column) if d not in dims)
@@ -173,14 +177,14 @@ def _value(part: Labels | Tensor) -> object:
     return "tensor", id(part)
 
 
-@rule("cat", "concat", "concatenate", mixes=True)
+@rule("cat", "concat", "concatenate", mixes=True, weighs=True)
 def cat(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
     parts = [t for t in tensors if tuple(t.shape) != (0,)]
     dim %= len(at.shape)
     return assemble(at, parts, lambda columns: torch.cat(columns, dim), [dim])
 
 
-@rule("stack", mixes=True)
+@rule("stack", mixes=True, weighs=True)
 def stack(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
     dim %= len(at.shape)
     one: Shape = (*at.shape[:dim], 1, *at.shape[dim + 1 :])
@@ -188,7 +192,7 @@ def stack(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
     return cat(at, [thin[id(t)] for t in tensors], dim)
 
 
-@rule("constant_pad_nd", "pad", mixes=True)
+@rule("constant_pad_nd", "pad", mixes=True, weighs=True)
 def pad(at: Site, x: Labels, widths: Sequence[int], *args: Any) -> Labels:
     """Constant padding is a cat with constants, a negative width a slice; other modes are movements."""
     mode, value = (args[0], (*args[1:], None)[0]) if args and isinstance(args[0], str) else ("constant", (*args, 0)[0])

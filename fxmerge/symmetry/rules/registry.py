@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
-from fxmerge.symmetry.columns import Shape
+from fxmerge.symmetry import weighing
+from fxmerge.symmetry.columns import Shape, core, spread, support
 from fxmerge.symmetry.deferred import Deferred
 from fxmerge.symmetry.labels import Labels, constant, join, move, pin, reduce
 from fxmerge.symmetry.mixing import Mix
 from fxmerge.symmetry.units import UnitGraph
+from fxmerge.symmetry.weighing import Coefficients
 
 Value = Any
 """What a node holds during propagation: `Labels`, a constant (tensor or scalar), or a sequence of these."""
@@ -59,6 +61,33 @@ class Site:
             what, [x if isinstance(x, Labels) else Labels((), uniform=frozenset()) for x in labels], how, self.name
         )
 
+    def product(
+        self, result: Labels, *factors: Labels | Tensor | float, signs: Coefficients, scales: Coefficients
+    ) -> Labels:
+        """A result under new names where its signs and scales may be others than those of what it was computed from:
+        see `fxmerge.symmetry.weighing.product`, which this records.
+
+        Arguments:
+            result: with the units of its factors.
+            factors: of the shape of the result, or with further dimensions.
+        """
+        labels = [x if isinstance(x, Labels) else Labels(()) for x in factors]
+        alone = {p for x, *both in zip(labels, signs, scales, strict=True) if x.columns for p in both} <= {1, None}
+
+        def named(column: Tensor) -> Tensor:
+            dims = set(support(column))
+            count = sum(any(dims.issuperset(support(c)) for c in x.columns) for x in labels)
+            return column if alone and count < 2 else self._renamed(column)
+
+        after = replace(result, columns=tuple(map(named, result.columns)))
+        self.mix(weighing.product, after, *labels, signs=signs, scales=scales)
+        return after
+
+    def _renamed(self, column: Tensor) -> Tensor:
+        dims = support(column)
+        ids = self.units.rename(core(column, dims).numpy())
+        return spread(torch.from_numpy(ids), tuple(column.shape), dims)
+
     def join(self, x: Labels, y: Labels | Tensor | None, shape: Shape | None = None) -> Labels:
         """`fxmerge.symmetry.labels.join` after broadcasting both to `shape` (by default that of x)."""
         if y is None:
@@ -91,6 +120,8 @@ R = TypeVar("R", bound=Rule)
 _RULES: dict[str, Rule] = {}
 _MIXES: set[str] = set()
 """The ops whose rules record what units a change of basis may mix."""
+_WEIGHS: set[str] = set()
+"""The ops whose rules record what signs and positive scales units may have."""
 _CONTRACTIONS: dict[str, str] = {}
 """The ops that sum products, and the name in its schema of the operand that each only adds."""
 
@@ -109,6 +140,7 @@ def rule(
     lifts: str = "",
     takes: bool = False,
     mixes: bool | Collection[str] = False,
+    weighs: bool | Collection[str] = False,
 ) -> Callable[[R], R]:
     """Registers a rule for all overloads of the named ops (`"linear"` means `aten::linear`).
 
@@ -117,7 +149,8 @@ def rule(
     the ops sum products of their operands, so that they consume the units of these, but for the one that is only
     added, which `adds` names as the ops' schemas do. For `lifts` and `takes` see `LIFTS` and `TAKES`. `mixes` says that
     the rule records, for all ops or those named, what units a change of basis may mix: see `fxmerge.symmetry.mixing`.
-    The units that any other op touches are mixed with none.
+    The units that any other op touches are mixed with none. `weighs` says likewise that the rule records what signs and
+    positive scales units may have: see `fxmerge.symmetry.weighing`.
     """
 
     def register(function: R) -> R:
@@ -128,8 +161,9 @@ def rule(
             _RULES[full] = function
             if contracts:
                 _CONTRACTIONS[full] = adds
-        mixing = (names if mixes else ()) if isinstance(mixes, bool) else mixes
-        _MIXES.update(name if "::" in name else f"aten::{name}" for name in mixing)
+        for told, all_told in ((mixes, _MIXES), (weighs, _WEIGHS)):
+            telling = (names if told else ()) if isinstance(told, bool) else told
+            all_told.update(name if "::" in name else f"aten::{name}" for name in telling)
         return function
 
     return register
@@ -149,6 +183,12 @@ def find_rule(target: Any) -> Rule | None:
 def mixes(target: Any) -> bool:
     """Whether the rule for an op records what units a change of basis may mix."""
     return _name(target) in _MIXES
+
+
+def weighs(target: Any) -> bool:
+    """Whether the rule for an op records what signs and positive scales units may have."""
+    name = _name(target)
+    return name in _WEIGHS or (name not in _RULES and find_rule(target) is not None)  # One that is pointwise.
 
 
 def contracts(target: Any) -> bool:
