@@ -143,7 +143,7 @@ class Prepared:
         found = {}
         for name, c in zip(self.whole.names, self.whole.units, strict=True):
             image = np.arange(c.size) if name in self.still else next(moved)
-            if name not in self.bases:
+            if name not in self.bases or name in placed:
                 found[name] = image[placed.get(name, np.arange(c.size))].tolist()
         return found
 

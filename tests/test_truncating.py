@@ -62,7 +62,7 @@ WHOLE = {
 }
 """The networks that keep all directions of some class, and why."""
 
-NAMES = [name for name, network in NETWORKS.items() if network.kinds]
+NAMES = [name for name, network in NETWORKS.items() if any(group != "R" for group, *_ in network.kinds)]
 
 
 QUICK = ("linear bottleneck", "attention, packed, biases", "tied embedding, RMSNorm", "mixture of experts")

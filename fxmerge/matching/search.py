@@ -12,15 +12,17 @@ from tqdm.auto import tqdm
 
 from fxmerge.evidence import weights
 from fxmerge.evidence.weights import Similarities, Slices
+from fxmerge.matching import signs
 from fxmerge.matching.assignment import Scores, descendants, propose
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
-from fxmerge.units.basis import Basis, centred_frame, plane
+from fxmerge.units.basis import Basis, Mixed, centred_frame, plane
 from fxmerge.units.kind import Kind
 from fxmerge.units.layout import move_axis
 from fxmerge.units.permutation import Permutation
+from fxmerge.units.scaling import Scaled, Scaling
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Match:
     Attributes:
         permutation: to be applied to the matched model.
         basis: to be applied after it: the change of basis of the classes whose units may be mixed.
+        scaling: to be applied at last: the signs of the units of other classes.
         trace: the objective at the start and after every accepted step; it never falls.
         quality: per class, the mean similarity of matched units in weight space (cosine of their
             slices) and in activation space (correlation), where these are known.
@@ -37,13 +40,16 @@ class Match:
 
     permutation: Permutation
     basis: Basis
+    scaling: Scaling
     trace: tuple[float, ...]
     quality: Mapping[str, Mapping[str, float]]
 
 
-Position = tuple[dict[str, Tensor], tuple[Ids, ...], dict[int, Tensor], dict[str, float], dict[int, float]]
-"""The moved parameters of a problem, where units are, how they are mixed, and what parameters and activations give to
-the objective."""
+Position = tuple[
+    dict[str, Tensor], tuple[Ids, ...], dict[int, Tensor], dict[int, Tensor], dict[str, float], dict[int, float]
+]
+"""The moved parameters of a problem, where units are, how they are mixed, their signs, and what parameters and
+activations give to the objective."""
 
 
 @dataclass
@@ -67,6 +73,7 @@ class Problem:
             (blocks, units, units), blocks and units in the order of these places.
         scales: for every parameter, how much an inner product counts.
         slices: the parameter slices of every class.
+        flipped: for every class whose units may have signs, the factors of the units of b, once in their places.
         value: for every parameter, its part of the objective.
         agreed: for every class with activations, how much the matched units agree: the sum of their correlations.
         similarities: of the units' weights, kept from one visit of a class to the next.
@@ -81,6 +88,7 @@ class Problem:
     scales: Mapping[str, float]
     slices: Mapping[int, list[Slices]]
     matrices: dict[int, Tensor] = field(init=False)
+    flipped: dict[int, Tensor] = field(init=False)
     value: dict[str, float] = field(init=False)
     agreed: dict[int, float] = field(init=False)
     similarities: Similarities = field(init=False)
@@ -88,6 +96,9 @@ class Problem:
     def __post_init__(self) -> None:
         self.similarities = Similarities(self.a, self.scales)
         self.matrices = dict(self.symmetry.identity_basis().matrices)
+        self.flipped = {
+            n: f for n, f in self.symmetry.identity_scaling().factors.items() if self.symmetry.kinds[n].signs
+        }
         self.value = {n: self._match(n, self.b) for n in self.scales}
         self.agreed = {n: float(self.agreement(n).sum()) for n in self.correlation}
 
@@ -109,7 +120,12 @@ class Problem:
         if number in self.matrices:
             return self.placed(number).diagonal()
         correlation, units = self.correlation[number], torch.from_numpy(np.argsort(self.images[number]))
-        return correlation[torch.arange(len(units)), units]
+        agreed = correlation[torch.arange(len(units)), units]
+        return agreed * self._shown(number).to(agreed) if number in self.flipped else agreed
+
+    def _shown(self, number: int) -> Tensor:
+        """The signs of the activations of a class, for the units of b in their places."""
+        return signs.shown(self.symmetry, number, self.flipped[number])
 
     def placed(self, number: int) -> Tensor:
         """The correlations of a class, for the units of b as they are now."""
@@ -118,12 +134,14 @@ class Problem:
             placed, matrix = placed.clone(), self.matrices[number].to(placed)
             for units, own in zip(self.symmetry.by_block(number), matrix, strict=True):
                 placed[:, units] = placed[:, units] @ own.T
-        return placed
+        return placed * self._shown(number).to(placed) if number in self.flipped else placed
 
     def scores(self, number: int, usable: list[Slices]) -> Scores:
         """For every (unit of a, unit of b as placed now), what the objective gains from matching them."""
         by_weights, shown = self.mix.weights_of(number), self.mix.activations.get(number, 0.0)
         size = self.symmetry.units[number].size
+        if number in self.flipped:
+            return signs.best(self._by_signs(number, usable, self.symmetry.units[number].size))
         total = np.zeros((size, size))
         if by_weights > 0 and usable:
             similarity = self.similarities.of(number, self.b, usable, self.images[number])
@@ -131,6 +149,19 @@ class Problem:
         if shown > 0:
             total += shown * self.weight(number) * self.placed(number).double().cpu().numpy()
         return total
+
+    def _by_signs(self, number: int, usable: list[Slices], size: int) -> dict[signs.Parities, Scores]:
+        """The scores of a class, by the signs on which they depend."""
+        by_weights, by_activations = self.mix.weights_of(number), self.mix.activations.get(number, 0.0)
+        total: dict[signs.Parities, Scores] = {}
+        for parities, where in signs.by_parities(self.symmetry, number, usable).items():
+            similarity = weights.similarity(self.a, self.b, where, self.scales)
+            total[parities] = by_weights * similarity.double().cpu().numpy()
+        if by_activations > 0:
+            parities = signs.of_activations(self.symmetry, number)
+            placed = by_activations * self.weight(number) * self.placed(number).double().cpu().numpy()
+            total[parities] = total.get(parities, np.zeros((size, size))) + placed
+        return total or {(0,) * len(self.symmetry.kinds[number].signs): np.zeros((size, size))}
 
     def take(self, step: Sequence[Ids]) -> None:
         """Moves the units of b."""
@@ -150,22 +181,34 @@ class Problem:
             number[blocks] = np.arange(len(blocks))[:, None]
             came = np.argsort(number[step[n][blocks[:, 0]]])
             self.matrices = self.matrices | {n: self.matrices[n][torch.from_numpy(came)]}
+        for n in moved & self.flipped.keys():
+            self.flipped = self.flipped | {n: self.flipped[n][:, torch.from_numpy(np.argsort(step[n]))]}
         self.agreed = self.agreed | {n: float(self.agreement(n).sum()) for n in moved & self.agreed.keys()}
 
     def rotate(self, numbers: Iterable[int], usable: Mapping[int, list[Slices]]) -> None:
-        """Mixes the units of some classes of b by the orthogonal matrices that fit those of a best.
+        """Mixes the units of some classes of b by the orthogonal matrices that fit those of a best, or gives them the
+        signs that do.
 
         For each block this is the orthogonal factor of its scores (Procrustes), on vectors whose entries sum to zero
         where the mean must be kept, and among rotations where a plane is turned.
         """
         for n in numbers:
-            scores = torch.from_numpy(self.scores(n, usable[n]))
-            steps = [nearest(scores[units][:, units], self.symmetry.kind(n)) for units in self.symmetry.by_block(n)]
-            step = Basis(self.symmetry.mixed, {n: torch.stack(steps)})
-            moved = step.apply({own.axis.parameter: self.b[own.axis.parameter] for own in self.symmetry.mixed[n]})
+            axes: Sequence[Mixed | Scaled] = self.symmetry.mixed[n] or self.symmetry.scaled[n]
+            before = {own.axis.parameter: self.b[own.axis.parameter] for own in axes}
+            if n in self.flipped:
+                scores_by_signs = self._by_signs(n, usable[n], self.symmetry.units[n].size)
+                factors = torch.ones_like(self.flipped[n])
+                factors[: len(self.symmetry.kinds[n].signs)] = signs.chosen(scores_by_signs)
+                moved = Scaling(self.symmetry.scaled, {n: factors}).apply(before)
+                self.flipped = self.flipped | {n: factors * self.flipped[n]}
+            else:
+                scores = torch.from_numpy(self.scores(n, usable[n]))
+                steps = [nearest(scores[units][:, units], self.symmetry.kind(n)) for units in self.symmetry.by_block(n)]
+                step = Basis(self.symmetry.mixed, {n: torch.stack(steps)})
+                moved = step.apply(before)
+                self.matrices = self.matrices | {n: step.matrices[n] @ self.matrices[n]}
             self.b = self.b | moved
             self.value = self.value | {name: self._match(name, self.b) for name in moved}
-            self.matrices = self.matrices | {n: step.matrices[n] @ self.matrices[n]}
             if n in self.agreed:
                 self.agreed = self.agreed | {n: float(self.agreement(n).sum())}
 
@@ -187,11 +230,11 @@ class Problem:
     @property
     def position(self) -> Position:
         """Where the units of b are, to come back to."""
-        return self.b, self.images, self.matrices, self.value, self.agreed
+        return self.b, self.images, self.matrices, self.flipped, self.value, self.agreed
 
     @position.setter
     def position(self, at: Position) -> None:
-        self.b, self.images, self.matrices, self.value, self.agreed = at
+        self.b, self.images, self.matrices, self.flipped, self.value, self.agreed = at
 
 
 def match(
@@ -216,8 +259,8 @@ def match(
         b: parameters of the model to permute.
         correlation: for some classes, the correlations of the units' activations, (units of a, units of b).
         alpha: weight of the weight-space similarity, in [0, 1]: one for all classes, or one for each by its number.
-        continuous: whether units are mixed by orthogonal matrices where their kind allows that; `correlation` then
-            holds covariances of these classes. Else units are only permuted.
+        continuous: whether units are mixed by orthogonal matrices where their kind allows that, and others have signs;
+            `correlation` then holds covariances of the former classes. Else units are only permuted.
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
     """
@@ -228,7 +271,8 @@ def match(
     problem = Problem(symmetry, a, b, correlation, Mix.of(alpha, correlation), start, scales, slices)
     trace = search(problem, seed=seed, progress=progress)
     basis = Basis(symmetry.mixed, problem.matrices)
-    return Match(Permutation(symmetry.layout, problem.images), basis, trace, quality(problem))
+    scaling = Scaling(symmetry.scaled, problem.flipped)
+    return Match(Permutation(symmetry.layout, problem.images), basis, scaling, trace, quality(problem))
 
 
 def search(problem: Problem, *, seed: int = 0, progress: bool | None = None) -> tuple[float, ...]:
@@ -273,8 +317,8 @@ def _best(problem: Problem, root: int, usable: Mapping[int, list[Slices]]) -> Se
 
 
 def _mixed(problem: Problem, root: int) -> list[int]:
-    """The classes of a tree whose units may be mixed."""
-    return [n for n in descendants(problem.symmetry, root) if n in problem.matrices]
+    """The classes of a tree whose units may be mixed or have signs."""
+    return [n for n in descendants(problem.symmetry, root) if n in problem.matrices or n in problem.flipped]
 
 
 def nearest(scores: Tensor, kind: Kind) -> Tensor:

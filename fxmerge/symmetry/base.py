@@ -139,7 +139,9 @@ class Group:
             parents = tuple(self.names[p] for p, _ in c.parents)
             own = self.kinds[number] if self.kinds else UnitKind()
             named = EquivalenceClass(self.names[number], c.size, structure(c), tuple(axes), parents)
-            movable.append(replace(named, kind=own.kind, limited=own.why, signs=len(own.signs), stretches=len(own.stretches)))
+            movable.append(
+                replace(named, kind=own.kind, limited=own.why, signs=len(own.signs), stretches=len(own.stretches))
+            )
         pinned = [
             EquivalenceClass(f"{name}[{dim}]", len(ids), PINNED, (ClassAxis(name, dim, ids),), (), why)
             for (name, dim), reasons in self.stuck.items()
@@ -178,7 +180,7 @@ class Group:
             9
         """
         sizes = (self.by_block(n).shape for n in range(len(self.units)))
-        mixed = sum(count * self.kind(n).dimension(each) for n, (count, each) in enumerate(sizes))
+        mixed = sum(int(count) * self.kind(n).dimension(int(each)) for n, (count, each) in enumerate(sizes))
         return mixed + sum(c.size * c.stretches for c in self.classes)
 
     @cached_property
@@ -255,10 +257,17 @@ class Group:
         matrices, factors = {}, {}
         for n, own in enumerate(self.kinds):
             if own.kind > Kind.PERMUTATION:
-                matrices[n] = random_matrices(own.kind, *self.by_block(n).shape, generator)
+                blocks, size = self.by_block(n).shape
+                matrices[n] = random_matrices(own.kind, blocks, size, generator)
             elif own.signs or own.stretches:
                 factors[n] = random_factors(len(own.signs), len(own.stretches), self.units[n].size, generator)
         return Transformation(permutation, Basis(self.mixed, matrices), Scaling(self.scaled, factors))
+
+    def identity_scaling(self) -> Scaling:
+        """The factors that change nothing, with an entry for every class whose units have signs or scales."""
+        sizes = {n: (len(own.signs) + len(own.stretches), self.units[n].size) for n, own in enumerate(self.kinds)}
+        ones = {n: torch.ones(size, dtype=torch.float64) for n, size in sizes.items() if size[0]}
+        return Scaling(self.scaled, ones)
 
     def log_order(self) -> float:
         """Natural logarithm of the number of permutations of parameter entries in the group."""

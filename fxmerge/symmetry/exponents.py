@@ -17,7 +17,7 @@ import numpy as np
 
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.mixing import Column
-from fxmerge.symmetry.propagation import Axis, Propagation
+from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.units import Ids, distinct
 from fxmerge.units.kind import Exponents
 

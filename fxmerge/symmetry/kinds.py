@@ -19,7 +19,7 @@ from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.mixing import Column, Seen
 from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.units import Ids, distinct, mix
-from fxmerge.units.kind import Exponents, Kind, UnitKind
+from fxmerge.units.kind import Kind, UnitKind
 
 G = TypeVar("G", bound=Group)
 
@@ -297,16 +297,14 @@ class _Facts:
         return tuple(
             UnitKind(kind, why, inverse[n] or frozenset(), frozenset(self.scaling[n]), self.symmetry.kinds[n].planes)
             if kind > Kind.PERMUTATION
-            else UnitKind(kind, why, **self._single(n))
+            else self._single(n)
             for n, (kind, why) in enumerate(zip(self.kind, self.why, strict=True))
         )
 
-    def _single(self, number: int) -> dict[str, tuple[Exponents, ...]]:
-        """The signs and scales of the units of a class that are not mixed."""
-        if number not in self.may_mix:
-            return {}
-        signs, stretches = self.exponents.solve(number)
-        return {"signs": signs, "stretches": stretches}
+    def _single(self, number: int) -> UnitKind:
+        """The kind of a class of units that are not mixed, with the signs and scales of each."""
+        signs, stretches = self.exponents.solve(number) if number in self.may_mix else ((), ())
+        return UnitKind(self.kind[number], self.why[number], signs=signs, stretches=stretches)
 
     def _inverse(self, number: int, found: Propagation, part: Ids) -> frozenset[tuple[str, int, int]] | None:
         """The axes of a class on which units are mixed by the transpose of the inverse of what other axes have, None if

@@ -73,6 +73,8 @@ def free_outputs(
     for n, c in enumerate(classes):
         for role in c.roles:
             number[role.raw], place[role.raw] = n, np.arange(c.size)
+    first = found.units.under_first_names()
+    number, place = number[first], place[first]
     (output,) = found.program.graph.graph.find_nodes(op="output")
     known, unknown = [], set()
     for leaf, node in found.program.numbered_outputs(output):

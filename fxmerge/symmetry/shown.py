@@ -97,7 +97,8 @@ def places_of(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
             unit[slots] = np.arange(len(slots))
             own = unit[slot] >= 0
             number[raw[own]], place[raw[own]] = n, unit[slot[own]]
-    return number, place
+    first = found.units.under_first_names()
+    return number[first], place[first]
 
 
 def places_and_blocks(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
@@ -106,6 +107,8 @@ def places_and_blocks(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
     if not found.units.member:
         return number, place
     child, parent = (np.concatenate(ids) for ids in zip(*found.units.member, strict=True))
+    first = found.units.under_first_names()
+    renamed = np.flatnonzero(first != np.arange(len(first)))
     for n, c in reversed(list(enumerate(symmetry.units))):
         own = number[child] == n
         block, member = parent[own], place[child[own]]
@@ -116,6 +119,7 @@ def places_and_blocks(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
         for (p, _), (raw, unit) in zip(c.parents, clear, strict=True):
             new = (several[raw] == 1) & (number[raw] < 0)
             number[raw[new]], place[raw[new]] = p, unit[new]
+        number[renamed], place[renamed] = number[first[renamed]], place[first[renamed]]
     return number, place
 
 

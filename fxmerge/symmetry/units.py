@@ -172,6 +172,13 @@ class UnitGraph:
         result: Ids = np.where(ids == NOTHING, NOTHING, np.concatenate([new, [NOTHING]])[np.searchsorted(old, ids)])
         return result
 
+    def under_first_names(self) -> Ids:
+        """For every unit the one that it is another name of, itself for most."""
+        first = np.arange(self.size)
+        for new, old in self.renamed:
+            first[new] = first[old]
+        return first
+
     def include(self, child: Ids, parent: Ids) -> None:
         """Where unit `child[i]` goes, its block `parent[i]` goes too, for all i."""
         self.member.append((child, parent))

@@ -115,7 +115,8 @@ def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, toleranc
     Parameters that are of one number each, and scale a class as a whole, have one number each when this is tried.
     """
     open_ = [n for n, own in enumerate(symmetry.kinds) if own.kind > Kind.PERMUTATION]
-    touched = {own.axis.parameter for axes in (*symmetry.mixed, *symmetry.scaled) for own in axes}
+    touched = {own.axis.parameter for axes in symmetry.mixed for own in axes}
+    touched |= {own.axis.parameter for axes in symmetry.scaled for own in axes}
     if not touched:
         return symmetry, 0.0
     scales = {name for n in open_ for name in symmetry.kinds[n].scales}

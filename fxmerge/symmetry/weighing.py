@@ -1,5 +1,4 @@
-"""What an op says of signs and positive scales of single units: by which numbers its result is multiplied if its operands
-are.
+"""What an op says of signs and positive scales of single units: what its result is multiplied by if its operands are.
 
 A column of a tensor has an exponent: if a unit has the number t, the entries of the tensor at that unit are multiplied
 by t to this exponent. Rules record calls of these functions as they do those of `fxmerge.symmetry.mixing`. What a rule
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from fxmerge.symmetry.mixing import Column, Facts, Seen, counterpart, met
+from fxmerge.symmetry.mixing import Facts, Seen, counterpart, met
 
 Coefficients = Sequence[int | float | None]
 """For every operand what its exponent counts in that of the result; None if the operand must not change."""

@@ -110,8 +110,9 @@ def multiplied(tensor: Tensor, own: Scaled, factors: Tensor) -> Tensor:
 
 
 def random_factors(signs: int, stretches: int, units: int, generator: torch.Generator | None = None) -> Tensor:
-    """Random signs and scales, shape (signs and then stretches, units), float64: signs are uniformly distributed, scales
-    are from 1/2 to 2.
+    """Random signs and scales, shape (signs and then stretches, units), float64.
+
+    Signs are uniformly distributed, scales are from 1/2 to 2.
 
     Arguments:
         signs, stretches: how many each unit has.

@@ -140,7 +140,7 @@ def number() -> int:
 def test_inspect_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "tests.cli.test_inspect:mlp", "--verify", "--config", "hidden=6"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "a: 6 units, 6! | 0.weight(a _), 0.bias(a), 2.weight(_ a)"
+    assert lines[0] == "a: 6 units, 6!, R+^6 | 0.weight(a _), 0.bias(a), 2.weight(_ a)"
     assert "free: 94.7% of 38 parameter entries lie on an axis that moves" in lines
     assert "captured by: symbolic_trace" in lines
     assert any(line.startswith("verified: outputs change by ") for line in lines)

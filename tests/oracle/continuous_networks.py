@@ -693,9 +693,7 @@ NETWORKS: dict[str, Network] = {
     "MLP, exponential": Network(
         perceptron(Exponential), vectors(3), (), {"bias in an exponential that the next layer can take over": 5}
     ),
-    "MLP, square": Network(
-        lambda: mlp(3, 3, 6, act=Square), vectors(3), (("R", 3, 1),)
-    ),
+    "MLP, square": Network(lambda: mlp(3, 3, 6, act=Square), vectors(3), (("R", 3, 1),)),
     "squares behind one output": Network(
         lambda: nn.Sequential(nn.Linear(4, 3, bias=False), Square(), nn.Linear(3, 1)),
         vectors(4),
@@ -709,9 +707,7 @@ NETWORKS: dict[str, Network] = {
         (),
         {NORMALIZED: 5},
     ),
-    "bilinear gated MLP": Network(
-        lambda: Gated(4, 2, nn.Identity(), bias=False), vectors(4), (("R", 2, 2),)
-    ),
+    "bilinear gated MLP": Network(lambda: Gated(4, 2, nn.Identity(), bias=False), vectors(4), (("R", 2, 2),)),
     # Residual streams.
     "residual without norms": Network(
         lambda: nn.Sequential(

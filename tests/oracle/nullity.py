@@ -105,8 +105,9 @@ def _drawn(model: nn.Module, generator: torch.Generator) -> tuple[nn.Module, dic
 def orbit(symmetry: Symmetry, model: nn.Module) -> int:
     """The number of directions in which changes of basis and scales move the parameters of a network.
 
-    Scales that move a buffer, which is a constant to `nullity`, do not count. The number is less than `symmetry.dimension()` where matrices other than the identity change nothing: where a class has more
-    units than what writes them can tell apart.
+    Scales that move a buffer, which is a constant to `nullity`, do not count. The number is less than
+    `symmetry.dimension()` where matrices other than the identity change nothing: where a class has more units than
+    what writes them can tell apart.
     """
     state, parameters = model.state_dict(), {name for name, _ in model.named_parameters()}
     moved = sorted({own.axis.parameter for axes in (*symmetry.mixed, *symmetry.scaled) for own in axes} & parameters)

@@ -105,6 +105,11 @@ def _weighed(at: Site, result: Labels, args: Sequence[Any], kwargs: dict[str, An
         terms = [x.expand(at.shape) if isinstance(x, Labels | Tensor) else x for x in args[:2] if not is_zero(x)]
         at.mix(weighing.tied, *terms)
         return result
+    if name == "aten::where" and len(args) == 3:
+        values = [x.expand(at.shape) if isinstance(x, Labels | Tensor) else x for x in args[1:] if not is_zero(x)]
+        at.mix(weighing.tied, *values)
+        one = at.labels(values[0] if values else 0.0)
+        return at.product(result, operands[0], one, signs=(None, 1), scales=(None, 1))
     exponents = _exponents(name, args, kwargs, rounds=rounds)
     if exponents is None:
         at.mix(weighing.still, *operands)
@@ -117,7 +122,7 @@ def _weighed(at: Site, result: Labels, args: Sequence[Any], kwargs: dict[str, An
 def _exponents(
     name: str, args: Sequence[Any], kwargs: dict[str, Any], *, rounds: bool
 ) -> tuple[weighing.Coefficients, weighing.Coefficients] | None:
-    """What the exponents of the tensors count in that of a result, for signs and for scales; None if it is not known."""
+    """What the exponents of tensors count in that of a result, for signs and for scales; None if it is not known."""
     tensors = [isinstance(a, Labels | Tensor) for a in args]
     if name in _PRODUCTS:
         return (1,) * sum(tensors), (1,) * sum(tensors)
@@ -128,7 +133,7 @@ def _exponents(
         return (1,), (1,)
     if name in _INVERSES:
         return (1,), (-1,)
-    if name in _ODD and len(args) + len(kwargs) == 1 or name in ("aten::hardshrink", "aten::softshrink"):
+    if (name in _ODD and len(args) + len(kwargs) == 1) or name in ("aten::hardshrink", "aten::softshrink"):
         return (1,), (None,)
     if name in _EVEN:
         return (0,), (None,)
@@ -149,8 +154,8 @@ def _bounded(
         return (None,), (1,)
     if name not in _BOUNDED:
         return None
-    low, high = (-1, 1) if name == "aten::hardtanh" else (None, None)
-    low, high = (*args[1:], *(low, high)[len(args) - 1 :])
+    default: tuple[Any, Any] = (-1, 1) if name == "aten::hardtanh" else (None, None)
+    low, high = [*args[1:], *default[len(args) - 1 :]]
     low, high = kwargs.get("min", low), kwargs.get("max", high)
     if not all(bound is None or isinstance(bound, int | float) for bound in (low, high)):
         return None

@@ -22,8 +22,8 @@ def normalize(at: Site, x: Labels, dims: Sequence[int]) -> Labels:
 def _affine(
     at: Site, x: Labels, scale: Operand | None, shift: Operand | None, dim: int = 1, *, still: bool = False
 ) -> Labels:
-    """x times one vector and plus another one, which lie along `dim`; `still` if the former is one that must not change,
-    such as a variance to which a number is added."""
+    """x times one vector and plus another one, which lie along `dim`; `still` if the former must not change, such as a
+    variance to which a number is added."""
     for vector in (scale, shift):
         if vector is None:
             continue
@@ -95,7 +95,14 @@ def instance_norm(
     return _affine(at, y, weight, bias)
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm", mixes=True, weighs=True)
+@rule(
+    "batch_norm",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "native_batch_norm",
+    mixes=True,
+    weighs=True,
+)
 def batch_norm(at: Site, x: Labels, weight: Any, bias: Any, mean: Any, var: Any, training: Any, *args: Any) -> Any:
     if training is True:
         at.mix(mixing.separate, x)

@@ -46,7 +46,20 @@ _LENGTHS = (*_DEVIATIONS, "aten::norm", "aten::linalg_vector_norm")
 """The ops that give the length of a vector, as it is or around its mean."""
 
 
-@rule("sum", "mean", "nansum", "nanmean", "amax", "amin", "logsumexp", "prod", "any", "all", mixes=("sum", "mean"), weighs=("sum", "mean", "amax", "amin"))
+@rule(
+    "sum",
+    "mean",
+    "nansum",
+    "nanmean",
+    "amax",
+    "amin",
+    "logsumexp",
+    "prod",
+    "any",
+    "all",
+    mixes=("sum", "mean"),
+    weighs=("sum", "mean", "amax", "amin"),
+)
 def reduction(at: Site, x: Labels, dims: Dims = None, *args: Any, dim: Dims = None, **kwargs: Any) -> Any:
     dims = dim if dims is None else dims
     if isinstance(at.shape, list):

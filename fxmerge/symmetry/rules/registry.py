@@ -77,7 +77,8 @@ class Site:
         def named(column: Tensor) -> Tensor:
             dims = set(support(column))
             count = sum(any(dims.issuperset(support(c)) for c in x.columns) for x in labels)
-            return column if alone and count < 2 else self._renamed(column)
+            # A parameter keeps its names, so that it is known which of its entries are used.
+            return column if (alone and count < 2) or result.parameter is not None else self._renamed(column)
 
         after = replace(result, columns=tuple(map(named, result.columns)))
         self.mix(weighing.product, after, *labels, signs=signs, scales=scales)
