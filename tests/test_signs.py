@@ -113,7 +113,8 @@ def test_what_was_planted_is_found_exactly(name: str, data: bool) -> None:
     assert off(Recipe(match=Align(alpha, continuous=True), fit=None)) < 1e-9
     assert off(Recipe(match=Align(alpha), fit=None)) > 0.1, "permutations alone do not"
     merged = fxmerge.merge(net, twin, recipe=Recipe(match=Align(alpha, continuous=True), fit=None), **given)  # type: ignore[arg-type]
-    assert torch.allclose(merged(x), net(x))
+    if not (data and "BatchNorm" in name):  # Their statistics are estimated anew.
+        assert torch.allclose(merged(x), net(x))
     signs, scales = NETS[name][2:]
     words = " and ".join(word for word, count in (("signs", signs), ("scales", scales)) if count)
     assert set(fxmerge.report(merged).bases.values()) == {words}
