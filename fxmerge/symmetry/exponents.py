@@ -8,7 +8,7 @@ unit and every independent solution. What no record determines does not change.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import lcm
@@ -19,6 +19,7 @@ from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.mixing import Column
 from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.units import Ids, distinct
+from fxmerge.symmetry.weighing import Terms
 from fxmerge.units.kind import Exponents
 
 Equation = tuple[tuple[int, Fraction], ...]
@@ -29,7 +30,7 @@ _SPAN = 1 << 12
 
 
 @dataclass
-class Balance:
+class _Equations:
     """The equations of one class.
 
     Attributes:
@@ -45,7 +46,7 @@ class Balance:
 
 
 class ExponentFacts:
-    """The equations of all classes of a symmetry.
+    """What was recorded of the exponents of the classes of a symmetry.
 
     Arguments:
         found: the labelled program.
@@ -57,92 +58,109 @@ class ExponentFacts:
         self._starts = np.array(found.units.starts)
         self._axes = {int(found.units.origin(a.ids.reshape(-1)[:1])[0]): axis for axis, a in found.axes.items()}
         self._layout = {(a.parameter, a.dim): a for a in symmetry.layout}
-        self._balances: dict[int, Balance] = defaultdict(Balance)
-        self._roles: dict[tuple[int, int], Ids] = {}
-        self._known: dict[tuple[int, int], tuple[Ids, Ids]] = {}
+        self._fixed: dict[int, list[tuple[Column, bool, bool]]] = defaultdict(list)
+        self._weighed: dict[int, list[tuple[Column | None, Terms]]] = defaultdict(list)
 
-    def fix(self, column: Column, *, signs: bool, scales: bool) -> None:
+    def fix(self, column: Column, *, signs: bool = True, scales: bool = True) -> None:
         """The exponents of a column are zero."""
-        own = self._balances[column.number]
-        for v in distinct(self._variables(column)).tolist():
-            for equations, asked in ((own.signs, signs), (own.stretches, scales)):
-                if asked:
-                    equations.add(((v, Fraction(1)),))
+        self._fixed[column.number].append((column, signs, scales))
 
-    def weigh(self, result: Column | None, terms: Sequence[tuple[Column, int, float]]) -> None:
+    def weigh(self, result: Column | None, terms: Terms) -> None:
         """The exponents of a result are sums of those of others, times coefficients for signs and for scales."""
-        columns = [*(c for c, _, _ in terms), *([] if result is None else [result])]
-        own = self._balances[columns[0].number]
-        told = [self._variables(c) for c in columns]
-        rows = np.unique(np.stack(told), axis=1).T.tolist()
-        if result is not None:
-            own.told.update(distinct(told[-1]).tolist())
-        last = [] if result is None else [-1]
-        for row in rows:
-            own.signs.add(_equation(row, [*(s for _, s, _ in terms), *last], modulo=2))
-            own.stretches.add(_equation(row, [*(p for _, _, p in terms), *last]))
+        self._weighed[terms[0][0].number].append((result, terms))
 
     def solve(self, number: int) -> tuple[tuple[Exponents, ...], tuple[Exponents, ...]]:
         """The independent signs and positive scales of the units of a class."""
-        own = self._balances.get(number)
-        if own is None:
-            return (), ()
-        axes = self._free(number)
+        own = _Equations()
+        variables = _Variables(self, number, own)
+        for column, signs, scales in self._fixed[number]:
+            for (v,) in variables.rows([column]):
+                own.signs |= {((v, Fraction(1)),)} if signs else set()
+                own.stretches |= {((v, Fraction(1)),)} if scales else set()
+        for result, terms in self._weighed[number]:
+            columns = [*(c for c, _, _ in terms), *([] if result is None else [result])]
+            last = [] if result is None else [-1]
+            for row in variables.rows(columns):
+                own.signs.add(_equation(row, [*(s for _, s, _ in terms), *last], modulo=2))
+                own.stretches.add(_equation(row, [*(p for _, _, p in terms), *last]))
+                own.told.update(row[len(terms) :])
+        axes = self._free(number, own.seen)
         still = [((v, Fraction(1)),) for v in own.seen if v not in axes and v not in own.told]
-        signs = _solutions([*own.signs, *still], axes, modulo=2)
-        return signs, _solutions([*own.stretches, *still], axes)
+        signs_found = _solutions([*own.signs, *still], axes, modulo=2)
+        return signs_found, _solutions([*own.stretches, *still], axes)
 
-    def _free(self, number: int) -> dict[int, tuple[str, int, int]]:
+    def _free(self, number: int, seen: Collection[int]) -> dict[int, tuple[str, int, int]]:
         """The variables of the axes of a class, each with the axis and the slot of the first unit there. An axis that
-        no record speaks of is none: nothing is known of it."""
+        no record speaks of has none: nothing is known of it."""
         creation = {axis: c for c, axis in self._axes.items()}
         views = dict(self._symmetry.views[number])
         found: dict[int, tuple[str, int, int]] = {}
         for axis, layout in self._layout.items():
             for k, (shown, slots) in enumerate(layout.roles):
                 variable = creation[axis] * _SPAN + k
-                if shown in views and variable in self._balances[number].seen:
+                if shown in views and variable in seen:
                     found[variable] = (*axis, int(slots[0]))
         return found
 
-    def _variables(self, column: Column) -> Ids:
-        """The variable at every place of a column. All units at one place have the same."""
-        key = (column.number, id(column.raw))
-        if key not in self._known:
-            place, raw = column.raw
-            variables = self._of(column.number, raw)
-            own = self._balances[column.number]
-            own.seen.update(distinct(variables).tolist())
-            first = np.concatenate([[True], place[1:] != place[:-1]])
-            firsts = variables[first]
-            pairs = np.stack([variables, firsts[first.cumsum() - 1]])
-            for a, b in np.unique(pairs[:, pairs[0] != pairs[1]], axis=1).T.tolist():
-                for equations in (own.signs, own.stretches):
-                    equations.add(_equation((a, b), (1, -1), modulo=2 if equations is own.signs else 0))
-            self._known[key] = firsts, column.raw  # The array is kept, so that its id stays its own.
-        return self._known[key][0]
 
-    def _of(self, number: int, raw: Ids) -> Ids:
-        """The variables of units of the walk, as units of a class."""
-        creation = self._units.origin(raw)
+class _Variables:
+    """The variables of one class, which are numbers: that of a creation of units, with the role on an axis."""
+
+    def __init__(self, facts: ExponentFacts, number: int, equations: _Equations) -> None:
+        self._facts, self._equations = facts, equations
+        self._views = dict(facts._symmetry.views[number])
+        self._roles: dict[int, Ids] = {}
+        self._known: dict[int, Ids] = {}
+
+    def rows(self, columns: Sequence[Column]) -> list[list[int]]:
+        """The variables at the places of columns that have the same units at the same places, each combination once."""
+        told = [self._of(c) for c in columns]
+        if all(len(own) == 1 for own in told):
+            return [[int(own[0]) for own in told]]
+        rows: list[list[int]] = np.unique(np.stack(np.broadcast_arrays(*told)), axis=1).T.tolist()
+        return rows
+
+    def _of(self, column: Column) -> Ids:
+        """The variable at every place of a column, or the one of all. All units at one place have the same."""
+        if id(column.raw) not in self._known:  # The records keep the arrays, so their ids stay their own.
+            place, raw = column.raw
+            variables = self._at(raw)
+            self._equations.seen.update(distinct(variables).tolist())
+            if (variables == variables[0]).all():
+                self._known[id(column.raw)] = variables[:1]
+            else:
+                first = np.concatenate([[True], place[1:] != place[:-1]])
+                firsts = variables[first]
+                pairs = np.stack([variables, firsts[first.cumsum() - 1]])
+                for pair in np.unique(pairs[:, pairs[0] != pairs[1]], axis=1).T.tolist():
+                    self._equations.signs.add(_equation(pair, (1, -1), modulo=2))
+                    self._equations.stretches.add(_equation(pair, (1, -1)))
+                self._known[id(column.raw)] = firsts
+        return self._known[id(column.raw)]
+
+    def _at(self, raw: Ids) -> Ids:
+        """The variables of units of the walk."""
+        facts = self._facts
+        creation = facts._units.origin(raw)
         variables = creation * _SPAN
         for c in distinct(creation).tolist():
-            if c in self._axes:
+            if c in facts._axes:
                 own = creation == c
-                variables[own] += self._role(number, c)[raw[own] - self._starts[c]]
+                variables[own] += self._role(c)[raw[own] - facts._starts[c]]
         return variables
 
-    def _role(self, number: int, creation: int) -> Ids:
-        """For every slot of an axis, which of the roles of the axis shows the units of a class there."""
-        if (number, creation) not in self._roles:
-            layout, views = self._layout.get(self._axes[creation]), dict(self._symmetry.views[number])
-            end = self._starts[creation + 1] if creation + 1 < len(self._starts) else self._units.size
-            roles = np.full(int(end - self._starts[creation]), _SPAN - 1)
+    def _role(self, creation: int) -> Ids:
+        """For every slot of an axis, which of the roles of the axis shows the units of the class there."""
+        if creation not in self._roles:
+            facts = self._facts
+            layout = facts._layout.get(facts._axes[creation])
+            end = facts._starts[creation + 1] if creation + 1 < len(facts._starts) else facts._units.size
+            roles = np.full(int(end - facts._starts[creation]), _SPAN - 1)
             for k, (shown, slots) in enumerate(layout.roles if layout is not None else ()):
-                if shown in views:
-                    roles[slots[views[shown]]] = k
-            self._roles[number, creation] = roles
-        return self._roles[number, creation]
+                if shown in self._views:
+                    roles[slots[self._views[shown]]] = k
+            self._roles[creation] = roles
+        return self._roles[creation]
 
 
 def _equation(variables: Iterable[int], coefficients: Iterable[float], modulo: int = 0) -> Equation:

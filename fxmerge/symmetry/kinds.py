@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from fxmerge.symmetry import weighing
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.exponents import ExponentFacts
@@ -37,11 +38,32 @@ def find_kinds(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> 
         place: its place in that class.
     """
     symmetry = replace(symmetry, kinds=_planes(found, symmetry, number, place))
-    facts, sight = _Facts(symmetry, ExponentFacts(found, symmetry)), _Sight(symmetry, number, place)
+    facts, sight = _Facts(symmetry), _Sight(symmetry, number, place)
     for record, operands, how, reason in found.units.mixing if facts.open else ():
-        facts.reason = reason
-        record(facts, *map(sight.of, operands), **how)
-    return facts.kinds(found)
+        if record not in weighing.WORDS:
+            facts.reason = reason
+            record(facts, *map(sight.of, operands), **how)
+    kinds = facts.kinds(found)
+    return _with_exponents(
+        found, symmetry, kinds, {n for n in facts.may_mix if kinds[n].kind == Kind.PERMUTATION}, sight
+    )
+
+
+def _with_exponents(
+    found: Propagation, symmetry: Group, kinds: Sequence[UnitKind], single: Set[int], sight: _Sight
+) -> tuple[UnitKind, ...]:
+    """The kinds, with the signs and scales that each unit of some classes may have."""
+    facts = ExponentFacts(found, symmetry)
+    for record, operands, how, _ in found.units.mixing if single else ():
+        if record in weighing.WORDS:
+            seen = [sight.of(x) for x in operands]
+            if any(c.number in single for x in seen for c in x.columns):
+                record(facts, *seen, **how)
+    own = list(kinds)
+    for n in single:
+        signs, stretches = facts.solve(n)
+        own[n] = replace(own[n], signs=signs, stretches=stretches)
+    return tuple(own)
 
 
 def is_uniform(tensor: Tensor) -> bool:
@@ -117,8 +139,14 @@ class _Sight:
                 own[view] = np.arange(len(view))[:, None]
                 self.views[shown].append((owner, own))
         self._known: dict[tuple[object, ...], tuple[list[Column], tuple[int, ...]]] = {}
+        self._seen: dict[int, Seen] = {}
 
     def of(self, labels: Labels) -> Seen:
+        if id(labels) not in self._seen:  # The records keep the labels, so their ids stay their own.
+            self._seen[id(labels)] = self._look(labels)
+        return self._seen[id(labels)]
+
+    def _look(self, labels: Labels) -> Seen:
         columns: list[Column] = []
         depends = {d for c in labels.inert for d in support(c)}
         for column in labels.columns:
@@ -186,12 +214,10 @@ class _Facts:
         first: for every unit of a class, the first unit in its block.
         ties: pairs of units of the walk, and whether one is mixed by the transpose of the inverse.
         scaling, mixing: for every class, the parameters of one number that scale its units, and those that are mixed.
-        exponents: what is told of signs and scales.
         reason: the node whose facts are read.
     """
 
     symmetry: Group
-    exponents: ExponentFacts
     kind: list[Kind] = field(init=False)
     why: list[str] = field(init=False)
     first: list[Ids] = field(init=False)
@@ -268,12 +294,6 @@ class _Facts:
                 self.ties[a.number].append((units, firsts[-1][is_first.cumsum() - 1], False))
         self.ties[a.number].append((firsts[0], firsts[1], inverse))
 
-    def fix(self, column: Column, *, signs: bool = True, scales: bool = True) -> None:
-        self.exponents.fix(column, signs=signs, scales=scales)
-
-    def weigh(self, result: Column | None, terms: Sequence[tuple[Column, int, float]]) -> None:
-        self.exponents.weigh(result, terms)
-
     def kinds(self, found: Propagation) -> tuple[UnitKind, ...]:
         """The kinds, with the axes on which the inverse is applied.
 
@@ -297,14 +317,9 @@ class _Facts:
         return tuple(
             UnitKind(kind, why, inverse[n] or frozenset(), frozenset(self.scaling[n]), self.symmetry.kinds[n].planes)
             if kind > Kind.PERMUTATION
-            else self._single(n)
+            else UnitKind(kind, why)
             for n, (kind, why) in enumerate(zip(self.kind, self.why, strict=True))
         )
-
-    def _single(self, number: int) -> UnitKind:
-        """The kind of a class of units that are not mixed, with the signs and scales of each."""
-        signs, stretches = self.exponents.solve(number) if number in self.may_mix else ((), ())
-        return UnitKind(self.kind[number], self.why[number], signs=signs, stretches=stretches)
 
     def _inverse(self, number: int, found: Propagation, part: Ids) -> frozenset[tuple[str, int, int]] | None:
         """The axes of a class on which units are mixed by the transpose of the inverse of what other axes have, None if

@@ -71,13 +71,6 @@ class Facts(Protocol):
     def count(self, number: int, ids: Ids) -> None:
         """Units that show more often than others are not mixed with these."""
 
-    def fix(self, column: Column, *, signs: bool = True, scales: bool = True) -> None:
-        """Units change neither their signs nor their scales, or not one of these."""
-
-    def weigh(self, result: Column | None, terms: Sequence[tuple[Column, int, float]]) -> None:
-        """The exponent of a result is a sum of those of others, each times a coefficient for signs and one for scales;
-        None for zero. All columns have the same units at the same places."""
-
 
 Mix = Callable[..., None]
 """A function of `Facts`, of operands, and of what else it is recorded with."""

@@ -240,9 +240,10 @@ class _Walk(fx.Interpreter):
             return [Labels(shape) for shape in site.shape] if several else Labels(site.shape)
         value = self._try(n, lambda: self._apply_rule(site, n, args, kwargs))
         told = self._is_told(n, args, kwargs)
-        for tells, otherwise in ((rules.mixes, mixing.separate), (rules.weighs, weighing.still)):
-            if not (told and tells(n.target)):
-                site.mix(otherwise, *_labels_in((args, kwargs)))
+        if not (told and rules.mixes(n.target)):
+            site.mix(mixing.separate, *_labels_in((args, kwargs)))
+        if not (told and rules.weighs(n.target)):
+            site.weigh(weighing.still, *_labels_in((args, kwargs)))
         if value is not NotImplemented:
             moved = {v.parameter for v in _labels_in(value)}
             for v in _labels_in((args, kwargs)):

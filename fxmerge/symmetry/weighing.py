@@ -8,11 +8,26 @@ does not speak of keeps the exponent zero.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Protocol
 
-from fxmerge.symmetry.mixing import Facts, Seen, counterpart, met
+from fxmerge.symmetry.mixing import Column, Seen, counterpart, met
 
 Coefficients = Sequence[int | float | None]
 """For every operand what its exponent counts in that of the result; None if the operand must not change."""
+
+Terms = Sequence[tuple[Column, int, float]]
+"""Columns with a coefficient for signs and one for scales."""
+
+
+class Facts(Protocol):
+    """What receives the facts of one op."""
+
+    def fix(self, column: Column, *, signs: bool = True, scales: bool = True) -> None:
+        """Units change neither their signs nor their scales, or not one of these."""
+
+    def weigh(self, result: Column | None, terms: Terms) -> None:
+        """The exponent of a result is a sum of those of others, each times a coefficient for signs and one for scales;
+        None for zero. All columns have the same units at the same places."""
 
 
 def still(facts: Facts, *operands: Seen) -> None:
@@ -94,3 +109,7 @@ def contracted(facts: Facts, *factors: Seen, terms: Sequence[str], out: str) -> 
                 others = [(y, t) for j, (y, t) in enumerate(zip(factors, terms, strict=True)) if j != i]
                 pairs = [met(column, letters, y, t) for y, t in others]
                 facts.weigh(None, [(column, 1, 1), *((pair[1], 1, 1) for pair in pairs if pair is not None)])
+
+
+WORDS = frozenset({still, fixed, positive, odd, tied, product, contracted})
+"""The functions of this module that are recorded."""

@@ -171,7 +171,7 @@ def test_inspect_names_probed_ops(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_a_factory_may_return(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--input", "1x3"] if name == "module_only" else []
     assert cli.main(["inspect", f"tests.cli.test_inspect:{name}", *given]) == 0
-    assert capsys.readouterr().out.startswith("a: 5 units, 5! |")
+    assert capsys.readouterr().out.startswith("a: 5 units, 5!, R+^5 |")
 
 
 def test_inspect_of_a_library_on_the_meta_device(capsys: pytest.CaptureFixture[str]) -> None:

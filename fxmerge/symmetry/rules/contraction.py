@@ -31,8 +31,8 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
     if at.is_zero(operands):
         return Labels(tuple(size[letter] for letter in out), is_zero=True)
     labels = [at.labels(x) for x in operands]
-    for what in (mixing.contracted, weighing.contracted):
-        at.mix(what, *labels, terms=terms, out=out)
+    at.mix(mixing.contracted, *labels, terms=terms, out=out)
+    at.weigh(weighing.contracted, *labels, terms=terms, out=out)
     space = out + "".join(letter for letter in size if letter not in out)
     shape = tuple(size[letter] for letter in space)
     result, aligned = Labels(shape), [_align(at, x, term, space, shape) for x, term in zip(labels, terms, strict=True)]
@@ -121,8 +121,9 @@ def linear(at: Site, x: Operand, weight: Operand, bias: Operand | None = None) -
 def _plus(at: Site, y: Labels, bias: Operand | None) -> Labels:
     """A sum of products and what is added to it."""
     if bias is not None and not is_zero(bias):
-        for what in (mixing.summed, weighing.tied):
-            at.mix(what, y, bias.expand(y.shape))
+        shift = bias.expand(y.shape)
+        at.mix(mixing.summed, y, shift)
+        at.weigh(weighing.tied, y, shift)
     return at.join(y, bias)
 
 
@@ -294,8 +295,8 @@ def _convolve(
         x = windows.reshape((*lead, groups, channels // groups, *windows.shape[-2 * spatial :]))
         y = contract(at, [x, w], [n + "gi" + letters + taps, order + taps], n + "go" + letters).reshape(at.shape)
     else:
-        for what in (mixing.looked_up, weighing.fixed):
-            at.mix(what, x, dims=range(x.ndim - spatial, x.ndim))
+        at.mix(mixing.looked_up, x, dims=range(x.ndim - spatial, x.ndim))
+        at.weigh(weighing.fixed, x, dims=range(x.ndim - spatial, x.ndim))
         # Every place of the output sees a window of its own, so of space it is only known that places differ: or, where
         # units lie along it, that places, kernel and output may be reversed together.
         ends = [end if alike else None for end, alike in zip(two_ends(at, x, spatial), even, strict=True)]

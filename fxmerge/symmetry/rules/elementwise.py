@@ -34,7 +34,8 @@ def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     if at.target._schema.name in _PRODUCTS and at.is_zero(args):
         return Labels(at.shape, is_zero=True)
     rounds = kwargs.get("rounding_mode") is not None
-    _mix(at, args, rounds=rounds)
+    terms = [x.expand(at.shape) if isinstance(x, Labels | Tensor) else x for x in args[:2] if not is_zero(x)]
+    _mix(at, terms, rounds=rounds)
     given = args
     # What scales all units alike comes last: units are called by the names that they have in the other operand.
     args = tuple(sorted(args, key=lambda a: isinstance(a, Labels) and a.uniform is not None))
@@ -42,7 +43,7 @@ def pointwise(at: Site, *args: Any, **kwargs: Any) -> Labels:
     result = operands[0].expand(at.shape)
     for operand in operands[1:]:
         result = at.join(result, operand)
-    return replace(_weighed(at, result, given, kwargs, rounds=rounds), uniform=_uniform(args))
+    return replace(_weighed(at, result, terms, given, kwargs, rounds=rounds), uniform=_uniform(args))
 
 
 def _uniform(args: Sequence[Any]) -> frozenset[str] | None:
@@ -59,11 +60,10 @@ _SIGNS = ("aten::neg", "aten::negative")
 _QUOTIENTS = ("aten::div", "aten::divide", "aten::true_divide")
 
 
-def _mix(at: Site, args: Sequence[Any], *, rounds: bool) -> None:
+def _mix(at: Site, operands: Sequence[Any], *, rounds: bool) -> None:
     """Records which units may be mixed: those of sums, of products with what is the same for all, and of products that
     are summed."""
     name, dims = at.target._schema.name, summed_over(at.node)
-    operands = [x.expand(at.shape) if isinstance(x, Labels | Tensor) else x for x in args[:2] if not is_zero(x)]
     if dims is not None and is_square(at.node):
         at.mix(mixing.measured, operands[0], dims=dims, kind=Kind.ORTHOGONAL)
     elif dims is not None and len(operands) == 2:
@@ -96,27 +96,32 @@ _POWERS = {"aten::abs": 1, "aten::absolute": 1, "aten::sqrt": 0.5, "aten::rsqrt"
 _INVERSES = ("aten::reciprocal",)
 
 
-def _weighed(at: Site, result: Labels, args: Sequence[Any], kwargs: dict[str, Any], *, rounds: bool) -> Labels:
-    """Records how the result changes with the signs and positive scales of the operands."""
+def _weighed(
+    at: Site, result: Labels, terms: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any], *, rounds: bool
+) -> Labels:
+    """Records how the result changes with the signs and positive scales of the operands.
+
+    Arguments:
+        terms: the first two operands, but for zeros, in the shape of the result.
+    """
     name = at.target._schema.name
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Labels | Tensor)]
-    operands = [at.labels(a).expand(at.shape) for a in tensors]
+    operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Labels | Tensor)]
     if name in _SUMS and len(args) > 1:
-        terms = [x.expand(at.shape) if isinstance(x, Labels | Tensor) else x for x in args[:2] if not is_zero(x)]
-        at.mix(weighing.tied, *terms)
+        at.weigh(weighing.tied, *terms)
         return result
     if name == "aten::where" and len(args) == 3:
         values = [x.expand(at.shape) if isinstance(x, Labels | Tensor) else x for x in args[1:] if not is_zero(x)]
-        at.mix(weighing.tied, *values)
-        one = at.labels(values[0] if values else 0.0)
-        return at.product(result, operands[0], one, signs=(None, 1), scales=(None, 1))
+        at.weigh(weighing.tied, *values)
+        powers = (None, 1)[: 1 + len(values)]
+        return at.product(result, args[0].expand(at.shape), *values[:1], signs=powers, scales=powers)
     exponents = _exponents(name, args, kwargs, rounds=rounds)
     if exponents is None:
-        at.mix(weighing.still, *operands)
+        at.weigh(weighing.still, *operands)
         return result
     signs, scales = exponents
     rest: list[None] = [None] * (len(operands) - len(signs))
-    return at.product(result, *operands, signs=[*signs, *rest], scales=[*scales, *rest])
+    spread = (x.expand(at.shape) for x in operands)
+    return at.product(result, *spread, signs=[*signs, *rest], scales=[*scales, *rest])
 
 
 def _exponents(

@@ -46,11 +46,12 @@ def _index(at: Site, x: Labels | Tensor, indices: Sequence[Labels | Tensor | Non
     if not any(isinstance(i, Labels) for i in indices):
         fixed = [i.to("cpu") if isinstance(i, Tensor) else None for i in indices]
         if sum(i is not None for i in fixed) > 1:  # Units along two dimensions may meet.
-            at.mix(weighing.still, x)
+            at.weigh(weighing.still, x)
         return _chosen(at, x, lambda c: torch.ops.aten.index(c, fixed))
     labels = at.labels(x)
-    for what in (mixing.looked_up, weighing.fixed):
-        at.mix(what, labels, dims=[d + first for d, i in enumerate(indices) if i is not None])
+    dims = [d + first for d, i in enumerate(indices) if i is not None]
+    at.mix(mixing.looked_up, labels, dims=dims)
+    at.weigh(weighing.fixed, labels, dims=dims)
     chosen = {d: i for d, i in enumerate(_without_masks(indices)) if i is not None}
     found = torch.broadcast_shapes(*(i.shape for i in chosen.values()))
     if len(chosen) == 1:

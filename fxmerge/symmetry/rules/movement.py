@@ -111,8 +111,9 @@ def assemble(
     one unit, or equal constants, may come in through two of them; parts that are the same tensor are alike.
     """
 
-    for what in (mixing.assembled, weighing.tied):
-        at.mix(what, *(p for p in parts if not is_zero(p)), dims=dims)
+    filled = [p for p in parts if not is_zero(p)]
+    at.mix(mixing.assembled, *filled, dims=dims)
+    at.weigh(weighing.tied, *filled, dims=dims)
 
     def kind(column: Tensor) -> tuple[int, ...]:
         return tuple(d for d in support(column) if d not in dims)

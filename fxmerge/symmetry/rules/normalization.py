@@ -36,7 +36,7 @@ def _affine(
             x = at.product(x, before, whole, signs=(1, power), scales=(1, power))
         elif not is_zero(along):
             at.mix(mixing.summed, before, whole)
-            at.mix(weighing.tied, before, whole)
+            at.weigh(weighing.tied, before, whole)
     return x
 
 
@@ -51,8 +51,8 @@ def layer_norm(
 ) -> Labels:
     kind = Kind.ORTHOGONAL if "rms" in at.target._schema.name else Kind.CENTRED
     over = range(x.ndim - len(shape), x.ndim)
-    at.mix(weighing.fixed, x, dims=range(x.ndim if kind == Kind.CENTRED else x.ndim - len(shape)))
-    at.mix(weighing.odd, x)
+    at.weigh(weighing.fixed, x, dims=range(x.ndim if kind == Kind.CENTRED else x.ndim - len(shape)))
+    at.weigh(weighing.odd, x)
     at.mix(mixing.measured, x, dims=over, kind=kind)
     y = normalize(at, x, range(-len(shape), 0))
     return _affine(at, y, weight, bias if isinstance(bias, (Labels, Tensor)) else None, x.ndim - 1)
@@ -72,7 +72,7 @@ def group_norm(
     batch, channels, *space = x.shape
     grouped = x.reshape((batch, groups, channels // groups, *space))
     at.mix(mixing.measured, grouped, dims=range(2, grouped.ndim), kind=Kind.CENTRED)
-    at.mix(weighing.still, grouped)
+    at.weigh(weighing.still, grouped)
     y = normalize(at, grouped, range(2, grouped.ndim)).reshape(x.shape)
     return _affine(at, y, weight, bias)
 
@@ -106,7 +106,7 @@ def instance_norm(
 def batch_norm(at: Site, x: Labels, weight: Any, bias: Any, mean: Any, var: Any, training: Any, *args: Any) -> Any:
     if training is True:
         at.mix(mixing.separate, x)
-        at.mix(weighing.still, x)
+        at.weigh(weighing.still, x)
     if training is True and isinstance(at.shape, list):
         return batch_norm_of_batch(at, x, weight, bias)
     y = normalize(at, x, [0, *range(2, x.ndim)]) if training is True else _affine(at, x, var, mean, still=True)

@@ -82,8 +82,8 @@ def _over_space(
     Arguments:
         ends: as of `two_ends`, where the output is reversed if the input is.
     """
-    for what in (mixing.looked_up, weighing.fixed):
-        at.mix(what, x, dims=range(x.ndim - spatial, x.ndim))
+    at.mix(mixing.looked_up, x, dims=range(x.ndim - spatial, x.ndim))
+    at.weigh(weighing.fixed, x, dims=range(x.ndim - spatial, x.ndim))
     ends = [None] * spatial if ends is None else ends
     space = range(len(shape) - spatial, len(shape))
     over = range(x.ndim - spatial, x.ndim)
@@ -96,8 +96,8 @@ def _pooled(at: Site, x: Labels, kernel: Any, stride: Any, shape: tuple[int, ...
     if not lies_in_space(x, spatial):
         return _over_space(at, x, shape, spatial)
     size, steps = ([int(k) for k in np.broadcast_to(v, spatial)] for v in (kernel, stride))
-    for what in (mixing.looked_up, weighing.fixed):
-        at.mix(what, x, dims=range(x.ndim - spatial, x.ndim))
+    at.mix(mixing.looked_up, x, dims=range(x.ndim - spatial, x.ndim))
+    at.weigh(weighing.fixed, x, dims=range(x.ndim - spatial, x.ndim))
     seen = apart(at, x, size, stride, shape[-spatial:])
     if seen is not None:
         return reduce(at.units, seen, range(-spatial, 0), at.name)
@@ -109,7 +109,7 @@ def _pooled(at: Site, x: Labels, kernel: Any, stride: Any, shape: tuple[int, ...
 def _of_maxima(at: Site, x: Labels) -> None:
     """A maximum is the same one as long as all numbers have positive scales; the second output tells where it is."""
     if "max" in at.target._schema.name:
-        at.mix(weighing.still if 1 in at.used else weighing.positive, x)
+        at.weigh(weighing.still if 1 in at.used else weighing.positive, x)
 
 
 def _pool(spatial: int) -> Any:
@@ -163,7 +163,7 @@ def _adaptive(spatial: int) -> Any:
     def apply(at: Site, x: Labels, size: Any, *args: Any) -> Any:
         several = isinstance(at.shape, list)
         shape = at.shape[0] if several else at.shape
-        at.mix(weighing.fixed, x, dims=range(x.ndim - spatial, x.ndim))
+        at.weigh(weighing.fixed, x, dims=range(x.ndim - spatial, x.ndim))
         _of_maxima(at, x)
         if 1 in at.used:  # The second output is an index into space.
             x = pin(at.units, x, f"{at.name}: index into space", range(-spatial, 0))

@@ -31,7 +31,7 @@ def dropout(at: Site, x: Labels, rate: float, train: bool | None) -> Any:
     """In training, every place is dropped or kept by itself."""
     if train and rate:
         at.mix(mixing.separate, x)
-        at.mix(weighing.still, x)
+        at.weigh(weighing.still, x)
     shapes = at.shape if isinstance(at.shape, list) else [at.shape]
     y = at.join(x, inert(x.shape)) if train and rate else x
     return [y, inert(shapes[1])] if isinstance(at.shape, list) else y

@@ -32,9 +32,9 @@ def reduce_to(at: Site, x: Labels, dims: Dims, shape: tuple[int, ...]) -> Labels
         at.mix(mixing.measured, x, dims=gone, kind=Kind.CENTRED if name in _DEVIATIONS else Kind.ORTHOGONAL)
     elif at.node is None or summed_over(at.node.args[0]) is None:
         at.mix(mixing.averaged, x, dims=gone)
-    at.mix(weighing.fixed, x, dims=gone)
+    at.weigh(weighing.fixed, x, dims=gone)
     if name in ("aten::amax", "aten::amin"):
-        at.mix(weighing.positive, x)
+        at.weigh(weighing.positive, x)
     sum_over(at.units, x, set(gone))
     result = reduce(at.units, x, gone, at.name, keepdim=True)
     at.mix(mixing.passed, x, result)

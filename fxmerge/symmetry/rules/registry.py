@@ -61,6 +61,12 @@ class Site:
             what, [x if isinstance(x, Labels) else Labels((), uniform=frozenset()) for x in labels], how, self.name
         )
 
+    def weigh(self, what: Mix, *operands: Labels | Tensor | float, **how: Any) -> None:
+        """Records what the op says of signs and positive scales: see `fxmerge.symmetry.weighing`."""
+        if any(isinstance(x, Labels) and x.columns for x in operands):
+            labels = [x if isinstance(x, Labels) else Labels(getattr(x, "shape", ())) for x in operands]
+            self.units.record(what, labels, how, self.name)
+
     def product(
         self, result: Labels, *factors: Labels | Tensor | float, signs: Coefficients, scales: Coefficients
     ) -> Labels:
@@ -76,13 +82,18 @@ class Site:
 
         def named(column: Tensor) -> Tensor:
             dims = set(support(column))
-            count = sum(any(dims.issuperset(support(c)) for c in x.columns) for x in labels)
+            own = (any(dims.issuperset(support(c)) and self._on_axis(c) for c in x.columns) for x in labels)
             # A parameter keeps its names, so that it is known which of its entries are used.
-            return column if (alone and count < 2) or result.parameter is not None else self._renamed(column)
+            return column if (alone and sum(own) < 2) or result.parameter is not None else self._renamed(column)
 
         after = replace(result, columns=tuple(map(named, result.columns)))
-        self.mix(weighing.product, after, *labels, signs=signs, scales=scales)
+        self.weigh(weighing.product, after, *labels, signs=signs, scales=scales)
         return after
+
+    def _on_axis(self, column: Tensor) -> bool:
+        """Whether the units of a column are those of an axis, not blocks: what has no axis has no exponent."""
+        first = core(column, support(column)).reshape(-1)[:1].numpy()
+        return str(self.units.origins[int(self.units.origin(first)[0])][0]) == "axis"
 
     def _renamed(self, column: Tensor) -> Tensor:
         dims = support(column)
