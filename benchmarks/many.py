@@ -123,10 +123,11 @@ def compare(network: str, parents: Networks, chosen: Sequence[str]) -> Row:
     }
     batches = problem.calibration()
     for name, method in ((name, METHODS[name]) for name in chosen):
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         merged = recalibrated(method(parents, batches), batches)
+        seconds = f"{time.perf_counter() - began:.0f} s, {time.process_time() - worked:.0f} s of CPU time"
         row[name] = judged(problem, [merged])
-        print(f"{network}, {name}: {row[name]}, {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{network}, {name}: {row[name]}, {seconds}", flush=True)
     return row
 
 

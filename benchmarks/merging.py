@@ -1,5 +1,10 @@
 """Whole merges: seconds by stage and peak memory, each in a process of its own, of networks with random weights.
 
+CPU seconds are shown beside, for machines on which other programs run; and in how many products of two matrices of
+4,096 by 4,096 numbers, timed in the same process, they are, for machines of another speed. Where two networks are
+aligned, a second table has the CPU seconds of its stages beside what they cannot do without, timed in the same process:
+matrix products, assignments and passes, each of them once.
+
     python benchmarks/merging.py [--short] [--cases NAME ...] [--threads 2]
 
 All but the first case need `pip install -e '.[zoo]'`; those whose package is not installed are left out.
@@ -8,15 +13,17 @@ All but the first case need `pip install -e '.[zoo]'`; those whose package is no
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 from invariance import machine, table
+from models import floors
 from models.processes import Note, Row, run_all
 from tasks_suite.networks import ResNet20
 from torch import Tensor, nn
@@ -83,12 +90,40 @@ def work(task: Row, note: Note) -> None:
         networks.append(case.build().eval())
     batches: list[Tensor] = list(torch.randn(case.inputs or 1, *case.shape).split(case.batch))
     note("merge", machine=machine(), parameters=sum(p.numel() for p in networks[0].parameters()))
-    began = time.perf_counter()
+    clock, logger = floors.StageClock(), logging.getLogger("fxmerge")
+    logger.addHandler(clock)
+    logger.setLevel(logging.INFO)
+    began, worked = time.perf_counter(), time.process_time()
     loader = batches if case.inputs else None
     merged = fxmerge.merge(
         networks[0], networks[1], loader, case.recipe, example=batches[0][:2], run=Run(progress=False)
     )
-    note("done", seconds=time.perf_counter() - began, stages=dict(fxmerge.report(merged).seconds))
+    spent = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - worked}
+    unit = floors.product(256 if task["short"] else floors.PRODUCT)
+    note("floors", **spent, unit=unit, stages=dict(fxmerge.report(merged).seconds), cpu_stages=clock.seconds)
+    if isinstance(case.recipe.match, Align):
+        example = batches[0][:2]
+        symmetry = fxmerge.find_symmetry(networks[0], (example,))
+        states = [network.state_dict() for network in networks]
+        least = {
+            "verification": floors.passes(networks[0], example),
+            "matching": floors.matching(replace(symmetry, kinds=()), *states),
+        }
+        note("floors", floors=least)
+    note("done")
+
+
+def beside_floors(row: Row) -> dict[str, str]:
+    """A line of the table of CPU seconds beside what stages cannot do without."""
+    line = {"merge": row["name"]}
+    for stage, least in row["floors"].items():
+        spent = row["cpu_stages"][stage]
+        line |= {
+            f"{stage} s": f"{spent:.2f}",
+            f"{stage}, at least": f"{least:.2f}",
+            f"{stage} ratio": f"{spent / least:.1f}",
+        }
+    return line
 
 
 def main() -> int:
@@ -104,7 +139,13 @@ def main() -> int:
     print(next((row["machine"] for row in rows if "machine" in row), ""), "\n")
     stages = list(dict.fromkeys(stage for row in rows for stage in row.get("stages", ())))
     lines = [
-        {"merge": row["name"], "parameters": f"{row['parameters']:,}", "seconds": f"{row['seconds']:.1f}"}
+        {
+            "merge": row["name"],
+            "parameters": f"{row['parameters']:,}",
+            "seconds": f"{row['seconds']:.1f}",
+            "CPU seconds": f"{row['cpu']:.1f}",
+            "in products": f"{row['cpu'] / row['unit']:.1f}",
+        }
         | {stage: f"{row['stages'][stage]:.1f}" if stage in row["stages"] else "-" for stage in stages}
         | {"peak GiB": f"{row['peak_mib'] / 1024:.1f}"}
         if "seconds" in row
@@ -112,6 +153,9 @@ def main() -> int:
         for row in rows
     ]
     print(table(lines))
+    aligned = [beside_floors(row) for row in rows if "floors" in row]
+    if aligned:
+        print("\n" + table(aligned))
     return int(any("seconds" not in row for row in rows))
 
 

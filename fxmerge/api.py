@@ -17,6 +17,7 @@ from fxmerge.job import prepare
 from fxmerge.manifest import with_stages
 from fxmerge.merging import one_network
 from fxmerge.pipeline import emit, match, renumbered, sampled
+from fxmerge.processes import in_step
 from fxmerge.program.run import Inputs
 from fxmerge.progress import peak_memory
 from fxmerge.recipe import AUTO, Align, Budget, Recipe, Run, Zip
@@ -101,6 +102,7 @@ def merge(
     )
 
 
+@in_step
 def merge_many(
     models: Sequence[Model],
     loader: Iterable[Any] | None = None,
@@ -142,6 +144,7 @@ def merge_many(
     return one_network(models, loader, recipe, **how)
 
 
+@in_step
 def fold(
     model: Model,
     loader: Iterable[Any] | None = None,
@@ -214,6 +217,7 @@ def fold(
     return one_network((model,), loader, recipe, **how)
 
 
+@in_step
 def align(
     model: Model,
     to: Model,

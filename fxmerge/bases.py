@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -17,7 +18,7 @@ from fxmerge.keeping import changed
 from fxmerge.matching.balance import gauge
 from fxmerge.matching.consensus import match_all
 from fxmerge.matching.models import Correlations, alpha_by_class
-from fxmerge.matching.search import floats
+from fxmerge.matching.problem import floats
 from fxmerge.matching.universe import canonical_order
 from fxmerge.prepared import Prepared
 from fxmerge.program.canonicalize import plan_folds
@@ -122,13 +123,15 @@ def _usable(group: Prepared, part: Align | Zip) -> Symmetry:
 
 def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Prepared:
     """Models of which all classes that a change of basis may mix are in one basis, with the blocks that these lie in.
-    Units that may have signs or scales are in their places, and have those of the reference.
+    Units that may have signs or scales have those of the units of the reference that they match, and are in the places
+    of these.
 
-    The reference stays as it is. The classes of which units are only permuted
-    are matched along with these, but stay as they were.
+    The reference stays as it is. The classes of which units are only permuted are matched along with these, but stay as
+    they were.
     """
     job, symmetry, trunk = group.job, group.symmetry, group.trunk
     numbers, single = mixing(symmetry), _single(symmetry)
+    based = moving_together(symmetry, numbers)
     placed = moving_together(symmetry, numbers | single.keys())
     gauges = [gauge(symmetry, state) for state in job.states]
     balanced = [dict(floats(symmetry, s)) for s in job.states]
@@ -157,15 +160,17 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
         return states, [[[ids.tolist() for ids in own] for own in images], objectives]
 
     with job.timed("matching bases"):
-        moved, (images, objectives) = job.stages.remember("bases", rebased, changed(job.states))
-    smaller, names = freeze(symmetry, placed, lambda _: IN_ONE_BASIS)
+        once = partial(job.processes.once, "bases", rebased)
+        moved, (images, objectives) = job.stages.remember("bases", once, changed(job.states))
+    smaller, names = freeze(symmetry, based, lambda _: IN_ONE_BASIS)
     return replace(
         group,
         job=replace(job, states=tuple(map(dict, moved))),
         symmetry=smaller,
         unfrozen=symmetry,
         still=group.still | {*names},
-        bases={symmetry.names[n]: single.get(n, str(symmetry.kind(n))) for n in sorted(numbers | single.keys())},
+        bases={symmetry.names[n]: str(symmetry.kind(n)) for n in sorted(numbers)},
+        scaled={symmetry.names[n]: word for n, word in single.items()},
         placed=tuple({symmetry.names[n]: np.array(own[n], np.int64) for n in placed - numbers} for own in images),
         objectives=tuple(map(tuple, objectives)),
     )

@@ -55,6 +55,10 @@ class OptionError(FxmergeError, ValueError):
     field: str | None = None
 
 
+class ProcessError(FxmergeError, RuntimeError):
+    """Another process of the same run has failed, has ended, or does something else than this one."""
+
+
 class PermutationError(FxmergeError, ValueError):
     """A permutation and the state dict or symmetry it is used with do not belong together."""
 

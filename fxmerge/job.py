@@ -19,19 +19,20 @@ from fxmerge import validate
 from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.combine.derived import Derived, not_averaged
 from fxmerge.combine.masks import masks_of
-from fxmerge.emit.fork import Head, fork, in_common, names_in, owner_of
-from fxmerge.emit.trunk import within
+from fxmerge.emit.fork import Head, owner_of
 from fxmerge.errors import ArchitectureMismatchError, CaptureError, LoaderError, OptionError
+from fxmerge.joined import Joined, join_models
 from fxmerge.keeping import verified
 from fxmerge.notices import warn_of_small_trunk
-from fxmerge.program.capture import Args, capture_ops, capture_program, check_example
+from fxmerge.processes import ALONE, Processes
+from fxmerge.program.capture import Args, capture_program, check_example
 from fxmerge.program.captured import Program
 from fxmerge.program.models import accepted, apart, copied, evaluating, tensors
 from fxmerge.program.path import SamePath
 from fxmerge.program.run import Apart, Data, Inputs, Shapes, batch_inputs, check_shape
 from fxmerge.program.training_inputs import left_out, training_only
 from fxmerge.progress import timed
-from fxmerge.recipe import AUTO, NOTHING, Budget, Recipe, Run
+from fxmerge.recipe import AUTO, NOTHING, Recipe, Run
 from fxmerge.shared import equal_names
 from fxmerge.stages import NO_STAGES, Stages
 from fxmerge.symmetry.group import Symmetry, analyse
@@ -52,7 +53,8 @@ class Job:
     `states` are the parameters and buffers of the models. Where the models have heads of their own, the program is of
     all of them, `heads` tells what is whose, and a state also holds the heads of the other models, as they are. The
     `trunks` are the nodes with which a trunk within the recipe's budget may end, the shortest trunk first; `varying`
-    are the dimensions of inputs that data have in several sizes; `stages` keeps results of stages.
+    are the dimensions of inputs that data have in several sizes; `stages` keeps results of stages; `processes` share
+    the work.
     """
 
     model: Model
@@ -68,6 +70,7 @@ class Job:
     trunks: tuple[str, ...] = ()
     varying: frozenset[tuple[int, int]] = frozenset()
     stages: Stages = NO_STAGES
+    processes: Processes = ALONE
 
     @cached_property
     def owner(self) -> dict[str, int]:
@@ -148,7 +151,8 @@ class Job:
         if verify:
             with self.timed("verification"):
                 prove = partial(symmetry.verify, self.model, *self.example)
-                symmetry = self.stages.remember("verification", prove, verified(symmetry))
+                prove_once = partial(self.processes.once, "verification", prove)
+                symmetry = self.stages.remember("verification", prove_once, verified(symmetry))
         return found, symmetry
 
 
@@ -219,10 +223,10 @@ def prepare(
                 same = (new is old for new, old in zip(wide, originals, strict=True))
                 modules = tuple(m if kept else new for m, new, kept in zip(modules, wide, same, strict=True))
                 states = tuple(tensors(module) for module in wide)
-        join = partial(_join, models, states, names, call, varying, recipe or Recipe(), based=base is not None)
+        join = partial(join_models, models, states, names, call, varying, recipe or Recipe(), based=base is not None)
         path: SamePath | None = None
         with timed(logger, seconds, "capture"):
-            joined = _Joined(models[0], states) if recipe is None else join(None)
+            joined = Joined(models[0], states) if recipe is None else join(None)
             program = capture_program(joined.model, *call, varying=varying)
         if not joined.heads:
             path = _same_path(program, modules, joined.states, names, call)
@@ -263,6 +267,7 @@ def prepare(
         heads,
         joined.trunks,
         frozenset(varying),
+        processes=run.processes if isinstance(run.processes, Processes) else ALONE,
     )
 
 
@@ -278,77 +283,6 @@ def _same_path(
     if path is not None:
         path.check_example()
     return path
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """The model to capture, the states of all models as it names them, the heads of their own, which are none where all
-    is to be merged, and where a trunk within a budget may end."""
-
-    model: Model
-    states: tuple[dict[str, Tensor], ...]
-    heads: tuple[Head, ...] = ()
-    trunks: tuple[str, ...] = ()
-
-
-def _join(
-    models: Sequence[Model],
-    states: tuple[dict[str, Tensor], ...],
-    names: Sequence[str],
-    call: tuple[Args, dict[str, Any]],
-    varying: set[tuple[int, int]],
-    recipe: Recipe,
-    mismatch: ArchitectureMismatchError | None,
-    *,
-    based: bool,
-) -> _Joined:
-    """Several models as one, as a recipe says.
-
-    Arguments:
-        mismatch: what is known of why the models are not equal all through.
-
-    Raises:
-        ArchitectureMismatchError: if the models differ and have no layer in common, or not what they are to share.
-        OptionError: if models are to have heads of their own, and something else is asked for that needs equal ones.
-    """
-    if recipe.names is not None and len(recipe.names) != len(models):
-        raise OptionError(f"Recipe.names has {len(recipe.names)} names for {len(models)} models; give one for each.")
-    if recipe.share == AUTO and mismatch is None:
-        try:
-            validate.check_same_tensors(states, names)
-            return _Joined(models[0], states)
-        except ArchitectureMismatchError as error:
-            mismatch = error
-    if based:
-        raise mismatch or OptionError("With a base, networks have no heads of their own: leave share at 'auto'.")
-    try:
-        modules = [capture_ops(model, *call, varying=varying) for model in models]
-        budget, ends, by_name = recipe.share, list[fx.Node](), recipe.match is None
-        if isinstance(budget, Budget):
-            ends = within(modules, in_common(modules, by_name=by_name)[1], budget, call)
-        share = ends[0] if isinstance(budget, Budget) else budget
-        found = fork(modules, share, recipe.names, names, as_dict=recipe.outputs == "dict", by_name=by_name)
-    except (ArchitectureMismatchError, CaptureError) as error:
-        if mismatch is None:
-            raise
-        differ = str(mismatch).removesuffix(f"; {validate.SAME}").rstrip(".")
-        raise ArchitectureMismatchError(
-            f"{differ}. What they have in common cannot be merged either: {error}"
-        ) from error
-    if found is None:
-        renamed = names_in(modules)
-        if renamed is None or renamed == [renamed[0]] * len(models):
-            raise mismatch or ArchitectureMismatchError(f"{names[0]} and {names[1]} differ in what they save.")
-        own = [{name: state[there] for name, there in to.items()} for to, state in zip(renamed, states, strict=True)]
-        states = tuple({name: one[name] for name in states[0]} for one in own)
-        validate.check_same_tensors(states, names)
-        return _Joined(models[0], states)
-    if recipe.targets == "standardized":
-        raise OptionError(
-            "Recipe.targets is 'standardized', for outputs that are compared with each other; these networks have "
-            "heads of their own. Pass targets='mean'."
-        )
-    return _Joined(found.module, found.states(states), found.heads, tuple(n.name for n in ends))
 
 
 def _without(inputs: Inputs, model: nn.Module, names: Collection[str]) -> Inputs:
@@ -393,7 +327,9 @@ def _example_of(model: Model) -> tuple[Args, dict[str, Any]]:
     if isinstance(model, fx.GraphModule):
         values = [n.meta.get("val") for n in model.graph.nodes if n.op == "placeholder"]
         if values and all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
-            return tuple(torch.randn([int(s) for s in v.shape], dtype=v.dtype) for v in values if v is not None), {}
+            drawn = torch.Generator().manual_seed(0)  # All processes draw the same.
+            sizes = [([int(s) for s in v.shape], v.dtype) for v in values if v is not None]
+            return tuple(torch.randn(shape, dtype=dtype, generator=drawn) for shape, dtype in sizes), {}
     raise OptionError(
         "Without a loader, an example is needed to capture the model: pass example=batch, such as example=x."
     )

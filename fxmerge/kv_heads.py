@@ -26,8 +26,8 @@ from fxmerge.matching.head_bases import agreeing
 from fxmerge.matching.head_groups import counterparts, neighbours, placed, translated, units_of
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.models import alpha_by_class
+from fxmerge.matching.problem import floats
 from fxmerge.matching.room import Room, fits
-from fxmerge.matching.search import floats
 from fxmerge.matching.zip_search import ZipProblem
 from fxmerge.prepared import Prepared
 from fxmerge.program.capture import capture_program

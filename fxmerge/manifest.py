@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,17 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxmerge.errors import OptionError
 from fxmerge.job import Job
+from fxmerge.processes import Processes
 from fxmerge.program.captured import Program
 from fxmerge.recipe import Recipe, Run
-from fxmerge.stages import Stages, digest
+from fxmerge.stages import Stages, differences, digest
 from fxmerge.symmetry.group import Symmetry
 
 PACKAGES = ("torch", "numpy", "scipy")
 
+OF_PROCESSES = ("the device", "the processor", "the graphics card", "the number of threads")
+"""In what the processes of a run may differ."""
+
 
 def with_stages(job: Job, verb: str, recipe: Recipe, run: Run, symmetry: Symmetry | None = None) -> Job:
-    """The job with the folder of stages that a run names, if it names one.
+    """The job with the folder of stages that a run names, if it names one. Several processes must be given the same.
 
     Arguments:
         verb: what the job is done for.
@@ -32,12 +37,25 @@ def with_stages(job: Job, verb: str, recipe: Recipe, run: Run, symmetry: Symmetr
         symmetry: the one that is given in place of an inferred one.
 
     Raises:
-        OptionError: if the folder is of a run that was given something else.
+        OptionError: if the folder is of a run that was given something else, or a process was.
         OutputError: if the folder cannot be written.
     """
+    if job.processes.size > 1:
+        _check_same(job.processes, manifest(job, verb, recipe, run, symmetry))
     if run.resume is None:
         return job
     return replace(job, stages=Stages(Path(run.resume), manifest(job, verb, recipe, run, symmetry)))
+
+
+def _check_same(processes: Processes, given: Mapping[str, str]) -> None:
+    """All processes must be given the same."""
+    first, *others = processes.gather("arguments", {n: own for n, own in given.items() if n not in OF_PROCESSES})
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise OptionError(
+                f"Process {rank} was given something else than process 0: they differ in {differences(first, other)}. "
+                "Give all processes the same models, options and batches; where data are shuffled, with the same seed."
+            )
 
 
 def manifest(job: Job, verb: str, recipe: Recipe, run: Run, symmetry: Symmetry | None) -> dict[str, str]:

@@ -95,7 +95,7 @@ def match(
         return replace(found, correlations=_correlated(group, found, correlations))
 
     with job.timed("matching"):
-        found = job.stages.remember("matching", matched, MATCHING)
+        found = job.stages.remember("matching", partial(job.processes.once, "matching", matched), MATCHING)
     layout = group.symmetry.layout
     return replace(
         found, alignment=replace(found.alignment, layout=layout), merged=replace(found.merged, layout=layout)
@@ -238,6 +238,7 @@ def fit(
             seed=run.seed,
             progress=run.progress,
             stages=job.stages,
+            processes=job.processes,
         )
         state = _rederived(job, refitted.state, states, [weights[i] for i in order])
     errors = {None if j is None else order[j]: error for j, error in refitted.errors.items()}
@@ -297,7 +298,14 @@ def calibrated(
         lessons = (Lesson(call, (), 1.0, owner) for owner, call in job.data.owned("BatchNorm statistics"))
         same = _agreed(group, units, states)
         estimate = partial(
-            with_statistics, program, state, lessons, agreed=same, owner=job.owner, max_memory=run.memory
+            with_statistics,
+            program,
+            state,
+            lessons,
+            agreed=same,
+            owner=job.owner,
+            max_memory=run.memory,
+            processes=job.processes,
         )
         (found,), _ = job.stages.remember("calibration", lambda: ([estimate()], None), changed([state]))
         return found

@@ -43,6 +43,7 @@ class Prepared:
         still: the names of these classes.
         flow: what every parameter axis does with its units.
         bases: the kinds of the classes of which all models are in one basis already, by name.
+        scaled: likewise of other classes whether their units have the signs or the scales of one model already.
         placed: for every model, where units of some classes, by name, were put before they are matched.
         objectives: of the search for these bases, for every model but one, at the start and after every step.
         unfrozen: the symmetry with these classes in it, and the blocks that they lie in; None where there are none.
@@ -60,6 +61,7 @@ class Prepared:
     still: frozenset[str]
     flow: Mapping[Axis, Flow]
     bases: Mapping[str, str] = field(default_factory=dict)
+    scaled: Mapping[str, str] = field(default_factory=dict)
     placed: tuple[Mapping[str, Ids], ...] = ()
     objectives: tuple[tuple[float, ...], ...] = ()
     unfrozen: Symmetry | None = None
@@ -84,7 +86,7 @@ class Prepared:
             warn_of_outputs(propagation, whole, flow)
         if recipe.targets == "standardized" and job.data is not None:
             with job.timed("standardizing"):
-                job = replace(job, states=standardized(job.program, job.states, job.data))
+                job = replace(job, states=standardized(job.program, job.states, job.data, job.processes))
         cut = masked(job.program, job.masks)
         symmetry, still = without_shared(whole, flow, job.states, cut.values(), job.owner)
         return Prepared(replace(job, states=pruned(job.states, cut)), propagation, whole, symmetry, still, flow)
@@ -143,7 +145,7 @@ class Prepared:
         found = {}
         for name, c in zip(self.whole.names, self.whole.units, strict=True):
             image = np.arange(c.size) if name in self.still else next(moved)
-            if name not in self.bases or name in placed:
+            if name not in self.bases:
                 found[name] = image[placed.get(name, np.arange(c.size))].tolist()
         return found
 
@@ -170,7 +172,7 @@ class Prepared:
 
         def measure() -> dict[int, dict[Pair, Tensor]]:
             found = similarities(
-                self.propagation, symmetry, states, data, names, pairs, kind, job.owner, mixed, running=running
+                self.propagation, symmetry, states, data, names, pairs, kind, job.owner, mixed, running, job.processes
             )
             if running is not None:
                 warn_of_statistics({name: running.off(m) for m, name in enumerate(names)})
@@ -194,7 +196,7 @@ class Prepared:
             models=len(self.job.states),
             shared=tuple(n for n, own in first.items() if n in self.shared and torch.equal(own, after[n])),
             classes=classes_of(self.symmetry),
-            bases=self.bases,
+            bases={**self.bases, **self.scaled},
             demoted=self.symmetry.demoted,
             unknown_ops=dict(self.symmetry.unknown),
             verification_error=self.symmetry.error,

@@ -17,6 +17,7 @@ from fxmerge.errors import NonFiniteError as NonFiniteError
 from fxmerge.errors import OptionError as OptionError
 from fxmerge.errors import OutputError as OutputError
 from fxmerge.errors import PermutationError as PermutationError
+from fxmerge.errors import ProcessError as ProcessError
 from fxmerge.errors import SpecError as SpecError
 from fxmerge.errors import UnitMapError as UnitMapError
 from fxmerge.interpolation import Interpolation as Interpolation

@@ -167,7 +167,7 @@ class Stages:
                 raise OptionError(f"{folder} holds no stages of such a run. {ANEW}")
         if before is not None and before != manifest:
             raise OptionError(
-                f"{folder} holds stages of a run that differs from this one in {_differences(before, manifest)}. "
+                f"{folder} holds stages of a run that differs from this one in {differences(before, manifest)}. "
                 f"Give what that run was given. {ANEW}"
             )
         if before is None:
@@ -255,7 +255,7 @@ def _manifest_in(path: Path) -> dict[str, str] | None:
     return None
 
 
-def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Where two manifests differ."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     said = []

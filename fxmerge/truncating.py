@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -186,7 +187,8 @@ def _in_principal_basis(
         return [transformed(symmetry, state, steps) for state in job.states], None
 
     with job.timed("matching bases"):
-        found, _ = job.stages.remember("bases", turned, changed(job.states))
+        once = partial(job.processes.once, "bases", turned)
+        found, _ = job.stages.remember("bases", once, changed(job.states))
     return tuple(map(dict, found))
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import fxmerge
 from fxmerge import Align, Average, LeastSquares, Recipe, Symmetry, TaskArithmetic, Zip
 from fxmerge.matching.balance import balance
-from fxmerge.matching.search import match, nearest
+from fxmerge.matching.problem import nearest
+from fxmerge.matching.search import match
 from fxmerge.symmetry.kinds import fitting
 from fxmerge.units.basis import Basis, random_matrices
 from fxmerge.units.kind import Kind

@@ -151,9 +151,9 @@ def test_rows_in_pieces_give_what_they_give_together(pieces: int, monkeypatch: p
 
 def test_rows_above_the_memory_are_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "SAMPLE_MEMORY", 4 * (5 + 3 * 4) * 100)
-    kept = ScoreRows(5, 4, 4, seed=0)
+    kept, generator = ScoreRows(5, 4, 4), torch.Generator()
     for batch in range(4):
-        kept.add(batch, torch.full((1000, 5), float(batch)), torch.full((1000, 4), 0.25), 2.0)
+        kept.add(batch, torch.full((1000, 5), float(batch)), torch.full((1000, 4), 0.25), 2.0, generator)
     rows, held = kept.gathered()
     assert (len(rows), held) == (104, 26)
     assert (rows.features[:26] == 0).all()  # The rows to be held out come first.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.evidence.moments import Moments
+from fxmerge.refitting import ridge, strength
 from fxmerge.refitting.ridge import Fit, NormalEquations, fit
 
 
@@ -14,7 +15,7 @@ def fitted(x: Tensor, y: Tensor, centre: Tensor, few: int = 0) -> Fit:
     folds = [NormalEquations(*centre.shape, torch.device("cpu"), few) for _ in range(2)]
     for fold, part in zip(folds, zip(x.chunk(2, 1), y.chunk(2, 1), strict=True), strict=True):
         fold.add(*part, centre, 1.0)
-    return fit(folds)
+    return fit([folds])[0]
 
 
 def problem(rows: int, features: int = 6, outputs: int = 3, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,11 +51,32 @@ def test_few_rows_give_what_their_sums_give(rows: int, groups: int) -> None:
         folds = [NormalEquations(groups, 30, 3, torch.device("cpu"), few) for _ in range(2)]
         for i, part in enumerate(zip(x.chunk(4, 1), y.chunk(4, 1), strict=True)):
             folds[i % 2].add(*part, centre, 0.5 + i)
-        found.append(fit(folds))
+        found += fit([folds])
     sums, kept = found
     torch.testing.assert_close(kept.step, sums.step, rtol=1e-8, atol=1e-10)
     for name in ("ridge", "before", "after", "held_out", "rank"):
         assert getattr(kept, name) == pytest.approx(getattr(sums, name), rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize(("rows", "features"), [(40, 30), (60, 30), (400, 12)])
+def test_the_strength_does_not_depend_on_which_one_is_tried_first(
+    rows: int, features: int, noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y, w = problem(rows, features, noise=noise)
+    x = x * torch.logspace(0, -3, features, dtype=torch.float64)
+    found = []
+    for usual in range(len(strength.RIDGES)):
+        monkeypatch.setattr(strength, "USUAL", usual)
+        found.append(fitted(x, y, torch.zeros_like(w), few=rows).ridge)
+    assert len(set(found)) == 1
+
+
+def test_products_by_blocks_are_those_of_all_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, w = problem(50, features=10)
+    whole = fitted(x, y, torch.zeros_like(w))
+    monkeypatch.setattr(ridge, "BLOCK", 4)
+    torch.testing.assert_close(fitted(x, y, torch.zeros_like(w)).step, whole.step, rtol=1e-12, atol=1e-12)
 
 
 def test_pure_noise_leaves_the_centre() -> None:
@@ -80,7 +102,7 @@ def test_directions_without_data_are_not_moved() -> None:
 
 
 def test_no_rows_are_no_step() -> None:
-    found = fit([NormalEquations(1, 4, 2, torch.device("cpu")) for _ in range(2)])
+    (found,) = fit([[NormalEquations(1, 4, 2, torch.device("cpu")) for _ in range(2)]])
     assert torch.equal(found.step, torch.zeros(1, 4, 2, dtype=torch.float64))
     assert math.isfinite(found.after)
 
@@ -100,7 +122,7 @@ def test_what_is_linear_is_fitted_whatever_rounding_leaves_of_the_error(seed: in
     folds = [NormalEquations(1, 7, 3, torch.device("cpu")) for _ in range(2)]
     for fold, part in zip(folds, x.chunk(2, 1), strict=True):
         fold.add(part, part @ truth, -truth, 1.0)
-    found = fit(folds)
+    (found,) = fit([folds])
     assert found.before > 1
     assert 0 <= found.after < 1e-5
     torch.testing.assert_close(found.step, 2 * truth.double(), atol=1e-3, rtol=1e-3)

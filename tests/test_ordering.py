@@ -10,7 +10,8 @@ from torch import nn
 import fxmerge
 from fxmerge.evidence import weights
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.search import Problem, floats, search
+from fxmerge.matching.problem import Problem, floats
+from fxmerge.matching.search import search
 from fxmerge.notices import warn_of_nearer_parent
 from fxmerge.ordering import error_of, score_of
 from fxmerge.refitting.ridge import Many, NormalEquations, fit
@@ -52,7 +53,7 @@ def test_a_ridge_whose_error_is_nan_is_not_chosen(monkeypatch: pytest.MonkeyPatc
         x = torch.randn(1, 20, 4)
         own.add(x, x @ torch.randn(4, 2), torch.zeros(1, 4, 2), 1.0)
         folds.append(own)
-    expected = fit(folds)
+    (expected,) = fit([folds])
     assert math.isfinite(expected.ridge)
 
     class Broken(Many):
@@ -64,7 +65,7 @@ def test_a_ridge_whose_error_is_nan_is_not_chosen(monkeypatch: pytest.MonkeyPatc
     for fold in folds:
         sums = fold.sums()
         monkeypatch.setattr(fold, "sums", lambda own=sums: Broken(own.features, own.cross, own.squares))
-    found = fit(folds)
+    (found,) = fit([folds])
     assert math.isfinite(found.held_out) and torch.isfinite(found.step).all()
 
 

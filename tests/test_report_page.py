@@ -117,7 +117,8 @@ def test_a_class_opens_with_its_similarities_and_links_to_its_layers(tab: Any) -
     tab.wait_for_timeout(100)
     assert name in panel.locator("h2").inner_text()
     panel.get_by_role("button", name="Close").click()
-    assert not panel.is_visible() and tab.evaluate("location.hash") == ""
+    tab.wait_for_url(lambda url: "#" not in url)  # The browser tells the page of the closing a little later.
+    assert not panel.is_visible()
 
 
 def test_a_layer_opens_and_links_to_its_classes(tab: Any) -> None:

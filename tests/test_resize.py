@@ -327,6 +327,36 @@ def test_long_ways_to_a_constant_have_a_size() -> None:
     assert list(fxmerge.report(folded).widths.values()) == [(8, 4)]
 
 
+class Constants(nn.Module):
+    """Units beside a value of a written size, which something else reads too."""
+
+    def __init__(self, read: Callable[[nn.Linear, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.read = nn.Linear(4, 6), nn.Linear(6, 2), read
+
+    def forward(self, x: Tensor) -> Any:
+        ones = x.new_ones(len(x), 6)
+        return self.read(self.last, (self.first(x) + ones).relu(), ones)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda last, units, ones: (last(units), ones),
+        lambda last, units, ones: last(units) * ones.sum(-1, keepdim=True),
+        lambda last, units, ones: last(nn.functional.batch_norm(units, ones[0] * 0, ones[0])),
+    ],
+    ids=["given out", "summed", "statistics"],
+)
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_reads_a_constant_as_it_is_keeps_its_size(read: Any, verify: bool) -> None:
+    x, run = torch.randn(5, 4), fxmerge.Run(verify=verify)
+    model = Constants(read).eval()
+    folded = fxmerge.fold(model, width=0.5, example=x, run=run)
+    assert fxmerge.report(folded).widths == {}
+    assert error(model(x), folded(x)) < 1e-6
+
+
 def find_classes(model: nn.Module, args: Any) -> tuple[str, ...]:
     return fxmerge.find_symmetry(model, args).names
 

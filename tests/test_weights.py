@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fxmerge.evidence.weights import BLOCK, Similarities, add_products, inner, scale, similarity, slices
-from fxmerge.matching.search import floats
+from fxmerge.evidence.weights import BLOCK, Placing, Similarities, add_products, inner, scale, similarity, slices
+from fxmerge.matching.problem import floats
 from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.group import analyse
 from tests.networks import mlp, vectors
@@ -37,6 +37,23 @@ def test_what_is_kept_of_a_class_gives_what_is_computed_anew() -> None:
     for seed in range(3):
         order = symmetry.sample_permutation(torch.Generator().manual_seed(seed)) if seed else identity
         moved = order.apply(b)
+        stamps = {(axis.parameter, axis.dim): seed for axis in symmetry.layout}
         for number in symmetry.choices:
-            found = kept.of(number, moved, where[number], order.images[number])
+            found = kept.of(number, where[number], Placing(moved, order.images[number], stamps))
             torch.testing.assert_close(found, similarity(a, moved, where[number], scales))
+
+
+def test_parameters_of_several_dtypes_are_compared_in_the_widest() -> None:
+    torch.manual_seed(0)
+    model = mlp(0)
+    symmetry = analyse(capture_program(model, (vectors()[0],)))[1]
+    a = floats(symmetry, model.state_dict())
+    mixed = {name: tensor.double() if k % 2 else tensor for k, (name, tensor) in enumerate(a.items())}
+    wide, scales = {name: tensor.double() for name, tensor in a.items()}, dict.fromkeys(a, 1.0)
+    for number, where in slices(symmetry).items():
+        kept = Similarities(mixed, scales)
+        expected = similarity(wide, wide, where, scales)
+        for stamp in range(2):
+            stamps = {(axis.parameter, axis.dim): stamp for axis in symmetry.layout}
+            got = kept.of(number, where, Placing(mixed, symmetry.identity().images[number], stamps))
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)

@@ -11,13 +11,14 @@ from fxmerge.demo import ViT
 from fxmerge.evidence.activations import similarities, whole
 from fxmerge.evidence.weights import slices
 from fxmerge.matching.mix import Mix
+from fxmerge.matching.problem import Problem, floats
 from fxmerge.matching.room import Room
-from fxmerge.matching.search import Problem, floats
 from fxmerge.matching.zip_search import ZipProblem, match_zip, zipped_classes
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Data, batch_inputs
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import analyse
+from fxmerge.symmetry.units import Ids
 from fxmerge.units.unit_map import UnitMap
 from tests.published_zip import published_zip
 from tests.slow import crossed
@@ -124,6 +125,25 @@ def test_after_the_first_sweep_the_objective_never_falls() -> None:
     ).zip_objective
     assert len(trace) > 1
     assert list(trace) == sorted(trace)
+
+
+def test_a_class_is_zipped_again_only_after_others_on_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two classes, the one that comes first meets units of the other that are not merged yet. One class alone meets
+    nothing that moves."""
+    zipped = []
+
+    def count(self: ZipProblem, number: int, budget: float, damping: float) -> list[dict[int, Ids]]:
+        zipped.append(number)
+        return own(self, number, budget, damping)
+
+    own = ZipProblem.zipped
+    monkeypatch.setattr(ZipProblem, "zipped", count)
+    fxmerge.merge(mlp(0), mlp(1), example=torch.zeros(2, 6))
+    assert len(zipped) > 2
+    assert len(set(zipped)) == 2
+    zipped.clear()
+    fxmerge.merge(mlp(0)[2:], mlp(1)[2:], example=torch.zeros(2, 12))
+    assert len(zipped) == 1
 
 
 def test_an_axis_that_both_produces_and_consumes_is_aligned_only() -> None:

@@ -73,6 +73,15 @@ def test_the_zip_is_the_published_one(kind, models: int, budget: float, damping:
         assert zipped.forced == forced
 
 
+@pytest.mark.parametrize("damping", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_zip_in_single_precision_is_the_published_one(kind, damping: float) -> None:  # type: ignore[no-untyped-def]
+    """What a damping gives is rounded as the published code rounds it."""
+    similarity = kind(np.random.default_rng(0), 80).astype(np.float32)
+    labels, _ = published_zip(similarity, 2, 0.5, damping)
+    np.testing.assert_array_equal(zip_units(similarity, 2, budget=0.5, damping=damping).labels, labels)
+
+
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize(("budget", "damping"), OPTIONS)
 @pytest.mark.parametrize("models", [2, 3])

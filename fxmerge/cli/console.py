@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from fxmerge.errors import CheckpointError, FxmergeError, OutputError, first_line
+from fxmerge.errors import CheckpointError, FxmergeError, OutputError, ProcessError, first_line
 
 CODES = {
     0: "done",
@@ -24,11 +24,15 @@ CODES = {
     3: "a file of weights that cannot be read, or does not fit",
     4: "a result that cannot be written",
     5: "check or verify found something wrong",
+    6: "another process of the run has failed or ended",
     70: "a fault of fxmerge",
     130: "interrupted",
     141: "the reader of the output has gone",
 }
 """The exit codes and what they mean."""
+
+OF_ERRORS = {CheckpointError: 3, OutputError: 4, ProcessError: 6}
+"""The exit codes of some kinds of errors; that of the others is 1."""
 
 PATIENCE = 2.0
 """How many seconds a stage takes before it is told of on a terminal."""
@@ -66,7 +70,7 @@ def reporting_errors(run: Callable[[], Any], argv: Sequence[str]) -> int:
     except Found:
         return WRONG
     except FxmergeError as error:
-        code = 3 if isinstance(error, CheckpointError) else 4 if isinstance(error, OutputError) else 1
+        code = next((code for kind, code in OF_ERRORS.items() if isinstance(error, kind)), 1)
         return _told(_worded(str(error), argv), code, as_json)
     except BrokenPipeError:
         return _unread()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ from fxmerge.cli.options import PLANS
 from fxmerge.errors import ArchitectureMismatchError, OptionError
 from fxmerge.inspection import inspect
 from fxmerge.interpolation import Interpolation
+from fxmerge.io import Checkpoint
 from fxmerge.networks import Network
 from fxmerge.output import reading
 from fxmerge.output.target import stages_of, target
@@ -25,12 +27,16 @@ from fxmerge.plan.estimate import Estimate
 from fxmerge.plan.parts import Data, settings
 from fxmerge.plan.running import Result, build_of, execute, opened, whole
 from fxmerge.plan.wording import worded
+from fxmerge.processes import Processes, launched
 from fxmerge.progress import timed
 from fxmerge.recipe import Align, Recipe
 from fxmerge.reporting import Report
 from fxmerge.symmetry.group import Symmetry
 
 logger = logging.getLogger(__name__)
+
+WRITTEN = "a result that is written"
+"""Where all processes wait before the result is put into its place."""
 
 
 def run(plan: Plan, context: click.Context) -> None:
@@ -43,16 +49,32 @@ def run(plan: Plan, context: click.Context) -> None:
         raise click.UsageError("--out is missing: name the directory to write.", context)
     if given.get("line") is not None and not (len(plan.models) == 2 and len(plan.data) == 1):
         raise click.UsageError("--line goes between two models, on one --data: give these, or leave it out.", context)
-    checkpoints = opened(plan, allow_pickle=given["allow_pickle"])
+    with launched(plan.run.device) as processes, processes.together():
+        if processes.size > 1 and given["resume"]:
+            raise OptionError("--resume is of one process, and this run has several: leave it out.")
+        checkpoints = opened(plan, allow_pickle=given["allow_pickle"])
+        if processes.rank:
+            execute(plan, checkpoints, replace(plan.run, processes=processes, progress=False))
+            processes.gather(WRITTEN, None)
+        else:
+            _written(plan, checkpoints, processes, context)
+
+
+def _written(plan: Plan, checkpoints: Sequence[Checkpoint], processes: Processes, context: click.Context) -> None:
+    """Does what a plan says, as the first of some processes, and writes the result."""
+    given = context.params
+    assert plan.output is not None
     read = [path for one in checkpoints for path in one.files]
     with target(plan.output.path, force=given["force"], inputs=read, resume=given["resume"]) as place:
-        result = execute(plan, checkpoints, stages_of(plan.output.path))
+        stages = stages_of(plan.output.path) if processes.size == 1 else None
+        result = execute(plan, checkpoints, replace(plan.run, processes=processes, resume=stages))
         for network in result.networks:
             for note in network.checkpoint.notes:
                 say(f"{network.checkpoint.path}: {note}", "dim")
         with timed(logger, {}, "writing"):
             written = write(result, place, line_of(result, given.get("line")))
         summary = reading.summary_of(place)
+        processes.gather(WRITTEN, None)  # If another process has ended meanwhile, nothing is put into place.
     if given["json"]:
         show_json({"out": plan.output.path, **summary})
         return

@@ -98,8 +98,8 @@ def statistics_nodes(program: Program) -> dict[tuple[str, str], list[fx.Node]]:
     found: dict[tuple[str, str], list[fx.Node]] = {}
     for node in program.graph.graph.nodes:
         if _normalizes(node):
-            mean, variance = (program.sources[node.args[i]] for i in (_MEAN, _VARIANCE))
-            if mean[0] == variance[0] == "parameter":
+            mean, variance = (program.sources.get(node.args[i], ("", "")) for i in (_MEAN, _VARIANCE))
+            if mean[0] == variance[0] == "parameter":  # Others are computed: nothing is estimated anew.
                 found.setdefault((mean[1], variance[1]), []).append(node)
     return found
 

@@ -32,21 +32,26 @@ class Sizes(Protocol):
     def shape(self, node: fx.Node) -> Sequence[int]:
         """The shape of a node's value before."""
 
+    def has_units(self, node: fx.Node, dim: int) -> bool:
+        """Whether units are known to lie along a dimension of a node's value."""
+
     def cannot(self, node: fx.Node, why: str) -> Exception:
         """The error for a node."""
 
 
 def needed(node: fx.Node, sizes: Sizes) -> dict[int, int]:
-    """The other sizes that what reads a value needs it to have, by dimension.
+    """The other sizes that what reads a value needs it to have, by dimension. Units lie along none of these.
 
     Raises:
-        CannotResizeError: if two of them need other ones.
+        CannotResizeError: if two readers need other sizes, or one needs another and one what it is.
     """
+    readers = [set(_needed_by(reader, node, sizes)) for reader in node.users if _name(reader) not in FILLED]
     found: dict[int, int] = {}
-    for reader in node.users:
-        for dim, size in _needed_by(reader, node, sizes):
-            if node.meta["val"].shape[dim] != 1 and found.setdefault(dim, size) != size:
-                raise sizes.cannot(node, "is read in places that need it in other sizes")
+    for dim, size in set().union(*readers):
+        if node.meta["val"].shape[dim] == 1 or sizes.has_units(node, dim):
+            continue
+        if found.setdefault(dim, size) != size or not all(any(d == dim for d, _ in own) for own in readers):
+            raise sizes.cannot(node, "is read in places that need it in other sizes")
     return found
 
 
@@ -60,9 +65,7 @@ def _needed_by(reader: fx.Node, node: fx.Node, sizes: Sizes) -> Iterator[tuple[i
             yield dims[-1], size
     elif name in _SPLIT:
         yield from _of_parts(reader, node, sizes)
-    elif name not in FILLED and (
-        name in ("unsqueeze", *_DROPPED, *_BROADCAST) or find_rule(reader.target) in ENTRY_BY_ENTRY
-    ):
+    elif name in ("unsqueeze", *_DROPPED, *_BROADCAST) or find_rule(reader.target) in ENTRY_BY_ENTRY:
         for value in reader.users if name == "unbind" else (reader,):
             for dim in dims:
                 place = _place(reader, dim, len(dims), len(sizes.shape(value)))

@@ -77,8 +77,7 @@ class Sizes:
         self.dims = {node.name: self._along(node) for node in self._graph.nodes}
         for node in reversed(self._graph.nodes):
             if isinstance(node.meta.get("val"), Tensor):
-                told = needed(node, self).items()
-                self.dims[node.name] |= {dim: size for dim, size in told if not self.has_units(node, dim)}
+                self.dims[node.name] |= needed(node, self)
 
     def _along(self, node: fx.Node) -> dict[int, tuple[AxisLayout, AxisLayout] | int]:
         """The dimensions of which the size changes since units lie along them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fxmerge.errors import LoaderError, NonFiniteError
 from fxmerge.evidence.moments import TINY, Moments
 from fxmerge.evidence.running import RunningStatistics
 from fxmerge.evidence.weights import real
+from fxmerge.processes import ALONE, Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.run import Data, Recorder
 from fxmerge.recipe import Similarity
@@ -98,6 +100,10 @@ class _Correlations:
         for i, j in self.products:
             self.products[i, j] = (rows[i].T @ rows[j]).double().add_(self.products[i, j])
 
+    def total(self, processes: Processes) -> None:
+        """Makes these the sums over the rows of all processes."""
+        self.moments, self.products = processes.total("activations", (self.moments, self.products))
+
     def covariances(self, kind: Similarity) -> dict[Pair, Tensor]:
         """The covariances of all pairs of units, or mean products for "cosine", in units of the mean variance of each
         model."""
@@ -128,6 +134,17 @@ class _Correlations:
         return found
 
 
+def _first_of_all(
+    taps: Sequence[Tap],
+    seen: Sequence[Mapping[fx.Node, Any]],
+    names: Sequence[str],
+    kind: Similarity,
+    mixed: Collection[int],
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """For every tap and model, by what it shows on the first batch: see `_first`."""
+    return [[_first(x, kind, mixed=tap.number in mixed) for x in _all_rows(tap, seen, names)] for tap in taps]
+
+
 def _first(x: Tensor, kind: Similarity, *, mixed: bool) -> tuple[Tensor, Tensor]:
     """What is subtracted from an activation's units, and what they are multiplied with, so that all activations of a
     class count alike; by the first batch."""
@@ -153,6 +170,7 @@ def similarities(
     own: Collection[str] = (),
     mixed: Collection[int] = (),
     running: RunningStatistics | None = None,
+    processes: Processes = ALONE,
 ) -> dict[int, dict[Pair, Tensor]]:
     """Similarity of all pairs of units of some pairs of models, for every class that an activation shows.
 
@@ -171,6 +189,7 @@ def similarities(
         mixed: classes whose units may be mixed. These are compared by covariances, with one unit of measurement for all
             units of a model, since a change of basis keeps neither the mean nor the deviation of a single unit.
         running: gathers what the models normalize by running statistics meanwhile.
+        processes: those that share the data.
 
     Returns:
         For each class number and pair a tensor of shape (units, units), rows for the first model; in [-1, 1], but for
@@ -191,39 +210,48 @@ def similarities(
         return value if node in tapped else None
 
     runner = Recorder(found.program, tapped if running is None else tapped.union(running.names), kept)
-    first: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    first: list[list[tuple[Tensor, Tensor]]] | None = None
     sums = {tap.number: _Correlations(len(models), pairs) for tap in taps}
     batches = 0
-    for owner, (args, kwargs) in data.owned("activations"):
+    for number, (owner, (args, kwargs)) in enumerate(data.owned("activations")):
         batches += 1
+        if not processes.owns(number):
+            continue
         seen = []
         for m, state in enumerate(models):
             runner.seen, at = {}, (m, owner)
             runner.call(state, args, kwargs)
             seen.append(runner.seen)
-        for i, tap in enumerate(taps):
-            rows = [_rows(shown[tap.node], tap) for shown in seen]
-            for m, x in enumerate(rows):
-                if not torch.isfinite(x).all():
-                    raise NonFiniteError(
-                        f"An activation of {names[m]} is NaN or infinite at graph node {tap.node.name!r}."
-                    )
-                if (i, m) not in first:
-                    first[i, m] = _first(x, kind, mixed=tap.number in mixed)
-                rows[m] = (x - first[i, m][0]) * first[i, m][1]
-            sums[tap.number].add(rows)
+        if first is None:
+            first = processes.once("the first batch", partial(_first_of_all, taps, seen, names, kind, mixed))
+        for tap, measured in zip(taps, first, strict=True):
+            rows = _all_rows(tap, seen, names)
+            sums[tap.number].add([(x - shift) * scale for x, (shift, scale) in zip(rows, measured, strict=True)])
     if not batches:
         raise LoaderError("The loader is empty: it gave no batch. Pass an iterable that can be iterated several times.")
+    if first is None:  # The share of this process is empty.
+        processes.once("the first batch", list)
+    for one in (*sums.values(), *(() if running is None else [running])):
+        one.total(processes)
     return {n: m.covariances(kind) if n in mixed else m.similarities(kind) for n, m in sums.items()}
 
 
-def whole(blocks: Mapping[Pair, Tensor], models: int) -> NDArray[np.float64]:
+def whole(blocks: Mapping[Pair, Tensor], models: int) -> NDArray[np.float32]:
     """One matrix over the units of all models, model after model, from its blocks on and above the diagonal."""
     rows = [
         torch.cat([blocks[i, j] if i <= j else blocks[j, i].T for j in range(models)], dim=1) for i in range(models)
     ]
-    matrix: NDArray[np.float64] = torch.cat(rows).double().cpu().numpy()
+    matrix: NDArray[np.float32] = torch.cat(rows).float().cpu().numpy()
     return matrix
+
+
+def _all_rows(tap: Tap, seen: Sequence[Mapping[fx.Node, Any]], names: Sequence[str]) -> list[Tensor]:
+    """What a tap shows of the activations of every model on a batch."""
+    rows = [_rows(shown[tap.node], tap) for shown in seen]
+    for x, name in zip(rows, names, strict=True):
+        if not torch.isfinite(x).all():
+            raise NonFiniteError(f"An activation of {name} is NaN or infinite at graph node {tap.node.name!r}.")
+    return rows
 
 
 def _rows(value: Tensor, tap: Tap) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 TINY = torch.finfo(torch.float64).tiny
 
@@ -77,3 +78,6 @@ class Moments:
         """The sum of squares of all features around their means; rounding leaves it no less than zero."""
         around = torch.as_tensor(self.sums, dtype=torch.float64).square() / max(self.count, TINY)
         return max(self.square - float(around.sum()), 0.0)
+
+
+pytree.register_dataclass(Moments)  # So that `Processes.total` finds the sums in it.

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, fx
 
 from fxmerge.combine.batch_norm import statistics_nodes
 from fxmerge.evidence.moments import Moments
+from fxmerge.processes import Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.forms import bind
 
@@ -61,8 +61,8 @@ class RunningStatistics:
         self.states, self.numbers, self.owner = states, numbers, owner
         self.nodes = {names: nodes[0] for names, nodes in statistics_nodes(program).items() if len(nodes) == 1}
         self.names = {cast(fx.Node, node.args[0]): names for names, node in self.nodes.items()}
-        self.moments: dict[tuple[int, str], Moments] = {}
-        self.rows: dict[tuple[int, str], int] = {}
+        keys = [(model, names[0]) for model in range(len(states)) for names in self.nodes]
+        self.moments, self.rows = dict.fromkeys(keys, Moments()), dict.fromkeys(keys, 0)
 
     def take(self, model: int, owner: int | None, node: fx.Node, value: Tensor) -> None:
         """Takes in what a node computes in a model, on data that are of all models, or of one."""
@@ -72,18 +72,25 @@ class RunningStatistics:
         name = self.names[node][0]
         if self.owner.get(name, number) != number:
             return
-        variance, mean = torch.var_mean(value, [d for d in range(value.ndim) if d != 1], correction=0)
-        count, mean, variance = value.numel() // value.shape[1], mean.double(), variance.double()
+        dims = [d for d in range(value.ndim) if d != 1]
+        value = value.float() if value.element_size() < 4 else value
+        centre = value.mean(dims, keepdim=True)  # Two passes take an eighth of the time of var_mean.
+        variance = (value - centre).square_().mean(dims).double()
+        count, mean = value.numel() // value.shape[1], centre.flatten().double()
         own = Moments(count, count, count * mean, count * (variance + mean**2))
-        self.moments[model, name] = self.moments.get((model, name), Moments()) + own
-        self.rows[model, name] = self.rows.get((model, name), 0) + len(value)
+        self.moments[model, name] += own
+        self.rows[model, name] += len(value)
+
+    def total(self, processes: Processes) -> None:
+        """Makes these the moments over the data of all processes."""
+        self.moments, self.rows = processes.total("running statistics", (self.moments, self.rows))
 
     def off(self, model: int) -> list[Off]:
         """The statistics of a model that are not of its data, in graph order. Those that were never estimated, zeros
         and ones, are not among them, nor are those of layers that are used again and again."""
         found = []
         for names, node in self.nodes.items():
-            if self.rows.get((model, names[0]), 0) < ROWS:
+            if self.rows[model, names[0]] < ROWS:
                 continue
             mean, variance = (self.states[model][name].double() for name in names)
             if not mean.any() and bool((variance == 1).all()):

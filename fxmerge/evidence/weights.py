@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
@@ -14,9 +14,17 @@ from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import AxisLayout
 
-ROOM = 2**30
-"""Bytes of similarities, and of the parameters that they are of, which a search keeps."""
+Stamps = Mapping[tuple[str, int], int]
+"""For every axis of parameters, by name and dimension, a number that is another one after every change of the units
+along it."""
 
+ROOM = 2**30
+"""Bytes of similarities, and of the parameters that they were found from, which a search keeps beside those that it
+works on."""
+
+
+FEW = 16
+"""Rows of a similarity that are looked at first."""
 
 BLOCK = 512
 """Rows of which inner products with the rows after them are taken together."""
@@ -55,6 +63,20 @@ class Slices:
     def _in_order(self) -> bool:
         """Whether the slices of all units lie one after the other, so that none has to be gathered."""
         return torch.equal(self.positions.reshape(-1), torch.arange(self.axis.slot.size))
+
+    @cached_property
+    def across(self) -> tuple[tuple[str, int], ...]:
+        """The axes along which the entries of a unit's slices lie; units that move along them change the slices.
+
+        These are all other axes of the parameter, and the own one where a unit is at several places of it, since other
+        classes may tell their order.
+        """
+        own = range(len(self.axis.shape))
+        return tuple((self.axis.parameter, d) for d in own if d != self.axis.dim or self.slots.shape[1] > 1)
+
+    def changed(self, before: Stamps, after: Stamps) -> bool:
+        """Whether a unit's slices may have changed, but for the unit's own moves."""
+        return any(before.get(axis) != after.get(axis) for axis in self.across)
 
     @property
     def entries(self) -> int:
@@ -104,13 +126,14 @@ def similarity(
         A tensor of shape (units, units): rows are units of a, columns of b; the sum over `where` of the
         inner products of the units' slices, each times the parameter's entry of `scales`.
     """
-    total: Tensor | None = None
+    if not where:
+        raise ValueError("a class without parameter slices has no weight similarity")
+    names, units = {s.axis.parameter for s in where}, len(where[0].slots)
+    dtype = reduce(torch.promote_types, (own[name].real.dtype for own in (a, b) for name in names))
+    total = torch.zeros(units, units, dtype=dtype, device=a[where[0].axis.parameter].device)
     for s in where:
         name = s.axis.parameter
-        product = s.of(a[name]) @ s.of(b[name]).T * scales[name]
-        total = product if total is None else total + product
-    if total is None:
-        raise ValueError("a class without parameter slices has no weight similarity")
+        total.addmm_(s.of(a[name]).to(dtype), s.of(b[name]).T.to(dtype), alpha=scales[name])
     return total
 
 
@@ -129,22 +152,36 @@ def add_products(total: Tensor, x: Tensor, scale: float) -> None:
         total[start:end, start:].addmm_(x[start:end], x[start:].T, alpha=scale)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Placing:
+    """The units of a class in a model that is permuted and mixed.
+
+    Attributes:
+        b: the model's parameters, which must not change in place.
+        image: for every unit, its place in b.
+        stamps: of the axes of b.
+        blocks: the units that are mixed with each other, if any are: shape (blocks, units).
+        matrix: the orthogonal matrices by which these are mixed once they are in their places.
+    """
+
+    b: Mapping[str, Tensor]
+    image: Ids
+    stamps: Stamps
+    blocks: Ids | None = None
+    matrix: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class _Seen:
-    """The similarity of a class by some slices, when the units of b were in the places `image`."""
+    """The similarity of a class by some slices, and what it was found from."""
 
     total: Tensor
     where: list[Slices]
-    b: Mapping[str, Tensor]
-    image: Ids
-
-    @property
-    def bytes(self) -> int:
-        return self.total.nbytes + sum(tensor.nbytes for tensor in self.b.values())
+    at: Placing
 
 
 class Similarities:
-    """`similarity` for a search that asks for the same classes again while it permutes b.
+    """`similarity` for a search that asks for the same classes again while it permutes and mixes the units of b.
 
     From one visit of a class to the next, other classes move few of their units, and an inner product changes by the
     terms of those alone. So what a class was found from is kept, of as many classes as there is room for.
@@ -159,41 +196,135 @@ class Similarities:
         self._a, self._scales, self._room = a, scales, room
         self._seen: dict[int, _Seen] = {}
 
-    def of(self, number: int, b: Mapping[str, Tensor], where: list[Slices], image: Ids) -> Tensor:
+    def of(self, number: int, where: list[Slices], at: Placing) -> Tensor:
         """The similarity of one class, shape (units of a, places in b).
 
         Arguments:
             number: of the class.
-            b: the permuted parameters, which must not change in place.
             where: the slices of its units that count, at least one.
-            image: for every unit of the class, its place in b.
+            at: where these are.
         """
         last = self._seen.pop(number, None)
         before = set(last.where) if last is not None else set[Slices]()
         if last is None or not before.issubset(where):
-            total = similarity(self._a, b, where, self._scales)
+            total = similarity(self._a, at.b, where, self._scales)
         else:
-            came = torch.from_numpy(last.image[np.argsort(image)]).to(last.total.device)
-            total = last.total[:, came]
+            now = _Change.of(last.at, at)
+            total = now.columns(last.total)
             for s in last.where:
-                if b[s.axis.parameter] is not last.b[s.axis.parameter]:
-                    self._update(total, s, s.of(last.b[s.axis.parameter])[came], s.of(b[s.axis.parameter]))
+                if s.changed(last.at.stamps, at.stamps):
+                    total = self._updated(total, s, now.rows(s.of(last.at.b[s.axis.parameter])), at)
             fresh = [s for s in where if s not in before]
             if fresh:
-                total += similarity(self._a, b, fresh, self._scales)
-        self._keep(number, _Seen(total, where, {s.axis.parameter: b[s.axis.parameter] for s in where}, image))
+                total = total + similarity(self._a, at.b, fresh, self._scales)
+        self._keep(number, _Seen(total, where, _of_slices(at, where)), at)
         return total
 
-    def _update(self, total: Tensor, s: Slices, before: Tensor, after: Tensor) -> None:
+    def follow(self, number: int, at: Placing) -> None:
+        """Brings what is kept of a class to where its units are now, if nothing else has moved since.
+
+        So parameters that the search itself has left are not held on to.
+        """
+        last = self._seen.get(number)
+        if last is not None and not any(s.changed(last.at.stamps, at.stamps) for s in last.where):
+            total = _Change.of(last.at, at).columns(last.total)
+            self._seen[number] = _Seen(total, last.where, _of_slices(at, last.where))
+
+    def stay(self, number: int, where: list[Slices], at: Placing) -> bool:
+        """Whether it is certain, without a product of matrices, that no permutation of the units of a class is better
+        than none.
+
+        That is so if no two units are more similar than each is to its own counterpart, on average of both. For then
+        the sum over matched pairs is largest where all are matched with their counterparts. How similar two units are
+        is known from the last visit. It has changed by no more than the norm of the one's slices times that of the
+        change of the other's. Units must not be mixed. Arguments are those of `of`.
+        """
+        last = self._seen.get(number)
+        if last is None or set(last.where) != set(where):
+            return False
+        now = _Change.of(last.at, at)
+        few = now.columns(last.total[:FEW])
+        if bool((few[:, : len(few)] > (few.diagonal()[:, None] + few.diagonal()) / 2).any()):
+            return False
+        norms, changes, own = (last.total.new_zeros(len(last.total)) for _ in range(3))
+        for s in where:
+            name, scale = s.axis.parameter, self._scales[s.axis.parameter]
+            a, after = s.of(self._a[name]), s.of(at.b[name])
+            own += scale / 2 * (a * after).sum(1)
+            if s.changed(last.at.stamps, at.stamps):
+                norms += scale * a.square().sum(1)
+                changes += scale * (after - now.rows(s.of(last.at.b[name]))).square().sum(1)
+        above = torch.addr(now.columns(last.total), norms.sqrt(), changes.sqrt()).sub_(own).sub_(own[:, None])
+        return bool(above.fill_diagonal_(0).amax() <= 0)
+
+    def _updated(self, total: Tensor, s: Slices, before: Tensor, at: Placing) -> Tensor:
+        after = s.of(at.b[s.axis.parameter])
         # As bytes, because any() takes several times as long.
         terms = (before != after).view(torch.uint8).amax(0).nonzero().squeeze(1)
-        if len(terms):
-            change = after[:, terms] - before[:, terms]
-            total += s.of(self._a[s.axis.parameter])[:, terms] @ change.T * self._scales[s.axis.parameter]
+        if not len(terms):
+            return total
+        own, change = s.of(self._a[s.axis.parameter]), after - before
+        if len(terms) < len(change.T):
+            own, change = own[:, terms], change[:, terms]
+        return torch.addmm(total, own.to(total), change.T.to(total), alpha=self._scales[s.axis.parameter])
 
-    def _keep(self, number: int, seen: _Seen) -> None:
-        if seen.bytes > self._room:
+    def _keep(self, number: int, seen: _Seen, at: Placing) -> None:
+        held = {id(tensor) for tensor in at.b.values()}
+
+        def taken(kept: Iterable[_Seen]) -> int:
+            """A tensor of several classes takes room once; one that the search works on does not."""
+            tensors = (tensor for s in kept for tensor in (s.total, *s.at.b.values()))
+            return sum({id(tensor): tensor.nbytes for tensor in tensors if id(tensor) not in held}.values())
+
+        if taken([seen]) > self._room:
             return
         self._seen[number] = seen
-        while sum(s.bytes for s in self._seen.values()) > self._room:
+        while taken(self._seen.values()) > self._room:
             del self._seen[next(iter(self._seen))]
+
+
+def _of_slices(at: Placing, where: list[Slices]) -> Placing:
+    """A placing with the parameters of some slices alone."""
+    return replace(at, b={s.axis.parameter: at.b[s.axis.parameter] for s in where})
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What has become of the units of a class since they were seen.
+
+    Attributes:
+        came: for every place, the one in which its unit was; None if all are where they were.
+        blocks: the units that are mixed with each other, shape (blocks, units), and `turn`, the matrices by which they
+            have been mixed since; None if they have not been.
+    """
+
+    came: Tensor | None
+    blocks: Tensor | None
+    turn: Tensor | None
+
+    @staticmethod
+    def of(before: Placing, now: Placing) -> _Change:
+        came, blocks = before.image[np.argsort(now.image)], now.blocks
+        moved = None if np.array_equal(came, np.arange(len(came))) else torch.from_numpy(came)
+        if before.matrix is None or now.matrix is None or blocks is None or now.matrix is before.matrix:
+            return _Change(moved, None, None)
+        of_unit = np.empty(blocks.size, np.int64)
+        of_unit[blocks] = np.arange(len(blocks))[:, None]
+        turn = now.matrix @ before.matrix[torch.from_numpy(of_unit[came[blocks[:, 0]]])].mT
+        return _Change(moved, torch.from_numpy(blocks), turn)
+
+    def rows(self, seen: Tensor) -> Tensor:
+        """The units' rows as they were seen, as they are now."""
+        rows = seen if self.came is None else seen.index_select(0, self.came.to(seen.device))
+        if self.blocks is None or self.turn is None:
+            return rows
+        blocks, turned = self.blocks.to(rows.device), rows.clone()
+        turned[blocks] = self.turn.to(rows) @ rows[blocks]
+        return turned
+
+    def columns(self, seen: Tensor) -> Tensor:
+        """The units' columns as they were seen, as they are now."""
+        if self.turn is not None:
+            return self.rows(seen.T).T
+        # Much faster than to take rows of the transpose.
+        return seen if self.came is None else seen.index_select(1, self.came.to(seen.device))

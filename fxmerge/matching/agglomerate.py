@@ -10,11 +10,15 @@ similar than that are merged without looking at it.
 from __future__ import annotations
 
 import heapq
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fxmerge.matching.assignment import Scores
 from fxmerge.symmetry.units import Ids
+
+Links = NDArray[np.floating[Any]]
+"""How similar all pairs of units are; merges are worked out in its dtype."""
 
 NEVER = -np.inf
 """The similarity of two units that must not be merged."""
@@ -30,7 +34,7 @@ TILE = 32
 """Rows that are transposed at a time."""
 
 
-def agglomerate(similarity: Scores, model: Ids, merges: int, limits: Ids, damping: float) -> tuple[Ids, Ids]:
+def agglomerate(similarity: Links, model: Ids, merges: int, limits: Ids, damping: float) -> tuple[Ids, Ids]:
     """Merges the most similar pair, again and again; of equals the first, by row and then by column.
 
     A merged unit stands where the first of its members stood. It is as similar to another unit as the less
@@ -60,7 +64,7 @@ def agglomerate(similarity: Scores, model: Ids, merges: int, limits: Ids, dampin
         if not made:
             break
         within = np.where(model[one] == model[two], model[one], -1)
-        if not (near[1:made] > _most(near[0], damping)).all():
+        if not (near[1:made] > state.reach(near[0], damping)).all():
             made = state.independent(one[:made], two[:made], near[:made], damping)
         state.join(one[:made], two[:made])
         merges -= made
@@ -78,10 +82,10 @@ def agglomerate(similarity: Scores, model: Ids, merges: int, limits: Ids, dampin
     return state.first, limits - left
 
 
-def symmetric(similarity: Scores) -> Scores:
+def symmetric(similarity: Links) -> Links:
     """What is above the diagonal, below it too, and -inf on it."""
     size = len(similarity)
-    links: Scores = np.empty((size, size + PADDING))[:, :size]
+    links: Links = np.empty((size, size + PADDING), similarity.dtype)[:, :size]
     for start in range(0, size, TILE):
         end = start + TILE
         tile = np.triu(similarity[start:end, start:end], 1)
@@ -90,11 +94,6 @@ def symmetric(similarity: Scores) -> Scores:
         links[end:, start:end] = similarity[start:end, end:].T
     np.fill_diagonal(links, NEVER)
     return links
-
-
-def _most(near: float, damping: float) -> float:
-    """How similar to any unit what a merge makes is at most, if no pair is more similar than the merged one."""
-    return max(near, 0.0) * damping
 
 
 class _State:
@@ -109,13 +108,17 @@ class _State:
         stale: where `nearest` may be gone, and `bound` be too high.
     """
 
-    def __init__(self, similarity: Scores, model: Ids) -> None:
+    def __init__(self, similarity: Links, model: Ids) -> None:
         size = len(similarity)
         self.links, self.whole = similarity, False
         self.model, self.units = model, np.arange(size)
         self.first, self.nearest = self.units.copy(), np.zeros(size, np.int64)
-        self.bound, self.stale = np.full(size, NEVER), np.zeros(size, bool)
+        self.bound, self.stale = np.full(size, NEVER, similarity.dtype), np.zeros(size, bool)
         self._look(self.units[:-1])
+
+    def reach(self, near: float, damping: float) -> float:
+        """How similar to any unit what a merge makes is at most, if no pair is more similar than the merged one."""
+        return float(self.links.dtype.type(max(near, 0.0)) * self.links.dtype.type(damping))  # Rounded as a link is.
 
     def _look(self, units: Ids) -> None:
         """Finds the nearest of the units after each of some."""
@@ -137,7 +140,7 @@ class _State:
         self.links[np.ix_(own, own)] = NEVER
         self.stale[own[(self.model[self.nearest[own]] == m) & (self.bound[own] > NEVER)]] = True
 
-    def candidates(self, most: int, limits: Ids, width: int, damping: float) -> tuple[Ids, Ids, Scores]:
+    def candidates(self, most: int, limits: Ids, width: int, damping: float) -> tuple[Ids, Ids, Links]:
         """The next pairs in the order of the merges, and how similar they are, as far as no merge changes the order.
 
         These are the ones that are known to be independent of each other, and at least `width`, or twice as many, of
@@ -149,16 +152,16 @@ class _State:
         ahead = list(zip((-self.bound[order]).tolist(), order.tolist(), self.nearest[order].tolist(), strict=True))
         ahead.reverse()
         again: list[tuple[float, int, int]] = []  # those whose nearest was merged, with the nearest of the others
-        taken = np.zeros(len(order))
+        taken = np.zeros(len(order), self.links.dtype)
         used: set[int] = set()
         found: list[tuple[int, int, float]] = []
-        known = 0
+        known, reach = 0, NEVER
         while len(found) < most and (ahead or again):
             first_again = not ahead or (again and again[0] < ahead[-1])
             distance, i, j = heapq.heappop(again) if first_again else ahead.pop()
             if -distance == NEVER:
                 break
-            if found and not known and -distance <= _most(found[0][2], damping):
+            if found and not known and -distance <= reach:
                 known = len(found)
             if known and len(found) >= max(width, 2 * known):
                 break
@@ -172,6 +175,8 @@ class _State:
                 near = int(after.argmax())
                 heapq.heappush(again, (-float(after[near]), i, i + 1 + near))
             else:
+                if not found:
+                    reach = self.reach(-distance, damping)
                 found.append((i, j, -distance))
                 used |= {i, j}
                 taken[i] = taken[j] = NEVER
@@ -182,12 +187,12 @@ class _State:
         pairs = np.array([(i, j) for i, j, _ in found], np.int64).reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1], np.array([near for _, _, near in found])
 
-    def rows(self, one: Ids, two: Ids) -> Scores:
+    def rows(self, one: Ids, two: Ids) -> Links:
         """How similar merged pairs are to all other units, undamped."""
         self._complete()
         return np.minimum(self.links[one], self.links[two])
 
-    def independent(self, one: Ids, two: Ids, near: Scores, damping: float) -> int:
+    def independent(self, one: Ids, two: Ids, near: Links, damping: float) -> int:
         """How many merges of falling similarity can be made together: until one of them makes a pair that is as
         similar.
 
@@ -211,13 +216,13 @@ class _State:
         into[two] = one
         self.first = into[self.first]
 
-    def compact(self, one: Ids, two: Ids, damping: float) -> tuple[Ids, Scores]:
+    def compact(self, one: Ids, two: Ids, damping: float) -> tuple[Ids, Links]:
         """The units that are left by merges of pairs, and above the diagonal how similar they are."""
         kept = np.flatnonzero(self.first == self.units)
         at = np.searchsorted(kept, one)
-        other, scale = kept.copy(), np.ones(len(kept))
+        other, scale = kept.copy(), np.ones(len(kept), self.links.dtype)
         other[at], scale[at] = two, damping
-        links = np.empty((len(kept), len(kept)))
+        links = np.empty((len(kept), len(kept)), self.links.dtype)
         for start in range(0, len(kept), CHUNK):
             chunk = slice(start, start + CHUNK)
             rows = self.rows(kept[chunk], other[chunk]) * scale[chunk, None]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxmerge.errors import OptionError
-from fxmerge.matching.assignment import Scores, descendants
+from fxmerge.matching.agglomerate import Links
+from fxmerge.matching.assignment import descendants
 from fxmerge.matching.room import Room, cells
 from fxmerge.matching.zipping import zip_blocks
 from fxmerge.symmetry.group import Symmetry
@@ -112,7 +113,7 @@ def widths_to_try(symmetry: Symmetry, number: int, models: int, *, fewer: bool, 
     return sorted(widths, reverse=True)
 
 
-def zip_losses(similarity: Scores, blocks: Ids, widths: Sequence[int], budget: float, damping: float) -> list[float]:
+def zip_losses(similarity: Links, blocks: Ids, widths: Sequence[int], budget: float, damping: float) -> list[float]:
     """How much of a class is lost when its units are zipped to some widths, over how much is kept: as noise stands to
     the signal. What many layers add, one after the other, is about the sum of such ratios.
 

@@ -46,7 +46,7 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
         For every class of the symmetry, the place of each unit.
     """
     tree = descendants(symmetry, root)
-    gain = {n: s.copy() for n, s in own.items()}
+    gain = dict(own)
     for n in reversed(tree):
         if n in gain:
             for parent, _ in symmetry.units[n].parents:
@@ -59,7 +59,8 @@ def propose(symmetry: Symmetry, root: int, own: dict[int, Scores]) -> tuple[Ids,
             return places
         chosen = np.empty_like(places)
         for t in range(len(units)):
-            unit = assign(gain[n][np.ix_(places[t], units[t])])
+            whole = np.array_equal(places[t], units[t]) and np.array_equal(units[t], np.arange(len(gain[n])))
+            unit = assign(gain[n] if whole else gain[n][np.ix_(places[t], units[t])])
             chosen[t, unit] = places[t]
         return chosen
 

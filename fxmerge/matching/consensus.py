@@ -13,7 +13,8 @@ from fxmerge.evidence.activations import Pair
 from fxmerge.matching import signs
 from fxmerge.matching.descent import rises
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.search import Match, Problem, floats, match
+from fxmerge.matching.problem import Problem, floats
+from fxmerge.matching.search import Match, match
 from fxmerge.matching.universe import canonical_order
 from fxmerge.symmetry.group import Symmetry
 

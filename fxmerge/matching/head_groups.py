@@ -92,7 +92,7 @@ def neighbours(
         shares = problem.shares(number, known.union(products))
         based = {n: shares.pop(n) * likeness(own, units_of(symmetry, n, number)) for n, own in products.items()}
         similarity = sum(shares.values()) * similarity + sum(based.values())
-    group = equal_groups(similarity, size)
+    group = equal_groups(similarity.astype(np.float64), size)
     order = np.argsort(group, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))

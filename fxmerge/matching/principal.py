@@ -11,7 +11,7 @@ from fxmerge.evidence import weights as parameters
 from fxmerge.evidence.activations import Pair
 from fxmerge.matching.balance import outer_products
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.search import Problem, floats
+from fxmerge.matching.problem import Problem, floats
 from fxmerge.program.double import in_double
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagation import Axis

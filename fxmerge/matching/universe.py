@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import combinations
 
@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from fxmerge.evidence import weights
-from fxmerge.evidence.weights import Slices
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.search import Match, Problem, floats, match, quality, search
-from fxmerge.ordering import score_of
+from fxmerge.matching.problem import Problem, floats, quality
+from fxmerge.matching.search import Match, search
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.permutation import Permutation
@@ -85,43 +84,44 @@ def to_reference(symmetry: Symmetry, matches: Mapping[int, Match], home: int) ->
     )
 
 
-@dataclass
 class Together:
     """Several models, permuted so far, and the sum of what their pairs agree in.
 
-    Attributes:
+    Arguments:
         symmetry: the group to search.
         units: for every model, its parameters as they came, each scaled to norm one.
         correlation: for some classes, for every pair of models i < j, the correlations of the units'
             activations, (units of i, units of j).
         mix: how much weights and activations count.
+
+    Attributes:
         permutations: for every model, where its units are.
     """
 
-    symmetry: Symmetry
-    units: Sequence[Mapping[str, Tensor]]
-    correlation: Mapping[int, Mapping[Pair, Tensor]]
-    mix: Mix
-    permutations: tuple[Permutation, ...]
-    slices: Mapping[int, list[Slices]] = field(init=False)
+    def __init__(
+        self,
+        symmetry: Symmetry,
+        units: Sequence[Mapping[str, Tensor]],
+        correlation: Mapping[int, Mapping[Pair, Tensor]],
+        mix: Mix,
+    ) -> None:
+        self.symmetry, self.units, self.correlation, self.mix = symmetry, units, correlation, mix
+        self.slices = weights.slices(symmetry)
+        self.permutations = [symmetry.identity() for _ in units]
+        self._placed = list(units)
 
-    def __post_init__(self) -> None:
-        self.slices = weights.slices(self.symmetry)
-
-    def problem(self, m: int) -> Problem:
-        """The match of one model with the mean of all others, where they are now.
+    def problem(self, m: int, others: Sequence[int]) -> Problem:
+        """The match of one model with the mean of some others, where they are now.
 
         Its objective is the mean over the others of the objectives of the pairs: all parameters have norm
         one, so that the inner products of pairs count as their cosines do, and add up.
         """
-        others = [i for i in range(len(self.units)) if i != m]
-        placed = [self.permutations[i].apply(self.units[i]) for i in others]
-        mean = {name: _mean([p[name] for p in placed]) for name in self.units[m]}
+        mean = {name: _mean([self._placed[i][name] for i in others]) for name in self.units[m]}
         correlation = {n: _mean([self._rows(n, i, m) for i in others]) for n in self.correlation}
-        own = self.permutations[m]
         scales = {name: float(tensor.numel()) for name, tensor in mean.items()}
-        b = own.apply(self.units[m])
-        return Problem(self.symmetry, mean, b, correlation, self.mix, own.images, scales, self.slices)
+        images = self.permutations[m].images
+        b = dict(self._placed[m])
+        return Problem(self.symmetry, mean, b, correlation, self.mix, images, scales, self.slices)
 
     def _rows(self, number: int, i: int, m: int) -> Tensor:
         """The correlations of one class in two models: rows in the places that the units of i have, columns as
@@ -132,11 +132,10 @@ class Together:
     def objective(self) -> float:
         """The sum over all pairs of models."""
         count = len(self.units)
-        placed = [p.apply(u) for p, u in zip(self.permutations, self.units, strict=True)]
         agreed = 0.0
         for name in self.units[0]:
             own = sum(weights.inner(u[name], u[name]) for u in self.units)
-            total = reduce(torch.add, [p[name] for p in placed])
+            total = reduce(torch.add, [p[name] for p in self._placed])
             together = weights.inner(total, total)
             agreed += self.units[0][name].numel() * (together - own) / 2
         agreed *= self.mix.weights
@@ -146,21 +145,42 @@ class Together:
             agreed += self.mix.activations[number] * (float(sum(s.entries for s in self.slices[number])) or 1.0) * pairs
         return agreed
 
-    def improve(self, m: int, seed: int, progress: bool | None) -> float:
-        """Matches one model anew with all others; it stays where it was unless the objective rises.
+    def place(self, m: int, permutation: Permutation) -> None:
+        """Puts the units of one model where a permutation takes them."""
+        self.permutations[m], self._placed[m] = permutation, permutation.apply(self.units[m])
+
+    def start(self, seed: int, progress: bool | None) -> None:
+        """Matches each model but the first with the mean of those before it."""
+        for m in range(1, len(self.units)):
+            problem = self.problem(m, range(m))
+            search(problem, seed=seed, progress=progress)
+            self.place(m, Permutation(self.symmetry.layout, problem.images))
+
+    def improve(self, m: int, before: float, seed: int, progress: bool | None) -> float:
+        """Matches one model on with all others; it stays where it was unless the objective rises.
+
+        Arguments:
+            m: the number of the model.
+            before: the objective.
+            seed, progress: as for `search`.
 
         Returns:
-            The objective.
+            The objective afterwards.
         """
-        before, at = self.objective(), self.permutations
-        problem = self.problem(m)
-        search(problem, seed=seed, progress=progress)
-        self.permutations = (*at[:m], Permutation(self.symmetry.layout, problem.images), *at[m + 1 :])
+        problem, at = self.problem(m, self.others(m)), self.permutations[m]
+        trace = search(problem, afresh=False, seed=seed, progress=progress)
+        if not rises(trace[0], trace[-1]):
+            return before
+        self.place(m, Permutation(self.symmetry.layout, problem.images))
         after = self.objective()
         if rises(before, after):
             return after
-        self.permutations = at
+        self.place(m, at)
         return before
+
+    def others(self, m: int) -> list[int]:
+        """The numbers of all models but one."""
+        return [i for i in range(len(self.units)) if i != m]
 
 
 def find_universe(
@@ -174,10 +194,9 @@ def find_universe(
 ) -> Alignment:
     """Finds for every model the element of the group by which all models are most similar to each other.
 
-    All pairs are matched; the search starts where all models are in the units of that one of them
-    for which the sum over all pairs is largest, so that it ends no lower than any alignment to one of the models.
-    From there the models, in random order, are matched with the mean of the others, until no step helps by
-    more than a small share of it.
+    Each model is matched with the mean of those before it, in their order. From there the models, in random order, are
+    matched on with the mean of all others, until no step helps by more than a small share of it. So the number of
+    searches grows as that of models does, and not as that of their pairs.
 
     Arguments:
         symmetry: the group to search.
@@ -194,37 +213,23 @@ def find_universe(
     """
     symmetry = replace(symmetry, kinds=())
     models = range(len(states))
-    pairs: dict[Pair, Match] = {}
-    for i, j in combinations(models, 2):
-        shown = {number: c[i, j] for number, c in correlation.items()}
-        pairs[i, j] = match(symmetry, states[i], states[j], shown, alpha=alpha, seed=seed, progress=progress)
-    identity = symmetry.identity()
-
-    def way(j: int, i: int) -> Permutation:
-        """From the units of model j to those of model i."""
-        if i == j:
-            return identity
-        return pairs[i, j].permutation if i < j else pairs[j, i].permutation.inverse()
-
     units = [_unit_norms(floats(symmetry, state)) for state in states]
-    together = Together(symmetry, units, correlation, Mix.of(alpha, correlation), tuple(identity for _ in models))
-    starts = []
-    for reference in models:
-        together.permutations = tuple(way(m, reference) for m in models)
-        starts.append((together.objective(), -reference, together.permutations))
-    best, _, together.permutations = max(starts, key=lambda start: (score_of(start[0]), start[1]))
-    trace = descend(
-        models,
-        best,
-        lambda m: together.improve(m, seed, progress),
-        lambda m: set(models) - {m},
-        np.random.default_rng(seed),
-    )
+    together = Together(symmetry, units, correlation, Mix.of(alpha, correlation))
+    together.start(seed, progress)
+    reached = together.objective()
+
+    def step(m: int) -> float:
+        nonlocal reached
+        reached = together.improve(m, reached, seed, progress)
+        return reached
+
+    trace = descend(models, reached, step, lambda m: set(models) - {m}, np.random.default_rng(seed))
     # The universe has no units of its own: any element of the group, applied to all models, is as good.
     home = together.permutations[0].inverse()
-    together.permutations = tuple(home @ p for p in together.permutations)
-    found = tuple(quality(together.problem(m)) for m in models)
-    return Alignment(together.permutations, 0, (trace,), found)
+    for m in models:
+        together.place(m, home @ together.permutations[m])
+    found = tuple(quality(together.problem(m, together.others(m))) for m in models)
+    return Alignment(tuple(together.permutations), 0, (trace,), found)
 
 
 def _unit_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 
 from fxmerge.evidence import weights
 from fxmerge.evidence.weights import Slices
+from fxmerge.matching.agglomerate import Links
 from fxmerge.matching.allot import Allotment, zip_losses
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.nested import carry, is_block, merge_blocks, similar_blocks
+from fxmerge.matching.problem import floats
 from fxmerge.matching.room import Room, cells
-from fxmerge.matching.search import floats
 from fxmerge.matching.zipping import zip_blocks
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
@@ -91,7 +92,7 @@ class ZipProblem:
 
     symmetry: Symmetry
     states: Sequence[Mapping[str, Tensor]]
-    correlation: Mapping[int, Scores]
+    correlation: Mapping[int, Links]
     mix: Mix
     room: Room
     places: list[list[Ids]] = field(init=False)
@@ -182,26 +183,26 @@ class ZipProblem:
             factor[slots] = np.where(sizes > 0, 1 / np.sqrt(np.maximum(sizes, 1)), 0.0)
         return along_axis(torch.from_numpy(factor[axis.slot]), axis)
 
-    def similarity(self, number: int) -> Scores:
+    def similarity(self, number: int) -> Links:
         """alpha * cosines of the units' weights + (1 - alpha) * correlations of their activations (MuDSC, equation 5),
         of all pairs of units of all models, above the diagonal."""
         alpha, total = self.mix.alpha(number), self._cosines(number)
         if alpha < 1:
-            total *= alpha
-            total += (1 - alpha) * self.correlation[number]
-        return total
+            total.mul_(alpha).add_(torch.from_numpy(self.correlation[number]), alpha=1 - alpha)
+        links: Links = total.numpy()
+        return links
 
     def _gain(self, number: int) -> Scores:
         """The same of all pairs, each as much as the entries of a unit."""
-        above = np.triu(self.similarity(number), 1)
+        above = np.triu(self.similarity(number), 1).astype(np.float64)
         gain: Scores = self.weight(number) * (above + above.T + np.eye(len(above)))
         return gain
 
-    def _cosines(self, number: int) -> Scores:
+    def _cosines(self, number: int) -> Tensor:
         """The cosines of the units' weights, above the diagonal; 0 where they are not needed."""
         size = self.symmetry.units[number].size * len(self.states)
         if self.mix.alpha(number) == 0 or not self.slices[number]:
-            return np.zeros((size, size))
+            return torch.zeros(size, size)
         gram: Tensor | None = None
         for s in self.slices[number]:
             name = s.axis.parameter
@@ -211,10 +212,9 @@ class ZipProblem:
         assert gram is not None
         norms = gram.diagonal().clamp(min=0).sqrt()
         inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-        cosines: Scores = gram.mul_(inverse[:, None]).mul_(inverse).cpu().double().numpy()
-        return cosines
+        return gram.mul_(inverse[:, None]).mul_(inverse).cpu()
 
-    def pairs(self, number: int, without: Collection[int] = ()) -> tuple[Scores, dict[int, Scores]]:
+    def pairs(self, number: int, without: Collection[int] = ()) -> tuple[Links, dict[int, Scores]]:
         """How similar all units of a class are; and for blocks, what those in them gain, but for some classes."""
         if not is_block(self.symmetry, number):
             return self.similarity(number), {}
@@ -277,7 +277,7 @@ class ZipProblem:
 def match_zip(
     symmetry: Symmetry,
     states: Sequence[Mapping[str, Tensor]],
-    correlation: Mapping[int, Scores],
+    correlation: Mapping[int, Links],
     flow: Mapping[Axis, Flow],
     *,
     alpha: float | Mapping[int, float],
@@ -324,18 +324,33 @@ def match_zip(
         problem.take([carry(symmetry, n, place, own) for own in problem.places])
     rng = np.random.default_rng(seed)
     classes = zipped_classes(symmetry, flow, one_to_one, room.changed)
+    neighbours, settled = _neighbours(symmetry, classes), set[int]()
+
+    def moved(number: int) -> None:
+        """Notes that a class is zipped anew, so that others would be zipped otherwise than they are."""
+        settled.difference_update(neighbours[number])
+        if not _meets_itself(symmetry, number):
+            settled.add(number)
+
+    def step(number: int) -> float:
+        before = problem.objective()
+        # As long as nothing on its parameters has moved, a class would be zipped as it was tried last.
+        if number in settled:
+            return before
+        after = problem.improve(problem.zipped(number, budget, damping))
+        if after > before:
+            moved(number)
+        else:
+            settled.add(number)
+        return after
+
     with tqdm(total=None, desc="zipping", disable=None if progress is None else not progress, leave=False) as bar:
         for n in rng.permutation(classes).tolist():
             problem.take(problem.zipped(n, budget, damping))
+            moved(n)
             bar.update()
-        trace = descend(
-            classes if problem.mix.weights > 0 else (),
-            problem.objective(),
-            lambda n: problem.improve(problem.zipped(n, budget, damping)),
-            lambda n: _neighbours(symmetry, n, classes),
-            rng,
-            bar,
-        )
+        coordinates = classes if problem.mix.weights > 0 else ()
+        trace = descend(coordinates, problem.objective(), step, neighbours.__getitem__, rng, bar)
     consumed = frozenset(axis for axis, kind in flow.items() if kind is Flow.CONSUMES)
     kept = room.kept if room.changed else ()
     units = UnitMap(
@@ -346,18 +361,27 @@ def match_zip(
 
 def _reads(symmetry: Symmetry, flow: Mapping[Axis, Flow], number: int) -> int:
     """How many layers read the units of a class; all heads count as one."""
-    tree = set(descendants(symmetry, number))
-    axes = {(a.parameter, a.dim) for a in symmetry.layout if any(n in tree for n, _ in a.roles)}
+    axes = {(a.parameter, a.dim) for a in _axes(symmetry, number)}
     return max(sum(flow[axis] is Flow.CONSUMES for axis in axes), 1)
 
 
-def _neighbours(symmetry: Symmetry, number: int, classes: Sequence[int]) -> set[int]:
-    """The classes (itself included) that share a parameter with a class."""
-    on: dict[int, set[str]] = {
-        n: {a.parameter for a in symmetry.layout for m in descendants(symmetry, n) if any(k == m for k, _ in a.roles)}
-        for n in classes
-    }
-    return {n for n in classes if not on[n].isdisjoint(on[number])}
+def _neighbours(symmetry: Symmetry, classes: Sequence[int]) -> dict[int, set[int]]:
+    """For every class, the classes (itself included) that share a parameter with it."""
+    on = {n: {a.parameter for a in _axes(symmetry, n)} for n in classes}
+    return {n: {m for m in classes if not on[m].isdisjoint(on[n])} for n in classes}
+
+
+def _meets_itself(symmetry: Symmetry, number: int) -> bool:
+    """Whether a class, or what is nested in it, lies along several axes of one parameter, so that how alike its units
+    are depends on what is merged of it."""
+    names = [axis.parameter for axis in _axes(symmetry, number)]
+    return len(set(names)) < len(names)
+
+
+def _axes(symmetry: Symmetry, number: int) -> list[AxisLayout]:
+    """The axes along which a class lies, or what is nested in it."""
+    tree = set(descendants(symmetry, number))
+    return [axis for axis in symmetry.layout if any(n in tree for n, _ in axis.roles)]
 
 
 def _within(symmetry: Symmetry, problem: ZipProblem, classes: Sequence[int]) -> dict[str, int]:

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxmerge.errors import NonFiniteError, OptionError
-from fxmerge.matching.agglomerate import agglomerate, symmetric
-from fxmerge.matching.assignment import Scores
+from fxmerge.matching.agglomerate import Links, agglomerate, symmetric
 from fxmerge.matching.blocks import match_blocks, nest
 from fxmerge.symmetry.units import Ids
 
@@ -59,7 +58,7 @@ class Zipped:
 
 
 def zip_units(
-    similarity: Scores, models: int, *, budget: float = 1.0, damping: float = 0.5, width: int | None = None
+    similarity: Links, models: int, *, budget: float = 1.0, damping: float = 0.5, width: int | None = None
 ) -> Zipped:
     """Merges units of several models greedily (ZipIt!, arXiv 2305.03053, with the defaults of MuDSC's code).
 
@@ -98,7 +97,7 @@ def zip_units(
 
 
 def zip_groups(
-    similarity: Scores, models: int, blocks: Sequence[Ids] | Ids, *, budget: float = 1.0, damping: float = 0.5
+    similarity: Links, models: int, blocks: Sequence[Ids] | Ids, *, budget: float = 1.0, damping: float = 0.5
 ) -> Zipped:
     """Merges units greedily inside of matched blocks, such as attention heads (MuDSC, arXiv 2403.01753, section 4.3).
 
@@ -140,12 +139,14 @@ def zip_groups(
     numbers, inner = np.unique(levels[-1], return_inverse=True)
     matched = [levels[-1]]
     for start in range(units, models * units, units):
-        matched.append(numbers[match_blocks(similarity[:units, start : start + units], nested)[inner]])
+        matched.append(
+            numbers[match_blocks(similarity[:units, start : start + units].astype(np.float64), nested)[inner]]
+        )
     return zip_blocks(similarity, np.stack(matched), budget=budget, damping=damping)
 
 
 def zip_blocks(
-    similarity: Scores, blocks: Ids, *, budget: float = 1.0, damping: float = 0.5, width: int | None = None
+    similarity: Links, blocks: Ids, *, budget: float = 1.0, damping: float = 0.5, width: int | None = None
 ) -> Zipped:
     """Merges units greedily inside of blocks that are matched already.
 
@@ -181,7 +182,7 @@ def zip_blocks(
     return Zipped(labels.reshape(models, units), forced)
 
 
-def _zip(similarity: Scores, model: Ids, goal: int, limits: Ids, damping: float) -> tuple[Ids, Ids, int]:
+def _zip(similarity: Links, model: Ids, goal: int, limits: Ids, damping: float) -> tuple[Ids, Ids, int]:
     """Merges until `goal` units are left: the first unit of those that each is merged with, the merges inside of
     each model, and how many merges had to be forced."""
     merges = len(similarity) - goal
@@ -195,7 +196,7 @@ def _zip(similarity: Scores, model: Ids, goal: int, limits: Ids, damping: float)
     return kept[further[np.searchsorted(kept, first)]], used, len(kept) - goal
 
 
-def _linkage(links: Scores, first: Ids) -> Scores:
+def _linkage(links: Links, first: Ids) -> Links:
     """The smallest similarity of any members, for all pairs of merged units."""
     order = np.argsort(first, kind="stable")
     starts = np.flatnonzero(np.diff(first[order], prepend=-1))
@@ -208,7 +209,7 @@ def _share(total: int, parts: int, budget: float = 1.0) -> int:
     return int(total // parts * budget + 1e-4)
 
 
-def _units(similarity: Scores, models: int) -> int:
+def _units(similarity: Links, models: int) -> int:
     """The number of units of one model."""
     if models < 1:
         raise OptionError(f"models is {models}; at least 1 is needed to zip.")
@@ -220,7 +221,7 @@ def _units(similarity: Scores, models: int) -> int:
     return len(similarity) // models
 
 
-def _check(similarity: Scores, blocks: Ids, budget: float, damping: float, width: int) -> None:
+def _check(similarity: Links, blocks: Ids, budget: float, damping: float, width: int) -> None:
     models, units = blocks.shape
     if units != _units(similarity, models):
         raise OptionError(f"The blocks have shape {blocks.shape}, and the similarity {similarity.shape}.")

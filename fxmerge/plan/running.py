@@ -64,13 +64,13 @@ def opened(plan: Plan, *, allow_pickle: bool = False) -> tuple[Checkpoint, ...]:
     return tuple(io.load(file.path, allow_pickle=allow_pickle) for file in plan.files)
 
 
-def execute(plan: Plan, checkpoints: Sequence[Checkpoint], resume: Path | None = None) -> Result:
+def execute(plan: Plan, checkpoints: Sequence[Checkpoint], run: Run | None = None) -> Result:
     """Does what a plan says, and gives the result without writing it.
 
     Arguments:
         plan: what to do.
         checkpoints: the weights of its models, as `opened` gives them.
-        resume: the folder of finished stages, as for `Run`.
+        run: how to run; None is the run of the plan.
 
     Raises:
         FxmergeError: if a file has changed since its checksum was taken, or does not fit; and as the
@@ -86,7 +86,7 @@ def execute(plan: Plan, checkpoints: Sequence[Checkpoint], resume: Path | None =
         with timed(logger, {}, "reading data"):
             loaders = tuple(_data(one, networks[i], plan.run.seed) for i, one in enumerate(plan.data))
             plan = replace(plan, data=tuple(_checked(*pair) for pair in zip(plan.data, loaders, strict=True)))
-        module = _done(plan, networks, base, loaders, replace(plan.run, resume=resume))
+        module = _done(plan, networks, base, loaders, run or plan.run)
     # Warnings of damaged files of an earlier run say nothing of the result.
     messages = tuple(worded(record.getMessage()) for record in warnings if record.name != stages.__name__)
     return Result(plan, tuple(networks), loaders, module, messages, _call(networks[0], loaders))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from fxmerge.processes import Processes
 from fxmerge.recipe.checks import is_number, wrong
 
 
@@ -23,13 +25,15 @@ class Run:
         resume: a folder in which finished stages of a merge, an alignment or a fold leave their results. A call that is
             given the same goes on after them, to the same result; one that is given something else is refused. The
             folder stays until you delete it. None keeps nothing.
+        processes: "auto" shares the work out among the processes of torch's default process group, if it is
+            initialized. All of them must make the same call, and all get the result. None computes all in this process.
 
     Raises:
         OptionError: if a field is out of range.
 
     Example:
         >>> Run(memory=0.5)
-        Run(device=None, memory=0.5, seed=0, progress=None, verify=True, resume=None)
+        Run(device=None, memory=0.5, seed=0, progress=None, verify=True, resume=None, processes=None)
     """
 
     device: str | torch.device | None = None
@@ -38,6 +42,7 @@ class Run:
     progress: bool | None = None
     verify: bool = True
     resume: str | Path | None = None
+    processes: Literal["auto"] | Processes | None = None
 
     def __post_init__(self) -> None:
         if not is_number(self.memory) or not self.memory > 0:
@@ -50,6 +55,8 @@ class Run:
             raise wrong(self, "verify", "True or False")
         if self.resume is not None and (not isinstance(self.resume, str | Path) or not str(self.resume)):
             raise wrong(self, "resume", "the path of a folder, or None")
+        if self.processes not in (None, "auto") and not isinstance(self.processes, Processes):
+            raise wrong(self, "processes", "'auto' or None")
         try:
             None if self.device is None else torch.device(self.device)
         except (RuntimeError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.processes import ALONE, Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.models import same_draws
 from fxmerge.program.run import Call, Runner
 from fxmerge.refitting.boundaries import Boundaries, without_the_rest
-from fxmerge.refitting.gather import Shares, Values
+from fxmerge.refitting.gather import Counted, Shares, Values
 from fxmerge.refitting.output_error import asked
 from fxmerge.refitting.schedule import Step, jump
 from fxmerge.refitting.staging import Stage
+
+logger = logging.getLogger(__name__)
 
 _MERGED = -1
 """The key of the merged network among those of its parents."""
@@ -41,15 +45,16 @@ class Lesson:
 
 
 class Course:
-    """All networks on their way through the stages, on all data.
+    """All networks on their way through the stages, on the data of this process.
 
     Arguments:
         kept: holds what networks compute in one stage for the next.
         merged: the merged network.
         lanes: the parents.
-        lessons: the data.
+        lessons: the data of all processes.
         stages: the stages, in their order.
         all_parents: whether every parent goes through all data, also through those on which its share is 0.
+        processes: those that share the data.
     """
 
     def __init__(
@@ -61,19 +66,24 @@ class Course:
         stages: Sequence[Stage],
         *,
         all_parents: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
         self.kept, self.merged, self.lanes, self.stages = kept, merged, lanes, stages
         self.at = 0
         self.data: list[Lesson] = []
-        self.there: list[list[int]] = []
-        for lesson in lessons:
-            inputs = without_the_rest(merged.inputs(*lesson.call))  # One copy for all networks.
-            there = [*range(len(lanes))] if all_parents else asked(lesson.shares)
-            for lane in (_MERGED, *there):
-                kept.put((len(self.data), lane), inputs)
+        self.there: dict[int, list[int]] = {}
+        for number, lesson in enumerate(lessons):
+            if processes.owns(number):
+                inputs = without_the_rest(merged.inputs(*lesson.call))  # One copy for all networks.
+                self.there[number] = [*range(len(lanes))] if all_parents else asked(lesson.shares)
+                for lane in (_MERGED, *self.there[number]):
+                    kept.put((number, lane), inputs)
             self.data.append(replace(lesson, call=((), {})))
-            self.there.append(there)
+        if len(self.data) < processes.size:
+            text = "There are fewer batches (%d) than processes (%d), so that some do nothing. Pass smaller batches."
+            logger.warning(text, len(self.data), processes.size)
         self._alike: dict[int | None, Counter[Shares]] = {}
+        self._counted: dict[int | None, list[Counted | None]] = {}
 
     def alike(self, parent: int | None) -> Counter[Shares]:
         """How many batches have the same shares, of those on which a layer learns from a parent, or from all (None)."""
@@ -90,12 +100,27 @@ class Course:
             return None
         return tuple(float(j == parent) for j in range(len(self.lanes)))
 
-    def lesson(self, number: int, parent: int | None) -> tuple[Shares, float] | None:
-        """Whom a layer learns from on a batch, and how much that counts; None if it does not learn there."""
-        shares = self._shares(number, parent)
-        if shares is None:
-            return None
-        return shares, (self.data[number].weight if parent is None else 1.0) / self.alike(parent)[shares]
+    def lesson(self, number: int, parent: int | None) -> Counted | None:
+        """How a batch counts for a layer that learns from a parent, or from all; None if it does not learn there."""
+        if parent not in self._counted:
+            self._counted[parent] = self._count(parent)
+        return self._counted[parent][number]
+
+    def _count(self, parent: int | None) -> list[Counted | None]:
+        alike, seen = self.alike(parent), Counter[Shares]()
+        found: list[Counted | None] = []
+        for number, lesson in enumerate(self.data):
+            shares = self._shares(number, parent)
+            if shares is None:
+                found.append(None)
+                continue
+            weight = (lesson.weight if parent is None else 1.0) / alike[shares]
+            found.append(Counted(number, shares, weight, seen[shares]))
+            seen[shares] += 1
+        # Only their ratios matter. With weights of one, sums of float32 products are exact in float64, so that they do
+        # not depend on the order of the batches, and results do not on the number of processes.
+        largest = max((one.weight for one in found if one is not None), default=0.0) or 1.0
+        return [one and replace(one, weight=one.weight / largest) for one in found]
 
     def batches(self, stage: int, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
         """Of every batch its number, what the merged network computes in a stage, and what the parents do.
@@ -115,8 +140,8 @@ class Course:
         self.at = stage + onward
 
     def _through(self, mine: Step, theirs: Step, *, onward: bool) -> Iterator[tuple[int, Values, dict[int, Values]]]:
-        """All networks go through all data."""
-        for b, there in enumerate(self.there):
+        """All networks go through all data of this process."""
+        for b, there in self.there.items():
             values = self._advance((b, _MERGED), self.merged, mine, onward)
             taught = {j: self._advance((b, j), self.lanes[j], theirs, onward) for j in there}
             yield b, values, taught

@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from fxmerge.refitting.ridge import MARGIN, RIDGES
+from fxmerge.processes import Processes
+from fxmerge.refitting.strength import MARGIN, RIDGES
 
 SAMPLE_MEMORY = 2**29
 """How many bytes the rows of a fit take at most: features, target probabilities and the network's probabilities. Of
@@ -286,16 +288,23 @@ class ScoreRows:
         features: how many features a row has.
         classes: how many classes.
         batches: how many batches there will be, of which each has an equal share of the memory.
-        seed: seed of the choice of rows.
     """
 
-    def __init__(self, features: int, classes: int, batches: int, seed: int) -> None:
+    def __init__(self, features: int, classes: int, batches: int) -> None:
         self.row_size = features + 3 * classes
         self.batches = batches
-        self.generator = torch.Generator().manual_seed(seed)
-        self.parts: list[tuple[int, Rows]] = []
+        self.parts: list[tuple[int, int, Rows]] = []
 
-    def add(self, fold: int, x: Tensor, p: Tensor, weight: float, parts: int = 1) -> None:
+    def add(
+        self,
+        fold: int,
+        x: Tensor,
+        p: Tensor,
+        weight: float,
+        generator: torch.Generator,
+        parts: int = 1,
+        batch: int = 0,
+    ) -> None:
         """Takes in rows.
 
         Arguments:
@@ -303,20 +312,26 @@ class ScoreRows:
             x: features, shape (rows, features).
             p: probabilities of classes, shape (rows, classes).
             weight: how much each row counts.
+            generator: of the choice of rows.
             parts: in how many such calls a batch comes.
+            batch: the number of the batch.
         """
         limit = SAMPLE_MEMORY // (self.row_size * x.element_size() * self.batches * parts) + 1
         if len(x) > limit:
-            chosen = torch.randperm(len(x), generator=self.generator)[:limit].sort().values.to(x.device)
+            chosen = torch.randperm(len(x), generator=generator)[:limit].sort().values.to(x.device)
             # What is left out is stood for by what is chosen.
             weight, x, p = weight * len(x) / limit, x[chosen], p[chosen]
         weights = torch.full((len(x),), weight, dtype=torch.float64, device=x.device)
-        self.parts.append((fold, Rows(x.clone(), p.to(x, copy=True), weights)))
+        self.parts.append((fold, batch, Rows(x.clone(), p.to(x, copy=True), weights)))
+
+    def total(self, processes: Processes) -> None:
+        """Makes these the rows of all processes."""
+        self.parts = [part for own in processes.gather("rows of scores", self.parts) for part in own]
 
     def gathered(self) -> tuple[Rows, int]:
         """All rows, those that are held out first, and how many these are."""
-        parts = [rows for _, rows in sorted(self.parts, key=lambda part: part[0])]
+        parts = [rows for _, _, rows in sorted(self.parts, key=itemgetter(0, 1))]
         whole = Rows(*(torch.cat([getattr(r, n) for r in parts]) for n in ("features", "targets", "weights")))
-        held = sum(len(rows) for fold, rows in self.parts if fold == 0)
+        held = sum(len(rows) for fold, _, rows in self.parts if fold == 0)
         self.parts = []
         return whole, held

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from fxmerge.errors import LoaderError, NonFiniteError
 from fxmerge.evidence.moments import Moments
+from fxmerge.processes import Processes
 from fxmerge.program.forms import bind
-from fxmerge.refitting.cross_entropy import ScoreRows, fit_scores
+from fxmerge.refitting.cross_entropy import ScoreFit, ScoreRows, fit_scores
 from fxmerge.refitting.layers import Layer, Use
 from fxmerge.refitting.places import Places
-from fxmerge.refitting.ridge import Fit, NormalEquations, fit, joined, step_without
+from fxmerge.refitting.ridge import Fit, NormalEquations, joined, step_without
 from fxmerge.refitting.sums import Summand
 
 ROWS_PER_FEATURE, MIN_ROWS = 16, 8192
@@ -28,6 +29,23 @@ image above that are subsampled."""
 
 Values = Mapping[fx.Node, Any]
 Shares = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How a batch counts for a layer.
+
+    Attributes:
+        number: of the batch, among all.
+        shares: how much the outputs of each parent count in the targets.
+        weight: how much the batch counts.
+        before: how many batches before it have the same shares.
+    """
+
+    number: int
+    shares: Shares
+    weight: float
+    before: int
 
 
 @dataclass(frozen=True)
@@ -88,11 +106,9 @@ class LayerFit:
         self.folds = NormalEquations.folds(groups, features, outputs, self.centre.device)
         batches = sum(alike.values()) * len(layer.uses)
         self.limit = max(ROWS_PER_FEATURE * features, MIN_ROWS) // batches + 1
-        self.rows = ScoreRows(features, outputs, batches, seed) if scores else None
-        self.alike = alike
-        self.seen: Counter[Shares] = Counter()
+        self.rows = ScoreRows(features, outputs, batches) if scores else None
+        self.alike, self.seed = alike, seed
         self.parts: dict[tuple[int, Shares], Tensor] = {}
-        self.generator = torch.Generator().manual_seed(seed)
         self.missed = dict.fromkeys(own, 0.0)
         self.held_out = math.nan
 
@@ -106,20 +122,23 @@ class LayerFit:
         """How many members the outputs of each teacher's coefficients are sums of."""
         return [self.layer.read(teacher.members, missing=1.0).to(self.centre) for teacher in self.teachers]
 
-    def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
+    def add(self, values: Values, taught: Mapping[int, Values], counted: Counted) -> None:
         """Takes in a batch.
 
         Arguments:
             values: what the merged network's nodes compute.
             taught: what the nodes of some parents compute.
-            shares: how much the outputs of each parent count in the targets.
-            weight: how much the batch counts.
+            counted: how the batch counts.
         """
+        shares, weight = counted.shares, counted.weight
+        # Whatever other batches were taken in, the same rows are chosen.
+        (seed,) = np.random.SeedSequence((self.seed, counted.number)).generate_state(1).tolist()
+        generator = torch.Generator().manual_seed(seed)
         for use in self.layer.uses:
             mine = arguments(use, values)
             rows, chosen = use.size(mine), None
             if rows > self.limit:
-                chosen = torch.randperm(rows, generator=self.generator)[: self.limit].sort().values
+                chosen = torch.randperm(rows, generator=generator)[: self.limit].sort().values
             x = use.features(mine, chosen)
             y = self.targets(use, taught, shares, chosen)
             if not x.any() and not y.any():
@@ -135,13 +154,12 @@ class LayerFit:
             count = len(self.folds)
             parts = count if self.alike[shares] == 1 else 1
             apart = zip(x.chunk(parts, 1), y.chunk(parts, 1), strict=True)
-            for fold, part in enumerate(apart, start=self.seen[shares]):
-                self.folds[fold % count].add(*part, self.centre.to(x), weight)
+            for fold, part in enumerate(apart, start=counted.before):
+                self.folds[fold % count].add(*part, self.centre.to(x), weight, counted.number)
             if self.rows is not None and weight > 0:
                 p = self.distribution(use, taught, shares, chosen)
                 for fold, (own, its) in enumerate(zip(x[0].chunk(parts), p.chunk(parts), strict=True)):
-                    self.rows.add((self.seen[shares] + fold) % count, own, its, weight, parts)
-        self.seen[shares] += 1
+                    self.rows.add((counted.before + fold) % count, own, its, weight, generator, parts, counted.number)
 
     def targets(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:
         """What the parents give at a use, in merged units: shape (groups, rows, outputs)."""
@@ -183,14 +201,36 @@ class LayerFit:
             self.parts[number, shares] = _ratio(shares[number] * self.coefficients[number], counted)
         return self.parts[number, shares]
 
-    def settle(self, state: dict[str, Tensor]) -> dict[str, float]:
-        """Puts the fitted coefficients into a state dict, and tells how they were found."""
-        if not all(fold.is_finite for fold in self.folds):
-            raise not_finite(self.layer)
-        found = fit(self.folds)
+    @staticmethod
+    def total(fits: Sequence[LayerFit], processes: Processes) -> None:
+        """Makes some fits those of what is gathered of the batches of all processes.
+
+        Raises:
+            NonFiniteError: if an input or an output of a layer is NaN or infinite.
+        """
+        NormalEquations.total([fold for fit in fits for fold in fit.folds], processes)
+        for fit in fits:
+            if fit.missed:
+                fit.missed = processes.total("errors", fit.missed)
+            if fit.rows is not None:
+                fit.rows.total(processes)
+            if not all(fold.is_finite for fold in fit.folds):
+                raise not_finite(fit.layer)
+
+    def settle(self, state: dict[str, Tensor], found: Fit, processes: Processes) -> dict[str, float]:
+        """Puts the fitted coefficients into a state dict, and tells how they were found.
+
+        Arguments:
+            state: the state dict.
+            found: the squared-error fit.
+            processes: those that have been given the same.
+        """
         self.layer.write(state, self.centre + found.step)
         self.held_out = found.held_out * sum(fold.targets.square for fold in self.folds)
-        told = self._settle_scores(state, found) if self.rows is not None and self.rows.parts else {}
+        told: dict[str, float] = {}
+        if self.rows is not None and self.rows.parts:
+            scores = processes.once("scores of classes", partial(self._fit_scores, found))
+            told = {} if scores is None else self._settle_scores(state, scores)
         return {
             "before": found.before,
             "after": found.after,
@@ -203,19 +243,23 @@ class LayerFit:
             "seconds": time.perf_counter() - self.began,
         }
 
-    def _settle_scores(self, state: dict[str, Tensor], squared: Fit) -> dict[str, float]:
-        """Puts coefficients into a state dict that are fitted to distributions over classes, if these predict the
-        distributions of held-out rows better than the squared-error fit; and tells how well both do."""
+    def _fit_scores(self, squared: Fit) -> ScoreFit | None:
+        """The fit to distributions over classes; None if no rows can be held out."""
         assert self.rows is not None
         rows, held = self.rows.gathered()
         first, *others = (fold for fold in self.folds if fold.targets.rows)
         if not others or not 0 < held < len(rows):
-            return {}  # No rows can be held out.
+            return None
         rest = None if math.isinf(squared.ridge) else step_without(first, [first, *others], squared.ridge)
         without = torch.zeros_like(squared.step) if rest is None else rest
-        found = fit_scores(rows, held, (self.centre + squared.step)[0], (self.centre + without)[0])
+        return fit_scores(rows, held, (self.centre + squared.step)[0], (self.centre + without)[0])
+
+    def _settle_scores(self, state: dict[str, Tensor], found: ScoreFit) -> dict[str, float]:
+        """Puts coefficients into a state dict that are fitted to distributions over classes, if these predict the
+        distributions of held-out rows better than the squared-error fit; and tells how well both do."""
         if found.coefficients is not None:
             self.layer.write(state, found.coefficients[None])
+            first = next(fold for fold in self.folds if fold.targets.rows)
             # What the outputs miss is now known on the rows that were held out, and taken to be alike on the others.
             spread = self._targets.spread
             if first.targets.spread > 0:
@@ -279,6 +323,10 @@ class Statistics:
         for node in self.nodes:
             x = values[node.args[0]].transpose(0, 1).flatten(1).T.double()  # type: ignore[index]
             self.moments += Moments.of(x, weight)
+
+    def total(self, processes: Processes) -> None:
+        """Makes these the statistics of the batches of all processes."""
+        self.moments = processes.total("statistics", self.moments)
 
     def settle(self, state: dict[str, Tensor]) -> None:
         """Puts the mean and the variance into a state dict.

@@ -7,16 +7,16 @@ other parts. A parent is as it is, so that its error is held out anyway. All are
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxmerge.evidence.moments import Moments
+from fxmerge.processes import Processes
 from fxmerge.program.captured import Program
-from fxmerge.refitting.gather import Shares, Teacher, Values
+from fxmerge.refitting.gather import Counted, Shares, Teacher, Values
 from fxmerge.refitting.layers import Layer
 
 OutputErrors = dict[int | None, float]
@@ -75,27 +75,34 @@ class OutputDistance:
 
     Arguments:
         program: the program; all its outputs count alike.
+        numbers: the networks whose distances are to be known.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, numbers: Sequence[int | None]) -> None:
         self.nodes = program.answers
-        self.missed: defaultdict[tuple[int | None, fx.Node], float] = defaultdict(float)
+        self.missed = {number: dict.fromkeys(self.nodes, 0.0) for number in numbers}
         self.moments = dict.fromkeys(self.nodes, Moments())
 
-    def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
+    def add(self, values: Values, taught: Mapping[int, Values], counted: Counted) -> None:
         """Takes in a batch; see `LayerFit.add`."""
+        shares, weight = counted.shares, counted.weight
         for node in self.nodes:
             mean = reduce(torch.add, (shares[j] * _wide(theirs[node]) for j, theirs in taught.items()))
             # Scores of what is ruled out are infinite in all networks.
             self.moments[node] += Moments.of(feature_rows(mean.where(mean.isfinite(), 0.0)), weight)
-            for number, own in ((None, values), *taught.items()):
-                off = torch.where(own[node] == mean, 0.0, _wide(own[node]) - mean)
-                self.missed[number, node] += weight * float(feature_rows(off).square().sum())
+            for number, missed in self.missed.items():
+                own = (values if number is None else taught[number])[node]
+                off = torch.where(own == mean, 0.0, _wide(own) - mean)
+                missed[node] += weight * float(feature_rows(off).square().sum())
+
+    def total(self, processes: Processes) -> None:
+        """Makes these the distances over the batches of all processes."""
+        self.missed, self.moments = processes.total("distances of outputs", (self.missed, self.moments))
 
     def error(self, number: int | None) -> float:
         """The mean over outputs of the errors of a parent, or of the merged network; NaN where no output varies."""
         spreads = {node: own.spread for node, own in self.moments.items()}
-        told = [self.missed[number, node] / spread for node, spread in spreads.items() if spread > 0]
+        told = [self.missed[number][node] / spread for node, spread in spreads.items() if spread > 0]
         return sum(told) / len(told) if told else math.nan
 
 

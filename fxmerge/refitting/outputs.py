@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxmerge.errors import OptionError
 from fxmerge.evidence.moments import Moments
+from fxmerge.processes import ALONE, Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.run import Data, Recorder
 from fxmerge.refitting.gather import arguments, not_finite
@@ -17,7 +18,9 @@ from fxmerge.refitting.output_error import used_elsewhere
 from fxmerge.refitting.refit import last_layers, written_out
 
 
-def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data: Data) -> tuple[dict[str, Tensor], ...]:
+def standardized(
+    program: Program, states: Sequence[Mapping[str, Tensor]], data: Data, processes: Processes = ALONE
+) -> tuple[dict[str, Tensor], ...]:
     """Shifts and scales the last layers of networks, so that their outputs have mean zero and equal deviations.
 
     A network answers inputs of a task that it did not learn with what its own task made common. The mean of several
@@ -29,6 +32,7 @@ def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data:
         program: the captured program.
         states: the state dicts of the networks.
         data: inputs of all tasks.
+        processes: those that share the data.
 
     Returns:
         New state dicts.
@@ -49,7 +53,7 @@ def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data:
         )
         raise OptionError(f"Recipe.targets is 'standardized', but {why}; pass Recipe(targets='mean').")
     moved = tuple(dict(state) for state in states)
-    found = [_moments(program, last, state, data) for state in states]
+    found = [_moments(program, last, state, data, processes) for state in states]
     for i, layer in enumerate(last):
         common = torch.stack([own[i][1] for own in found]).mean()
         for state, own in zip(moved, found, strict=True):
@@ -61,18 +65,19 @@ def standardized(program: Program, states: Sequence[Mapping[str, Tensor]], data:
 
 
 def _moments(
-    program: Program, last: Sequence[Layer], state: Mapping[str, Tensor], data: Data
+    program: Program, last: Sequence[Layer], state: Mapping[str, Tensor], data: Data, processes: Processes
 ) -> list[tuple[Tensor, Tensor]]:
     """For every layer, the mean of each of its outputs, shape (groups, outputs), and the deviation of all."""
     coefficients = [layer.read(state) for layer in last]
     moments = [Moments(sums=torch.zeros_like(own[:, 0]), squares=torch.zeros_like(own[:, 0])) for own in coefficients]
     runner = Recorder(program, {n for layer in last for use in layer.uses for n in use.node.all_input_nodes})
-    for args, kwargs in data.batches("standardizing outputs"):
+    for args, kwargs in processes.share(data.batches("standardizing outputs")):
         runner.call(state, args, kwargs)
         for i, (layer, own) in enumerate(zip(last, coefficients, strict=True)):
             for use in layer.uses:
                 y = use.features(arguments(use, runner.seen), None).double() @ own
                 moments[i] += Moments.of(y)
+    moments = processes.total("outputs", moments)
     for layer, found in zip(last, moments, strict=True):
         if not torch.isfinite(found.variance).all():
             raise not_finite(layer)

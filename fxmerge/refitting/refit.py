@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from fxmerge.combine.batch_norm import alike, statistics_nodes
+from fxmerge.processes import ALONE, Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.forms import argument, bind, form_of
 from fxmerge.progress import Ticker
@@ -23,6 +24,7 @@ from fxmerge.refitting.layers import Layer, Layers, Use, find_layers
 from fxmerge.refitting.output_error import OutputDistance, OutputErrors, asked, comparable, mean_errors
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.repair import Repair
+from fxmerge.refitting.ridge import fit as ridge_fits
 from fxmerge.refitting.staging import OUTCOME, LayerReport, Outcome, apart, plan_stages
 from fxmerge.shared import EQUAL
 from fxmerge.stages import NO_STAGES, Stages
@@ -79,6 +81,7 @@ def refit(
     seed: int = 0,
     progress: bool | None = None,
     stages: Stages = NO_STAGES,
+    processes: Processes = ALONE,
 ) -> Refitted:
     """Fits the layers of a merged network, in graph order, to what its parents compute there.
 
@@ -107,6 +110,7 @@ def refit(
         seed: seed of the choice of rows.
         progress: whether to show a progress bar; None shows it on a terminal.
         stages: keeps what is fitted, one stage after the other.
+        processes: those that share the data and the fits; all get the result.
 
     Returns:
         The new state dict, and what is told of it.
@@ -155,16 +159,16 @@ def refit(
     merged, *lanes = Lane(program, state), *(Lane(program, own, parents_program) for own in parents)
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
-        course = Course(kept, merged, lanes, lessons, plan, all_parents=bool(owner))
+        course = Course(kept, merged, lanes, lessons, plan, all_parents=bool(owner), processes=processes)
         everywhere = [j for j in range(len(parents)) if all(j in asked(shares) for shares in course.alike(None))]
-        bar = tqdm(total=len(plan) * len(course.data), desc="refitting", leave=False, disable=disable)
+        bar = tqdm(total=len(plan) * len(course.there), desc="refitting", leave=False, disable=disable)
         ticker, due = Ticker(logger, "refitting: layer %d of %d"), sum(len(stage.layers) for stage in plan)
 
         def settled(number: int) -> Outcome:
             """Fits what is due in a stage."""
             stage, own, told = plan[number], dict(state), LayerReport()
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
-            distance = OutputDistance(program) if end and number == len(plan) - 1 else None
+            distance = OutputDistance(program, (None, *everywhere)) if end and number == len(plan) - 1 else None
             errors: list[OutputErrors] = []
             for again in reversed(range(ROUNDS if stage.circular else 1)):
                 fits: Sequence[LayerFit | Repair] = [
@@ -185,24 +189,26 @@ def refit(
                 ]
                 for batch, values, taught in course.batches(number, onward=not again):
                     for fit in fits:
-                        told_by = course.lesson(batch, only_parent[fit.layer])
-                        if told_by is not None:
-                            theirs = {j: given for j, given in taught.items() if told_by[0][j] > 0}
-                            fit.add(values, theirs, *told_by)
+                        counted = course.lesson(batch, only_parent[fit.layer])
+                        if counted is not None:
+                            theirs = {j: given for j, given in taught.items() if counted.shares[j] > 0}
+                            fit.add(values, theirs, counted)
                     _add(() if again else statistics, course, batch, values, owner)
                     if distance:
-                        told_by = course.lesson(batch, None)
-                        assert told_by is not None
-                        distance.add(values, taught, *told_by)
+                        counted = course.lesson(batch, None)
+                        assert counted is not None
+                        distance.add(values, taught, counted)
                     del values, taught
                     bar.update(not again)
                     ticker.tick(min(len(layers_told) + 1, due), due)
-                told |= {fit.layer.name: fit.settle(own) for fit in fits}
+                told |= _settled(fits, own, processes)
                 if again:
                     merged.use(own)
             for one in statistics:
+                one.total(processes)
                 one.settle(own)
             if distance:
+                distance.total(processes)
                 errors.append({j: distance.error(j) for j in (None, *everywhere)})
             elif by_layers or owner:
                 errors += [fit.output_errors() for fit in fits if isinstance(fit, LayerFit) and fit.layer in last]
@@ -215,7 +221,7 @@ def refit(
             layers_told |= outcome.layers
             found_errors += outcome.errors
             merged.use(state)
-            bar.update((number + 1) * len(course.data) - bar.n)
+            bar.update((number + 1) * len(course.there) - bar.n)
         bar.close()
     errors = mean_errors(found_errors)
     if all(map(math.isnan, errors.values())):  # No output varies.
@@ -231,6 +237,7 @@ def with_statistics(
     agreed: Collection[str] = (),
     owner: Mapping[str, int] | None = None,
     max_memory: float = math.inf,
+    processes: Processes = ALONE,
 ) -> dict[str, Tensor]:
     """Re-estimates the statistics of BatchNorm over data: the mean and variance (over n, not n - 1) of all that the
     network computes there, with the layers before it as they are when their own statistics are known.
@@ -244,6 +251,7 @@ def with_statistics(
         owner: for statistics that are of one model alone, its number: of data that are of one model, they count its
             own only.
         max_memory: as for `refit`.
+        processes: those that share the data.
 
     Returns:
         The state dict with new statistics.
@@ -258,16 +266,31 @@ def with_statistics(
     merged = Lane(program, state)
     with Boundaries(max_memory * 2**30) as kept:
         plan = plan_stages(program, (), normal, (), (), (), all_shown=False, to_the_end=False)
-        course = Course(kept, merged, (), lessons, plan)
+        course = Course(kept, merged, (), lessons, plan, processes=processes)
         for number, stage in enumerate(plan):
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
             for batch, values, _ in course.batches(number, onward=True):
                 _add(statistics, course, batch, values, owner or {})
                 del values
             for one in statistics:
+                one.total(processes)
                 one.settle(state)
             merged.use(state)
     return state
+
+
+def _settled(fits: Sequence[LayerFit | Repair], state: dict[str, Tensor], processes: Processes) -> LayerReport:
+    """Puts the new coefficients of some layers into a state dict, and tells how they were found."""
+    told = LayerReport()
+    for fit in fits:
+        if isinstance(fit, Repair):
+            fit.total(processes)
+            told[fit.layer.name] = fit.settle(state)
+    layers = [fit for fit in fits if isinstance(fit, LayerFit)]
+    LayerFit.total(layers, processes)
+    for layer, step in zip(layers, ridge_fits([layer.folds for layer in layers], processes), strict=True):
+        told[layer.layer.name] = layer.settle(state, step, processes)
+    return told
 
 
 def _statistics(program: Program, agreed: Collection[str]) -> dict[tuple[str, str], list[fx.Node]]:
@@ -281,9 +304,9 @@ def _add(
 ) -> None:
     """Takes a batch into statistics; into those of one model only if it is of its data."""
     for one in statistics:
-        told_by = course.lesson(number, owner.get(one.names[0]))
-        if told_by is not None:
-            one.add(values, told_by[1])
+        counted = course.lesson(number, owner.get(one.names[0]))
+        if counted is not None:
+            one.add(values, counted.weight)
 
 
 def written_out(program: Program) -> Program:

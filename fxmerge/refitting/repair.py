@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fxmerge.evidence.moments import Moments
-from fxmerge.refitting.gather import Shares, Teacher, Values, arguments, not_finite
+from fxmerge.processes import Processes
+from fxmerge.refitting.gather import Counted, Teacher, Values, arguments, not_finite
 from fxmerge.refitting.layers import Layer, Use
 
 NEVER = 1e-6
@@ -38,12 +39,16 @@ class Repair:
         self.mine = Moments()
         self.theirs = [Moments() for _ in teachers]
 
-    def add(self, values: Values, taught: Mapping[int, Values], shares: Shares, weight: float) -> None:
+    def add(self, values: Values, taught: Mapping[int, Values], counted: Counted) -> None:
         """Takes in a batch; see `LayerFit.add`."""
         for use in self.layer.uses:
-            self.mine += _outputs(use, values, self.centre, weight)
+            self.mine += _outputs(use, values, self.centre, counted.weight)
             for j, theirs in taught.items():
-                self.theirs[j] += _outputs(use, theirs, self.coefficients[j], weight * shares[j])
+                self.theirs[j] += _outputs(use, theirs, self.coefficients[j], counted.weight * counted.shares[j])
+
+    def total(self, processes: Processes) -> None:
+        """Makes these the means and deviations over the batches of all processes."""
+        self.mine, self.theirs = processes.total("outputs of a layer", (self.mine, self.theirs))
 
     def settle(self, state: dict[str, Tensor]) -> dict[str, float]:
         """Puts the new coefficients into a state dict, and tells by how much the outputs were scaled."""

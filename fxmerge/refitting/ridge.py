@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from fxmerge.evidence.moments import Moments
 from fxmerge.ordering import error_of
-
-RIDGES = tuple(10.0**power for power in range(1, -6, -1))
-"""The strengths to choose from, relative to the mean square of a feature, strongest first. Below them, rounding in
-the moments would count."""
+from fxmerge.processes import ALONE, Processes
+from fxmerge.refitting.strength import CERTAIN, RIDGES, Search, limit_of
 
 FOLDS, LEAST_FOLDS = 5, 2
 FOLD_MEMORY = 2**28
 """Into how many parts the data go of which each is predicted from the others: fewer where their moments would take
 more bytes than this, but no less than two."""
 
-MARGIN, NEGLIGIBLE = 0.01, 1e-10
-"""A stronger ridge is preferred if its error is greater by no more than this share, and this share of the targets."""
+BLOCK = 256
+"""Features of which products with the features after them are taken together; those before are the same again."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,15 @@ class Few:
 
     def solve(self, ridge: float) -> Solution | None:
         """The step of a ridge, in the dual form: x' (x x' + ridge)^-1 rest."""
+        found = self.dual(ridge)
+        return None if found is None else Solution(self.x.transpose(1, 2) @ found[0], *found[1:])
+
+    def dual(self, ridge: float) -> tuple[Tensor, Tensor, Tensor] | None:
+        """How much each row counts in the step of a ridge, shape (groups, rows, outputs); with the Cholesky factor and
+        what the ridge adds."""
         scale = _scale(self.x.square().sum(1), ridge)
         factor = _factor(self._products, scale)
-        if factor is None:
-            return None
-        return Solution(self.x.transpose(1, 2) @ torch.cholesky_solve(self.rest, factor), factor, scale)
+        return None if factor is None else (torch.cholesky_solve(self.rest, factor), factor, scale)
 
     @cached_property
     def _products(self) -> Tensor:
@@ -124,8 +127,9 @@ class NormalEquations:
     def __init__(self, groups: int, features: int, outputs: int, device: torch.device, few: int = 0) -> None:
         self.shape, self.device, self.few = (groups, features, outputs), device, few
         self.targets = Moments()
-        self._rows: list[Few] = []
+        self._rows: list[tuple[int, Tensor, Tensor, float]] = []
         self._sums: Many | None = None
+        self._half = False  # Whether the products of features are up to date on the diagonal and above only.
 
     @classmethod
     def folds(cls, groups: int, features: int, outputs: int, device: torch.device) -> list[NormalEquations]:
@@ -139,38 +143,74 @@ class NormalEquations:
         size = groups * features * (features + outputs) * torch.float64.itemsize
         return min(max(FOLD_MEMORY // max(size, 1), LEAST_FOLDS), FOLDS)
 
-    def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float) -> None:
-        """Adds rows: features of shape (groups, rows, features), targets of shape (groups, rows, outputs)."""
+    def add(self, x: Tensor, y: Tensor, centre: Tensor, weight: float, batch: int = 0) -> None:
+        """Adds rows of a batch: features of shape (groups, rows, features), targets of shape (groups, rows,
+        outputs)."""
         rest = y - x @ centre
         self.targets += Moments.of(y, weight)
-        if self._sums is None and self.targets.rows <= self.few:
-            root = math.sqrt(weight)
-            self._rows.append(Few(x * root, rest * root))
-            return
+        self._rows.append((batch, x, rest, weight))
+        if self.targets.rows > self.few:
+            self._sums = self._summed()
+        else:
+            self._rows[-1] = batch, x.clone(), rest, weight  # Features may be a view of far more.
+
+    def _summed(self) -> Many:
+        """All rows as sums, of which none is left. Each batch has a product of its own, so that rounding does not
+        depend on when this is done."""
+        sums = self._sums or self._empty()
+        for _, x, rest, weight in self._rows:
+            sums = self._added(sums, x, rest, weight)
+        self._half, self._rows = True, []
+        return sums
+
+    @staticmethod
+    def _added(sums: Many, x: Tensor, rest: Tensor, weight: float) -> Many:
         turned = x.transpose(1, 2)
         squares = float(rest.square().sum(dtype=torch.float64))
-        sums = self.sums()
-        self._sums = Many(
-            sums.features.add_((turned @ x).double(), alpha=weight),
-            sums.cross.add_((turned @ rest).double(), alpha=weight),
-            sums.squares + squares * weight,
-        )
-        self._rows = []
+        for start in range(0, x.shape[2], BLOCK):
+            end = start + BLOCK
+            sums.features[:, start:end, start:].add_((turned[:, start:end] @ x[..., start:]).double(), alpha=weight)
+        sums.cross.add_((turned @ rest).double(), alpha=weight)
+        return Many(sums.features, sums.cross, sums.squares + squares * weight)
+
+    @staticmethod
+    def total(all_: Sequence[NormalEquations], processes: Processes) -> None:
+        """Makes some equations those of the rows of all processes."""
+        if processes.size == 1:
+            return
+        for own, targets in zip(all_, processes.total("targets", [own.targets for own in all_]), strict=True):
+            own.targets = targets
+        few = [own for own in all_ if own.targets.rows <= own.few]
+        if few:
+            for own, *rows in zip(few, *processes.gather("rows", [own._rows for own in few]), strict=True):
+                own._rows = sorted((row for of_one in rows for row in of_one), key=itemgetter(0))
+        many = [own for own in all_ if own.targets.rows > own.few]
+        summed = [own._summed() for own in many]
+        sums = processes.total("sums", [(own.features, own.cross, own.squares) for own in summed])
+        for own, found in zip(many, sums, strict=True):
+            own._sums, own._half = Many(*found), True
 
     def rows(self) -> Few | None:
         """The rows, in float64; None if they are more than few."""
         if self._sums is not None or not self._rows:
             return None
-        x, rest = (torch.cat(own, 1).double() for own in zip(*((r.x, r.rest) for r in self._rows), strict=True))
+        scaled = ((x * math.sqrt(weight), rest * math.sqrt(weight)) for _, x, rest, weight in self._rows)
+        x, rest = (torch.cat(own, 1).double() for own in zip(*scaled, strict=True))
         return Few(x, rest)
 
     def sums(self) -> Many:
         """The rows as sums."""
         if self._sums is not None:
+            if self._half:
+                _fill_below(self._sums.features)
+                self._half = False
             return self._sums
         rows = self.rows()
         if rows is not None:
             return rows.many()
+        return self._empty()
+
+    def _empty(self) -> Many:
         groups, features, outputs = self.shape
         empty = torch.zeros(groups, features, features + outputs, dtype=torch.float64, device=self.device)
         return Many(empty[..., :features].contiguous(), empty[..., features:].contiguous(), 0.0)
@@ -178,10 +218,16 @@ class NormalEquations:
     @property
     def is_finite(self) -> bool:
         """Whether no sum has overflowed, and no value was infinite or NaN."""
-        found = (
-            [self._sums.features, self._sums.cross] if self._sums else [t for r in self._rows for t in (r.x, r.rest)]
-        )
+        found = [self._sums.features, self._sums.cross] if self._sums else [t for row in self._rows for t in row[1:3]]
         return all(bool(torch.isfinite(t).all()) for t in found)
+
+
+def _fill_below(products: Tensor) -> None:
+    """Completes symmetric matrices of shape (groups, features, features), in place, of which the blocks below the
+    diagonal are not known."""
+    for start in range(0, products.shape[1], BLOCK):
+        end = start + BLOCK
+        products[:, end:, start:end] = products[:, start:end, end:].transpose(1, 2)
 
 
 def joined(folds: Sequence[NormalEquations]) -> Few | Many:
@@ -216,17 +262,27 @@ class Fit:
     rank: float
 
 
-def fit(folds: Sequence[NormalEquations]) -> Fit:
-    """Ridge regression around a centre; its strength is the one that predicts each fold best from the others.
+def fit(layers: Sequence[Sequence[NormalEquations]], processes: Processes = ALONE) -> list[Fit]:
+    """Ridge regressions around centres; the strength of each is the one that predicts each fold best from the others.
 
     Minimises  sum of |residual - x step|^2 + ridge * scale * |step|^2, where scale is the mean of the features' sums
     of squares: where the data say nothing, there is no step.
+
+    Arguments:
+        layers: the folds of each regression, which are the same in all processes.
+        processes: among these, the folds are dealt out, and then the regressions.
     """
-    folds = [f for f in folds if f.targets.rows] or folds[:1]
-    square = sum(fold.targets.square for fold in folds)
-    total = max(square, torch.finfo(torch.float64).tiny)
-    errors = _held_out(folds, total) if len(folds) > 1 else dict.fromkeys(RIDGES, 0.0)
-    limit = min(errors.values()) * (1 + MARGIN) + NEGLIGIBLE * total
+    layers = [[fold for fold in folds if fold.targets.rows] or folds[:1] for folds in layers]
+    totals = [max(sum(f.targets.square for f in folds), torch.finfo(torch.float64).tiny) for folds in layers]
+    errors = _held_out(layers, totals, processes)
+    problems = list(zip(layers, totals, errors, strict=True))
+    owners = processes.deal([_cost(folds) for folds in layers])
+    return processes.solve("fits", problems, lambda problem: _chosen(*problem), owners)
+
+
+def _chosen(folds: Sequence[NormalEquations], total: float, errors: Mapping[float, float]) -> Fit:
+    """The fit with the strongest ridge whose held-out error is about the least."""
+    limit = limit_of(errors, total)
     whole = joined(folds)
     before = whole.error(torch.zeros(folds[0].shape, dtype=torch.float64, device=folds[0].device)) / total
     for ridge in (r for r, error in errors.items() if error <= limit):
@@ -239,18 +295,72 @@ def fit(folds: Sequence[NormalEquations]) -> Fit:
     return Fit(none, math.inf, before, before, before, 0.0)
 
 
-def _held_out(folds: Sequence[NormalEquations], total: float) -> dict[float, float]:
-    """The sums of errors on all folds of what the others give, for ridges from the strongest on."""
-    alone = [joined([fold]) for fold in folds]
-    others = [joined([other for other in folds if other is not own]) for own in folds]
-    errors: dict[float, float] = {}
-    for ridge in RIDGES:
-        found = [other.solve(ridge) for other in others]
-        missed = [math.inf if f is None else error_of(own.error(f.step)) for own, f in zip(alone, found, strict=True)]
-        errors[ridge] = sum(missed)
-        if errors[ridge] > 2 * min(errors.values()) + NEGLIGIBLE * total:
-            break  # It only gets worse from here.
+@dataclass(frozen=True, eq=False)
+class _HeldOut:
+    """A fold that the others are to predict, of a layer by its number."""
+
+    layer: int
+    fold: NormalEquations
+    rest: Sequence[NormalEquations]
+
+    @cached_property
+    def rows(self) -> Few | Many:
+        return joined([self.fold])
+
+    @cached_property
+    def others(self) -> Few | Many:
+        return joined(self.rest)
+
+    def missed(self, ridge: float) -> float:
+        """The error on the fold of what the others give; infinite where rounding does not let the fit be found."""
+        if isinstance(self.rows, Few) and isinstance(self.others, Few):
+            # By products of rows with rows, so that there is no step, which is as large as the layer.
+            dual = self.others.dual(ridge)
+            return math.inf if dual is None else float((self.rows.rest - self._across @ dual[0]).square().sum())
+        found = self.others.solve(ridge)
+        return math.inf if found is None else error_of(self.rows.error(found.step))
+
+    @cached_property
+    def _across(self) -> Tensor:
+        assert isinstance(self.rows, Few) and isinstance(self.others, Few)
+        return self.rows.x @ self.others.x.transpose(1, 2)
+
+
+def _held_out(
+    layers: Sequence[Sequence[NormalEquations]], totals: Sequence[float], processes: Processes
+) -> list[dict[float, float]]:
+    """For every layer the sums of errors on all folds of what the others give, by ridges from the strongest on."""
+    errors: list[dict[float, float]] = [dict.fromkeys(RIDGES, 0.0) for _ in layers]
+    open_ = {
+        n: Search(total, in_one_minimum=_rows_each(layers[n]) >= CERTAIN)
+        for n, total in enumerate(totals)
+        if len(layers[n]) > 1
+    }
+    tasks = [_HeldOut(n, own, [other for other in layers[n] if other is not own]) for n in open_ for own in layers[n]]
+    while open_:
+        # With several processes, as many ridges at a time, so that these have equally much to do.
+        now = [(t, r) for t in tasks if t.layer in open_ for r in open_[t.layer].nearest(processes.size)]
+        owners = processes.split([_cost(task.rest) for task, _ in now])
+        missed = processes.solve("held-out errors", now, lambda one: one[0].missed(one[1]), owners)
+        found: dict[int, dict[float, float]] = {n: {} for n in open_}
+        for (task, ridge), error in zip(now, missed, strict=True):
+            found[task.layer][ridge] = found[task.layer].get(ridge, 0.0) + error
+        for n, own in found.items():
+            if open_[n].go_on(own):
+                errors[n] = open_.pop(n).errors
     return errors
+
+
+def _rows_each(folds: Sequence[NormalEquations]) -> float:
+    """How many rows there are for each feature, at least, to predict a fold from."""
+    rows = [fold.targets.rows for fold in folds]
+    return (sum(rows) - max(rows)) / folds[0].shape[1]
+
+
+def _cost(folds: Sequence[NormalEquations]) -> float:
+    """About what a solve costs: the cube of the rows or of the features."""
+    groups, features, _ = folds[0].shape
+    return float(groups * min(sum(fold.targets.rows for fold in folds), features) ** 3)
 
 
 def step_without(own: NormalEquations, folds: Sequence[NormalEquations], ridge: float) -> Tensor | None:
@@ -267,6 +377,7 @@ def _scale(squares: Tensor, ridge: float) -> Tensor:
 
 def _factor(products: Tensor, scale: Tensor) -> Tensor | None:
     """The Cholesky factor of products with what a ridge adds; None where rounding has left them indefinite."""
-    eye = torch.eye(products.shape[1], dtype=products.dtype, device=products.device)
-    factor, failed = torch.linalg.cholesky_ex(products + scale[:, None, None] * eye)
+    shifted = products.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(scale[:, None])
+    factor, failed = torch.linalg.cholesky_ex(shifted)
     return None if bool(failed.any()) else factor

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fxmerge.symmetry.contracted import Contracted, Role
+from fxmerge.symmetry.contracted import Contracted, Recorded, Role
 from fxmerge.symmetry.propagation import Axis, AxisUnits
 from fxmerge.symmetry.reasons import concatenate, first_reasons
 from fxmerge.symmetry.relate import Pairs, meet
-from fxmerge.symmetry.units import CONCLUDED, Ids, UnitGraph, distinct, mix
+from fxmerge.symmetry.units import CONCLUDED, Ids, UnitGraph, among, distinct, mix
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def resolve(units: UnitGraph, axes: dict[Axis, AxisUnits]) -> Resolution:
     for axis in axes.values():
         units.pin(distinct(axis.ids[~used[axis.ids]]), "not used for the example inputs")
     units.node = CONCLUDED
-    told = len(units.equal), len(units.member)
+    recorded, state = Recorded(units, axes), None
     while True:
-        state = _Closing(units, axes, told)
+        state = _Closing(units, recorded, state)
         if not state.close():
             return state.classes()
 
@@ -123,7 +123,7 @@ class _Closing(Contracted):
     def _pin(self, ids: list[Ids], reason: str) -> bool:
         """Pins what is not pinned yet; True if there was any."""
         loose = np.concatenate([i[~self.pinned[self.unit[i]]] for i in ids])
-        self.units.pin(np.unique(loose), reason)
+        self.units.pin(distinct(loose), reason)
         return bool(len(loose))
 
     def _check_places(self) -> bool:
@@ -135,7 +135,7 @@ class _Closing(Contracted):
         members = np.zeros(self.units.size, np.uint64)
         np.add.at(members, pairs[1], mix(pairs[0]))
         some = np.flatnonzero(self.several & ~self.pinned[self.unit])
-        origin = self.units.origin(some)
+        origin = self.origin[some]
         alike = np.stack([self.unit[some].astype(np.uint64), origin.astype(np.uint64), self.places[some]])
         _, first, group = np.unique(alike, axis=1, return_index=True, return_inverse=True)
         differ = members[some] != members[some[first[group.reshape(-1)]]]
@@ -153,7 +153,7 @@ class _Closing(Contracted):
             free = (
                 alike
                 and not (several | nested | self.pinned)[ids].any()
-                and not any(len(np.unique(block)) > 1 for block in self.maps.get(c, {}).values())
+                and not any(len(distinct(block)) > 1 for block in self.maps.get(c, {}).values())
             )
             if not free:
                 new |= self._pin([followed.ids, *followed.named], "something tells places apart that are in its order")
@@ -176,15 +176,15 @@ class _Closing(Contracted):
         members = np.zeros(self.count, np.uint64)
         members[self.turned & ~self.pinned] = mix(np.array([1]))[0]
         np.add.at(members, self.parent, mix(self.child))
-        raw = np.unique(concatenate(self.units.member)[1])
+        raw = distinct(concatenate(self.units.member)[1])
         made = np.unique(
-            np.stack([members[self.unit[raw]], self.units.origin(raw).astype(np.uint64), self.unit[raw]]), axis=1
+            np.stack([members[self.unit[raw]], self.origin[raw].astype(np.uint64), self.unit[raw]]), axis=1
         )
         _, kind, count = np.unique(made[:2], axis=1, return_inverse=True, return_counts=True)
         twins = np.zeros(self.count, bool)
         twins[made[2, count[kind.reshape(-1)] > 1].astype(np.int64)] = True
         twins &= np.bincount(self.unit[~self.is_tag], minlength=self.count) > 0
-        blocks = np.unique(self.parent)
+        blocks = distinct(self.parent)
         if self._pin([self.first[blocks[twins[blocks]]]], "two blocks of one kind have the same members"):
             return True
         blocks = blocks[~twins[blocks]]
@@ -197,10 +197,10 @@ class _Closing(Contracted):
 
         None where it is unclear which part is a member of which.
         """
-        child, parent = concatenate(self.told_member)
+        child, parent = self.recorded.child, self.recorded.parent
         own = (self.colour[self.unit[child]] == c) & (self.colour[self.unit[parent]] == p)
         child, parent = child[own], parent[own]
-        raw = np.unique(child)
+        raw = distinct(child)
         clear = (
             kinds
             for kinds in (self.kinds, self.kinds_by_place)
@@ -273,8 +273,7 @@ class _Closing(Contracted):
         return True
 
     def _include(self, child: Ids, parent: Ids) -> bool:
-        code = self.child * self.count + self.parent
-        new = ~np.isin(child * self.count + parent, code)
+        new = ~among(child * self.count + parent, self.child * self.count + self.parent)  # These are in order.
         self.units.include(self.first[child[new]], self.first[parent[new]])
         return bool(new.any())
 
@@ -283,7 +282,7 @@ class _Closing(Contracted):
         block = np.zeros(self.count, np.int64)
         block[self.members(p)] = self.maps[p][s]
         pairs = len(np.unique(np.stack([block[unit], part]), axis=1).T)
-        return pairs == len(np.unique(part)) == len(np.unique(block[unit]))
+        return pairs == len(distinct(part)) == len(distinct(block[unit]))
 
     # ------------------------------------------------------------------ the structure of a class
 
@@ -297,7 +296,7 @@ class _Closing(Contracted):
         free, fixed = self.blocks(c)
         together = np.bincount(fixed)[fixed]
         if together.min() < together.max():
-            for size in np.unique(together):
+            for size in distinct(together):
                 self.units.segment(self.ids(c)[together == size], "fixed positions hold different numbers of units")
             return True
         if not free:
@@ -311,7 +310,7 @@ class _Closing(Contracted):
         even = count.min() == count.max()
         if even and len(columns) > 2:
             even = rows.shape[1] == _combinations(rows)
-        ids = [self.ids(c), *(self.first[np.unique(b)] for b in free.values())]
+        ids = [self.ids(c), *(self.first[distinct(b)] for b in free.values())]
         return not even and self._pin(ids, "units are spread unevenly over their blocks")
 
     def _turned(self, c: int) -> bool:
@@ -324,9 +323,9 @@ class _Closing(Contracted):
         seen = np.zeros(self.count, np.uint64)
         np.add.at(seen, pairs[0], mix(pairs[1]))
         members, own = self.members(p), self.blocks(p)[1]
-        if len(np.unique(np.stack([own.astype(np.uint64), seen[members]]), axis=1).T) == len(np.unique(own)):
+        if len(np.unique(np.stack([own.astype(np.uint64), seen[members]]), axis=1).T) == len(distinct(own)):
             return False
-        for positions in np.unique(seen[members]):
+        for positions in distinct(seen[members]):
             self.units.segment(self.first[members[seen[members] == positions]], "blocks hold different fixed positions")
         return True
 
@@ -361,16 +360,17 @@ class _Closing(Contracted):
             nested = tuple(sorted((number[p], position[b]) for p, b in parents.items()))
             classes.append(UnitClass(len(fixed), tuple(self.roles(c) or ()), nested, fixed))
         own = np.array([number.get(c, -1) for c in range(int(self.colour.max()) + 1)])[self.colour]
-        pinned = self._reasons(np.isin(self.colour, movable))
-        return Resolution(tuple(classes), pinned, own[self.unit], position[self.unit])
+        pinned = self._reasons(among(self.colour, np.sort(movable)))
+        unit = self.unit[self.units.first]
+        return Resolution(tuple(classes), pinned, own[unit], position[unit])
 
     def _reasons(self, movable: NDArray[np.bool_]) -> dict[Axis, dict[str, Ids]]:
         """For every axis, the raw units that do not move, by the first reason given for each."""
         names, why = first_reasons(self.units)
         pinned: dict[Axis, dict[str, Ids]] = {}
-        for axis, raw in self.raw.items():
+        for axis, raw in self.recorded.raw.items():
             still = raw[~movable[self.unit[raw]]]
-            for r in np.unique(why[still]):
+            for r in distinct(why[still]):
                 pinned.setdefault(axis, {})[names[r]] = still[why[still] == r]
         return pinned
 

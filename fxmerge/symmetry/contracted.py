@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,60 @@ class Role:
     raw: Ids
 
 
+class Recorded:
+    """What the rules said, of single units. What is concluded since is said of whole contracted ones.
+
+    Attributes:
+        size: how many units there were.
+        raw: for every parameter axis, the units that it started with.
+        child, parent: the memberships.
+        equal: the equalities, and for each the number of its record.
+    """
+
+    def __init__(self, units: UnitGraph, axes: dict[Axis, AxisUnits]) -> None:
+        self.size = units.size
+        self.raw = {axis: distinct(a.ids) for axis, a in axes.items()}
+        self.child, self.parent = concatenate(units.member)
+        sizes = [len(a) for a, _ in units.equal]
+        self.equal = (*concatenate(units.equal), np.repeat(np.arange(len(sizes)), sizes).astype(np.uint64))
+        self.origin = units.all_origins()
+
+    @cached_property
+    def kinds(self) -> Hashes:
+        """Tells units of one axis apart by what each was found equal to, and a member of, by itself."""
+        return self.hashes(np.zeros(self.size, np.uint64), self.origin[self.parent], self.origin)
+
+    def hashes(self, kind: Hashes, block: Ids, origin: Ids) -> Hashes:
+        """`kind` and what else is known of every unit.
+
+        Arguments:
+            kind: a hash of every unit.
+            block: for every membership, a number for what the unit is a member of.
+            origin: for every unit, the number of the creation that it comes from.
+        """
+        np.add.at(kind, self.child, mix(block))
+        a, b, record = self.equal
+        # Which equality it was tells two neighbours of one origin apart.
+        tag, origins = record * np.uint64(2), mix(origin)
+        for _ in range(3):
+            new = mix(kind)
+            np.add.at(new, a, mix(kind[b] + origins[b] + tag))
+            np.add.at(new, b, mix(kind[a] + origins[a] + tag + np.uint64(1)))
+            kind = new
+        return kind
+
+
 class Contracted:
     """A unit graph with equal units contracted to one, its colours, and the maps from class to class.
 
+    Arguments:
+        units: the unit graph.
+        recorded: what the rules said.
+        before: the same graph with fewer facts, contracted, if it is known.
+
     Attributes:
         unit: for every raw unit, the contracted one.
+        counts: how many equalities and memberships there were.
         first: for every contracted unit, its first raw unit.
         child, parent: the memberships of contracted units.
         pinned: which contracted units do not move.
@@ -41,31 +90,38 @@ class Contracted:
         maps: for each class and each class of its blocks, every member's block, in the order of `members`.
     """
 
-    def __init__(self, units: UnitGraph, axes: dict[Axis, AxisUnits], told: tuple[int, int]) -> None:
-        self.units, self.axes = units, axes
-        # What the rules said, of single units; what was concluded since is said of whole contracted ones.
-        self.told_equal, self.told_member = units.equal[: told[0]], units.member[: told[1]]
-        self.unit = self._contract()
+    def __init__(self, units: UnitGraph, recorded: Recorded, before: Contracted | None = None) -> None:
+        self.units, self.recorded = units, recorded
+        self.counts = len(units.equal), len(units.member)
+        self.unit = self._contract(before)
         self.count = int(self.unit.max()) + 1
         self.first = np.zeros(self.count, np.int64)
         self.first[self.unit[::-1]] = np.arange(units.size)[::-1]
-        self.raw = {axis: distinct(a.ids) for axis, a in axes.items()}
-        self.child, self.parent = self._memberships()
+        self.child, self.parent = self._memberships(before)
         self.pinned = self._pinned()
         self.colour = self._refine()
         self.order = np.argsort(self.colour, kind="stable")
         self.starts = np.searchsorted(self.colour[self.order], np.arange(int(self.colour.max()) + 2))
         self.maps = self._maps()
 
-    def _contract(self) -> Ids:
-        a, b = concatenate(self.units.equal)
-        graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(self.units.size,) * 2)
-        unit: Ids = connected_components(graph, directed=False)[1].astype(np.int64)
+    def _contract(self, before: Contracted | None) -> Ids:
+        """Numbers the contracted units by their first raw ones."""
+        count, start, known = self.units.size, np.arange(self.units.size), 0
+        if before is not None:
+            count = before.count + self.units.size - len(before.unit)
+            start, known = np.concatenate([before.unit, np.arange(before.count, count)]), before.counts[0]
+        a, b = concatenate(self.units.equal[known:])
+        graph = coo_matrix((np.ones(len(a), np.int8), (start[a], start[b])), shape=(count,) * 2)
+        unit: Ids = connected_components(graph, directed=False)[1].astype(np.int64)[start]
         return unit
 
-    def _memberships(self) -> tuple[Ids, Ids]:
-        child, parent = concatenate(self.units.member)
-        code = distinct(self.unit[child] * self.count + self.unit[parent])
+    def _memberships(self, before: Contracted | None) -> tuple[Ids, Ids]:
+        child, parent = concatenate(self.units.member[0 if before is None else before.counts[1] :])
+        code = self.unit[child] * self.count + self.unit[parent]
+        if before is not None:
+            now = self.unit[before.first]
+            code = np.concatenate([now[before.child] * self.count + now[before.parent], code])
+        code = distinct(code)
         child, parent = code // self.count, code % self.count
         real = child != parent
         return child[real], parent[real]
@@ -83,12 +139,12 @@ class Contracted:
     def _refine(self) -> Ids:
         """Stable colours: what axes a unit indexes, then what its members and blocks look like."""
         colour = np.zeros(self.count, np.uint64)
-        for number, raw in enumerate(self.raw.values()):
+        for number, raw in enumerate(self.recorded.raw.values()):
             np.add.at(colour, self.unit[raw], mix(np.array([number]))[0])
         for number, followed in enumerate(self.units.followed):
             np.add.at(colour, self.unit[followed.ids], mix(np.array([number + (1 << 50)]))[0])
         tags = np.flatnonzero(self.pinned[self.unit] & ~self.is_raw())
-        np.add.at(colour, self.unit[tags], mix(self.units.origin(tags) + (1 << 40)))
+        np.add.at(colour, self.unit[tags], mix(self.origin[tags] + (1 << 40)))
         colour[self.pinned] = mix(colour[self.pinned] + np.uint64(1))
         if self.several.any():
             # A member of one of several alike that became one unit is a member of that one, not of the others.
@@ -139,9 +195,14 @@ class Contracted:
 
     # ------------------------------------------------------------------ the parts of a unit
 
+    @cached_property
+    def origin(self) -> Ids:
+        """For every raw unit, the number of the creation that it comes from."""
+        return self.units.all_origins()
+
     def is_raw(self) -> NDArray[np.bool_]:
         is_raw = np.zeros(self.units.size, bool)
-        for raw in self.raw.values():
+        for raw in self.recorded.raw.values():
             is_raw[raw] = True
         return is_raw
 
@@ -157,16 +218,19 @@ class Contracted:
     def is_tag(self) -> NDArray[np.bool_]:
         """The units that are no more than names of fixed positions, and lie on no column."""
         tag = np.array([origin[0] in ("segment", "fixed") for origin in self.units.origins])
-        is_tag: NDArray[np.bool_] = tag[self.units.origin(np.arange(self.units.size))]
+        is_tag: NDArray[np.bool_] = tag[self.origin]
         return is_tag
 
     @cached_property
     def several(self) -> NDArray[np.bool_]:
         """The units that became one with another of their own creation."""
-        code = self.unit * (len(self.units.starts) + 1) + self.units.origin(np.arange(self.units.size))
-        ordered = np.sort(code)
-        several: NDArray[np.bool_] = np.isin(code, ordered[1:][ordered[1:] == ordered[:-1]]) & ~self.is_tag
-        return several
+        several = np.zeros(self.units.size, bool)
+        for start, end in pairwise([*self.units.starts, self.units.size]):
+            own = self.unit[start:end]
+            if not (own[1:] > own[:-1]).all():
+                _, number, count = np.unique(own, return_inverse=True, return_counts=True)
+                several[start:end] = count[number] > 1
+        return several & ~self.is_tag
 
     @cached_property
     def places(self) -> Hashes:
@@ -178,38 +242,21 @@ class Contracted:
 
     @cached_property
     def kinds(self) -> Hashes:
-        """Tells raw units of one axis apart by what each was found equal to, and a member of, by itself."""
-        return self._kinds(np.zeros(self.units.size, np.uint64), self.units.origin)
+        """Those of `Recorded`; nothing was recorded of the units that are new since."""
+        new = np.zeros(self.units.size - self.recorded.size, np.uint64)
+        return np.concatenate([self.recorded.kinds, mix(mix(mix(new)))])
 
     @cached_property
     def kinds_by_place(self) -> Hashes:
         """Tells raw units apart by their axes, too, and by which of the blocks that do not move each is a member of."""
-
-        def block(parent: Ids) -> Ids:
-            unit = self.unit[parent]
-            return np.where(self.pinned[unit], self.units.size + unit, self.units.origin(parent))
-
-        return self._kinds(mix(self.units.origin(np.arange(self.units.size))), block)
-
-    def _kinds(self, kind: Hashes, block: Callable[[Ids], Ids]) -> Hashes:
-        """`kind` and what else is known of every raw unit; `block` gives a number for what it is a member of."""
-        child, parent = concatenate(self.told_member)
-        np.add.at(kind, child, mix(block(parent)))
-        a, b = concatenate(self.told_equal)
-        # Which equality it was tells two neighbours of one origin apart.
-        sizes = [len(x) for x, _ in self.told_equal]
-        tag = np.repeat(np.arange(len(sizes)), sizes).astype(np.uint64) * np.uint64(2)
-        origin = mix(self.units.origin(np.arange(self.units.size)))
-        for _ in range(3):
-            new = mix(kind)
-            np.add.at(new, a, mix(kind[b] + origin[b] + tag))
-            np.add.at(new, b, mix(kind[a] + origin[a] + tag + np.uint64(1)))
-            kind = new
-        return kind
+        parent = self.recorded.parent
+        unit = self.unit[parent]
+        block = np.where(self.pinned[unit], self.units.size + unit, self.origin[parent])
+        return self.recorded.hashes(mix(self.origin), block, self.origin)
 
     @cached_property
     def members_of_several(self) -> tuple[Ids, Ids]:
-        child, parent = concatenate(self.told_member)
+        child, parent = self.recorded.child, self.recorded.parent
         some = self.several[parent] & (self.unit[child] != self.unit[parent])
         return child[some], parent[some]
 
@@ -217,9 +264,9 @@ class Contracted:
     def on_axes(self) -> dict[int, list[tuple[Axis, Ids]]]:
         """For every class, the raw units of it on each axis."""
         found: dict[int, list[tuple[Axis, Ids]]] = {}
-        for axis, raw in self.raw.items():
+        for axis, raw in self.recorded.raw.items():
             colour = self.colour[self.unit[raw]]
-            for c in np.unique(colour):
+            for c in distinct(colour):
                 found.setdefault(int(c), []).append((axis, raw[colour == c]))
         return found
 

@@ -183,8 +183,7 @@ class _Paths:
         while at is not None and self.before[at] >= 0:
             previous = int(self.before[at])
             node = self.edges[previous, at]
-            if self._name(previous) != self._name(at):  # Else it is the same under another name.
-                steps.append(Step(node, self.ops.get(node, ""), self._name(previous)))
+            steps.append(Step(node, self.ops.get(node, ""), self._name(previous)))
             at = previous
         node = self.sources.get(-1 if at is None else at, "")
         holder = self.holders.get(-1 if at is None else at)

@@ -141,7 +141,7 @@ class _Variables:
     def _at(self, raw: Ids) -> Ids:
         """The variables of units of the walk."""
         facts = self._facts
-        creation = facts._units.origin(raw)
+        creation = facts._units.creation(raw)
         variables = creation * _SPAN
         for c in distinct(creation).tolist():
             if c in facts._axes:

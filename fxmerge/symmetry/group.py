@@ -25,7 +25,7 @@ from fxmerge.symmetry.outputs import FreeOutput, free_leaves, free_outputs, path
 from fxmerge.symmetry.overrides import REQUESTED, Pin, Rules, overriding, pinned_axes
 from fxmerge.symmetry.propagate import propagate
 from fxmerge.symmetry.propagation import Axis, AxisUnits, Propagation
-from fxmerge.symmetry.units import Ids, distinct
+from fxmerge.symmetry.units import Ids, among, distinct
 from fxmerge.symmetry.verify import verify
 from fxmerge.units.layout import AxisLayout
 
@@ -157,11 +157,11 @@ def analyse(
     asked = pinned_axes(pin, shapes, program.aliases)
     still = set[str]()
     while True:
-        found = propagate(program, overriding(rules), leaves, uniform, still)
+        found = propagate(program, overriding(rules), leaves, uniform, still, weighs=continuous)
         found.units.node = ""
         for axis in asked:
             if axis in found.axes:
-                found.units.pin(np.unique(found.axes[axis].ids), REQUESTED)
+                found.units.pin(distinct(found.axes[axis].ids), REQUESTED)
         resolution = resolve(found.units, found.axes)
         outputs, unknown_leaves = free_outputs(found, resolution.classes, leaves)
         leaves = leaves - unknown_leaves
@@ -208,4 +208,4 @@ def _symmetry(found: Propagation, resolution: Resolution, program: Program, outp
 
 
 def _indices(axis: AxisUnits, dim: int, ids: Ids) -> Ids:
-    return np.unique(np.nonzero(np.isin(axis.ids, ids))[axis.dims.index(dim)])
+    return distinct(np.nonzero(among(axis.ids, np.sort(ids)))[axis.dims.index(dim)])

@@ -44,9 +44,8 @@ def find_kinds(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> 
             facts.reason = reason
             record(facts, *map(sight.of, operands), **how)
     kinds = facts.kinds(found)
-    return _with_exponents(
-        found, symmetry, kinds, {n for n in facts.may_mix if kinds[n].kind == Kind.PERMUTATION}, sight
-    )
+    single = {n for n in facts.may_mix if kinds[n].kind == Kind.PERMUTATION}
+    return _with_exponents(found, symmetry, kinds, single, sight) if found.units.weighs else kinds
 
 
 def _with_exponents(
@@ -98,7 +97,7 @@ def not_turned(found: Propagation, symmetry: Group, number: Ids) -> set[str]:
     """
     turns = [any(symmetry.kind(m).turns for m in (n, *(p for p, _ in c.parents))) for n, c in enumerate(symmetry.units)]
     records = zip(found.units.turned, found.units.turned_at, strict=True)
-    return {node for planes, node in records if not all(n >= 0 and turns[n] for n in np.unique(number[planes]))}
+    return {node for planes, node in records if not all(n >= 0 and turns[n] for n in distinct(number[planes]))}
 
 
 def _planes(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> tuple[UnitKind, ...]:
@@ -109,7 +108,7 @@ def _planes(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> tup
     pairs: dict[int, set[tuple[int, int]]] = defaultdict(set)
     why: dict[int, str] = {}
     for planes, node in zip(found.units.turned, found.units.turned_at, strict=True):
-        for n in np.unique(number[planes]).tolist():
+        for n in distinct(number[planes]).tolist():
             own = planes[(number[planes] == n).any(1)]
             why.setdefault(n, node)
             whole = (number[own] == n).all(1).tolist()
@@ -300,10 +299,10 @@ class _Facts:
         A class that is summed over with itself is mixed by matrices whose inverse is their transpose. What only scales
         a class must not be mixed elsewhere.
         """
-        size = found.units.size
-        ties = [tie for n, own in self.ties.items() if self.kind[n] > Kind.PERMUTATION for tie in own]
-        part = _signs(size, [*ties, *((new, old, False) for new, old in found.units.renamed)])
-        for n, own in self.ties.items():
+        size, first = found.units.size, found.units.first
+        ties = {n: [(first[a], first[b], inverse) for a, b, inverse in own] for n, own in self.ties.items()}
+        part = _signs(size, [tie for n, own in ties.items() if self.kind[n] > Kind.PERMUTATION for tie in own])
+        for n, own in ties.items():
             ids = np.concatenate([ids for a, b, _ in own for ids in (a, b)])
             if (part[ids] == part[ids + size]).any():
                 self._lower(n, Kind.ORTHOGONAL, "the same units are summed over with each other")

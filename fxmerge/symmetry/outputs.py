@@ -73,15 +73,13 @@ def free_outputs(
     for n, c in enumerate(classes):
         for role in c.roles:
             number[role.raw], place[role.raw] = n, np.arange(c.size)
-    first = found.units.under_first_names()
-    number, place = number[first], place[first]
     (output,) = found.program.graph.graph.find_nodes(op="output")
     known, unknown = [], set()
     for leaf, node in found.program.numbered_outputs(output):
         labels = found.labels.get(node.name)
         for column in labels.columns if labels is not None and leaf in leaves else ():
             dims = support(column)
-            ids = core(column, dims).numpy()
+            ids = found.units.first_names(core(column, dims).numpy())
             own, units = number[ids], place[ids]
             if (own < 0).all():
                 continue

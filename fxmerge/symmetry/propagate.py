@@ -44,16 +44,18 @@ def propagate(
     free: Collection[int] = frozenset(),
     uniform: Collection[str] = (),
     still: Collection[str] = (),
+    *,
+    weighs: bool = True,
 ) -> Propagation:
     """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
     those parameters split whose rows are used apart. Units may move along the outputs whose numbers are in `free`. The
     parameters named in `uniform` are vectors of one number each. Planes that a part of the graph turns are told,
-    but for the parts that end with nodes named in `still`."""
+    but for the parts that end with nodes named in `still`. `weighs` as for `UnitGraph`."""
     load_rules()
     splits: dict[Axis, Ids] = {}
     prober, tried = None, set[Any]()
     while True:
-        walk = _Walk(program, splits, find_rule, prober, free, uniform, still)
+        walk = _Walk(program, splits, find_rule, prober, free, uniform, still, weighs)
         found = walk.run_all()
         if found.unknown and prober is None:
             simpler = program.aten.decompose(found.unknown.keys() - tried)
@@ -85,11 +87,12 @@ class _Walk(fx.Interpreter):
         free: Collection[int],
         uniform: Collection[str],
         still: Collection[str],
+        weighs: bool,
     ) -> None:
         super().__init__(program.graph, garbage_collect_values=True)
         self.program, self.splits, self.find_rule, self.prober = program, splits, find_rule, prober
         self.free, self.uniform = free, uniform
-        self.found = Propagation(program, UnitGraph(), {})
+        self.found = Propagation(program, UnitGraph(weighs), {})
         self.failed: dict[fx.Node, Exception] = {}
         self.fixed: set[fx.Node] = set()
         self.written: list[fx.Node] = []
@@ -345,7 +348,7 @@ class _Walk(fx.Interpreter):
         if len(dims) != 1 or any(dims[0] in support(c) for c in value.columns if c is not column):
             return False
         units = self.found.units
-        origins = np.unique(units.origin(core(column, dims).numpy()))
+        origins = distinct(units.origin(core(column, dims).numpy()))
         return all(units.origins[i][0] in ("axis", "nothing") for i in origins.tolist())
 
     def _use(self, x: Labels) -> None:

@@ -14,7 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from fxmerge.symmetry.columns import core, joint_column, spread, support
+from fxmerge.symmetry.columns import core, joint_column, shrink, spread, support
 from fxmerge.symmetry.units import NOTHING, Hashes, Ids, UnitGraph, distinct, mix, number_rows
 
 
@@ -86,13 +86,13 @@ def meet(a: Tensor, b: Tensor) -> Pairs | None:
     at, bt = at_inv.reshape(size, -1), bt_inv.reshape(size, -1)
     na, nb = len(a_ids), len(b_ids)
     if at.shape[1] == bt.shape[1] == 1:
-        pairs = np.unique(at[:, 0] * nb + bt[:, 0])
+        pairs = distinct(at[:, 0] * nb + bt[:, 0])
         parts, part = _components(na + nb, pairs // nb, na + pairs % nb)
         full_a = full_b = None
     else:
         # Through the positions, without listing the pairs: a unit - position - b unit.
         position = np.arange(size)[:, None]
-        pa, pb = np.unique(at * size + position), np.unique(bt * size + position)
+        pa, pb = distinct(at * size + position), distinct(bt * size + position)
         rows = np.concatenate([pa // size, na + pb // size])
         cols = na + nb + np.concatenate([pa % size, pb % size])
         parts, part = _components(na + nb + size, rows, cols)
@@ -130,10 +130,18 @@ def _everywhere(at: Ids, bt: Ids, part: Ids) -> np.ndarray:
         rows = part == p
         patterns = [np.unique(column[rows], axis=1).T for column in (at, bt)]
         whole[p] = all(
-            len(np.unique(a)) * len(np.unique(b)) == len(np.unique(np.stack([a, b]), axis=1).T)
+            len(distinct(a)) * len(distinct(b)) == len(np.unique(np.stack([a, b]), axis=1).T)
             for a, b in product(*patterns)
         )
     return whole
+
+
+def under_first_names(units: UnitGraph, column: Tensor) -> Tensor:
+    """A column of units as these were named first: see `UnitGraph.rename`."""
+    dims = support(column)
+    ids = core(column, dims).numpy()
+    first = units.first_names(ids) if units.renames(ids) else ids
+    return column if first is ids else shrink(spread(torch.from_numpy(first), tuple(column.shape), dims))
 
 
 def relate(units: UnitGraph, a: Tensor, b: Tensor, reason: str) -> str:
@@ -144,6 +152,7 @@ def relate(units: UnitGraph, a: Tensor, b: Tensor, reason: str) -> str:
     """
     if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return "a"
+    a, b = under_first_names(units, a), under_first_names(units, b)
     met = meet(a, b)
     if met is None or met.independent:
         return ""
@@ -204,7 +213,7 @@ def relate_inert(
         known: inert columns to which the units are related already. Two units may meet the same positions in each
             inert column, and still not the same pairs of positions in two.
     """
-    told = _told_apart(column, factors, known)
+    told = _told_apart(under_first_names(units, column), factors, known)
     if told is None:
         return False
     ids, part, along = told
@@ -270,6 +279,7 @@ def relate_sets(
         An inert column that tells the results apart, if any unit was pinned.
     """
     along = gone.intersection(support(column))
+    column, others = under_first_names(units, column), [under_first_names(units, c) for c in others]
     others = [c for c in others if along.intersection(support(c))]
     factors = [f for f in factors if along.intersection(support(f))]
     beside = (*others, *factors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.units.basis import Mixed, centred_frame, mix, positions
+from fxmerge.units.basis import Mixed, centred_frame, mix
 from fxmerge.units.kind import Kind
 from fxmerge.units.unit_map import Axis
 
@@ -86,7 +86,7 @@ class Truncation:
                 whole = torch.cat([matrix, matrix.new_zeros(len(back) - width, len(back))])
                 moved[name] = mix(moved[name], own, whole)
             for own in self._axes(number):
-                where = positions(own)[:, width:].reshape(-1)
+                where = own.positions[:, width:].reshape(-1)
                 along = gone.setdefault(own.axis.parameter, {})
                 along[own.axis.dim] = torch.cat([along[own.axis.dim], where]) if own.axis.dim in along else where
         for name, along in gone.items():

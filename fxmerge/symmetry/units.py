@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from fxmerge.symmetry.mixing import Mix
 from fxmerge.units.layout import Ids as Ids
 
 Hashes = NDArray[np.uint64]
+Numbers = TypeVar("Numbers", Ids, Hashes)
 
 NOTHING = 0
 """The unit of positions that carry no unit of a column: constants and inputs beside moving units in one cat."""
@@ -35,14 +36,20 @@ def mix(x: Ids | Hashes) -> Hashes:
     return mixed
 
 
-def distinct(ids: Ids) -> Ids:
+def distinct(ids: Numbers) -> Numbers:
     """The numbers in `ids`, each once, in order: `numpy.unique`, but quick for what is in order already, or large."""
-    ordered: Ids = ids.reshape(-1)
+    ordered: Numbers = ids.reshape(-1)
     if (ordered[1:] > ordered[:-1]).all():
         return ordered
     ordered = np.sort(ordered)
-    kept: Ids = ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
+    kept: Numbers = ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
     return kept
+
+
+def among(ids: Ids, ordered: Ids) -> NDArray[np.bool_]:
+    """Which of `ids` are in `ordered`, which is in order: `numpy.isin`, but quick for large numbers too."""
+    found: NDArray[np.bool_] = np.searchsorted(ordered, ids, "right") > np.searchsorted(ordered, ids)
+    return found
 
 
 def number(values: Ids | Hashes) -> tuple[Ids, Ids]:
@@ -80,10 +87,15 @@ class UnitGraph:
     Units are numbered from 0 in the order of their creation; each creation has an `origin`, which
     is the parameter axis of its units, or the graph node for which the units were made.
 
+    What is computed from units may have them under new names: see `rename`. All facts are kept under the first names.
+
+    `weighs` says whether rules record what signs and scales units may have, and give names for it.
+
     `node` names the graph node whose facts are being recorded (CONCLUDED for what follows from other
     facts). `equal_at`, `member_at` and so on keep it for every entry of `equal`, `member` and so on.
     """
 
+    weighs: bool = True
     starts: list[int] = field(default_factory=list)
     origins: list[tuple[Any, ...]] = field(default_factory=list)
     size: int = 0
@@ -98,7 +110,6 @@ class UnitGraph:
     contracted: list[Ids] = field(default_factory=list)
     followed: list[Followed] = field(default_factory=list)
     turned: list[Ids] = field(default_factory=list)
-    renamed: list[tuple[Ids, Ids]] = field(default_factory=list)
     mixing: list[tuple[Mix, tuple[Any, ...], Mapping[str, Any], str]] = field(default_factory=list)
     node: str = ""
     equal_at: list[str] = field(default_factory=list)
@@ -108,10 +119,10 @@ class UnitGraph:
     contracted_at: list[str] = field(default_factory=list)
     summed_at: list[str] = field(default_factory=list)
     turned_at: list[str] = field(default_factory=list)
-    renamed_at: list[str] = field(default_factory=list)
     mixing_at: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._first, self._renamed = np.arange(0), np.iinfo(np.int64).max
         self.pin(self.fresh(1, ("nothing",)), "no unit")
 
     def fresh(self, count: int, origin: tuple[Any, ...]) -> Ids:
@@ -119,11 +130,21 @@ class UnitGraph:
         self.starts.append(self.size)
         self.origins.append(origin)
         self.size += count
+        if self.size > len(self._first):
+            self._first = np.concatenate([self._first, np.arange(len(self._first), 2 * self.size)])
         return np.arange(self.size - count, self.size, dtype=np.int64)
 
     def origin(self, ids: Ids) -> Ids:
         """For each unit, the number of the creation that it comes from."""
+        return self.creation(self.first_names(ids))
+
+    def creation(self, ids: Ids) -> Ids:
+        """For each name of a unit, the number of the creation of the name."""
         return (np.searchsorted(self.starts, ids, side="right") - 1).astype(np.int64)
+
+    def all_origins(self) -> Ids:
+        """`origin` of all units."""
+        return np.repeat(np.arange(len(self.starts)), np.diff([*self.starts, self.size]))
 
     def axis(self, ids: Ids) -> tuple[str, int] | None:
         """The parameter axis on which all these units are, None if there is no such."""
@@ -143,7 +164,7 @@ class UnitGraph:
     def keep(self, nodes: Collection[str]) -> None:
         """Forgets the facts of all graph nodes but these."""
         nodes = {"", *nodes}
-        for kind in ("equal", "member", "pinned", "used", "contracted", "summed", "turned", "renamed", "mixing"):
+        for kind in ("equal", "member", "pinned", "used", "contracted", "summed", "turned", "mixing"):
             facts, at = getattr(self, kind), getattr(self, f"{kind}_at")
             kept = [i for i, node in enumerate(at) if node in nodes]
             setattr(self, kind, [facts[i] for i in kept])
@@ -151,42 +172,46 @@ class UnitGraph:
 
     def equate(self, a: Ids, b: Ids) -> None:
         """Unit `a[i]` moves exactly as unit `b[i]` does, for all i."""
-        self.equal.append((a, b))
+        self.equal.append((self.first_names(a), self.first_names(b)))
         self.equal_at.append(self.node)
 
     def rename(self, ids: Ids) -> Ids:
-        """New units that move as some do, each made as if where the other one was.
-
-        By these it is told whether a result changes its signs and scales as what it is computed from does.
-        """
+        """New names of those units that are on an axis. Only signs and scales tell them apart from the old ones: those
+        of a result may be others than those of what it is computed from."""
         old = distinct(ids)
-        old = old[old != NOTHING]
-        creation = self.origin(old)
-        new = np.empty_like(old)
-        for c in distinct(creation):
-            own = creation == c
-            new[own] = self.fresh(int(own.sum()), self.origins[c])
-        self.equate(new, old)
-        self.renamed.append((new, old))
-        self.renamed_at.append(self.node)
-        result: Ids = np.where(ids == NOTHING, NOTHING, np.concatenate([new, [NOTHING]])[np.searchsorted(old, ids)])
+        creation, new = self.creation(old), old.copy()
+        for c in distinct(creation).tolist():
+            if self.origins[c][0] == "axis":
+                own = creation == c
+                self._renamed = min(self._renamed, self.size)
+                new[own] = self.fresh(int(own.sum()), self.origins[c])
+                self._first[new[own]] = self._first[old[own]]
+        result: Ids = new[np.searchsorted(old, ids)]
         return result
 
-    def under_first_names(self) -> Ids:
-        """For every unit the one that it is another name of, itself for most."""
-        first = np.arange(self.size)
-        for new, old in self.renamed:
-            first[new] = first[old]
+    def renames(self, ids: Ids) -> bool:
+        """Whether any of some units may have another name than its first."""
+        return bool(ids.max(initial=0) >= self._renamed)
+
+    @property
+    def first(self) -> Ids:
+        """For every name of a unit, the first one."""
+        return self._first[: self.size]
+
+    def first_names(self, ids: Ids) -> Ids:
+        """The units under the names that they were made with."""
+        first: Ids = self._first[ids]
         return first
 
     def include(self, child: Ids, parent: Ids) -> None:
         """Where unit `child[i]` goes, its block `parent[i]` goes too, for all i."""
-        self.member.append((child, parent))
+        self.member.append((self.first_names(child), self.first_names(parent)))
         self.member_at.append(self.node)
 
     def pin(self, ids: Ids, reason: str, *, final: bool = True) -> None:
         """None of these units may move; not final where separate units for each row might."""
         if len(ids):
+            ids = self.first_names(ids)
             self.pinned.append((ids, reason))
             self.pinned_at.append(self.node)
             if final:
@@ -194,32 +219,32 @@ class UnitGraph:
 
     def use(self, ids: Ids) -> None:
         """These units of parameters reach an op that computes with them."""
-        self.used.append(ids)
+        self.used.append(self.first_names(ids))
         self.used_at.append(self.node)
 
     def contract(self, ids: Ids) -> None:
         """A sum goes over these units of a parameter and those of an activation."""
-        self.contracted.append(ids)
+        self.contracted.append(self.first_names(ids))
         self.contracted_at.append(self.node)
 
     def stay_apart(self, ids: Ids) -> None:
         """These units may move, but no two of one model may be merged, and neither may what lies in them: some op does
         more than add them up."""
-        self.rigid.append(ids)
+        self.rigid.append(self.first_names(ids))
 
     def use_apart(self, ids: Ids, groups: Ids) -> None:
         """The parameter rows `ids[i]` are used together with the rows of the same group only."""
-        self.rows.append((ids, groups))
+        self.rows.append((self.first_names(ids), groups))
 
     def sum(self, ids: Ids) -> None:
         """A symmetric reduction goes over these units of a parameter, in each of its rows."""
-        self.summed.append(ids)
+        self.summed.append(self.first_names(ids))
         self.summed_at.append(self.node)
 
     def follow(self, ids: Ids, named: Sequence[Ids], order: Any = None) -> None:
         """Where the units `ids` go is told by data and by where the units `named` go: if anything but each other tells
         them apart, neither move."""
-        self.followed.append(Followed(ids, tuple(named), order))
+        self.followed.append(Followed(ids, tuple(map(self.first_names, named)), order))
 
     def record(self, mix: Mix, operands: Sequence[Any], how: Mapping[str, Any], reason: str) -> None:
         """What an op says of changes of basis: `mix` is called once the classes are known, with labels as they then
@@ -232,6 +257,7 @@ class UnitGraph:
 
         The number `code[i]` tells what happens to unit `ids[i]`: it is the same for units that are treated alike.
         """
+        planes = self.first_names(planes)
         tag = self.fresh(int(code.max()) + 1, ("fixed", reason))
         self.pin(tag, reason)
         self.include(ids, tag[code])

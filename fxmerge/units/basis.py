@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,6 +30,16 @@ class Mixed:
     axis: AxisLayout
     slots: Ids
     inverse: bool
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """For every unit, its positions along the flattened dimensions of the axis: (blocks, units, positions)."""
+        flat = self.axis.slot.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        start = np.searchsorted(flat[order], self.slots)
+        width = int(np.bincount(flat)[self.slots.reshape(-1)[0]])
+        found = order[start[..., None] + np.arange(width)]
+        return torch.from_numpy(found.reshape(*self.slots.shape[:2], -1))
 
 
 @dataclass(frozen=True)
@@ -102,34 +113,27 @@ class Basis:
 def gathered(tensor: Tensor, own: Mixed) -> Tensor:
     """The entries of a parameter that belong to the units of a class, shape (blocks, units, entries)."""
     flat = tensor.permute(*own.axis.dims, *_rest(own.axis)).reshape(own.axis.slot.size, -1)
-    return flat[positions(own).to(tensor.device)].flatten(2)
+    return flat[own.positions.to(tensor.device)].flatten(2)
 
 
 def mix(tensor: Tensor, own: Mixed, matrix: Tensor) -> Tensor:
     """A parameter with the units on one axis multiplied by a matrix, or each block by one of its own."""
     order = [*own.axis.dims, *_rest(own.axis)]
     moved = tensor.permute(order)
-    flat = moved.reshape(own.axis.slot.size, -1).clone()
-    where = positions(own).to(tensor.device)
+    flat = moved.reshape(own.axis.slot.size, -1)
+    where = own.positions.to(tensor.device)
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    values = flat[where].to(wide)
-    mixed = matrix.to(values) @ values.flatten(2)
-    flat[where] = mixed.reshape(values.shape).to(tensor.dtype)
-    result: Tensor = flat.reshape(moved.shape).permute(np.argsort(order).tolist()).contiguous()
+    whole = torch.equal(own.positions.flatten(), torch.arange(own.axis.slot.size))
+    values = (flat.reshape(*where.shape, -1) if whole else flat[where]).to(wide)
+    mixed = (matrix.to(values) @ values.flatten(2)).to(tensor.dtype)
+    if not whole:
+        flat = flat.index_put((where.flatten(),), mixed.reshape(where.numel(), -1))
+    result: Tensor = (mixed if whole else flat).reshape(moved.shape).permute(np.argsort(order).tolist()).contiguous()
     return result
 
 
 def _rest(axis: AxisLayout) -> list[int]:
     return [d for d in range(len(axis.shape)) if d not in axis.dims]
-
-
-def positions(own: Mixed) -> Tensor:
-    """For every unit, its positions along the flattened dimensions of an axis: (blocks, units, positions)."""
-    order = np.argsort(own.axis.slot.reshape(-1), kind="stable")
-    start = np.searchsorted(own.axis.slot.reshape(-1)[order], own.slots)
-    width = int(np.bincount(own.axis.slot.reshape(-1))[own.slots.reshape(-1)[0]])
-    found = order[start[..., None] + np.arange(width)]
-    return torch.from_numpy(found.reshape(*own.slots.shape[:2], -1))
 
 
 def random_matrices(kind: Kind, blocks: int, size: int, generator: torch.Generator | None = None) -> Tensor:

@@ -37,6 +37,11 @@ class AxisLayout:
     roles: tuple[tuple[int, Ids], ...]
 
     @cached_property
+    def classes(self) -> frozenset[int]:
+        """The numbers of the classes on the axis."""
+        return frozenset(number for number, _ in self.roles)
+
+    @cached_property
     def index(self) -> Ids:
         """For every slot, its index along the axis."""
         where = self.dims.index(self.dim)

@@ -385,11 +385,17 @@ def test_a_run_that_is_killed_at_any_moment_leaves_no_part(
     more = ["--force"] if replaced else []
     if replaced:
         assert call("merge", *pair, *ARCH, *DATA, "--out", out, "--seed", "1")[0] == 0
+    with process(pair, tmp_path / "timed") as run:
+        waited_for(tmp_path / "timed")
+        began = time.perf_counter()
+        run.communicate(timeout=60)
+        whole = time.perf_counter() - began
+    shutil.rmtree(tmp_path / "timed")
     moments = 0
     for _ in range(10):
         with process(pair, out, *more) as run:
             waited_for(out)
-            time.sleep(rng.uniform(0, 2.5))
+            time.sleep(rng.uniform(0, whole))
             run.send_signal(signal.SIGKILL)
             run.communicate(timeout=60)
         moments += run.returncode == -signal.SIGKILL

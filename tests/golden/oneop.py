@@ -43,7 +43,7 @@ from fxmerge.program.captured import AtenGraph, Program
 from fxmerge.program.double import _WRITTEN_OUT
 from fxmerge.symmetry.classes import Resolution, resolve
 from fxmerge.symmetry.columns import core, joint_column, support
-from fxmerge.symmetry.contracted import Contracted
+from fxmerge.symmetry.contracted import Contracted, Recorded
 from fxmerge.symmetry.deferred import Deferred, Index
 from fxmerge.symmetry.labels import Labels, constant
 from fxmerge.symmetry.propagate import propagate
@@ -220,7 +220,7 @@ class Analysis:
 
     def _column(self, raw: Ids, marks: Ids | None) -> str:
         """A column as pieces of one class each."""
-        unit = self.state.unit[raw]
+        unit = self.state.unit[self.state.units.first_names(raw)]
         still = {True: -2, False: -1}
         kinds = [
             self.state.colour[u] if self._moves(u) else still[bool(r == NOTHING)]
@@ -242,7 +242,7 @@ class Analysis:
         """Columns along the same dimensions, where every combination of their units is there once."""
         factors: dict[str, Ids] = {}
         for raw in columns:
-            unit = self.state.unit[raw]
+            unit = self.state.unit[self.state.units.first_names(raw)]
             c = int(self.state.colour[unit[0]])
             if not self._moves(unit[0]) or (self.state.colour[unit] != c).any():
                 return ""
@@ -352,7 +352,7 @@ class Analysis:
 
     def _names(self, labels: Labels, image: Ids) -> tuple[Ids, Ids]:
         """For every position a number for what is there, and for what is there once the units have moved."""
-        raw = [c.reshape(-1).numpy() for c in labels.columns]
+        raw = [self.state.units.first_names(c.reshape(-1).numpy()) for c in labels.columns]
         units = [self.state.unit[r] for r in raw]
         still = [*(self._roles[r] for r in raw), *(c.reshape(-1).numpy() for c in labels.inert)]
         count = math.prod(labels.shape)
@@ -473,13 +473,13 @@ def analyse(call: Call) -> Analysis:
         if isinstance(y, Labels) and y.parameter is not None:
             for c in y.columns:
                 found.units.use(np.unique(core(c, support(c)).numpy()))
-    told = len(found.units.equal), len(found.units.member)
+    recorded = Recorded(found.units, found.axes)
     resolution = resolve(found.units, found.axes)
     return Analysis(
         call,
         [(leaf, labels[id(leaf)]) for leaf in leaves],
         outputs,
-        Contracted(found.units, found.axes, told),
+        Contracted(found.units, recorded),
         resolution,
         [str(op) for op in found.unknown],
     )

@@ -14,8 +14,9 @@ from torch import Tensor
 from fxmerge.symmetry import mixing, weighing
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, shrink, spread, support
 from fxmerge.symmetry.labels import MAX_INERT, Labels, diagonals, move, prune, reduce
+from fxmerge.symmetry.relate import under_first_names
 from fxmerge.symmetry.rules.registry import Site, is_zero, rule
-from fxmerge.symmetry.units import NOTHING, distinct
+from fxmerge.symmetry.units import NOTHING, UnitGraph, distinct
 
 
 @rule(
@@ -118,7 +119,7 @@ def assemble(
     def kind(column: Tensor) -> tuple[int, ...]:
         return tuple(d for d in support(column) if d not in dims)
 
-    labels, keys = _lend([at.labels(p) for p in parts], kind), [_value(p) for p in parts]
+    labels, keys = _lend(at.units, [at.labels(p) for p in parts], kind), [_value(p) for p in parts]
 
     def build(pieces: list[Tensor]) -> Tensor:
         used = set(dims).union(*(support(p) for p in pieces))
@@ -156,12 +157,13 @@ def assemble(
     return Labels(at.shape, tuple(columns), prune([f for f in factors if support(f)], columns))
 
 
-def _lend(parts: list[Labels], kind: Callable[[Tensor], tuple[int, ...]]) -> list[Labels]:
+def _lend(units: UnitGraph, parts: list[Labels], kind: Callable[[Tensor], tuple[int, ...]]) -> list[Labels]:
     """Gives a column that all parts with one of its kind share to the parts that are uniform along it: padding."""
     for k in {kind(c) for x in parts for c in x.columns} - {()}:
         columns = [c for x in parts for c in x.columns if kind(c) == k]
-        shared = core(columns[0], k)
-        if all(support(c) == k and torch.equal(core(c, k), shared) for c in columns):
+        first = [under_first_names(units, c) for c in columns]
+        shared = core(first[0], k)
+        if all(support(c) == k and torch.equal(core(c, k), shared) for c in first):
             parts = [
                 replace(x, columns=(*x.columns, spread(shared, x.shape, k)))
                 if set(k).isdisjoint(d for c in (*x.columns, *x.inert) for d in support(c))

@@ -63,7 +63,7 @@ class Site:
 
     def weigh(self, what: Mix, *operands: Labels | Tensor | float, **how: Any) -> None:
         """Records what the op says of signs and positive scales: see `fxmerge.symmetry.weighing`."""
-        if any(isinstance(x, Labels) and x.columns for x in operands):
+        if self.units.weighs and any(isinstance(x, Labels) and x.columns for x in operands):
             labels = [x if isinstance(x, Labels) else Labels(getattr(x, "shape", ())) for x in operands]
             self.units.record(what, labels, how, self.name)
 
@@ -77,6 +77,8 @@ class Site:
             result: with the units of its factors.
             factors: of the shape of the result, or with further dimensions.
         """
+        if not self.units.weighs:
+            return result
         labels = [x if isinstance(x, Labels) else Labels(()) for x in factors]
         alone = {p for x, *both in zip(labels, signs, scales, strict=True) if x.columns for p in both} <= {1, None}
 
