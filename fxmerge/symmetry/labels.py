@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fxmerge.symmetry import mixing
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, reshape, shrink, spread, support
-from fxmerge.symmetry.relate import relate, relate_inert, relate_sets, under_first_names
+from fxmerge.symmetry.relate import relate, relate_inert, relate_sets
 from fxmerge.symmetry.units import NOTHING, Ids, UnitGraph, distinct, mix, number, number_rows
 
 
@@ -278,9 +278,8 @@ def _rows(column: Tensor, gone: set[int], *, ordered: bool = False) -> _Rows:
     return _Rows(kept, group[row_set], owner, unit, bad, nothing[row_set])
 
 
-def reduces_evenly(units: UnitGraph, column: Tensor, dims: Iterable[int]) -> bool:
+def reduces_evenly(column: Tensor, dims: Iterable[int]) -> bool:
     """Whether the units that a reduction over `dims` takes together are blocks."""
-    column = under_first_names(units, column)
     return set(dims).isdisjoint(support(column)) or not _rows(column, set(dims)).bad.any()
 
 
@@ -294,9 +293,6 @@ def _reduce_column(
         factors: the inert columns of the result.
         ordered: whether places along `gone` that hold the same units in another order are other blocks.
     """
-    if gone.isdisjoint(support(column)):
-        return column, None
-    column = under_first_names(units, column)
     if gone.isdisjoint(support(column)):
         return column, None
     if gone.issuperset(support(column)) and _holds_each_once(column):

@@ -76,7 +76,7 @@ def combine(at: Site, a: Labels | Part, b: Labels | Part) -> Labels:
         return torch.stack([op(column).expand(at.shape) for op in see], -1)
 
     last = len(at.shape)
-    if all(reduces_evenly(at.units, both(column), [last]) for column in source.columns):
+    if all(reduces_evenly(both(column), [last]) for column in source.columns):
         return reduce(at.units, move(at.units, source, both, (*at.shape, 2), at.name), [last], at.name)
     first, second = (x.labels(at) if isinstance(x, Part) else x for x in (a, b))
     return at.join(first, second, at.shape)

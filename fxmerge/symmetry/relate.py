@@ -14,7 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from fxmerge.symmetry.columns import core, joint_column, shrink, spread, support
+from fxmerge.symmetry.columns import core, joint_column, spread, support
 from fxmerge.symmetry.units import NOTHING, Hashes, Ids, UnitGraph, distinct, mix, number_rows
 
 
@@ -136,14 +136,6 @@ def _everywhere(at: Ids, bt: Ids, part: Ids) -> np.ndarray:
     return whole
 
 
-def under_first_names(units: UnitGraph, column: Tensor) -> Tensor:
-    """A column of units as these were named first: see `UnitGraph.rename`."""
-    dims = support(column)
-    ids = core(column, dims).numpy()
-    first = units.first_names(ids) if units.renames(ids) else ids
-    return column if first is ids else shrink(spread(torch.from_numpy(first), tuple(column.shape), dims))
-
-
 def relate(units: UnitGraph, a: Tensor, b: Tensor, reason: str) -> str:
     """Records what two unit columns of one tensor say of each other.
 
@@ -152,7 +144,6 @@ def relate(units: UnitGraph, a: Tensor, b: Tensor, reason: str) -> str:
     """
     if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return "a"
-    a, b = under_first_names(units, a), under_first_names(units, b)
     met = meet(a, b)
     if met is None or met.independent:
         return ""
@@ -213,7 +204,7 @@ def relate_inert(
         known: inert columns to which the units are related already. Two units may meet the same positions in each
             inert column, and still not the same pairs of positions in two.
     """
-    told = _told_apart(under_first_names(units, column), factors, known)
+    told = _told_apart(column, factors, known)
     if told is None:
         return False
     ids, part, along = told
@@ -279,7 +270,6 @@ def relate_sets(
         An inert column that tells the results apart, if any unit was pinned.
     """
     along = gone.intersection(support(column))
-    column, others = under_first_names(units, column), [under_first_names(units, c) for c in others]
     others = [c for c in others if along.intersection(support(c))]
     factors = [f for f in factors if along.intersection(support(f))]
     beside = (*others, *factors)

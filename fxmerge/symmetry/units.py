@@ -189,9 +189,10 @@ class UnitGraph:
         result: Ids = new[np.searchsorted(old, ids)]
         return result
 
-    def renames(self, ids: Ids) -> bool:
-        """Whether any of some units may have another name than its first."""
-        return bool(ids.max(initial=0) >= self._renamed)
+    @property
+    def renamed(self) -> bool:
+        """Whether any unit has another name than its first."""
+        return self.size > self._renamed
 
     @property
     def first(self) -> Ids:
@@ -200,8 +201,7 @@ class UnitGraph:
 
     def first_names(self, ids: Ids) -> Ids:
         """The units under the names that they were made with."""
-        first: Ids = self._first[ids]
-        return first
+        return self._first[ids] if self.renamed and ids.max(initial=0) >= self._renamed else ids
 
     def include(self, child: Ids, parent: Ids) -> None:
         """Where unit `child[i]` goes, its block `parent[i]` goes too, for all i."""

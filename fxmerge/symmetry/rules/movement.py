@@ -8,15 +8,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fxmerge.symmetry import mixing, weighing
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, shrink, spread, support
 from fxmerge.symmetry.labels import MAX_INERT, Labels, diagonals, move, prune, reduce
-from fxmerge.symmetry.relate import under_first_names
 from fxmerge.symmetry.rules.registry import Site, is_zero, rule
-from fxmerge.symmetry.units import NOTHING, UnitGraph, distinct
+from fxmerge.symmetry.units import NOTHING, distinct
 
 
 @rule(
@@ -112,6 +112,7 @@ def assemble(
     one unit, or equal constants, may come in through two of them; parts that are the same tensor are alike.
     """
 
+    parts = _under_one_name(at, parts)
     filled = [p for p in parts if not is_zero(p)]
     at.mix(mixing.assembled, *filled, dims=dims)
     at.weigh(weighing.tied, *filled, dims=dims)
@@ -119,7 +120,7 @@ def assemble(
     def kind(column: Tensor) -> tuple[int, ...]:
         return tuple(d for d in support(column) if d not in dims)
 
-    labels, keys = _lend(at.units, [at.labels(p) for p in parts], kind), [_value(p) for p in parts]
+    labels, keys = _lend([at.labels(p) for p in parts], kind), [_value(p) for p in parts]
 
     def build(pieces: list[Tensor]) -> Tensor:
         used = set(dims).union(*(support(p) for p in pieces))
@@ -157,13 +158,28 @@ def assemble(
     return Labels(at.shape, tuple(columns), prune([f for f in factors if support(f)], columns))
 
 
-def _lend(units: UnitGraph, parts: list[Labels], kind: Callable[[Tensor], tuple[int, ...]]) -> list[Labels]:
+def _under_one_name(at: Site, parts: Sequence[Labels | Tensor]) -> list[Labels | Tensor]:
+    """Parts in which no unit has two names. Units that would have two change neither their signs nor their scales."""
+    columns = [c for p in parts if isinstance(p, Labels) for c in p.columns]
+    ids = distinct(np.concatenate([np.zeros(0, np.int64), *(compact(c).numpy().reshape(-1) for c in columns)]))
+    if len(distinct(at.units.first_names(ids))) == len(ids):
+        return list(parts)
+    at.weigh(weighing.still, *parts)
+
+    def first(column: Tensor) -> Tensor:
+        dims = support(column)
+        return spread(torch.from_numpy(at.units.first_names(core(column, dims).numpy())), tuple(column.shape), dims)
+
+    named = {id(p): replace(p, columns=tuple(map(first, p.columns))) for p in parts if isinstance(p, Labels)}
+    return [named.get(id(p), p) for p in parts]
+
+
+def _lend(parts: list[Labels], kind: Callable[[Tensor], tuple[int, ...]]) -> list[Labels]:
     """Gives a column that all parts with one of its kind share to the parts that are uniform along it: padding."""
     for k in {kind(c) for x in parts for c in x.columns} - {()}:
         columns = [c for x in parts for c in x.columns if kind(c) == k]
-        first = [under_first_names(units, c) for c in columns]
-        shared = core(first[0], k)
-        if all(support(c) == k and torch.equal(core(c, k), shared) for c in first):
+        shared = core(columns[0], k)
+        if all(support(c) == k and torch.equal(core(c, k), shared) for c in columns):
             parts = [
                 replace(x, columns=(*x.columns, spread(shared, x.shape, k)))
                 if set(k).isdisjoint(d for c in (*x.columns, *x.inert) for d in support(c))

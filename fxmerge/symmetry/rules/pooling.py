@@ -33,7 +33,7 @@ def apart(at: Site, x: Labels, kernel: Sequence[int], stride: Any, places: Seque
         return column
 
     taps = range(x.ndim, x.ndim + len(kernel))
-    if any(k > 1 for k in kernel) and not all(reduces_evenly(at.units, see(c), taps) for c in x.columns):
+    if any(k > 1 for k in kernel) and not all(reduces_evenly(see(c), taps) for c in x.columns):
         return None
     return move(at.units, x, see, (*x.shape[:first], *places, *kernel), at.name)
 

@@ -16,7 +16,7 @@ from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.deferred import Counts, Deferred, Index, Order
 from fxmerge.symmetry.deferred import sort as sort_index
 from fxmerge.symmetry.labels import Labels, inert, join, pin, reduce, sum_over
-from fxmerge.symmetry.relate import relate, under_first_names
+from fxmerge.symmetry.relate import relate
 from fxmerge.symmetry.rules import ties
 from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule, summed_over
 from fxmerge.units.kind import Kind
@@ -109,7 +109,7 @@ def _named(at: Site, x: Labels, dim: int, arrange: Callable[[Labels], Labels]) -
     """Numbers that name units along a dimension of x by their values; `arrange` gives one-hot vectors, of which it gets
     the units as the first dimension, the shape of the numbers."""
     along = [c for c in x.columns if dim in support(c)]
-    if not along or not all(_differ(under_first_names(at.units, c), dim) for c in along) or ties.possible(at.node):
+    if not along or not all(_differ(c, dim) for c in along) or ties.possible(at.node):
         x = pin(at.units, x, f"{at.name}: index along the dimension", [dim])
         reduced = reduce(at.units, x, [dim], at.name)
         return arrange(reduced.reshape((1, *reduced.shape))).reshape(at.shape)
