@@ -93,11 +93,12 @@ class Align:
         reference: the number of the model, from 0, to whose units all others are matched. None is the first of two
             models; three or more are all matched with each other (C2M3, arXiv 2405.17897).
         continuous: whether classes whose units a change of basis may mix, such as the dimensions of a residual stream,
-            are matched by matrices in place of permutations: see `Symmetry.kind`. Gains and shifts of normalizations
-            are moved into the layers around them first, as by `canonicalize`. "auto" merges in both ways, if there are
-            such classes, and keeps the result whose outputs miss less of the ensemble's on held-out data; without data
-            or a fit, it permutes. Of three or more models, each is matched with the mean of all others in these classes
-            (generalized Procrustes analysis).
+            are matched by matrices in place of permutations: see `Symmetry.kind`. Units of other classes are matched up
+            to the signs and positive scales that they may have. Gains and shifts of normalizations are moved into the
+            layers around them first, as by `canonicalize`. "auto" merges in both ways, if there are such classes, and
+            keeps the result whose outputs miss less of the ensemble's on held-out data; without data or a fit, it
+            permutes. Of three or more models, each is matched with the mean of all others in these classes (generalized
+            Procrustes analysis).
 
     Raises:
         OptionError: if a field is out of range.

@@ -22,7 +22,10 @@ from fxmerge.symmetry.units import Ids, distinct
 from fxmerge.symmetry.weighing import Terms
 from fxmerge.units.kind import Exponents
 
-Equation = tuple[tuple[int, Fraction], ...]
+Number = int | Fraction
+"""Whole numbers are kept as such: by far most are, and these are quick."""
+
+Equation = tuple[tuple[int, Number], ...]
 """A sum of variables times coefficients that is zero."""
 
 _SPAN = 1 << 12
@@ -74,9 +77,9 @@ class ExponentFacts:
         own = _Equations()
         variables = _Variables(self, number, own)
         for column, signs, scales in self._fixed[number]:
-            for (v,) in variables.rows([column]):
-                own.signs |= {((v, Fraction(1)),)} if signs else set()
-                own.stretches |= {((v, Fraction(1)),)} if scales else set()
+            zero = {((v, 1),) for (v,) in variables.rows([column])}
+            own.signs |= zero if signs else set()
+            own.stretches |= zero if scales else set()
         for result, terms in self._weighed[number]:
             columns = [*(c for c, _, _ in terms), *([] if result is None else [result])]
             last = [] if result is None else [-1]
@@ -85,7 +88,7 @@ class ExponentFacts:
                 own.stretches.add(_equation(row, [*(p for _, _, p in terms), *last]))
                 own.told.update(row[len(terms) :])
         axes = self._free(number, own.seen)
-        still = [((v, Fraction(1)),) for v in own.seen if v not in axes and v not in own.told]
+        still = [((v, 1),) for v in own.seen if v not in axes and v not in own.told]
         signs_found = _solutions([*own.signs, *still], axes, modulo=2)
         return signs_found, _solutions([*own.stretches, *still], axes)
 
@@ -125,10 +128,11 @@ class _Variables:
         if id(column.raw) not in self._known:  # The records keep the arrays, so their ids stay their own.
             place, raw = column.raw
             variables = self._at(raw)
-            self._equations.seen.update(distinct(variables).tolist())
             if (variables == variables[0]).all():
+                self._equations.seen.add(int(variables[0]))
                 self._known[id(column.raw)] = variables[:1]
             else:
+                self._equations.seen.update(distinct(variables).tolist())
                 first = np.concatenate([[True], place[1:] != place[:-1]])
                 firsts = variables[first]
                 pairs = np.stack([variables, firsts[first.cumsum() - 1]])
@@ -143,6 +147,8 @@ class _Variables:
         facts = self._facts
         creation = facts._units.creation(raw)
         variables = creation * _SPAN
+        if creation[0] not in facts._axes and (creation == creation[0]).all():
+            return variables
         for c in distinct(creation).tolist():
             if c in facts._axes:
                 own = creation == c
@@ -164,15 +170,20 @@ class _Variables:
 
 
 def _equation(variables: Iterable[int], coefficients: Iterable[float], modulo: int = 0) -> Equation:
-    total: dict[int, Fraction] = defaultdict(Fraction)
+    total: dict[int, Number] = {}
     for v, c in zip(variables, coefficients, strict=True):
-        total[v] += Fraction(c)
+        total[v] = total.get(v, 0) + (c if isinstance(c, int) else _number(Fraction(c)))
     return _reduced(total, modulo)
 
 
-def _reduced(row: Mapping[int, Fraction], modulo: int) -> Equation:
-    pairs = ((v, c % modulo if modulo else c) for v, c in row.items())
-    return tuple(sorted((v, c) for v, c in pairs if c))
+def _number(c: Fraction) -> Number:
+    return c.numerator if c.denominator == 1 else c
+
+
+def _reduced(row: Mapping[int, Number], modulo: int) -> Equation:
+    if modulo:
+        return tuple(sorted((v, c % modulo) for v, c in row.items() if c % modulo))
+    return tuple(sorted((v, c) for v, c in row.items() if c))
 
 
 def _solutions(
@@ -184,30 +195,33 @@ def _solutions(
     """
     told: dict[int, Equation] = {}  # A variable, and the sum of others that it is.
 
-    def settled(row: Mapping[int, Fraction]) -> dict[int, Fraction]:
-        left, done = dict(row), dict[int, Fraction]()
+    def settled(row: Mapping[int, Number]) -> dict[int, Number]:
+        left, done = dict(row), dict[int, Number]()
         while left:
             v, c = left.popitem()
             if v not in told:
-                done[v] = done.get(v, Fraction()) + c
+                done[v] = done.get(v, 0) + c
                 continue
             for w, d in told[v]:
-                left[w] = left.get(w, Fraction()) + c * d
+                left[w] = left.get(w, 0) + c * d
         return dict(_reduced(done, modulo))
 
     for equation in sorted(equations, key=len):
         row = settled(dict(equation))
         if row:
             last = max(row, key=lambda v: (v not in axes, v))
-            told[last] = _reduced({v: -c / row[last] for v, c in row.items() if v != last}, modulo)
-    led: dict[int, dict[int, Fraction]] = defaultdict(dict)
+            by = row.pop(last)
+            told[last] = _reduced(
+                {v: -c * by if by in (1, -1) else _number(Fraction(-c, by)) for v, c in row.items()}, modulo
+            )
+    led: dict[int, dict[int, Number]] = defaultdict(dict)
     for variable in axes:
-        for leader, power in settled({variable: Fraction(1)}).items():
+        for leader, power in settled({variable: 1}).items():
             led[leader][variable] = power
     return tuple(_whole(axes, led[leader]) for leader in sorted(led) if leader in axes)
 
 
-def _whole(axes: Mapping[int, tuple[str, int, int]], powers: Mapping[int, Fraction]) -> Exponents:
+def _whole(axes: Mapping[int, tuple[str, int, int]], powers: Mapping[int, Number]) -> Exponents:
     """A solution times the least number that makes all exponents whole."""
     times = lcm(*(p.denominator for p in powers.values()))
     return tuple((*axes[v], int(p * times)) for v, p in sorted(powers.items()))

@@ -6,6 +6,7 @@ units. Rules never loop over units; they hand over arrays of them.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,10 @@ class UnitGraph:
 
     def creation(self, ids: Ids) -> Ids:
         """For each name of a unit, the number of the creation of the name."""
+        if ids.size:
+            first, last = (bisect_right(self.starts, end) - 1 for end in (ids.min(), ids.max()))
+            if first == last:
+                return np.full(ids.shape, first)
         return (np.searchsorted(self.starts, ids, side="right") - 1).astype(np.int64)
 
     def all_origins(self) -> Ids:

@@ -81,14 +81,19 @@ class Site:
             return result
         labels = [x if isinstance(x, Labels) else Labels(()) for x in factors]
         alone = {p for x, *both in zip(labels, signs, scales, strict=True) if x.columns for p in both} <= {1, None}
+        changing = [x for x, s, p in zip(labels, signs, scales, strict=True) if s is not None or p is not None]
+        supports = [[(c, set(support(c))) for c in x.columns] for x in changing]
 
-        def named(column: Tensor) -> Tensor:
+        def has_its_own(column: Tensor) -> bool:
+            """Whether no two factors that may change have units where the column has some."""
             dims = set(support(column))
-            own = (any(dims.issuperset(support(c)) and self._on_axis(c) for c in x.columns) for x in labels)
-            # A parameter keeps its names, so that it is known which of its entries are used.
-            return column if (alone and sum(own) < 2) or result.parameter is not None else self._renamed(column)
+            along = [[c for c, own in columns if own <= dims] for columns in supports]
+            return sum(map(bool, along)) < 2 or sum(any(map(self._on_axis, columns)) for columns in along) < 2
 
-        after = replace(result, columns=tuple(map(named, result.columns)))
+        after = result
+        if result.parameter is None:  # A parameter keeps its names, so that it is known which of its entries are used.
+            named = (c if alone and has_its_own(c) else self._renamed(c) for c in result.columns)
+            after = replace(result, columns=tuple(named))
         self.weigh(weighing.product, after, *labels, signs=signs, scales=scales)
         return after
 
