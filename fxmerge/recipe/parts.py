@@ -141,10 +141,10 @@ class Zip:
             merges while all heads of queries stay. Classes of which the graph allows no other number keep theirs, and
             so do blocks, such as heads, where one number below 1 is for all. A `Budget` chooses the widths.
         multiple_of: what the number of merged units is rounded to a multiple of, where the width is not 1.
-        continuous: as for `Align`. Of classes that a change of basis may mix, no units are merged. Where there are
-            data, residual streams go into the principal directions of all models' streams. With a width below 1, the
-            directions that count most are left (SliceGPT, arXiv 2401.15024, by the similarity above). None is False for
-            several models, and True where `fold` makes one smaller.
+        continuous: as for `Align`, but for signs and scales. Of classes that a change of basis may mix, no units are
+            merged. Where there are data, residual streams go into the principal directions of all models' streams. With
+            a width below 1, the directions that count most are left (SliceGPT, arXiv 2401.15024, by the similarity
+            above). None is False for several models, and True where `fold` makes one smaller.
 
     Raises:
         OptionError: if a field is out of range.

@@ -81,18 +81,23 @@ class Site:
             return result
         labels = [x if isinstance(x, Labels) else Labels(()) for x in factors]
         alone = {p for x, *both in zip(labels, signs, scales, strict=True) if x.columns for p in both} <= {1, None}
-        changing = [x for x, s, p in zip(labels, signs, scales, strict=True) if s is not None or p is not None]
-        supports = [[(c, set(support(c))) for c in x.columns] for x in changing]
+        changes = [s is not None or p is not None for s, p in zip(signs, scales, strict=True)]
+        supports = [[(c, set(support(c))) for c in x.columns] for x in labels]
 
-        def has_its_own(column: Tensor) -> bool:
-            """Whether no two factors that may change have units where the column has some."""
+        def is_of_one(column: Tensor) -> bool:
+            """Whether the units of a column are under the names of the only factor with units there that may change."""
             dims = set(support(column))
             along = [[c for c, own in columns if own <= dims] for columns in supports]
-            return sum(map(bool, along)) < 2 or sum(any(map(self._on_axis, columns)) for columns in along) < 2
+            if sum(map(bool, along)) < 2:
+                return True
+            changing = [columns for columns, may in zip(along, changes, strict=True) if may]
+            if sum(any(map(self._on_axis, columns)) for columns in changing) > 1:
+                return False
+            return len(changing) == len(along) or any(_is_equal(c, column) for columns in changing for c in columns)
 
         after = result
         if result.parameter is None:  # A parameter keeps its names, so that it is known which of its entries are used.
-            named = (c if alone and has_its_own(c) else self._renamed(c) for c in result.columns)
+            named = (c if alone and is_of_one(c) else self._renamed(c) for c in result.columns)
             after = replace(result, columns=tuple(named))
         self.weigh(weighing.product, after, *labels, signs=signs, scales=scales)
         return after
@@ -125,6 +130,10 @@ class Site:
     def pin(self, x: Labels, dims: Iterable[int] | None = None) -> Labels:
         """The labels after an op that depends on the order of positions along `dims` (by default all)."""
         return pin(self.units, x, self.name, dims)
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return support(a) == support(b) and torch.equal(core(a, support(a)), core(b, support(b)))
 
 
 def is_zero(x: Labels | Deferred | Tensor | float) -> bool:
