@@ -9,7 +9,8 @@ is how far it rises above the line between both ends, at most.
     python benchmarks/kinds.py [--short] [--networks NAME ...] [--settings NAME ...] [--more] [--seeds N]
                                [--cache FOLDER] [--markdown FILE]
 
-`--more` tries what else may help after changes of basis: outputs fitted as scores of classes, the mean of matched
+`--more` tries what else may help after changes of basis: outputs fitted as scores of classes, attention fitted for the
+products of its projections, the mean of matched
 directions in place of principal directions, and more units.
 
 Needs the files of Debian's package dataset-fashion-mnist and `pip install -e '.[tasks]'`. Parents are trained once and
@@ -33,10 +34,14 @@ from tasks_suite.suite import NETWORKS, PROBLEMS
 import fxmerge
 from fxmerge import Align, LeastSquares, Recipe, Run, Zip
 
-TRANSFORMERS = ("gpt", "llama", "vit-fused", "vit-separate", "mixer")
+TRANSFORMERS = ("gpt", "gpt-tied", "llama", "vit-fused", "vit-separate", "mixer")
 SETTINGS = ("disjoint", "same")
 MORE = {
     "scores of classes": Recipe(match=Zip(continuous=True), fit=LeastSquares(outputs="logits")),
+    "products": Recipe(match=Zip(continuous=True), fit=LeastSquares(products=True)),
+    "products, scores of classes": Recipe(
+        match=Zip(continuous=True), fit=LeastSquares(outputs="logits", products=True)
+    ),
     "matched directions": Recipe(match=Align(continuous=True)),
     "1.25 times the units": Recipe(match=Zip(continuous=True, width=1.25)),
 }

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from fxmerge import validate
+from fxmerge.errors import OptionError
 from fxmerge.job import Job, prepare
 from fxmerge.kv_heads import check_one_network, with_fewer_kv_heads
 from fxmerge.manifest import with_stages
@@ -25,7 +26,7 @@ from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match
 from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
 from fxmerge.progress import peak_memory
-from fxmerge.recipe import NOTHING, Average, Recipe, Run, Zip
+from fxmerge.recipe import NOTHING, Average, LeastSquares, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import Made, attach, named_errors, widths_of
 from fxmerge.sizing import configured, nothing_lost, same_on_example, sized
@@ -56,6 +57,8 @@ def one_network(
     reference = validate.check_reference(wanted, len(models), base is not None)
     reference = reference if base is None else 0  # The base comes first.
     check_one_network(recipe, len(models))
+    if isinstance(recipe.fit, LeastSquares) and recipe.fit.products and getattr(run.processes, "size", 1) > 1:
+        raise OptionError("LeastSquares.products is of one process, and this run has several: leave products out.")
     job = prepare(models, loader, run, loaders=loaders, base=base, example=example, inputs=inputs, recipe=recipe)
     job = with_stages(job, "fold" if len(models) == 1 else "merge", recipe, run, symmetry)
     if of_scores(recipe):

@@ -231,6 +231,7 @@ def fit(
             only_last=isinstance(part, Readout),
             repair=isinstance(part, Repair),
             scores=of_scores(recipe),
+            products=isinstance(part, LeastSquares) and part.products,
             shared=group.shared,
             agreed=_agreed(group, units, states),
             owner={name: order.index(number) for name, number in job.owner.items()},

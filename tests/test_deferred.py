@@ -39,8 +39,8 @@ def pinned(name: str, forward: Forward, rows: int = 1, **parts: Any) -> None:
     PINNED[name] = forward, rows, parts
 
 
-def net(forward: Forward, parts: Parts) -> Net:
-    torch.manual_seed(0)
+def net(forward: Forward, parts: Parts, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
     return Net(forward, **{k: p() if callable(p) else p for k, p in parts.items()})
 
 

@@ -144,12 +144,22 @@ def test_sets_of_one_block_with_more_and_less_padding_are_told_apart() -> None:
     assert told[0] == told[2] != told[1]
 
 
-def test_units_that_padding_stands_beside_unequally_often_are_pinned() -> None:
+@pytest.mark.parametrize("padding", [0, 1])
+def test_units_that_are_there_more_often_than_others_are_told_apart(padding: int) -> None:
+    units = UnitGraph()
+    a, b, c = column(units, (3,), 0).tolist()
+    reduce(units, Labels((4 + padding,), (torch.tensor([a, a, b, c] + [NOTHING] * padding),)), [0], "sum")
+    tags = {int(u): int(tag) for child, parent in units.member for u, tag in zip(child, parent, strict=True)}
+    assert tags[a] != tags[b] == tags[c]
+    assert {tags[a], tags[b]} <= {int(u) for ids, _ in units.pinned for u in ids}
+    assert not any("uneven" in why for _, why in units.pinned)
+
+
+def test_sets_of_the_same_units_that_hold_others_more_often_are_pinned() -> None:
     units = UnitGraph()
     a, b = column(units, (2,), 0).tolist()
-    reduce(units, Labels((3,), (torch.tensor([a, a, b]),)), [0], "sum")
-    reduce(units, Labels((4,), (torch.tensor([a, a, b, NOTHING]),)), [0], "sum")
-    assert len([why for _, why in units.pinned if "uneven" in why]) == 2
+    reduce(units, Labels((2, 3), (torch.tensor([[a, a, b], [a, b, b]]),)), [1], "sum")
+    assert next(sorted(ids.tolist()) for ids, why in units.pinned if "uneven" in why) == [a, b]
 
 
 def test_a_reduction_crosswise_is_pinned_and_its_results_are_told_apart() -> None:

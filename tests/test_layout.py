@@ -82,12 +82,42 @@ def test_the_source_of_a_permutation_is_the_way_back_of_its_target(name: str) ->
     assert layout.source((np.arange(4), np.arange(2))) is None
 
 
-def test_units_of_every_row_keep_their_number() -> None:
+def test_units_of_every_row_are_fewer_in_every_row() -> None:
+    """Two rows with three units each, and a pinned index in the middle."""
+    slots = np.array([[0, 1, 6, 2], [3, 4, 7, 5]])
+    layout = AxisLayout("w", (), (2, 4), 1, (0, 1), slots, ((0, np.arange(6)),))
+    shorter = layout.resized((4,), [np.array([0, 2, 3, 5])])
+    assert shorter.shape == (2, 3)
+    target = layout.target([np.array([0, 0, 1, 2, 3, 3])], shorter)
+    assert target.tolist() == [[0, 0, 1, 2], [0, 2, 1, 2]]
+    tensor = torch.tensor([[1.0, 10.0, 100.0, 1000.0], [2.0, 20.0, 200.0, 2000.0]])
+    assert add_axis(tensor, layout, target, 3).tolist() == [[11.0, 100.0, 1000.0], [2.0, 200.0, 2020.0]]
+    assert shorter.even
+    with pytest.raises(UnitMapError, match=r"Axis 1 of 'w' .* in every row.*cannot be more.*\[6\] units"):
+        layout.resized((7,))
+
+
+def test_rows_of_two_classes_are_shortened_one_after_the_other() -> None:
+    """Until both are, nothing stands at the end of the shorter row; a pinned index stays in each."""
+    slots = np.array([[0, 1, 6, 2], [3, 7, 4, 5]])
+    layout = AxisLayout("w", (), (2, 4), 1, (0, 1), slots, ((0, np.arange(3)), (1, np.arange(3, 6))))
+    maps = [np.array([0, 1, 0]), np.arange(3)]
+    between = layout.resized((2, 3), [np.array([0, 1]), np.arange(3)])
+    assert between.shape == (2, 4) and not between.even
+    tensor = torch.tensor([[1.0, 10.0, 100.0, 1000.0], [2.0, 20.0, 200.0, 2000.0]])
+    added = add_axis(tensor, layout, layout.target(maps, between), 4)
+    assert added.tolist() == [[1001.0, 10.0, 100.0, 0.0], [2.0, 20.0, 200.0, 2000.0]]
+    shorter = layout.resized((2, 2), [np.array([0, 1]), np.array([0, 2])])
+    assert shorter.shape == (2, 3) and shorter.even
+    maps = [np.array([0, 1, 0]), np.array([0, 0, 1])]
+    added = add_axis(tensor, layout, layout.target(maps, shorter), 3)
+    assert added.tolist() == [[1001.0, 10.0, 100.0], [202.0, 20.0, 2000.0]]
+
+
+def test_units_of_every_row_move_by_rows() -> None:
     slots = np.arange(6).reshape(2, 3)
     layout = AxisLayout("w", (), (2, 3), 1, (0, 1), slots, ((0, np.arange(6)),))
     assert layout.resized((6,)) is layout
-    with pytest.raises(UnitMapError, match=r"Axis 1 of 'w' .* in every row.*\[6\] merged units"):
-        layout.resized((7,))
     moved = layout.target([np.array([1, 0, 2, 5, 4, 3])])
     assert moved.tolist() == [[1, 0, 2], [2, 1, 0]]
     tensor = torch.arange(6.0).reshape(2, 3)

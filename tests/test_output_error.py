@@ -335,7 +335,7 @@ def test_outputs_of_half_precision_are_compared_in_single() -> None:
 
 
 class TwoHeads(Tied):
-    """A second head can be refitted. It does not tell what the first one knows."""
+    """A second head is a last layer. It does not tell what the first one, which is tied, knows."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -346,12 +346,12 @@ class TwoHeads(Tied):
 
 
 @torch.no_grad()
-def test_a_head_that_can_be_refitted_does_not_answer_for_one_that_cannot() -> None:
+def test_a_last_layer_does_not_answer_for_a_head_that_is_tied() -> None:
     a, b, x = TwoHeads(0), TwoHeads(1), torch.cat(tokens())
     merged = fxmerge.merge(a, b, tokens())
     told = fxmerge.report(merged)
     assert not told.held_out
-    assert "embedding.weight" in told.left
+    assert "embedding.weight" in told.layers
     wanted = [0.0, 0.0, 0.0]
     for outputs in zip(merged(x), a(x), b(x), strict=True):
         for j, missed in enumerate(shares_missed(outputs, (outputs[1] + outputs[2]) / 2)):

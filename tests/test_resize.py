@@ -219,6 +219,20 @@ def test_what_cannot_be_resized_keeps_its_width_under_one_number_for_all(name: s
     assert len(fxmerge.report(fxmerge.fold(model, width=0.5, **example)).widths) < len(find_classes(model, args))
 
 
+def test_streams_that_one_parameter_reads_by_rows_get_smaller_together() -> None:
+    """Queries, keys and values of one packed weight may read one stream each; all of its rows are of one length."""
+    model, args = CASES["attention, three streams of one width"]()
+    example: dict[str, Any] = {"example": args, "inputs": lambda given: (given, {})}
+    streams = dict.fromkeys(("query.weight[0]", "key.weight[0]", "value.weight[0]"), 0.5)
+    for continuous in (True, False):
+        recipe = fxmerge.Recipe(match=fxmerge.Zip(continuous=continuous))
+        widths = fxmerge.report(fxmerge.fold(model, None, streams, recipe, **example)).widths
+        assert widths == dict.fromkeys(streams, (6, 3))
+    del streams["key.weight[0]"]
+    with pytest.raises(fxmerge.OptionError, match=r"rows of several lengths along axis 1: all must lose as many units"):
+        fxmerge.fold(model, width=streams, **example)
+
+
 class Recurrence(nn.Module):
     """A recurrent layer, read at all steps or as it ends."""
 

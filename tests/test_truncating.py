@@ -56,8 +56,6 @@ WHOLE = {
     "side by side behind a norm, two inputs": MEANING,
     "side by side behind a norm, one input": MEANING,
     "mixture of experts": SIZES,
-    "parallel blocks": SIZES,
-    "rotary, half of a head": SIZES,
     "cosine of two towers": SIZES,
 }
 """The networks that keep all directions of some class, and why."""

@@ -544,7 +544,7 @@ def test_states_that_do_not_fit_are_refused() -> None:
         case.units.apply(other)
 
 
-def test_units_of_every_row_keep_their_number() -> None:
+def test_there_are_no_more_units_of_every_row() -> None:
     """The input channels of a grouped convolution are units of its rows."""
     net = nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=4), nn.ReLU(), nn.Conv2d(8, 2, 1))
     symmetry, consumed = of(net, torch.randn(2, 2, 3, 3))
@@ -556,7 +556,7 @@ def test_units_of_every_row_keep_their_number() -> None:
     for key, value in planted.apply(net.state_dict()).items():
         torch.testing.assert_close(merged[key], (value + net.state_dict()[key]) / 2)
     wider = tuple(width + (n == number) for n, width in enumerate(units.widths))
-    message = r"Axis 1 of '2\.weight' has units of its own in every row: its width cannot change"
+    message = r"Axis 1 of '2\.weight' has units of its own in every row, of which there cannot be more"
     with pytest.raises(fxmerge.UnitMapError, match=message):
         UnitMap(units.names, units.layout, consumed, units.maps, wider).merge([net.state_dict()] * 2)
     above = {n for axis in symmetry.layout if axis.parameter == "2.weight" and axis.dim == 0 for n, _ in axis.roles}

@@ -1,4 +1,4 @@
-"""The networks over sequences: a vision transformer, a GPT, a Llama and an LSTM."""
+"""The networks over sequences: a vision transformer, a GPT, a Llama with and without experts, and an LSTM."""
 
 from __future__ import annotations
 
@@ -62,15 +62,21 @@ class ViT(nn.Module):
 
 
 class GPT(nn.Module):
-    """A causal transformer that gives the scores of each next character, shape (n, length, characters)."""
+    """A causal transformer that gives the scores of each next character, shape (n, length, characters).
 
-    def __init__(self, characters: int, context: int, dim: int, depth: int, heads: int) -> None:
+    Tied, the weight of the output layer is that of the embedding, as in GPT-2.
+    """
+
+    def __init__(self, characters: int, context: int, dim: int, depth: int, heads: int, *, tied: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, dim)
         self.position = nn.Parameter(0.02 * torch.randn(context, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads, fused=True, causal=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, characters)
+        if tied:
+            self.head.weight = self.embedding.weight
+            nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         y: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens) + self.position)))
@@ -86,16 +92,44 @@ def rotated(x: Tensor) -> Tensor:
     return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
 
 
-class RotaryBlock(nn.Module):
-    """Attention with rotary positions and a gated perceptron, each behind an RMSNorm and around a shortcut."""
+class Experts(nn.Module):
+    """A mixture of gated perceptrons, as in Mixtral (arXiv 2401.04088): every token goes to the two experts with the
+    highest scores. While it learns, noise in the scores keeps all of them in use."""
 
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+    NOISE = 0.5
+
+    def __init__(self, dim: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(dim, experts, bias=False)
+        self.gate_up = nn.Parameter(torch.randn(experts, 2 * hidden, dim) / dim**0.5)
+        self.down = nn.Parameter(torch.randn(experts, dim, hidden) / hidden**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x)
+        if self.training:
+            scores = scores + self.NOISE * torch.randn_like(scores)
+        best, chosen = scores.softmax(-1).topk(2, -1)
+        shares = torch.zeros_like(scores).scatter(-1, chosen, best / best.sum(-1, keepdim=True))
+        gate, up = torch.einsum("nld,ehd->nleh", x, self.gate_up).chunk(2, -1)
+        given = torch.einsum("nleh,edh->nled", F.silu(gate) * up, self.down)
+        out: Tensor = (given * shares[..., None]).sum(2)
+        return out
+
+
+class RotaryBlock(nn.Module):
+    """Attention with rotary positions and a gated perceptron, or several as experts, each behind an RMSNorm and around
+    a shortcut."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, experts: int = 0) -> None:
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-        self.gate, self.up = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
-        self.down = nn.Linear(hidden, dim, bias=False)
+        if experts:
+            self.experts = Experts(dim, hidden, experts)
+        else:
+            self.gate, self.up = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
+            self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
@@ -103,20 +137,27 @@ class RotaryBlock(nn.Module):
         mixed = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         y = self.norm2(x)
-        out: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        given = self.experts(y) if hasattr(self, "experts") else self.down(F.silu(self.gate(y)) * self.up(y))
+        out: Tensor = x + given
         return out
 
 
 class Llama(nn.Module):
     """A causal transformer in the manner of Llama, which gives the scores of each next character, shape
-    (n, length, characters)."""
+    (n, length, characters). Tied, the weight of the output layer is that of the embedding. With experts, these are in
+    place of every perceptron."""
 
-    def __init__(self, characters: int, dim: int, depth: int, heads: int, hidden: int) -> None:
+    def __init__(
+        self, characters: int, dim: int, depth: int, heads: int, hidden: int, *, tied: bool = False, experts: int = 0
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, dim)
-        self.blocks = nn.Sequential(*(RotaryBlock(dim, heads, hidden) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(RotaryBlock(dim, heads, hidden, experts) for _ in range(depth)))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, characters, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+            nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         y: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens))))

@@ -72,7 +72,12 @@ NETWORKS: dict[str, Entry] = {
     "convnext": Entry(partial(ConvNeXt, (32, 64), 2, EMBEDDING), "fashion", 600, 3e-3),
     "mixer": Entry(partial(Mixer, 28, 4, 64, 3, EMBEDDING), "fashion", 1000, 2e-3),
     "gpt": Entry(partial(GPT, _CHARACTERS, text.CONTEXT, 96, 2, 4), "text", 1200, 3e-3, batch=32),
+    "gpt-tied": Entry(
+        partial(GPT, _CHARACTERS, text.CONTEXT, 96, 2, 4, tied=True), "text", 1200, 3e-3, batch=32, seeds=1
+    ),
     "llama": Entry(partial(Llama, _CHARACTERS, 96, 2, 4, 256), "text", 1200, 3e-3, batch=32),
+    "llama-tied": Entry(partial(Llama, _CHARACTERS, 96, 2, 4, 256, tied=True), "text", 1200, 3e-3, batch=32, seeds=0),
+    "experts-8": Entry(partial(Llama, _CHARACTERS, 96, 2, 4, 64, experts=8), "text", 1200, 3e-3, batch=32, seeds=0),
     "lstm": Entry(partial(LSTM, _CHARACTERS, 64, 192, 1), "text", 1200, 5e-3, batch=32),
     "unet-bn": Entry(partial(UNet, (24, 48, 96), nn.BatchNorm2d, dense.MAPS), "dense", 600, 3e-3),
     "unet-gn": Entry(partial(UNet, (24, 48, 96), group_norm, dense.MAPS), "dense", 600, 3e-3),

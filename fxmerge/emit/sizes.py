@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor, fx
 
 from fxmerge.emit.constants import needed
 from fxmerge.errors import FxmergeError
-from fxmerge.symmetry.columns import support
+from fxmerge.symmetry.deferred import Chosen
 from fxmerge.symmetry.group import Symmetry
-from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.shown import Shown, places_and_blocks, shown_by
 from fxmerge.units.layout import AxisLayout, Ids, value_layout
@@ -34,6 +34,11 @@ class CannotResizeError(FxmergeError):
         self.node, self.classes, self.why = node, classes, why
 
 
+Size = tuple[AxisLayout, AxisLayout] | Ids | int
+"""Of a dimension that changes: what lies before and after; or, where units lie along other dimensions too, how many
+entries are left before each index and in all; or just the new size."""
+
+
 class Sizes:
     """The sizes of a graph's values with merged units.
 
@@ -42,6 +47,9 @@ class Sizes:
         symmetry: its classes.
         units: where units go, and how many merged ones there are.
         twins: for nodes of another graph of the model, the node of the labelled one with the same value.
+
+    Raises:
+        CannotResizeError: if a parameter would have rows of several lengths.
     """
 
     def __init__(
@@ -55,11 +63,14 @@ class Sizes:
         self._graph = found.program.graph.graph
         self.counts = [c.size for c in symmetry.units]
         self.number, self.place = places_and_blocks(found, symmetry)
-        self.dims: dict[str, dict[int, tuple[AxisLayout, AxisLayout] | int]] = {}
+        self.dims: dict[str, dict[int, Size]] = {}
+        for axis in symmetry.layout:
+            if not units.into(axis).even:
+                why = f"would have rows of several lengths along axis {axis.dim}: all must lose as many units"
+                raise CannotResizeError(axis.parameter, units.resized & axis.classes, why)
 
-    def of(self, node: fx.Node) -> dict[int, tuple[AxisLayout, AxisLayout] | int]:
-        """For every dimension of a node's value of which the size changes, where what lies before and after; or just
-        the new size, where that depends on other dimensions too.
+    def of(self, node: fx.Node) -> dict[int, Size]:
+        """For every dimension of a node's value of which the size changes, what is known of that.
 
         Raises:
             CannotResizeError: if units lie so that they are no tensor of another size.
@@ -79,14 +90,14 @@ class Sizes:
             if isinstance(node.meta.get("val"), Tensor):
                 self.dims[node.name] |= needed(node, self)
 
-    def _along(self, node: fx.Node) -> dict[int, tuple[AxisLayout, AxisLayout] | int]:
+    def _along(self, node: fx.Node) -> dict[int, Size]:
         """The dimensions of which the size changes since units lie along them."""
-        labels = self._labels(node)
-        changed: dict[int, tuple[AxisLayout, AxisLayout] | int] = {}
-        for column in labels.columns if labels is not None else ():
-            shown = shown_by(column, self.number, self.place)
+        changed: dict[int, Size] = {}
+        for shown in self._shown(node):
             if not self.units.resized.isdisjoint(np.unique(shown.number).tolist()):
                 for dim, size in self._resized(node, shown).items():
+                    if dim < 0:
+                        continue
                     if dim in changed and _size(changed[dim]) != _size(size):
                         raise self.cannot(node, "has units of several sizes along one dimension")
                     changed[dim] = size
@@ -95,20 +106,28 @@ class Sizes:
     def has_units(self, node: fx.Node, dim: int) -> bool:
         """Whether units are known to lie along a dimension of a node's value."""
         node = self.twins.get(node, node)
-        labels, dim = self._labels(node), dim % len(self.shape(node))
-        return labels is not None and any(dim in support(column) for column in labels.columns)
+        dim %= len(self.shape(node))
+        return any(dim in shown.dims for shown in self._shown(node))
 
-    def _labels(self, node: fx.Node) -> Labels | None:
-        """What is known of a node of the labelled graph."""
-        return self.found.labels.get(node.name) if node.graph is self._graph else None
+    def _shown(self, node: fx.Node) -> list[Shown]:
+        """What lies along the dimensions of the value of a node of the labelled graph. Of what an index chooses, it is
+        what each of the units has among which it chooses: these lie along a dimension of number -1."""
+        if node.graph is not self._graph:
+            return []
+        chosen = self.found.deferred.get(node.name)
+        if isinstance(chosen, Chosen):
+            found = [shown_by(c, self.number, self.place) for c in chosen.full.columns]
+            return [replace(shown, dims=tuple(d - 1 for d in shown.dims)) for shown in found]
+        labels = self.found.labels.get(node.name)
+        return [shown_by(c, self.number, self.place) for c in (labels.columns if labels is not None else ())]
 
     def shape(self, node: fx.Node) -> Sequence[int]:
         """The shape of a node's value before."""
         shape: Sequence[int] = self.twins.get(node, node).meta["val"].shape
         return shape
 
-    def _resized(self, node: fx.Node, shown: Shown) -> dict[int, tuple[AxisLayout, AxisLayout] | int]:
-        if any(not isinstance(node.meta["val"].shape[d], int) for d in shown.dims):
+    def _resized(self, node: fx.Node, shown: Shown) -> dict[int, Size]:
+        if any(d >= 0 and not isinstance(node.meta["val"].shape[d], int) for d in shown.dims):
             raise self.cannot(node, "has units along a dimension of any size")
         if len(shown.dims) == 1:
             before = value_layout(shown.number, shown.place, self.counts)
@@ -125,9 +144,9 @@ class Sizes:
         left = [alive.any(axis=tuple(a for a in range(alive.ndim) if a != at)) for at in range(alive.ndim)]
         if alive.sum() != math.prod(int(own.sum()) for own in left):
             raise self.cannot(node, "has units along several dimensions, of which other numbers would be left")
-        return {dim: int(own.sum()) for dim, own in zip(shown.dims, left, strict=True) if not own.all()}
+        return {dim: np.append(0, own.cumsum()) for dim, own in zip(shown.dims, left, strict=True) if not own.all()}
 
-    def _grown(self, node: fx.Node, shown: Shown) -> dict[int, tuple[AxisLayout, AxisLayout] | int]:
+    def _grown(self, node: fx.Node, shown: Shown) -> dict[int, Size]:
         """The size of the dimension along which there are more blocks, such as heads."""
         numbers, block, size = np.unique(shown.number), np.zeros_like(shown.place), shown.number.shape
         for n in set(numbers.tolist()) & self.units.resized:
@@ -163,6 +182,8 @@ class Sizes:
         index = min(index + size if index < 0 else index, size)
         if isinstance(found, tuple):
             return found[0].boundary(index, self.units.widths, self.units.kept or None)
+        if not isinstance(found, int):
+            return int(found[index])
         if index not in (0, size):
             raise self.cannot(node, "is cut inside of units that lie along several dimensions")
         return found if index else 0
@@ -196,11 +217,12 @@ class Sizes:
         gives and reads."""
         found: set[int] = set()
         for one in (node, *node.all_input_nodes) if values is None else values:
-            labels = self._labels(self.twins.get(one, one))
-            for column in labels.columns if labels is not None else ():
-                found |= set(np.unique(shown_by(column, self.number, self.place).number).tolist())
+            for shown in self._shown(self.twins.get(one, one)):
+                found |= set(np.unique(shown.number).tolist())
         return CannotResizeError(node.name, self.units.resized & found or self.units.resized, why)
 
 
-def _size(found: tuple[AxisLayout, AxisLayout] | int) -> int:
-    return found if isinstance(found, int) else len(found[1].index)
+def _size(found: Size) -> int:
+    if isinstance(found, tuple):
+        return len(found[1].index)
+    return found if isinstance(found, int) else int(found[-1])

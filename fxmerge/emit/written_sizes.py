@@ -26,7 +26,7 @@ _FREE_NAMES = """
     alias clone contiguous detach detach_ flatten lift_fresh_copy movedim permute squeeze stack swapaxes t transpose
     unbind unsqueeze cat concat numpy_T mT sym_size sym_numel expand_as view_as reshape_as empty_like full_like
     randn_like broadcast_tensors bernoulli
-    addmm baddbmm bilinear bmm dot einsum linear matmul mm mv embedding
+    addmm baddbmm bilinear bmm dot einsum linear matmul mm mv embedding _grouped_mm
     lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d
@@ -39,7 +39,7 @@ _FREE_NAMES = """
     mean sum amax amin max min any all var var_mean std std_mean norm linalg_vector_norm logsumexp prod nansum nanmean
 """
 
-_FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split())
+_FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split()) | {"transformers::grouped_mm_fallback"}
 """The ops that say nothing of the sizes of what they read, beside those that go entry by entry."""
 
 
@@ -115,6 +115,8 @@ def _repeat_interleave(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Cha
     x, dim = call["self"], call["dim"]
     if dim is None or not isinstance(call["repeats"], int):
         raise sizes.cannot(node, "repeats units by their places")
+    if sizes.size(node, dim) is None and sizes.size(x, dim) is None:
+        return {}
     each, rest = divmod(sizes.size(node, dim) or sizes.shape(node)[dim], sizes.size(x, dim) or sizes.shape(x)[dim])
     if rest:
         raise sizes.cannot(node, "repeats units, of which there would be other numbers")
@@ -166,10 +168,25 @@ def _slice(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     x, dim = call["self"], call["dim"]
     if sizes.size(x, dim) is None:
         return {}
-    if call["step"] != 1 or not all(isinstance(call[k], int | None) for k in ("start", "end")):
-        raise sizes.cannot(node, "takes every few of the units along a dimension")
+    if not all(isinstance(call[k], int | None) for k in ("start", "end")):
+        raise sizes.cannot(node, "takes units along a dimension from a place that is not known")
+    if call["step"] != 1:
+        return _every_few(node, call, sizes)
     start, end = (None if n is None else sizes.boundary(x, dim, n) for n in (call["start"], call["end"]))
     return {"start": start, "end": end}
+
+
+def _every_few(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
+    """Places at equal distances, such as the gates that lie between the other half: so must be what is left of them."""
+    x, dim = call["self"], call["dim"]
+    size, step = sizes.shape(x)[dim], call["step"]
+    before = [sizes.boundary(x, dim, i) for i in range(size)] + [sizes.boundary(x, dim, size)]
+    taken = range(size)[slice(call["start"], call["end"], step)]
+    left = [before[i] for i in taken if before[i] < before[i + 1]]
+    added = any(b - a > 1 for a, b in itertools.pairwise(before))
+    if added or not left or left != list(range(left[0], left[-1] + 1, step)):
+        raise sizes.cannot(node, "takes every few of the units along a dimension")
+    return {"start": left[0], "end": left[-1] + 1}
 
 
 @rule("narrow")

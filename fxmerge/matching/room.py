@@ -133,7 +133,7 @@ def may_change(
     are of one size; more means more of what lies in no block. A class of blocks has fewer or more whole blocks.
     """
     fewer, more = set(), set()
-    rows = {(axis.parameter, d) for axis in symmetry.layout if len(axis.dims) > 1 for d in axis.dims}
+    rows = {(axis.parameter, d) for axis in symmetry.layout for d in axis.dims if d != axis.dim}
     for n in classes:
         tree = set(descendants(symmetry, n))
         axes = [axis for axis in symmetry.layout if any(number in tree for number, _ in axis.roles)]
@@ -142,7 +142,7 @@ def may_change(
         consumed = any(flow[axis.parameter, axis.dim] is Flow.CONSUMES for axis in axes)
         if sizes.min() > 1 and alone and consumed and len(set(sizes.tolist())) == 1:
             fewer.add(n)
-            if len(sizes) == 1 and whole_blocks(symmetry, n):
+            if len(sizes) == 1 and whole_blocks(symmetry, n) and all(len(axis.dims) == 1 for axis in axes):
                 more.add(n)
     return frozenset(fewer), frozenset(more)
 

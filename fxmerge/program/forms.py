@@ -46,14 +46,23 @@ class Form:
 FormOf = Callable[[Arguments], Form | None]
 F = TypeVar("F", bound=FormOf)
 _FORMS: dict[str, FormOf] = {}
+_GAINS: dict[str, FormOf] = {}
 
 
 def form(*names: str) -> Callable[[F], F]:
     """Registers how the named ops are written: a function from the arguments of a call, by name, in which a tensor
     stands for its shape and dtype; it returns None for a call that is not linear."""
+    return _registered(_FORMS, names)
 
+
+def gain(*names: str) -> Callable[[F], F]:
+    """Registers likewise how the named ops multiply every channel by a number of its own."""
+    return _registered(_GAINS, names)
+
+
+def _registered(where: dict[str, FormOf], names: tuple[str, ...]) -> Callable[[F], F]:
     def register(function: F) -> F:
-        _FORMS.update(dict.fromkeys(names, function))
+        where.update(dict.fromkeys(names, function))
         return function
 
     return register
@@ -80,10 +89,18 @@ def argument(arguments: Arguments, name: str) -> Any:
 
 def form_of(node: fx.Node) -> Form | None:
     """How a node's call is written, None if it is not linear in an operand or not known to be."""
-    function = _FORMS.get(op_name(node))
-    if function is None:
-        return None
-    return function(fx.map_arg(bind(node), lambda n: n.meta.get("val")))
+    return _form(_FORMS, node)
+
+
+def gain_of(node: fx.Node) -> Form | None:
+    """How a node is written that multiplies every channel of what it normalizes, or reads, by a gain; None if it does
+    not, or is not known to."""
+    return _form(_GAINS, node)
+
+
+def _form(where: Mapping[str, FormOf], node: fx.Node) -> Form | None:
+    function = where.get(op_name(node))
+    return None if function is None else function(fx.map_arg(bind(node), lambda n: n.meta.get("val")))
 
 
 def _letters(count: int) -> str:
@@ -210,3 +227,68 @@ def _each(value: Any, count: int) -> list[int]:
         return [0] * count
     values = [value] if isinstance(value, int) else list(value)
     return values * count if len(values) == 1 else values
+
+
+# ---------------------------------------------------------------------- gains
+
+
+@gain("layer_norm")
+def _layer_norm(call: Arguments) -> Form | None:
+    def normalized(x: Tensor, call: Arguments) -> Tensor:
+        return functional.layer_norm(x, call["normalized_shape"], eps=call["eps"])
+
+    return _along_last(call, "bias", normalized)
+
+
+@gain("rms_norm")
+def _rms_norm(call: Arguments) -> Form | None:
+    def normalized(x: Tensor, call: Arguments) -> Tensor:
+        return functional.rms_norm(x, call["normalized_shape"], eps=call["eps"])
+
+    return _along_last(call, None, normalized)
+
+
+@gain("group_norm")
+def _group_norm(call: Arguments) -> Form | None:
+    def normalized(x: Tensor, call: Arguments) -> Tensor:
+        return functional.group_norm(x, call["num_groups"], eps=call["eps"])
+
+    return _along_second(call, normalized)
+
+
+@gain("instance_norm")
+def _instance_norm(call: Arguments) -> Form | None:
+    def normalized(x: Tensor, call: Arguments) -> Tensor:
+        return functional.instance_norm(x, eps=call["eps"])
+
+    return _along_second(call, normalized) if call["use_input_stats"] else None
+
+
+@gain("mul")
+def _mul(call: Arguments) -> Form | None:
+    a, b = call["self"], call["other"]
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return None
+    out = _letters(max(a.ndim, b.ndim))
+    return Form(("self", "other"), (out[len(out) - a.ndim :], out[len(out) - b.ndim :], out))
+
+
+def _along_last(call: Arguments, bias: str | None, normalized: Callable[[Tensor, Arguments], Tensor]) -> Form | None:
+    """One gain for each place along the dimensions that are normalized."""
+    term = _letters(call["input"].ndim)
+    own = term[len(term) - len(call["normalized_shape"]) :]
+    return _normalization(call, term, own, bias, normalized)
+
+
+def _along_second(call: Arguments, normalized: Callable[[Tensor, Arguments], Tensor]) -> Form | None:
+    """One gain for each channel."""
+    term = _letters(call["input"].ndim)
+    return _normalization(call, term, term[1], "bias", normalized)
+
+
+def _normalization(
+    call: Arguments, term: str, own: str, bias: str | None, normalized: Callable[[Tensor, Arguments], Tensor]
+) -> Form | None:
+    if call["weight"] is None:
+        return None
+    return Form(("input", "weight"), (term, own, term), bias, own if bias else "", {"input": normalized})

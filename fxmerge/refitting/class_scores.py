@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxmerge.errors import OptionError
 from fxmerge.program.captured import Program
-from fxmerge.program.forms import RESULT, argument, bind, form_of, op_name
+from fxmerge.program.forms import argument, bind, form_of, op_name
 from fxmerge.refitting.layers import Layer, Layers, Use
 
 _SAME = frozenset(("clone", "contiguous", "alias", "detach", "_to_copy", "to", "log_softmax", "_log_softmax"))
@@ -120,7 +120,7 @@ def _why_not(layer: Layer, use: Use, chain: Sequence[fx.Node]) -> str | None:
     added = use.form.bias is not None and argument(bind(use.node), use.form.bias) is not None
     if added != use.biased:
         return "what is added to its scores is no parameter of it"
-    dim = _class_dim(use)
+    dim = use.outputs_dim
     value = use.node.meta["val"]
     if dim is None or value.shape[dim] != classes:
         return "its classes lie along several dimensions"
@@ -139,13 +139,6 @@ def _why_not(layer: Layer, use: Use, chain: Sequence[fx.Node]) -> str | None:
     if numbers.shape[-1:] != (classes,) or along != [numbers.ndim - 1]:
         return "its classes do not lie along the last dimension of the output"
     return None
-
-
-def _class_dim(use: Use) -> int | None:
-    """The dimension of a use's output along which its outputs lie; None if there are several."""
-    if RESULT in (use.form.views or {}):
-        return 1  # Of a convolution, they are its channels.
-    return use.form.terms[2].index(use.kinds.outputs) if len(use.kinds.outputs) == 1 else None
 
 
 def _moved(node: fx.Node, numbers: Tensor) -> Tensor | None:

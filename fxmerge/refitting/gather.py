@@ -83,7 +83,8 @@ class LayerFit:
         seed: seed of the choice of rows.
         own: the numbers of parents whose errors are to be known, none of whose outputs are in other units than the
             layer's.
-        scores: whether the layer writes scores of classes, which are fitted to the parents' distributions at last.
+        scores: whether the layer writes scores of classes, or of what a softmax chooses from, which are fitted to the
+            parents' distributions at last.
     """
 
     def __init__(
@@ -131,9 +132,7 @@ class LayerFit:
             counted: how the batch counts.
         """
         shares, weight = counted.shares, counted.weight
-        # Whatever other batches were taken in, the same rows are chosen.
-        (seed,) = np.random.SeedSequence((self.seed, counted.number)).generate_state(1).tolist()
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(self.seed, counted.number)
         for use in self.layer.uses:
             mine = arguments(use, values)
             rows, chosen = use.size(mine), None
@@ -166,12 +165,19 @@ class LayerFit:
         if use in self.shown:
             return use.outputs(self.mean(use.node, taught, shares), arguments(use, next(iter(taught.values()))), chosen)
         given = ((j, use.features(arguments(use, theirs), chosen)) for j, theirs in taught.items())
-        return _sum(f @ self._taught(j, shares).to(f) for j, f in given)
+        return _sum(f @ self.taught(j, shares).to(f) for j, f in given)
 
     def distribution(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:
-        """The mean of the probabilities of classes that the parents give at a use: shape (rows, classes)."""
-        given = ((j, use.outputs(theirs[use.node], arguments(use, theirs), chosen)) for j, theirs in taught.items())
-        return _sum(shares[j] * own[0].softmax(-1) for j, own in given)
+        """The mean of the probabilities that the parents give at a use, in merged units: shape (rows, classes). Of
+        units that are merged, the probabilities are added up."""
+
+        def given(number: int, theirs: Values) -> Tensor:
+            value = theirs[use.node]
+            wide = torch.promote_types(value.dtype, torch.float32)
+            total, _ = self.teachers[number].gather(use.node, value.softmax(use.outputs_dim, dtype=wide))
+            return use.outputs(total, arguments(use, theirs), chosen)[0]
+
+        return _sum(shares[j] * given(j, theirs) for j, theirs in taught.items())
 
     def _given(self, use: Use, theirs: Values, number: int, chosen: Tensor | None) -> Tensor:
         """What one parent gives at a use."""
@@ -194,7 +200,7 @@ class LayerFit:
         more = (share * torch.where(own == count * mine, 0.0, own - count * mine) for share, own, count in given)
         return _ratio(_sum(more), _sum(share * count for share, _, count in given))
 
-    def _taught(self, number: int, shares: Shares) -> Tensor:
+    def taught(self, number: int, shares: Shares) -> Tensor:
         """The coefficients with which one parent has a part in the targets."""
         if (number, shares) not in self.parts:
             counted = _sum(share * own for share, own in zip(shares, self.members, strict=True))
@@ -290,6 +296,12 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
     """The mean over members; 0 where there are none."""
     return torch.where(count > 0, total / count, 0.0)
+
+
+def generator_of(seed: int, batch: int) -> torch.Generator:
+    """Chooses the rows of a batch: the same ones, whatever other batches there are."""
+    (own,) = np.random.SeedSequence((seed, batch)).generate_state(1).tolist()
+    return torch.Generator().manual_seed(own)
 
 
 def not_finite(layer: Layer) -> NonFiniteError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.program.captured import Program
-from fxmerge.program.forms import RESULT, Form, argument, bind, form_of
+from fxmerge.program.forms import RESULT, Form, argument, bind, form_of, op_name
 
 _ROOM = 2**40
 """More than the entries of any parameter: an entry's code is its parameter's number times this, plus its position."""
@@ -64,6 +64,13 @@ class Use:
             call = bind(self.node)
             return [1] if 1 < call["groups"] == call["input"].meta["val"].shape[1] else []
         return [self.data_term.index(letter) for letter in self.kinds.rows + self.kinds.groups]
+
+    @property
+    def outputs_dim(self) -> int | None:
+        """The dimension of what the node gives along which the outputs lie; None if they lie along several."""
+        if RESULT in (self.form.views or {}):
+            return 1  # Of a convolution, they are its channels.
+        return self.form.terms[2].index(self.kinds.outputs) if len(self.kinds.outputs) == 1 else None
 
     def size(self, arguments: Mapping[str, Any]) -> int:
         """How many rows the data have."""
@@ -145,20 +152,27 @@ class Layers:
     Attributes:
         all: the layers.
         left: for parameters that some op multiplies with data and that are in no layer, the reason.
+        tied: layers that are not among these, since rows of their weights are looked up as well, as those of an output
+            layer whose weight is that of the embedding; with the nodes that look them up.
     """
 
     all: tuple[Layer, ...]
     left: Mapping[str, str]
+    tied: Mapping[Layer, tuple[fx.Node, ...]] = field(default_factory=dict)
 
 
-def find_layers(program: Program) -> Layers:
+def find_layers(program: Program, form: Callable[[fx.Node], Form | None] = form_of) -> Layers:
     """Finds the layers of a program.
 
     A node's operand is a weight if it shows entries of parameters as they are, moved about but not computed with; this
     is found by running what leads to it on the numbers of the entries. Uses that show the same entries in the
     same places are of one layer. Entries that are used in any other way as well are not fitted.
+
+    Arguments:
+        program: the program.
+        form: how a node is written as a product of data with a weight; None for other nodes.
     """
-    finder = _Finder(program)
+    finder = _Finder(program, form)
     for node in program.graph.graph.nodes:
         if node.op != "placeholder" and node not in program.derived:
             finder.visit(node)
@@ -168,12 +182,14 @@ def find_layers(program: Program) -> Layers:
 class _Finder:
     """What is found while walking over a graph."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, form: Callable[[fx.Node], Form | None]) -> None:
+        self.form = form
         self.numbers = {name: i for i, name in enumerate(program.parameters)}
         self.names = list(program.parameters)
         self.read_from: dict[fx.Node, frozenset[str]] = {}
         self.products: list[tuple[Use, Tensor]] = []
         self.elsewhere: dict[str, str] = {}
+        self.lookups: dict[fx.Node, str] = {}
         self.shapes = {name: p.shape for name, p in program.parameters.items()}
         self.program = program
         for node in program.graph.graph.nodes:
@@ -190,6 +206,9 @@ class _Finder:
             use, codes, claimed = found
             self.products.append((use, codes))
         why = found if isinstance(found, str) else f"also used by {node.target} at graph node {node.name!r}"
+        if op_name(node) == "embedding" and node.args[0] in self.program.derived:
+            self.lookups[node] = why
+            return
         for other in node.all_input_nodes:
             if other in self.program.derived and other not in claimed:
                 for name in self.read_from[other]:
@@ -206,17 +225,31 @@ class _Finder:
             else:
                 same.append([(use, codes)])
         layers = [self._layer(tuple(use for use, _ in uses), uses[0][1]) for uses in same]
-        counts = {name: torch.zeros(shape.numel(), dtype=torch.int32) for name, shape in self.shapes.items()}
+        own = {name: self.shapes[name].numel() for layer in layers for name in layer.parameters}
+        counts = {name: torch.zeros(count, dtype=torch.int32) for name, count in own.items()}
         for layer in layers:
             for name, (_, positions) in layer.places.items():
                 counts[name].index_add_(0, positions, torch.ones(len(positions), dtype=torch.int32))
-        kept, left = [], dict(self.elsewhere)
+        looked_up = {name: why for node, why in self.lookups.items() for name in self.read_from[_table(node)]}
+        kept, tied, left = list[Layer](), dict[Layer, tuple[fx.Node, ...]](), dict(self.elsewhere)
         for layer in layers:
             shared = [n for n, (_, positions) in layer.places.items() if int(counts[n][positions].max()) > 1]
             left.update(dict.fromkeys(shared, "its entries are used in several ways"))
-            if left.keys().isdisjoint(layer.parameters):
+            if not left.keys().isdisjoint(layer.parameters):
+                continue
+            if looked_up.keys().isdisjoint(layer.parameters):
                 kept.append(layer)
-        return Layers(tuple(kept), left)
+            elif nodes := self._looked_up(layer):
+                tied[layer] = nodes
+        return Layers(tuple(kept), looked_up | left, tied)
+
+    def _looked_up(self, layer: Layer) -> tuple[fx.Node, ...]:
+        """The nodes that look up the coefficients of each output of a layer; none if some look up anything else."""
+        nodes = [n for n in self.lookups if not self.read_from[_table(n)].isdisjoint(layer.parameters)]
+        rows = layer.codes[0, : layer.codes.shape[1] - layer.uses[0].biased].T
+        tables = [self._codes(_table(node)) for node in nodes]
+        same = len(layer.codes) == 1 and all(table is not None and torch.equal(table, rows) for table in tables)
+        return tuple(nodes) if same else ()
 
     def _layer(self, uses: tuple[Use, ...], codes: Tensor) -> Layer:
         numbers = torch.unique(codes // _ROOM).tolist()
@@ -226,7 +259,7 @@ class _Finder:
 
     def _product(self, node: fx.Node) -> tuple[Use, Tensor, set[fx.Node]] | str | None:
         """A use and its codes, with the nodes that it takes them from; or why it is none."""
-        form = form_of(node)
+        form = self.form(node)
         if form is None:
             return None
         arguments = bind(node)
@@ -324,6 +357,13 @@ class _Finder:
 
         add(node)
         return list(found)
+
+
+def _table(node: fx.Node) -> fx.Node:
+    """The weight of an embedding."""
+    table = node.args[0]
+    assert isinstance(table, fx.Node)
+    return table
 
 
 def _has_open_sizes(node: fx.Node) -> bool:

@@ -15,17 +15,22 @@ from fxmerge.combine.batch_norm import alike, statistics_nodes
 from fxmerge.processes import ALONE, Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.forms import argument, bind, form_of
+from fxmerge.program.plain_norms import plain_norms
 from fxmerge.progress import Ticker
+from fxmerge.refitting.ahead import AheadFit
 from fxmerge.refitting.boundaries import Boundaries
 from fxmerge.refitting.class_scores import ScoreLayers, score_layers
 from fxmerge.refitting.course import Course, Lane, Lesson
+from fxmerge.refitting.gains import find_gains
 from fxmerge.refitting.gather import LayerFit, Statistics, Teacher, Values
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers
 from fxmerge.refitting.output_error import OutputDistance, OutputErrors, asked, comparable, mean_errors
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.repair import Repair
 from fxmerge.refitting.ridge import fit as ridge_fits
+from fxmerge.refitting.routers import router_layers
 from fxmerge.refitting.staging import OUTCOME, LayerReport, Outcome, apart, plan_stages
+from fxmerge.refitting.tied import can_be_fitted, fit_tied
 from fxmerge.shared import EQUAL
 from fxmerge.stages import NO_STAGES, Stages
 from fxmerge.symmetry import rules
@@ -45,10 +50,10 @@ class Refitted:
         layers: for every refitted layer by name: `before` and `after`, the squared error relative to the square of the
             targets; `held_out`, the same on rows apart from those of the fit; `ridge`, relative to the mean square of
             a feature; `rank`, how many directions of the features it leaves free, of `features`; `rows`, the number
-            of equations; `seconds`. Where scores of classes were fitted, these numbers are of the squared-error fit,
-            and there are `cross_entropy_before` and `cross_entropy_after`, in nats on rows held out, of the
-            squared-error fit and of the result; `entropy`, below which none can be; and `cross_entropy_ridge`, infinite
-            where the squared-error fit was kept.
+            of equations; `seconds`. Where scores of classes, or scores that a softmax reads, were fitted, these
+            numbers are of the squared-error fit, and there are `cross_entropy_before` and `cross_entropy_after`, in
+            nats on rows held out, of the squared-error fit and of the result; `entropy`, below which none can be; and
+            `cross_entropy_ridge`, infinite where the squared-error fit was kept.
         left: for parameters that some op multiplies with data and that were left as they were, the reason; and for
             layers that write scores of classes and were fitted to squared errors only.
         errors: how much the outputs of the merged network, at None, and those of each parent by number miss of the
@@ -74,6 +79,7 @@ def refit(
     only_last: bool = False,
     repair: bool = False,
     scores: bool = False,
+    products: bool = False,
     shared: Collection[str] = (),
     agreed: Collection[str] = (),
     owner: Mapping[str, int] | None = None,
@@ -100,6 +106,8 @@ def refit(
         repair: whether to shift and scale the outputs of the layers, in place of fitting them.
         scores: whether outputs are scores of classes: layers that write these are then fitted to the mean of the
             parents' probabilities, after the squared-error fit.
+        products: whether layers whose outputs are multiplied with each other, as queries and keys are, are fitted
+            together after their own fits, to what the next layer gives.
         shared: names of tensors that are equal in all parents and on which no unit moves: layers stay that are mostly
             made of these.
         agreed: names of tensors that are equal in all parents: BatchNorm statistics stay of activations that depend on
@@ -121,42 +129,54 @@ def refit(
     program = written_out(program)
     resized = parents_program is not None and parents_program is not program
     layers = find_layers(program)
-    last = last_layers(program, layers)
     teachers = teachers or [Teacher(own, {}) for own in parents]
     places = [teacher.places for teacher in teachers if teacher.places is not None]
-    chosen: list[Layer] = []
     left: dict[str, str] = {} if only_last else dict(layers.left)
-    for layer in last if only_last else layers.all:
-        if _mostly(layer, shared):
-            left[layer.name] = f"its parameters are {EQUAL}"
-            continue
-        moved = any(apart(use, own) for use in layer.uses for own in places)
-        if moved and (repair or layer in last or not all(_shown(use, own) for use in layer.uses for own in places)):
-            left[layer.name] = "merged units lie along the rows or groups of its data, and " + (
-                "means and deviations do not tell them apart"
-                if repair
-                else "no layer after it reads them"
-                if layer in last
-                else "it cannot be told where they are in its output"
-            )
-        elif resized and not all(_shown(use, own) for use in layer.uses for own in places):
-            left[layer.name] = "it cannot be told where merged units are in its output"
-        else:
-            chosen.append(layer)
+    owner = owner or {}
+    tied = {} if only_last or repair or owner or resized else _tied(layers, places, shared)
+    for name in (name for layer in tied for name in layer.parameters):
+        left.pop(name, None)
+    last = last_layers(program, replace(layers, all=(*layers.all, *tied)))
+
+    def chosen_of(some: Iterable[Layer]) -> list[Layer]:
+        """Those that can be fitted; of the others the reason is noted."""
+        reasons = {
+            layer: _why_left(layer, places, shared, repair=repair, last=layer in last, resized=resized)
+            for layer in some
+        }
+        left.update({layer.name: why for layer, why in reasons.items() if why is not None})
+        return [layer for layer, why in reasons.items() if why is None]
+
+    chosen = chosen_of(last if only_last else layers.all)
+    if not (only_last or repair):
+        gains = find_gains(program, chosen)
+        scaled = {name for layer in gains.all for name in layer.parameters}
+        left = {**{name: why for name, why in left.items() if name not in scaled}, **gains.left}
+        chosen += chosen_of(gains.all)
     found = score_layers(program, layers, last) if scores else ScoreLayers((), {})
     left, of_scores = {**found.left, **left}, [layer for layer in found.layers if layer in chosen]
     for layer in [layer for layer in of_scores if _in_other_units(layer, places)]:
         left[layer.name] = "the order of its classes is free"
         of_scores.remove(layer)
+    if not (only_last or repair):
+        of_scores += [layer for layer in router_layers(chosen) if layer not in of_scores]
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
-    owner = owner or {}
     only_parent = {layer: _only_parent(layer, owner) for layer in chosen}
     by_layers = not repair and not owner and comparable(program, last, chosen, teachers)
     state, normal = dict(start), _statistics(program, agreed)
     left = {name: why for name, why in left.items() if not any(name in names for names in normal)}
     end = not (repair or by_layers or owner)
-    plan = plan_stages(program, chosen, normal, towards_sums, places, of_scores, all_shown=resized, to_the_end=end)
-    merged, *lanes = Lane(program, state), *(Lane(program, own, parents_program) for own in parents)
+    plan = plan_stages(
+        program, chosen, normal, towards_sums, places, of_scores, all_shown=resized, products=products, to_the_end=end
+    )
+    lanes = [Lane(program, own, parents_program) for own in parents]
+    layers_told, found_errors = LayerReport(), list[OutputErrors]()
+    if tied:
+        lessons = list(lessons)
+        first = partial(fit_tied, program, tied, state, lanes, teachers, lessons, seed, processes)
+        outcome = stages.remember("fitting", first, OUTCOME)
+        state, layers_told = {**state, **outcome.tensors}, dict(outcome.layers)
+    merged = Lane(program, state)
     disable = None if progress is None else not progress
     with Boundaries(max_memory * 2**30) as kept:
         course = Course(kept, merged, lanes, lessons, plan, all_parents=bool(owner), processes=processes)
@@ -187,7 +207,14 @@ def refit(
                     )
                     for layer in stage.layers
                 ]
+                ahead = None
+                if stage.ahead is not None:
+                    owned = only_parent[stage.ahead.layers[0]]
+                    alike_there = course.alike(owned)
+                    ahead = AheadFit(program, stage.ahead, own, teachers, stage.shown, alike_there, seed)
                 for batch, values, taught in course.batches(number, onward=not again):
+                    if ahead is not None and (counted := course.lesson(batch, owned)) is not None:
+                        ahead.add(values, {j: given for j, given in taught.items() if counted.shares[j] > 0}, counted)
                     for fit in fits:
                         counted = course.lesson(batch, only_parent[fit.layer])
                         if counted is not None:
@@ -202,6 +229,8 @@ def refit(
                     bar.update(not again)
                     ticker.tick(min(len(layers_told) + 1, due), due)
                 told |= _settled(fits, own, processes)
+                for name, more in (ahead.settle(own) if ahead is not None else {}).items():
+                    told[name] |= more
                 if again:
                     merged.use(own)
             for one in statistics:
@@ -214,7 +243,6 @@ def refit(
                 errors += [fit.output_errors() for fit in fits if isinstance(fit, LayerFit) and fit.layer in last]
             return Outcome({n: t for n, t in own.items() if t is not state[n]}, told, tuple(errors))
 
-        layers_told, found_errors = LayerReport(), list[OutputErrors]()
         for number in range(len(plan)):
             outcome = stages.remember("fitting", partial(settled, number), OUTCOME)
             state |= outcome.tensors
@@ -226,6 +254,8 @@ def refit(
     errors = mean_errors(found_errors)
     if all(map(math.isnan, errors.values())):  # No output varies.
         errors = {}
+    # A tensor that has several names is fitted under one of them.
+    state = {name: state[program.aliases.get(name, name)] for name in state}
     return Refitted(state, layers_told, left, errors, held_out=not end and bool(errors))
 
 
@@ -265,7 +295,7 @@ def with_statistics(
         return state
     merged = Lane(program, state)
     with Boundaries(max_memory * 2**30) as kept:
-        plan = plan_stages(program, (), normal, (), (), (), all_shown=False, to_the_end=False)
+        plan = plan_stages(program, (), normal, (), (), (), all_shown=False, products=False, to_the_end=False)
         course = Course(kept, merged, (), lessons, plan, processes=processes)
         for number, stage in enumerate(plan):
             statistics = [Statistics(names, nodes) for names, nodes in stage.statistics.items()]
@@ -311,14 +341,15 @@ def _add(
 
 def written_out(program: Program) -> Program:
     """The program with its recurrent layers, and whatever else multiplies parameters inside of one op, written out in
-    simpler ops where torch can do that."""
+    simpler ops where torch can do that, and with plain norms."""
     ops = {
         node.target
         for node in program.graph.graph.nodes
         if rules.contracts(node.target) and form_of(node) is None and _holds_weights(program, node)
     }
     simpler = program.aten.decompose(ops) if ops else None
-    return program if simpler is None else replace(program, aten=simpler)
+    aten = plain_norms(simpler or program.aten)
+    return program if aten is program.aten else replace(program, aten=aten)
 
 
 def _holds_weights(program: Program, node: fx.Node) -> bool:
@@ -333,6 +364,33 @@ def last_layers(program: Program, layers: Layers) -> list[Layer]:
         if any(user in before or user in nodes for user in node.users):
             before.add(node)
     return [layer for layer in layers.all if before.isdisjoint(use.node for use in layer.uses)]
+
+
+def _tied(layers: Layers, places: Sequence[Places], shared: Collection[str]) -> dict[Layer, tuple[fx.Node, ...]]:
+    """The layers whose weights are looked up as well, and can be fitted."""
+    return {
+        layer: lookups
+        for layer, lookups in layers.tied.items()
+        if not _mostly(layer, shared) and can_be_fitted(layer, lookups, places)
+    }
+
+
+def _why_left(
+    layer: Layer, places: Sequence[Places], shared: Collection[str], *, repair: bool, last: bool, resized: bool
+) -> str | None:
+    """Why a layer is left as it is; None if it can be fitted, or shifted and scaled."""
+    if _mostly(layer, shared):
+        return f"its parameters are {EQUAL}"
+    shown = all(_shown(use, own) for use in layer.uses for own in places)
+    if any(apart(use, own) for use in layer.uses for own in places) and (repair or last or not shown):
+        return "merged units lie along the rows or groups of its data, and " + (
+            "means and deviations do not tell them apart"
+            if repair
+            else "no layer after it reads them"
+            if last
+            else "it cannot be told where they are in its output"
+        )
+    return "it cannot be told where merged units are in its output" if resized and not shown else None
 
 
 def _mostly(layer: Layer, names: Collection[str]) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from fxmerge.program.captured import Program
 from fxmerge.program.forms import argument, bind
+from fxmerge.refitting.ahead import Ahead, find_ahead
 from fxmerge.refitting.layers import Layer, Use
 from fxmerge.refitting.output_error import OutputErrors
 from fxmerge.refitting.places import Places
@@ -59,6 +60,7 @@ class Stage:
             coefficients.
         statistics: running means and variances to be estimated, by their names, and the nodes that use them.
         circular: whether what a layer reads depends on the layer itself.
+        ahead: what becomes of the layers' outputs in products of two activations; None if that is not fitted.
         mine, theirs: how the merged network and the parents get there.
     """
 
@@ -67,6 +69,7 @@ class Stage:
     shown: Collection[Use]
     statistics: Mapping[tuple[str, str], Sequence[fx.Node]]
     circular: bool
+    ahead: Ahead | None
     mine: Step
     theirs: Step
 
@@ -80,12 +83,13 @@ def plan_stages(
     of_scores: Collection[Layer],
     *,
     all_shown: bool,
+    products: bool,
     to_the_end: bool,
 ) -> list[Stage]:
     """The stages of a refit of some layers and statistics, of which some layers learn what the sums are to be
     that their outputs go into; and the way from the last of them to the outputs, if that is asked for. Where all are
     shown, no layer learns from what follows from its parents' coefficients. Of layers that write scores, what the
-    parents give is computed as well."""
+    parents give is computed as well. Where products are fitted, so is what the layers after these read."""
     graph, derived = program.graph.graph, program.derived
     normal = list(statistics.items())
     sets = [[use.node for use in layer.uses] for layer in chosen] + [nodes for _, nodes in normal]
@@ -113,8 +117,17 @@ def plan_stages(
         own_units = {use for use in layer.uses if all_shown or any(apart(use, p) for p in places)}
         shown[stage] |= own_units
         taught[stage] |= {use.node for use in (layer.uses if layer in of_scores else own_units)}
+    ahead = [
+        find_ahead(program, layers, chosen, final, stage) if products and not circular[stage] else None
+        for stage, layers in enumerate(own)
+    ]
+    for stage, product in ((stage, product) for stage, product in enumerate(ahead) if product is not None):
+        uses = [use for _, use in product.readers]
+        shown[stage] |= {use for use in uses if all_shown or any(apart(use, p) for p in places)}
+        read[stage] |= product.inputs
+        taught[stage] |= {n for use in uses for n in (use.node, *use.node.all_input_nodes)} - derived
     ways = walk(graph, read, derived, final), walk(graph, taught, derived)
-    return [Stage(*each) for each in zip(own, summands, shown, normalized, circular, *ways, strict=True)]
+    return [Stage(*each) for each in zip(own, summands, shown, normalized, circular, ahead, *ways, strict=True)]
 
 
 def apart(use: Use, places: Places) -> bool:

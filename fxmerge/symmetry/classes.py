@@ -145,15 +145,17 @@ class _Closing(Contracted):
         """Pins places in an order that anything but each other tells apart, and the units that the order is one of."""
         several = np.bincount(self.unit, minlength=self.count) > 1
         nested = np.bincount(self.parent, minlength=self.count) > 0
+        inside = np.zeros(self.count, np.uint64)
+        np.add.at(inside, self.child, mix(self.parent))
         new = False
         for followed in self.units.followed:
             ids = self.unit[followed.ids]
-            c = int(self.colour[ids[0]])
-            alike = len(self.members(c)) == len(ids) and bool((self.colour[ids] == c).all())
+            # What a place is a member of may tell its row, and no more.
+            seen = np.stack([followed.row.astype(np.uint64), self.colour[ids].astype(np.uint64), inside[ids]])
             free = (
-                alike
-                and not (several | nested | self.pinned)[ids].any()
-                and not any(len(distinct(block)) > 1 for block in self.maps.get(c, {}).values())
+                not (several | nested | self.pinned)[ids].any()
+                and sum(len(self.members(c)) for c in distinct(self.colour[ids]).tolist()) == len(ids)
+                and len(np.unique(seen, axis=1).T) == len(distinct(followed.row))
             )
             if not free:
                 new |= self._pin([followed.ids, *followed.named], "something tells places apart that are in its order")

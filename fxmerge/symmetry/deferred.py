@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxmerge.symmetry.columns import Shape, axis_column, spread, support
 from fxmerge.symmetry.labels import Labels, inert, join, pin, reduce
-from fxmerge.symmetry.units import UnitGraph, distinct
+from fxmerge.symmetry.units import Ids, UnitGraph, distinct
 
 
 class Deferred:
@@ -141,23 +141,43 @@ class Chosen(Deferred):
 
 @dataclass(frozen=True)
 class Order(Deferred):
-    """The order in which an index is sorted: each of the numbers from 0 once."""
+    """The order in which an index is sorted: each of the numbers from 0 once.
 
-    order: Labels
+    Attributes:
+        hot: the labels of the numbers as one-hot vectors, of shape (numbers, places in the order). The column of the
+            places comes first.
+    """
+
+    hot: Labels
+
+    @property
+    def order(self) -> Labels:
+        """The labels of the places in the order."""
+        return Labels(self.hot.shape[1:], (self.hot.columns[0][0],))
+
+    @property
+    def names_places(self) -> bool:
+        """Whether what the numbers count is in an order that is not told, too."""
+        return any(0 in support(c) for c in self.hot.columns)
 
     @property
     def most(self) -> int:
-        return self.order.shape[0]
+        return self.hot.shape[0]
 
     @property
     def parts(self) -> tuple[Labels, ...]:
         return (self.order,)
 
+    def names(self) -> Index:
+        """The numbers as names of what they count."""
+        return Index.of(self.hot)
+
     def inverse(self) -> Index:
         """Where in the order each number is: numbers that name places in the order."""
-        size = self.order.shape[0]
-        columns = tuple(c[:, None].expand(size, size) for c in self.order.columns)
-        return Index.of(Labels((size, size), columns, (axis_column((size, size), 1),)))
+        return Index.of(self.hot.map(torch.t, self.hot.shape))
+
+    def settle(self, units: UnitGraph, reason: str) -> Labels:
+        return self.names().settle(units, reason)
 
 
 @dataclass(frozen=True)
@@ -195,22 +215,40 @@ def sort(units: UnitGraph, x: Index, *, ascending: bool) -> tuple[Index, Order]:
     which follow the units that are named: if something tells the places apart, these are pinned.
     """
     size = x.shape[0]
-    column = axis_column((x.count, size), 1)
-    pin(units, x.hot, f"{units.node}: order along the dimension", [1])
+    before = _untold(units, x)
+    if before is None:
+        pin(units, x.hot, f"{units.node}: order along the dimension", [1])
     named = [c for c in x.hot.columns if 0 in support(c)]
     ids = units.fresh(size, ("places", units.node))
-    slots = spread(torch.from_numpy(ids), tuple(column.shape), (1,))
+    slots = spread(torch.from_numpy(ids), (x.count, size), (1,))
     kept = tuple(c for c in x.hot.inert if 0 in support(c))
-    ordered = Index.of(Labels(tuple(column.shape), (*named, slots), kept))
+    ordered = Index.of(Labels((x.count, size), (*named, slots), kept))
     follow = [distinct(c.select(1, 0).contiguous().numpy()) for c in named]
-    units.follow(ids, follow, (x, ordered) if ascending and x.is_complete else None)
-    return ordered, Order(Labels((size,), (slots[0],)))
+    follow += [] if before is None else [distinct(before[0])]
+    units.follow(ids, follow, order=(x, ordered) if ascending and x.is_complete else None)
+    square = (size, size)
+    places = spread(torch.from_numpy(ids), square, (1,))
+    if before is None:
+        return ordered, Order(Labels(square, (places,), (axis_column(square, 0),)))
+    number, row = (spread(torch.from_numpy(own), square, (0,)) for own in before)
+    return ordered, Order(Labels(square, (places, number), (row,)))
+
+
+def _untold(units: UnitGraph, x: Index) -> tuple[Ids, Ids] | None:
+    """Of a vector of numbers whose places follow data already, the units of the places and the row of each; None for
+    all others."""
+    columns = [c for c in x.hot.columns if 1 in support(c)]
+    if len(columns) != 1:
+        return None
+    ids = columns[0][0].contiguous().numpy()
+    row = units.rows_followed(ids)
+    return None if row is None else (ids, row)
 
 
 def sorted_by(units: UnitGraph, x: Index, order: Order) -> Index | None:
     """The numbers in an order that is theirs, None if it may be another one."""
     for followed in units.followed:
-        if followed.order is not None and np.array_equal(order.order.columns[0], followed.ids):
+        if followed.order is not None and np.array_equal(order.order.columns[0].contiguous(), followed.ids):
             numbers: Index = followed.order[0]
             ordered: Index = followed.order[1]
             if numbers.source is x.source and torch.equal(numbers.place, x.place):

@@ -233,7 +233,8 @@ class _Rows:
         kept: the dimensions of the column that are left.
         number: for every place along these, the number of its row; rows that hold the same units have one number.
         owner, unit: for every row, by number, the units in it, each once. Padding is in no row.
-        bad: which rows share a unit with another one, or hold their units unequally often.
+        times: how often each of these units is in its row, 0 where all units of the row are in it as often.
+        bad: which rows share a unit with another one, or hold a unit more often here than there.
         nothing: for every place, how much of its row is padding.
     """
 
@@ -241,6 +242,7 @@ class _Rows:
     number: Ids
     owner: Ids
     unit: Ids
+    times: Ids
     bad: NDArray[np.bool_]
     nothing: Ids
 
@@ -268,14 +270,17 @@ def _rows(column: Tensor, gone: set[int], *, ordered: bool = False) -> _Rows:
     least, most = np.full(len(sets), rows.shape[1]), np.zeros(len(sets), np.int64)
     np.minimum.at(least, owner, times)
     np.maximum.at(most, owner, times)
-    member = distinct(group[owner] * span + unit)
-    owner, unit = member // span, member % span
-    again = np.unique(unit, return_inverse=True, return_counts=True)[1:]
-    bad = np.zeros(int(group.max()) + 1, bool)
+    member, first, inverse = np.unique(group[owner] * span + unit, return_index=True, return_inverse=True)
+    uneven, varying, bad = np.zeros((3, int(group.max()) + 1), bool)
     if not ordered:
-        bad[group[most > least]] = True
+        uneven[group[most > least]] = True
+        varying[group[owner[times != times[first][inverse.reshape(-1)]]]] = True
+    bad |= uneven & varying
+    owner, unit, times = member // span, member % span, times[first]
+    times = np.where(uneven[owner], times, 0)
+    again = np.unique(unit, return_inverse=True, return_counts=True)[1:]
     bad[owner[again[1][again[0]] > 1]] = True
-    return _Rows(kept, group[row_set], owner, unit, bad, nothing[row_set])
+    return _Rows(kept, group[row_set], owner, unit, times, bad, nothing[row_set])
 
 
 def reduces_evenly(column: Tensor, dims: Iterable[int]) -> bool:
@@ -298,6 +303,8 @@ def _reduce_column(
     if gone.issuperset(support(column)) and _holds_each_once(column):
         return None, None
     rows, shape = _rows(column, gone, ordered=ordered), tuple(column.shape)
+    for times in distinct(rows.times[rows.times > 0]).tolist():  # Units that are there more often than others.
+        units.segment(rows.unit[rows.times == times], reason)
     units.pin(rows.unit[rows.bad[rows.owner]], f"{reason}: reduced in overlapping or uneven groups")
     uneven = bool((rows.nothing != rows.nothing[0]).any())
     told = spread(torch.from_numpy(rows.nothing), shape, rows.kept) if uneven else None

@@ -73,11 +73,13 @@ def number_rows(rows: Ids) -> Ids:
 class Followed:
     """Places in an order, `ids`, whose units go where the order of the units `named` takes them.
 
-    `order` is for the rules: the numbers and the same ones sorted, None where there is no more to be said of these.
+    The places of several orders lie in rows, numbered by `row`: each moves inside of its row. `order` is for the rules:
+    the numbers and the same ones sorted, None where there is no more to be said of these.
     """
 
     ids: Ids
     named: tuple[Ids, ...]
+    row: Ids
     order: Any = None
 
 
@@ -246,10 +248,19 @@ class UnitGraph:
         self.summed.append(self.first_names(ids))
         self.summed_at.append(self.node)
 
-    def follow(self, ids: Ids, named: Sequence[Ids], order: Any = None) -> None:
+    def follow(self, ids: Ids, named: Sequence[Ids], row: Ids | None = None, order: Any = None) -> None:
         """Where the units `ids` go is told by data and by where the units `named` go: if anything but each other tells
-        them apart, neither move."""
-        self.followed.append(Followed(ids, tuple(map(self.first_names, named)), order))
+        those of one `row` apart (by default all are in one), neither move."""
+        row = np.zeros_like(ids) if row is None else row
+        self.followed.append(Followed(ids, tuple(map(self.first_names, named)), row, order))
+
+    def rows_followed(self, ids: Ids) -> Ids | None:
+        """For units that are places in an order, the numbers of their rows; None for others."""
+        for followed in self.followed:
+            at = np.minimum(np.searchsorted(followed.ids, ids), len(followed.ids) - 1)
+            if np.array_equal(followed.ids[at], ids):
+                return followed.row[at]
+        return None
 
     def record(self, mix: Mix, operands: Sequence[Any], how: Mapping[str, Any], reason: str) -> None:
         """What an op says of changes of basis: `mix` is called once the classes are known, with labels as they then

@@ -24,7 +24,8 @@ class AxisLayout:
         parameter: the parameter's name; `aliases` are its other names.
         dim: the axis.
         dims: the dimensions of `slot`: the axis, and those whose rows have units of their own along it.
-        slot: for every index, a number that stands for the unit there.
+        slot: for every index, a number that stands for the unit there; -1 for nothing, at the end of rows that have
+            fewer units than others.
         roles: for every class on the axis, its number and the slots of its units.
     """
 
@@ -46,9 +47,14 @@ class AxisLayout:
         """For every slot, its index along the axis."""
         where = self.dims.index(self.dim)
         along = np.arange(self.slot.shape[where]).reshape([-1 if d == where else 1 for d in range(self.slot.ndim)])
-        index = np.zeros(int(self.slot.max()) + 1, np.int64)
-        index[self.slot] = np.broadcast_to(along, self.slot.shape)
+        index, holds = np.zeros(int(self.slot.max()) + 1, np.int64), self.slot >= 0
+        index[self.slot[holds]] = np.broadcast_to(along, self.slot.shape)[holds]
         return index
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows are of one length, as those of a tensor must be."""
+        return bool((self.slot >= 0).all())
 
     def source(self, images: tuple[Ids, ...]) -> Ids | None:
         """For every index after the permutation, the index along the axis before it; None if none moves."""
@@ -68,7 +74,7 @@ class AxisLayout:
             into: the layout of the merged axis, as `resized` gives it; None if no class changes its width.
         """
         into = self if into is None else into
-        after = np.arange(len(self.index)) if into is self else into.slot[_pinned_places(self, into)]
+        after = np.arange(len(self.index)) if into is self else _pinned_slots(self, into)
         for (number, slots), (_, merged) in zip(self.roles, into.roles, strict=True):
             after[slots] = merged[maps[number]]
         target: Ids = into.index[after[self.slot]]
@@ -86,15 +92,13 @@ class AxisLayout:
                 for those with the smallest numbers.
 
         Raises:
-            UnitMapError: if rows of the parameter have units of their own along the axis, and a width changes.
+            UnitMapError: if rows of the parameter have units of their own along the axis, and there are to be more of
+                them.
         """
         if all(widths[number] == len(slots) for number, slots in self.roles):
             return self
         if len(self.dims) > 1:
-            raise UnitMapError(
-                f"Axis {self.dim} of {self.parameter!r} has units of its own in every row: its width cannot change. "
-                f"Give the classes there {[len(slots) for _, slots in self.roles]} merged units."
-            )
+            return self._with_shorter_rows(widths, kept)
         _, _, unit, _, role = self._entries(widths, kept)
         roles = [np.zeros(widths[number], np.int64) for number, _ in self.roles]
         for r, own in enumerate(roles):
@@ -102,6 +106,29 @@ class AxisLayout:
         shape = (*self.shape[: self.dim], len(role), *self.shape[self.dim + 1 :])
         numbered = tuple((number, slots) for (number, _), slots in zip(self.roles, roles, strict=True))
         return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, np.arange(len(role)), numbered)
+
+    def _with_shorter_rows(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> AxisLayout:
+        """The layout of an axis along which rows have units of their own, of which there are fewer. The axis is as long
+        as the longest row; until all classes there are merged, others may be shorter."""
+        if any(widths[number] > len(slots) for number, slots in self.roles):
+            raise UnitMapError(
+                f"Axis {self.dim} of {self.parameter!r} has units of its own in every row, of which there cannot be "
+                f"more: the classes there have {[len(slots) for _, slots in self.roles]} units."
+            )
+        own = {n: np.arange(widths[n]) if kept is None else kept[n] for n, _ in self.roles}
+        alive = np.ones(len(self.index), bool)
+        for number, slots in self.roles:
+            alive[np.delete(slots, own[number])] = False
+        rows = np.moveaxis(self.slot, self.dims.index(self.dim), -1)
+        left = alive[rows]
+        length = int(left.sum(-1).max())
+        first = np.argsort(~left, axis=-1, kind="stable")[..., :length]
+        shorter = np.where(np.take_along_axis(left, first, -1), np.take_along_axis(rows, first, -1), -1)
+        after = np.append(np.cumsum(alive) - 1, -1)  # Of every slot that is left; the last is that of nothing.
+        slot = np.moveaxis(after[shorter], -1, self.dims.index(self.dim))
+        shape = (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+        roles = tuple((n, after[slots[own[n]]]) for n, slots in self.roles)
+        return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, slot, roles)
 
     def _entries(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> Ids:
         """The indices of the resized axis in order, shape (5, indices): for each the index at which it stands or, with
@@ -157,13 +184,20 @@ def _pinned(axis: AxisLayout) -> list[int]:
     return pinned
 
 
-def _pinned_places(axis: AxisLayout, into: AxisLayout) -> Ids:
-    """For every slot of an axis, the index in a resized one; of what no class has, in the order of the axis."""
-    places = np.zeros(len(axis.index), np.int64)
-    before, after = _pinned(axis), _pinned(into)
-    order = sorted(before, key=lambda slot: axis.index[slot])
-    places[order] = sorted(into.index[slot] for slot in after)
-    return places
+def _pinned_slots(axis: AxisLayout, into: AxisLayout) -> Ids:
+    """For every slot of an axis, the slot in a resized one; of what no class has, in the order of the axis."""
+    slots = np.zeros(len(axis.index), np.int64)
+    slots[_in_order(axis)] = _in_order(into)
+    return slots
+
+
+def _in_order(axis: AxisLayout) -> Ids:
+    """The slots that no class has, as they come, row by row."""
+    rows = np.moveaxis(axis.slot, axis.dims.index(axis.dim), -1)
+    first = np.unique(rows[rows >= 0], return_index=True)[1]
+    pinned = np.array(_pinned(axis), np.int64)
+    ordered: Ids = pinned[np.argsort(first[pinned])]
+    return ordered
 
 
 def _stretches(roles: Sequence[tuple[int, Ids]]) -> list[tuple[int, int]]:
@@ -193,11 +227,11 @@ def add_axis(tensor: Tensor, layout: AxisLayout, target: Ids, size: int | None =
         size: the length of the axis afterwards; None leaves it as it is.
     """
     index = torch.from_numpy(target).to(tensor.device)
-    if len(layout.dims) > 1:
-        total = torch.zeros_like(tensor)
-        return total.scatter_add_(layout.dim, along_axis(index, layout).expand(tensor.shape), tensor)
     shape = list(tensor.shape)
     shape[layout.dim] = shape[layout.dim] if size is None else size
+    if len(layout.dims) > 1:
+        total = tensor.new_zeros(shape)
+        return total.scatter_add_(layout.dim, along_axis(index, layout).expand(tensor.shape), tensor)
     return tensor.new_zeros(shape).index_add_(layout.dim, index, tensor)
 
 

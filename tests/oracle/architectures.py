@@ -962,6 +962,27 @@ def rotary() -> tuple[nn.Module, tuple[Any, ...]]:
     return RotaryAttention(norms=False, rotary=True), tokens(3, 2)
 
 
+class SinkAttention(RotaryAttention):
+    """Every head has a score beside those of the keys, to which no value belongs."""
+
+    def __init__(self) -> None:
+        super().__init__(norms=False, rotary=False)
+        self.sinks = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        b, n, _ = h.shape
+        q, k, v = (p(h).view(b, n, 2, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+        sinks = self.sinks.view(1, 2, 1, 1).expand(b, -1, n, -1)
+        weights = torch.cat([q @ k.mT, sinks], -1).softmax(-1)[..., :-1]
+        return self.head(h + self.out((weights @ v).transpose(1, 2).reshape(b, n, 6)))  # type: ignore[no-any-return]
+
+
+@case("attention with sinks")
+def sinks() -> tuple[nn.Module, tuple[Any, ...]]:
+    return SinkAttention(), tokens(2, 2)
+
+
 class PartlyRotaryAttention(RotaryAttention):
     """The first token is left as it is. The others lie on a plane: each pair of dims turns along one coordinate."""
 

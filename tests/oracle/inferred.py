@@ -29,6 +29,7 @@ LARGER = {
     "a transposed convolution along units",
     "a transposed convolution with more at one end",
     "attention pooling",
+    "attention with sinks",
     "attention, norms of queries and keys",
     "attention, three streams of one width",
     "attention, three streams of three widths",

@@ -23,6 +23,8 @@ Operand = Labels | Deferred | Tensor
 
 @rule("index", "_unsafe_index", takes=True, mixes=True, weighs=True)
 def index(at: Site, x: Operand, indices: Sequence[Operand | None]) -> Labels | Deferred:
+    if not isinstance(x, Index):
+        indices = [i.names() if isinstance(i, Order) and i.names_places else i for i in indices]
     named = [(d, i) for d, i in enumerate(indices) if isinstance(i, Index)]
     if len(named) == 1 and all(i is None for d, i in enumerate(indices) if d != named[0][0]):
         table = _named_part(at, at.labels(x), *named[0])
@@ -102,16 +104,14 @@ def index_select(at: Site, x: Operand, dim: int, chosen: Operand) -> Labels | De
 
 @rule("one_hot", takes=True)
 def one_hot(at: Site, x: Operand, classes: int = -1) -> Labels:
-    """Numbers that name units become columns of these, others positions."""
+    """Numbers that name units become columns of these; others are compared with the number of each place."""
     if isinstance(x, Index) and 0 < x.count <= classes:
         hot = x.hot.map(lambda c: c.movedim(0, -1), (*x.shape, x.count))
         if classes == x.count:
             return hot
         return assemble(at, [hot, torch.zeros(*x.shape, classes - x.count)], lambda c: torch.cat(c, -1), [x.ndim])
     values = at.labels(x)
-    last = len(at.shape) - 1
-    told = pin(at.units, values, f"{at.name}: values become places")
-    return at.join(told.reshape((*told.shape, 1)), inert(at.shape, [last]), at.shape)
+    return at.join(values.reshape((*values.shape, 1)), inert(at.shape, [len(at.shape) - 1]), at.shape)
 
 
 @rule("embedding", takes=True, mixes=True, weighs=True)
@@ -189,6 +189,8 @@ def scatter(
         return chosen.inverse()
     x, source = at.labels(x), at.labels(source)
     dim %= max(x.ndim, 1)
+    if isinstance(chosen, Order) and chosen.names_places:
+        chosen, name = chosen.names(), _ADDS[0]  # Of an order, no number is there twice.
     if isinstance(chosen, Index) and (name in _COPIES or name in _ADDS):
         placed = _scatter_to_units(at, x, dim, chosen, source, adds=name in _ADDS)
         if placed is not None:
@@ -307,6 +309,10 @@ def index_put(
     if len(indices) == 1 and isinstance(indices[0], Order) and not accumulate and x.shape[0] == indices[0].most:
         if _numbers(values, indices[0]) and len(x.shape) == 1:
             return indices[0].inverse()
+        if indices[0].names_places:
+            placed = _scatter_to_units(at, at.labels(x), 0, indices[0].names(), at.labels(values), adds=True)
+            if placed is not None:
+                return placed
         order = indices[0].order
         told = order.reshape((*order.shape, *(1,) * (len(at.shape) - 1)))
         written = at.join(at.labels(values), told, at.shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxmerge.symmetry.columns import support
-from fxmerge.symmetry.deferred import Chosen, Deferred, Index, lead
+from fxmerge.symmetry.deferred import Chosen, Deferred, Index, Order, lead
 from fxmerge.symmetry.labels import Labels, constant, move, reduce
 from fxmerge.symmetry.labels import join as join_labels
 from fxmerge.symmetry.rules.contraction import use_apart
@@ -185,6 +185,7 @@ def _places(rule: Rule, at: Site, args: Any, kwargs: Any, x: Lifted) -> list[Ten
 def _of_names(at: Site, args: Any, kwargs: Any) -> Value:
     """A pointwise op of numbers that name units: they may be compared with numbers, or looked up in a table of what the
     op gives for each. NotImplemented for all else."""
+    args, kwargs = _map(lambda x: x.names() if isinstance(x, Order) and x.names_places else x, (args, kwargs))
     indices = list(_leaves((args, kwargs), Index))
     if not indices:
         return NotImplemented

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxmerge.symmetry import mixing, weighing
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, shrink, spread, support
+from fxmerge.symmetry.deferred import Deferred, Index
 from fxmerge.symmetry.labels import MAX_INERT, Labels, diagonals, move, prune, reduce
 from fxmerge.symmetry.rules.registry import Site, is_zero, rule
 from fxmerge.symmetry.units import NOTHING, distinct
@@ -196,10 +197,19 @@ def _value(part: Labels | Tensor) -> object:
     return "tensor", id(part)
 
 
-@rule("cat", "concat", "concatenate", mixes=True, weighs=True)
-def cat(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
-    parts = [t for t in tensors if tuple(t.shape) != (0,)]
+@rule("cat", "concat", "concatenate", takes=True, mixes=True, weighs=True)
+def cat(at: Site, tensors: Sequence[Labels | Deferred | Tensor], dim: int = 0) -> Labels | Index:
+    numbers = [t for t in tensors if isinstance(t, Index)]
+    if len(numbers) == len(tensors) and len({i.count for i in numbers}) == 1:
+        one = replace(at, shape=(numbers[0].count, *at.shape))
+        return Index.of(in_a_row(one, [i.hot for i in numbers], dim % len(at.shape) + 1))
+    return in_a_row(at, [at.labels(t) if isinstance(t, Deferred) else t for t in tensors], dim)
+
+
+def in_a_row(at: Site, tensors: Sequence[Labels | Tensor], dim: int) -> Labels:
+    """The labels of tensors one behind another along a dimension."""
     dim %= len(at.shape)
+    parts = [t for t in tensors if tuple(t.shape) != (0,)]
     return assemble(at, parts, lambda columns: torch.cat(columns, dim), [dim])
 
 
@@ -208,7 +218,7 @@ def stack(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
     dim %= len(at.shape)
     one: Shape = (*at.shape[:dim], 1, *at.shape[dim + 1 :])
     thin = {id(t): t.reshape(one) for t in tensors}
-    return cat(at, [thin[id(t)] for t in tensors], dim)
+    return in_a_row(at, [thin[id(t)] for t in tensors], dim)
 
 
 @rule("constant_pad_nd", "pad", mixes=True, weighs=True)
@@ -230,7 +240,7 @@ def pad(at: Site, x: Labels, widths: Sequence[int], *args: Any) -> Labels:
             fill = [one.expand(*x.shape[:dim], max(n, 0), *x.shape[dim + 1 :]) for n in (before, after)]
             parts = [p for p in (fill[0], x, fill[1]) if p.shape[dim]]
             shape = (*x.shape[:dim], sum(p.shape[dim] for p in parts), *x.shape[dim + 1 :])
-            x = cat(Site(at.units, at.name, at.target, shape), parts, dim)
+            x = in_a_row(Site(at.units, at.name, at.target, shape), parts, dim)
     return x
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxmerge.symmetry.labels import Labels, inert, move, reduce
 from fxmerge.symmetry.rules.contraction import linear
-from fxmerge.symmetry.rules.movement import cat
+from fxmerge.symmetry.rules.movement import in_a_row
 from fxmerge.symmetry.rules.registry import Site, rule
 
 Operand = Labels | Tensor
@@ -95,11 +95,11 @@ def layers(
                 last = reduce(at.units, state, [time], at.name)
                 final.append(last.reshape((1, *last.shape)))
         shape = (*x.shape[:-1], sum(o.shape[-1] for o in outputs))
-        x = cat(replace(at, shape=shape), outputs, -1) if directions > 1 else outputs[0]
+        x = in_a_row(replace(at, shape=shape), outputs, -1) if directions > 1 else outputs[0]
         if train and dropout and layer < count - 1:
             x = at.join(x, inert(x.shape))
     states = [
-        cat(replace(at, shape=s), f, 0) if len(f) > 1 else f[0] for s, f in zip(at.shape[1:], finals, strict=True)
+        in_a_row(replace(at, shape=s), f, 0) if len(f) > 1 else f[0] for s, f in zip(at.shape[1:], finals, strict=True)
     ]
     return [x, *states]
 

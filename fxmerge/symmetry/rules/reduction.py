@@ -19,6 +19,7 @@ from fxmerge.symmetry.labels import Labels, inert, join, pin, reduce, sum_over
 from fxmerge.symmetry.relate import relate
 from fxmerge.symmetry.rules import ties
 from fxmerge.symmetry.rules.registry import Site, normalize_dims, rule, summed_over
+from fxmerge.symmetry.units import distinct
 from fxmerge.units.kind import Kind
 
 Dims = int | Sequence[int] | None
@@ -101,15 +102,18 @@ def argument(at: Site, x: Labels, dim: int | None = None, *args: Any, **kwargs: 
     """A number that names the unit at which the extremum is."""
     if x.ndim == 0:
         return x
-    flat, dim = (x.reshape((math.prod(x.shape),)), 0) if dim is None else (x, dim % x.ndim)
-    return _named(at, flat, dim, lambda hot: hot.reshape((hot.shape[0], *at.shape)))
+    flat, along = (x.reshape((math.prod(x.shape),)), 0) if dim is None else (x, dim % x.ndim)
+    name = at.target._schema.name.removeprefix("aten::")
+    count = 1 if name in ("argmax", "argmin", "max", "min") else flat.shape[along]
+    tied = ties.possible(at.node, None if dim is None else along, count, largest="max" in name)
+    return _named(at, flat, along, lambda hot: hot.reshape((hot.shape[0], *at.shape)), tied=tied)
 
 
-def _named(at: Site, x: Labels, dim: int, arrange: Callable[[Labels], Labels]) -> Labels | Index:
-    """Numbers that name units along a dimension of x by their values; `arrange` gives one-hot vectors, of which it gets
-    the units as the first dimension, the shape of the numbers."""
+def _named(at: Site, x: Labels, dim: int, arrange: Callable[[Labels], Labels], *, tied: bool) -> Labels | Index:
+    """Numbers that name units along a dimension of x by their values, if these are not `tied`; `arrange` gives one-hot
+    vectors, of which it gets the units as the first dimension, the shape of the numbers."""
     along = [c for c in x.columns if dim in support(c)]
-    if not along or not all(_differ(c, dim) for c in along) or ties.possible(at.node):
+    if not along or not all(_differ(c, dim) for c in along) or tied:
         x = pin(at.units, x, f"{at.name}: index along the dimension", [dim])
         reduced = reduce(at.units, x, [dim], at.name)
         return arrange(reduced.reshape((1, *reduced.shape))).reshape(at.shape)
@@ -139,19 +143,38 @@ def order(at: Site, x: Labels | Deferred, *args: Any, dim: int = -1, **kwargs: A
         return [ordered, places] if isinstance(at.shape, list) else places
     x = at.labels(x)
     indexed = name == "aten::argsort" or 1 in at.used
-    if name == "aten::topk" and kwargs.get("sorted", args[3] if len(args) > 3 else True) is False:
-        x = pin(at.units, x, f"{at.name}: in an order that is not told", [dim])
     reduced = reduce(at.units, x, [dim], at.name, keepdim=True)
-    values = at.join(reduced, inert(shapes[0], [dim]), shapes[0])
+    ranks = inert(shapes[0], [dim] if x.ndim else [])
+    unsorted = name == "aten::topk" and kwargs.get("sorted", args[3] if len(args) > 3 else True) is False
+    if unsorted and any(dim in support(c) for c in x.columns):
+        ranks = _unsorted(at, x, dim, shapes[0])
+    values = at.join(reduced, ranks, shapes[0])
     if not indexed or x.ndim == 0:
         return [values] * len(shapes) if isinstance(at.shape, list) else values
 
     def ranked(hot: Labels) -> Labels:
         one = hot.reshape((*hot.shape[: dim + 1], 1, *hot.shape[dim + 1 :]))
-        return at.join(one, inert((hot.shape[0], *shapes[-1]), [dim + 1]), (hot.shape[0], *shapes[-1]))
+        return at.join(one, ranks, (hot.shape[0], *shapes[-1]))
 
-    indices = _named(replace(at, shape=shapes[-1]), x, dim, ranked)
+    largest = bool(kwargs.get("largest", args[2] if name == "aten::topk" and len(args) > 2 else True))
+    tied = ties.possible(at.node, dim, shapes[-1][dim], largest=largest)
+    indices = _named(replace(at, shape=shapes[-1]), x, dim, ranked, tied=tied)
     return [values, indices] if isinstance(at.shape, list) else indices
+
+
+def _unsorted(at: Site, x: Labels, dim: int, shape: tuple[int, ...]) -> Labels:
+    """What tells the chosen values apart where their order is not told: each set of them has places of its own."""
+    if shape[dim] < 2:
+        return Labels(shape)
+    along = [c for c in x.columns if dim in support(c)]
+    ids = torch.from_numpy(at.units.fresh(math.prod(shape), ("places", at.name))).reshape(shape)
+    row = torch.arange(math.prod(shape) // shape[dim]).reshape(*shape[:dim], 1, *shape[dim + 1 :]).expand(shape)
+    at.units.follow(
+        ids.reshape(-1).numpy(),
+        [distinct(core(c, support(c)).contiguous().numpy()) for c in along],
+        row.reshape(-1).numpy(),
+    )
+    return Labels(shape, (ids,))
 
 
 @rule("aminmax")
