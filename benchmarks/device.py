@@ -143,7 +143,7 @@ class Outcome:
 def planted(model: nn.Module, example: Tensor) -> tuple[nn.Module, fxmerge.Symmetry, fxmerge.Permutation]:
     """The model with its units in another order and with noise, its symmetry, and the order."""
     symmetry = fxmerge.find_symmetry(model, (example,))
-    order = symmetry.sample(torch.Generator().manual_seed(1))
+    order = symmetry.sample_permutation(torch.Generator().manual_seed(1))
     twin = copy.deepcopy(model)
     twin.load_state_dict(order.apply(model.state_dict()))
     with torch.no_grad():

@@ -195,7 +195,7 @@ def run(name: str, factory: Factory) -> dict[str, Any]:
         "inference s": f"{inferred - captured:.2f}",
     }
     generator = torch.Generator().manual_seed(1)
-    planted = symmetry.sample(generator)
+    planted = symmetry.sample_permutation(generator)
     twin = noisy_copy(model, planted.apply(dict(model.state_dict())), 0.01, generator)
     for label, loader, alpha in (("with data", calibration(inputs), 0.5), ("weights only", None, 1.0)):
         began = time.perf_counter()
@@ -228,7 +228,7 @@ def bases(model: nn.Module, inputs: Any, generator: torch.Generator) -> dict[str
     if not symmetry.dimension():
         return row
     state = canonical.state_dict()
-    planted = symmetry.sample_basis(generator).apply(symmetry.sample(generator).apply(state))
+    planted = symmetry.sample(generator).apply(state)
     twin = noisy_copy(canonical, planted, 0.01, generator)
     aligning = time.perf_counter()
     recipe = fxmerge.Recipe(match=fxmerge.Align(1.0, continuous=True))

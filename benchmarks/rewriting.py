@@ -143,7 +143,7 @@ def same_trunk(first: nn.Module, second: nn.Module, args: Any, kwargs: Any) -> N
     theirs.update({n: own[n] for n, t in theirs.items() if n in own and own[n].shape == t.shape})
     second.load_state_dict(theirs)
     symmetry = fxmerge.find_symmetry(second, args, kwargs)
-    moved = symmetry.sample(torch.Generator().manual_seed(0)).apply(second.state_dict())
+    moved = symmetry.sample_permutation(torch.Generator().manual_seed(0)).apply(second.state_dict())
     second.load_state_dict(moved)
 
 

@@ -104,7 +104,7 @@ def kinds(name: str) -> dict[str, str]:
     _, symmetry = analyse(program)
     generator, first = torch.Generator().manual_seed(0), a.state_dict()
     noisy = {n: t + t.std() / 2 * torch.randn(t.shape, generator=generator) for n, t in first.items()}
-    second = symmetry.sample(generator).apply(noisy)
+    second = symmetry.sample_permutation(generator).apply(noisy)
 
     def matched(continuous: bool) -> None:
         match(symmetry, first, second, {}, alpha=1.0, continuous=continuous, progress=False)

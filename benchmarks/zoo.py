@@ -86,7 +86,7 @@ def emit(program: Program, symmetry: Symmetry, name: str) -> Row:
     fresh, args, kwargs = find_factory(name)()
     fresh.eval()
     state = {n: other_values(t, generator) for n, t in program.module.state_dict().items() if isinstance(t, Tensor)}
-    emitted = bake(program, symmetry.sample(generator).apply(state))
+    emitted = bake(program, symmetry.sample_permutation(generator).apply(state))
     saved = emitted.state_dict()
     row: Row = {"ordered": list(saved) == list(fresh.state_dict())}
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -15,7 +15,7 @@ from torch import Tensor
 from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.job import Job
 from fxmerge.keeping import changed
-from fxmerge.matching.balance import balance
+from fxmerge.matching.balance import gauge
 from fxmerge.matching.consensus import match_all
 from fxmerge.matching.models import Correlations, alpha_by_class
 from fxmerge.matching.problem import floats
@@ -29,8 +29,9 @@ from fxmerge.symmetry.freeze import freeze, moving_together
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.kinds import is_uniform
 from fxmerge.units.basis import Basis
-from fxmerge.units.kind import Kind
+from fxmerge.units.kind import Exponents, Kind, UnitKind
 from fxmerge.units.permutation import Permutation
+from fxmerge.units.scaling import Scaling
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ def in_one_basis(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, ref
     if part is None or part.continuous is not True or wider:
         return Prepared.of(job, recipe, run, given)
     group = Prepared.of(with_gains_moved(job), recipe, run, given, continuous=True)
-    if not mixing(group.symmetry):
+    group = replace(group, symmetry=_usable(group, part))
+    if not mixing(group.symmetry) and not _single(group.symmetry):
         if given is not None:
             logger.warning(
                 "The symmetry that was given has no class that a change of basis may mix, so units are only permuted. "
@@ -84,20 +86,61 @@ def mixing(symmetry: Symmetry) -> set[int]:
     return {n for n in range(len(symmetry.units)) if symmetry.kind(n) > Kind.PERMUTATION}
 
 
+def _single(symmetry: Symmetry) -> dict[int, str]:
+    """The classes whose units may have signs or positive scales, and which of these."""
+    words = ((own.signs, "signs") for own in symmetry.kinds), ((own.stretches, "scales") for own in symmetry.kinds)
+    told = (" and ".join(word for has, word in own if has) for own in zip(*words, strict=True))
+    return {n: word for n, word in enumerate(told) if word}
+
+
+MOST_SIGNS = 3
+"""How many signs of one unit are matched; all of their combinations are compared."""
+
+
+def _usable(group: Prepared, part: Align | Zip) -> Symmetry:
+    """The symmetry with those signs and positive scales by which units are matched.
+
+    Tensors that all models share stay as they are. Running statistics are not scaled: where they are estimated anew,
+    they would no longer be those that the layers around were scaled with. Gains keep their signs. Units that are merged
+    many to one have none of both, as each merged unit would need one of its own.
+    """
+    symmetry, job = group.symmetry, group.job
+    shared = equal_names(job.states)
+    running = {name for pair in batch_norm_statistics(job.program) for name in pair}
+    shapes = {axis.parameter: axis.shape for axis in symmetry.layout}
+
+    def kept(exponents: Sequence[Exponents], names: Set[str]) -> tuple[Exponents, ...]:
+        return tuple(one for one in exponents if names.isdisjoint(name for name, *_ in one))
+
+    def usable(own: UnitKind) -> UnitKind:
+        if isinstance(part, Zip):
+            return replace(own, signs=(), stretches=())
+        signs = [one for one in kept(own.signs, shared) if len(shapes.get(one[0][0], ())) > 1]
+        return replace(own, signs=tuple(signs[:MOST_SIGNS]), stretches=kept(own.stretches, shared | running))
+
+    return replace(symmetry, kinds=tuple(map(usable, symmetry.kinds)))
+
+
 def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Prepared:
     """Models of which all classes that a change of basis may mix are in one basis, with the blocks that these lie in.
+    Units that may have signs or scales have those of the units of the reference that they match, and are in the places
+    of these.
 
-    The reference stays as it is. The classes of which units are only permuted
-    are matched along with these, but stay as they were.
+    The reference stays as it is. The classes of which units are only permuted are matched along with these, but stay as
+    they were.
     """
     job, symmetry, trunk = group.job, group.symmetry, group.trunk
-    numbers = mixing(symmetry)
-    placed = moving_together(symmetry, numbers)
-    gauges = [balance(symmetry, state) for state in job.states]
-    balanced = [gauge.apply(floats(symmetry, state)) for gauge, state in zip(gauges, job.states, strict=True)]
+    numbers, single = mixing(symmetry), _single(symmetry)
+    based = moving_together(symmetry, numbers)
+    placed = moving_together(symmetry, numbers | single.keys())
+    gauges = [gauge(symmetry, state) for state in job.states]
+    balanced = [dict(floats(symmetry, s)) for s in job.states]
+    for own, steps in zip(balanced, gauges, strict=True):
+        for step in steps:
+            own |= step.apply(own)
     correlations: Correlations = {}
     if job.data is not None and part.alpha != 1:
-        states = [transformed(symmetry, state, [gauge]) for gauge, state in zip(gauges, job.states, strict=True)]
+        states = [transformed(symmetry, state, steps) for steps, state in zip(gauges, job.states, strict=True)]
         pairs = list(combinations(range(len(states)), 2))
         correlations = group.similarities(trunk, states, job.names, pairs, part.similarity, numbers, until="bases")
     alpha = alpha_by_class(part, trunk) if job.data is not None else 1.0
@@ -109,7 +152,9 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
         for i, matched in sorted(found.items()):
             moved = symmetry.restrict(Permutation(symmetry.layout, matched.permutation.images), placed)
             change = Basis(symmetry.mixed, matched.basis.matrices)
-            states[i] = transformed(symmetry, job.states[i], (gauges[i], moved, change, gauges[reference].inverse()))
+            signs = Scaling(symmetry.scaled, matched.scaling.factors)
+            back = (step.inverse() for step in gauges[reference])
+            states[i] = transformed(symmetry, job.states[i], (*gauges[i], moved, change, signs, *back))
             images[i] = moved.images
             objectives.append(matched.trace)
         return states, [[[ids.tolist() for ids in own] for own in images], objectives]
@@ -117,7 +162,7 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
     with job.timed("matching bases"):
         once = partial(job.processes.once, "bases", rebased)
         moved, (images, objectives) = job.stages.remember("bases", once, changed(job.states))
-    smaller, names = freeze(symmetry, placed, lambda _: IN_ONE_BASIS)
+    smaller, names = freeze(symmetry, based, lambda _: IN_ONE_BASIS)
     return replace(
         group,
         job=replace(job, states=tuple(map(dict, moved))),
@@ -125,13 +170,14 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
         unfrozen=symmetry,
         still=group.still | {*names},
         bases={symmetry.names[n]: str(symmetry.kind(n)) for n in sorted(numbers)},
+        scaled={symmetry.names[n]: word for n, word in single.items()},
         placed=tuple({symmetry.names[n]: np.array(own[n], np.int64) for n in placed - numbers} for own in images),
         objectives=tuple(map(tuple, objectives)),
     )
 
 
 def transformed(
-    symmetry: Symmetry, state: Mapping[str, Tensor], steps: Sequence[Basis | Permutation]
+    symmetry: Symmetry, state: Mapping[str, Tensor], steps: Sequence[Basis | Permutation | Scaling]
 ) -> dict[str, Tensor]:
     """A state dict after some changes of its units, in float64 and rounded once."""
     moved: Mapping[str, Tensor] = {

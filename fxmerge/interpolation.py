@@ -99,7 +99,7 @@ def interpolate(
         >>> def mlp():
         ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> x, a, b = torch.randn(64, 4), mlp(), mlp()
-        >>> shuffled = fxmerge.find_symmetry(a, (x,)).sample()
+        >>> shuffled = fxmerge.find_symmetry(a, (x,)).sample_permutation()
         >>> b.load_state_dict(shuffled.apply(a.state_dict()))  # the same function, in units of another order
         <All keys matched successfully>
         >>> line = fxmerge.interpolate(a, b, [x], points=3)

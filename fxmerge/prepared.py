@@ -43,6 +43,7 @@ class Prepared:
         still: the names of these classes.
         flow: what every parameter axis does with its units.
         bases: the kinds of the classes of which all models are in one basis already, by name.
+        scaled: likewise of other classes whether their units have the signs or the scales of one model already.
         placed: for every model, where units of some classes, by name, were put before they are matched.
         objectives: of the search for these bases, for every model but one, at the start and after every step.
         unfrozen: the symmetry with these classes in it, and the blocks that they lie in; None where there are none.
@@ -60,6 +61,7 @@ class Prepared:
     still: frozenset[str]
     flow: Mapping[Axis, Flow]
     bases: Mapping[str, str] = field(default_factory=dict)
+    scaled: Mapping[str, str] = field(default_factory=dict)
     placed: tuple[Mapping[str, Ids], ...] = ()
     objectives: tuple[tuple[float, ...], ...] = ()
     unfrozen: Symmetry | None = None
@@ -194,7 +196,7 @@ class Prepared:
             models=len(self.job.states),
             shared=tuple(n for n, own in first.items() if n in self.shared and torch.equal(own, after[n])),
             classes=classes_of(self.symmetry),
-            bases=self.bases,
+            bases={**self.bases, **self.scaled},
             demoted=self.symmetry.demoted,
             unknown_ops=dict(self.symmetry.unknown),
             verification_error=self.symmetry.error,

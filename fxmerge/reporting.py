@@ -98,7 +98,7 @@ class Report:
         shared: the names of tensors that are equal in all models and stayed as they are.
         classes: the classes of the symmetry, with their axes, and why anything is pinned.
         bases: the kinds of the classes that were matched by a change of basis, by name. Their units have no places in
-            `images`.
+            `images`. Of classes whose units were matched up to "signs" or "scales", or both, it says so.
         demoted: classes that failed verification.
         unknown_ops: how often each op occurs that has no rule.
         verification_error: the largest relative change of an output under random elements of the group.

@@ -59,7 +59,7 @@ def test_both_sides_of_a_class_are_alike_and_the_function_stays(name: str) -> No
 def test_what_is_left_of_an_invertible_matrix_is_an_orthogonal_one(name: str) -> None:
     model, _, symmetry = planted(name)
     state = model.state_dict()
-    moved = symmetry.sample_basis(torch.Generator().manual_seed(3)).apply(state)
+    moved = symmetry.sample(torch.Generator().manual_seed(3)).basis.apply(state)
     first, second = balance(symmetry, state).apply(state), balance(symmetry, moved).apply(moved)
     for n in range(len(symmetry.units)):
         if symmetry.kind(n) == Kind.GENERAL_LINEAR:
@@ -71,7 +71,7 @@ def test_what_is_left_of_an_invertible_matrix_is_an_orthogonal_one(name: str) ->
 
 def test_planes_are_balanced_by_their_scales() -> None:
     model, args, symmetry = planted("rotary")
-    basis = symmetry.sample_basis(torch.Generator().manual_seed(3))
+    basis = symmetry.sample(torch.Generator().manual_seed(3)).basis
     for state in (model.state_dict(), basis.apply(model.state_dict())):
         state = balance(symmetry, state).apply(state)
         (number,) = [n for n in range(len(symmetry.units)) if symmetry.kind(n) == Kind.COMPLEX]

@@ -68,7 +68,7 @@ def planted(name: str, seed: int, noise: float = 0.0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     state = {n: noisy(t, noise, generator) for n, t in model.state_dict().items()}
     moved = copy.deepcopy(model)
-    moved.load_state_dict(symmetry.sample_basis(generator).apply(symmetry.sample(generator).apply(state)))
+    moved.load_state_dict(symmetry.sample(generator).apply(state))
     return moved
 
 
@@ -170,7 +170,7 @@ def test_heads_apart_are_rotated_with_the_trunk() -> None:
     x = torch.randn(16, 6, dtype=torch.float64)
     trunk = {n: t for n, t in a.state_dict().items() if not n.startswith("head")}
     b.load_state_dict(trunk, strict=False)
-    basis = fxmerge.find_symmetry(b, (x,)).sample_basis(torch.Generator().manual_seed(0))
+    basis = fxmerge.find_symmetry(b, (x,)).sample(torch.Generator().manual_seed(0)).basis
     assert basis.matrices
     with torch.no_grad():
         expected = a(x), b(x)
@@ -192,7 +192,7 @@ def test_gains_that_differ_allow_permutations_only() -> None:
     assert Kind.GENERAL_LINEAR in {own.kind for own in smaller.kinds}
     assert fitting(fresh, [network.model().state_dict()]).kinds == fresh.kinds
     moved = copy.deepcopy(model)
-    moved.load_state_dict(smaller.sample_basis().apply(smaller.sample().apply(model.state_dict())))
+    moved.load_state_dict(smaller.sample().apply(model.state_dict()))
     merged = fxmerge.merge(model, moved, recipe=CONTINUOUS, symmetry=fresh, example=args)
     assert error(merged, model, args) < 1e-9
 
@@ -358,7 +358,7 @@ def test_activations_are_compared_in_the_precision_of_the_models(dtype: torch.dt
     one = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     loader = [torch.randn(64, 6) for _ in range(2)]
     symmetry, two = fxmerge.find_symmetry(one, (loader[0].double(),)), copy.deepcopy(one)
-    two.load_state_dict(symmetry.sample_basis(torch.Generator().manual_seed(0)).apply(one.state_dict()))
+    two.load_state_dict(symmetry.sample(torch.Generator().manual_seed(0)).basis.apply(one.state_dict()))
     merged = fxmerge.merge(
         one.to(dtype), two.to(dtype), [x.to(dtype) for x in loader], Recipe(match=Align(continuous=True), fit=None)
     )
@@ -386,7 +386,7 @@ def test_images_tell_where_blocks_went() -> None:
     name = "attention, packed, fused and causal"
     model, args, symmetry = original(name)
     generator = torch.Generator().manual_seed(3)
-    order = symmetry.sample(generator)
+    order = symmetry.sample_permutation(generator)
     twin = copy.deepcopy(model)
     twin.load_state_dict(order.apply(model.state_dict()))
     aligned = fxmerge.align(twin, to=model, recipe=CONTINUOUS, example=args)
@@ -433,7 +433,7 @@ def test_a_base_stays_in_its_basis() -> None:
         state = {n: noisy(t, 0.01, generator) for n, t in base.state_dict().items()}
         tuned.append(state)
         other = copy.deepcopy(base)
-        other.load_state_dict(symmetry.sample_basis(generator).apply(symmetry.sample(generator).apply(state)))
+        other.load_state_dict(symmetry.sample(generator).apply(state))
         moved.append(other)
     recipe = Recipe(match=Align(alpha=1, continuous=True), combine=TaskArithmetic(scale=1.0), fit=None)
     merged = fxmerge.merge(*moved, base=base, recipe=recipe, example=args).state_dict()

@@ -49,7 +49,7 @@ def test_task_vectors_count_the_batches_of_the_models_and_not_of_the_base() -> N
 
 def test_statistics_that_are_the_same_in_all_are_of_the_same_batches() -> None:
     net, twin, x = network(0, 6), network(0, 0), torch.randn(6, 4)
-    planted = fxmerge.find_symmetry(net, (x,)).sample(torch.Generator().manual_seed(0))
+    planted = fxmerge.find_symmetry(net, (x,)).sample_permutation(torch.Generator().manual_seed(0))
     twin.load_state_dict(planted.apply(net.state_dict()))
     assert seen([net, net], [x]) == seen([net, twin], [x]) == seen([net, twin]) == 6
     assert fxmerge.fold(net, [x], 0.6).state_dict()[COUNT] == 6

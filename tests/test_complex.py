@@ -54,7 +54,7 @@ def data(count: int = 4) -> list[Tensor]:
 
 def planted(model: nn.Module, symmetry: fxmerge.Symmetry) -> tuple[FourierOperator, fxmerge.Permutation]:
     """The model with its units permuted, and how."""
-    permutation = symmetry.sample(torch.Generator().manual_seed(3))
+    permutation = symmetry.sample_permutation(torch.Generator().manual_seed(3))
     other = FourierOperator(seed=1)
     other.load_state_dict(permutation.apply(model.state_dict()))
     return other.eval(), permutation

@@ -51,7 +51,7 @@ def test_all_pairs_count(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_copies_without_noise_are_one() -> None:
     symmetry, states = noisy_copies(1)
     generator = torch.Generator().manual_seed(0)
-    states += [symmetry.sample_basis(generator).apply(states[0]) for _ in range(2)]
+    states += [symmetry.sample(generator).basis.apply(states[0]) for _ in range(2)]
     states = [balance(symmetry, state).apply(state) for state in states]
     for reference in range(3):
         assert agreement(symmetry, states, reference) == pytest.approx(1, abs=1e-9)

@@ -98,7 +98,7 @@ def test_units_move_along_a_free_output_and_verification_holds(
     assert math.isclose(free.log_order(), math.log(order))
     verified = free.verify(net, (x,), trials=3)
     assert verified.error is not None and verified.error < 1e-9 and not verified.demoted
-    p = verified.sample(torch.Generator().manual_seed(3))
+    p = verified.sample_permutation(torch.Generator().manual_seed(3))
     twin = build()
     twin.load_state_dict(p.apply(net.state_dict()))
     expected, got = leaves(net, x), leaves(twin.eval(), x)
@@ -125,7 +125,7 @@ def test_verification_demotes_what_does_not_move_as_it_is_said_to() -> None:
 def test_a_planted_twin_is_found_exactly(build: Callable[[], nn.Module], x: Tensor, order: float) -> None:
     net, twin = generic(build, 0), build()
     symmetry = fxmerge.find_symmetry(net, (x,), free="output")
-    planted = symmetry.sample(torch.Generator().manual_seed(7))
+    planted = symmetry.sample_permutation(torch.Generator().manual_seed(7))
     twin.load_state_dict(planted.apply(net.state_dict()))
     aligned = fxmerge.align(twin.eval(), to=net, loader=[x], recipe=fxmerge.Recipe(free=["output"]))
     for key, value in net.state_dict().items():
@@ -165,7 +165,7 @@ RECIPES = [Recipe(free="output"), Recipe(match=Align(), fit=None, free="output")
 def test_a_backbone_merged_with_a_permuted_twin_keeps_its_statistics(recipe: Recipe) -> None:
     torch.manual_seed(0)
     net, twin, x = Deep().double().eval(), Deep().double().eval(), X.double()
-    planted = fxmerge.find_symmetry(net, (x,), free="output").sample(torch.Generator().manual_seed(7))
+    planted = fxmerge.find_symmetry(net, (x,), free="output").sample_permutation(torch.Generator().manual_seed(7))
     twin.load_state_dict(planted.apply(net.state_dict()))
     merged = fxmerge.merge(net, twin, [x], recipe)
     units = fxmerge.report(merged).images[0]["top.weight[0]"]
@@ -189,7 +189,7 @@ def test_a_vision_transformer_without_a_head_is_given_back() -> None:
         return model.double().eval()
 
     net, twin, x = build(0), build(1), torch.randn(8, 3, 16, 16, dtype=torch.double)
-    planted = fxmerge.find_symmetry(net, (x,), free="output").sample(torch.Generator().manual_seed(7))
+    planted = fxmerge.find_symmetry(net, (x,), free="output").sample_permutation(torch.Generator().manual_seed(7))
     twin.load_state_dict(planted.apply(net.state_dict()))
     merged = fxmerge.merge(net, twin, [x], Recipe(match=Zip(reference=0), free="output"))
     torch.testing.assert_close(merged(x), net(x), atol=1e-12, rtol=0)

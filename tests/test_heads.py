@@ -116,7 +116,7 @@ def twin(network: Any, x: Tensor, classes: int) -> tuple[nn.Module, nn.Module]:
     own = first.state_dict()
     second.load_state_dict({n: own[n] if own[n].shape == t.shape else t for n, t in second.state_dict().items()})
     symmetry = fxmerge.find_symmetry(second, (x,))
-    moved = symmetry.sample(torch.Generator().manual_seed(3))
+    moved = symmetry.sample_permutation(torch.Generator().manual_seed(3))
     assert any(not (torch.as_tensor(image).diff() == 1).all() for image in moved.images)
     second.load_state_dict(moved.apply(second.state_dict()))
     return first, second
@@ -185,7 +185,7 @@ def test_random_architectures_at_random_cuts(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     other = copy.deepcopy(net)
     symmetry = fxmerge.find_symmetry(net, args).verify(net, args)
-    other.load_state_dict(symmetry.sample(generator).apply(net.state_dict()))
+    other.load_state_dict(symmetry.sample_permutation(generator).apply(net.state_dict()))
     graph = capture_ops(net, args).graph
     by_parameters = learnt(graph)
     nodes = [n.name for n in graph.nodes if n.op == "call_function" and n in by_parameters and n.all_input_nodes]
@@ -316,7 +316,7 @@ def test_a_tied_weight_stays_tied_where_one_network_has_it_in_its_head() -> None
 def twin_of_tied() -> tuple[nn.Module, nn.Module]:
     first, second = Tied(None).double().eval(), Tied(4, seed=1).double().eval()
     own = first.state_dict()
-    moved = fxmerge.find_symmetry(first, (TOKENS,)).sample(torch.Generator().manual_seed(3)).apply(own)
+    moved = fxmerge.find_symmetry(first, (TOKENS,)).sample_permutation(torch.Generator().manual_seed(3)).apply(own)
     order = (moved["embed.weight"][0, :, None] == own["embed.weight"][0]).int().argmax(1)
     assert not torch.equal(order, torch.arange(8))
     del moved["head.weight"]

@@ -95,7 +95,7 @@ def test_a_wrong_side_is_lowered() -> None:
 def test_a_symmetry_without_kinds_permutes() -> None:
     model, args = generic(NETWORKS["RMSNorm"].model(), NETWORKS["RMSNorm"].args)
     bare = replace(find_symmetry(model, args), kinds=())
-    assert bare.dimension() == 0 and not bare.sample_basis().matrices and bare.kind(0) == Kind.PERMUTATION
+    assert bare.dimension() == 0 and not bare.sample().basis.matrices and bare.kind(0) == Kind.PERMUTATION
     proven = bare.verify(model, args)
     assert proven.kinds == () and proven.error is not None and proven.error < 1e-9
     assert "O(" not in str(bare)

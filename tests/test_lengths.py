@@ -165,7 +165,7 @@ def test_heads_beside_samples_or_tokens_are_found_again(
     net, twin = build(0), build(1)
     loader = [filled(*size, 3, seed=i) for i, size in enumerate(sizes)]
     symmetry = fxmerge.find_symmetry(net, (loader[0],))
-    twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(0)).apply(net.state_dict()))
+    twin.load_state_dict(symmetry.sample_permutation(torch.Generator().manual_seed(0)).apply(net.state_dict()))
     for match in (fxmerge.Align(alpha=alpha), fxmerge.Zip(alpha=alpha)):
         merged = fxmerge.merge(net, twin, loader, fxmerge.Recipe(match=match))
         for x in loader:

@@ -196,7 +196,7 @@ def test_permuted_copies_give_the_network_back(name: str) -> None:
     build, batches = NETS[name]
     net, twin, data = build(0), build(1), batches()
     symmetry = fxmerge.find_symmetry(net, (data[0],))
-    twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(1)).apply(net.state_dict()))
+    twin.load_state_dict(symmetry.sample_permutation(torch.Generator().manual_seed(1)).apply(net.state_dict()))
     squared, fitted = (fxmerge.merge(net, twin, data, recipe) for recipe in (VALUES, LOGITS))
     for key, value in squared.state_dict().items():
         assert torch.equal(fitted.state_dict()[key], value)

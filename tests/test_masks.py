@@ -52,7 +52,7 @@ def test_masks_stay_masks(kind: str, match: fxmerge.Align | fxmerge.Zip) -> None
 def test_a_permuted_pruned_network_is_found_again(kind: str, match: fxmerge.Align | fxmerge.Zip) -> None:
     model, twin = net(0, kind), net(0, kind)
     symmetry = fxmerge.find_symmetry(model, (X,))
-    twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(1)).apply(model.state_dict()))
+    twin.load_state_dict(symmetry.sample_permutation(torch.Generator().manual_seed(1)).apply(model.state_dict()))
     merged = fxmerge.merge(model, twin, [X], fxmerge.Recipe(match=match, fit=None))
     for name in mask_names(model):
         assert torch.equal(merged.state_dict()[name], model.state_dict()[name]), name

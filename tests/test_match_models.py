@@ -60,7 +60,7 @@ def test_the_pairs_that_are_correlated() -> None:
 def test_permuted_copies_are_matched_with_each_other(part: Align | Zip, reference: int | None) -> None:
     net = nets()[0]
     found, symmetry = analyse(capture_program(net, (data()[0],)))
-    permutations = [symmetry.sample(torch.Generator().manual_seed(seed)) for seed in range(3)]
+    permutations = [symmetry.sample_permutation(torch.Generator().manual_seed(seed)) for seed in range(3)]
     states = [p.apply(net.state_dict()) for p in permutations]
     matching = match_models(symmetry, flows(found), states, {}, part, reference)
     assert matching.reference in (0, 1, 2)
@@ -93,7 +93,7 @@ def test_without_a_loader_alpha_is_one(kind: type[Align] | type[Zip], alpha: Any
 def test_a_permuted_copy_is_the_same_at_every_alpha() -> None:
     """On the data: units that are never active there are alike by activations, and any of them is as good."""
     net, _ = nets()
-    planted = fxmerge.find_symmetry(net, (data()[0],)).sample(torch.Generator().manual_seed(0))
+    planted = fxmerge.find_symmetry(net, (data()[0],)).sample_permutation(torch.Generator().manual_seed(0))
     twin = Net(1).eval()
     twin.load_state_dict(planted.apply(net.state_dict()))
     recipes = [fxmerge.Recipe(match=Align(alpha=alpha), fit=None) for alpha in (0.0, 0.5, 1.0)]

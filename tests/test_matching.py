@@ -38,7 +38,7 @@ def test_a_planted_permutation_gives_the_model_back(name: str) -> None:
     state = model.state_dict(keep_vars=True)
     shared = {id(v): torch.randn(v.shape, generator=g) if v.is_floating_point() else v for v in state.values()}
     a = {k: shared[id(v)] for k, v in state.items()}
-    planted = symmetry.sample(g)
+    planted = symmetry.sample_permutation(g)
     found = match(symmetry, a, planted.apply(a), {}, alpha=1.0)
     back = found.permutation.apply(planted.apply(a))
     assert all(torch.equal(back[k], a[k]) for k in a)
@@ -81,7 +81,7 @@ def test_activations_alone_can_match() -> None:
     model = nn.Sequential(nn.Linear(2, 9), nn.ReLU(), nn.Linear(9, 3))
     symmetry = fxmerge.find_symmetry(model, (torch.zeros(1, 2),))
     a = dict(model.state_dict())
-    planted = symmetry.sample(torch.Generator().manual_seed(0))
+    planted = symmetry.sample_permutation(torch.Generator().manual_seed(0))
     correlation = torch.eye(9)[:, planted.inverse().images[0]]
     found = match(symmetry, a, planted.apply(a), {0: correlation}, alpha=0.0)
     assert (found.permutation @ planted).is_identity()

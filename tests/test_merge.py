@@ -46,7 +46,7 @@ def settled(seed: int) -> Net:
 def permuted(net: Net, seed: int) -> Net:
     symmetry = fxmerge.find_symmetry(net, (data()[0],))
     twin = Net()
-    twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(seed)).apply(net.state_dict()))
+    twin.load_state_dict(symmetry.sample_permutation(torch.Generator().manual_seed(seed)).apply(net.state_dict()))
     return twin.eval()
 
 

@@ -83,7 +83,7 @@ def test_heads_that_do_the_same_become_one(turned: bool) -> None:
     for axis in symmetry.layout:
         source = torch.from_numpy(axis.target([copies[n] for n in range(len(symmetry.units))]))
         state[axis.parameter] = state[axis.parameter].index_select(axis.dim, source)
-    model.load_state_dict(symmetry.sample(torch.Generator().manual_seed(0)).apply(state))
+    model.load_state_dict(symmetry.sample_permutation(torch.Generator().manual_seed(0)).apply(state))
     folded = fxmerge.fold(model, width={symmetry.names[heads]: 0.5}, example=TOKENS)
     assert fxmerge.report(folded).widths[symmetry.names[heads]] == (4, 2)
     torch.testing.assert_close(folded(TOKENS), model(TOKENS))

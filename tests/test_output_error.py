@@ -112,7 +112,7 @@ def test_a_merged_network_that_is_nearer_is_no_warning(fit: Any, caplog: pytest.
 def test_of_permuted_copies_none_misses_anything(caplog: pytest.LogCaptureFixture) -> None:
     net, twin = mlp(0), mlp(1)
     symmetry = fxmerge.find_symmetry(net, (vectors()[0],))
-    twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(1)).apply(net.state_dict()))
+    twin.load_state_dict(symmetry.sample_permutation(torch.Generator().manual_seed(1)).apply(net.state_dict()))
     told = fxmerge.report(fxmerge.merge(net, twin, vectors()))
     assert max(told.errors["merged"], *told.errors["models"].values()) < 1e-6 and told.held_out
     assert "nearer" not in caplog.text

@@ -22,7 +22,7 @@ def test_group_laws(name: str) -> None:
     model, symmetry = inferred(name).model, inferred(name).symmetry
     state = {k: torch.randn(v.shape) if v.is_floating_point() else v for k, v in model.state_dict().items()}
     g = torch.Generator().manual_seed(0)
-    p, q = symmetry.sample(g), symmetry.sample(g)
+    p, q = symmetry.sample_permutation(g), symmetry.sample_permutation(g)
     assert (p @ p.inverse()).is_identity()
     assert p.inverse().inverse() == p
     one_by_one, together = p.apply(q.apply(state)), (p @ q).apply(state)
@@ -38,7 +38,7 @@ def test_apply_keeps_dtype_and_leaves_the_input_alone() -> None:
     model, symmetry = mlp()
     state = {k: v.bfloat16() for k, v in model.state_dict().items()}
     before = {k: v.clone() for k, v in state.items()}
-    p = symmetry.sample(torch.Generator().manual_seed(1))
+    p = symmetry.sample_permutation(torch.Generator().manual_seed(1))
     moved = p.apply(state)
     assert all(v.dtype is torch.bfloat16 for v in moved.values())
     assert all(torch.equal(v, before[k]) for k, v in state.items())
@@ -52,7 +52,7 @@ def test_samples_are_uniform() -> None:
     counts: dict[int, int] = {}
     draws = 1600
     for _ in range(draws):
-        p = hash(symmetry.sample(g))
+        p = hash(symmetry.sample_permutation(g))
         counts[p] = counts.get(p, 0) + 1
     assert len(counts) == 8  # 2! 2!^2
     assert all(abs(n - draws / 8) < 5 * (draws / 8) ** 0.5 for n in counts.values())
@@ -60,7 +60,7 @@ def test_samples_are_uniform() -> None:
 
 def test_save_and_load(tmp_path: Path) -> None:
     model, symmetry = mlp()
-    p = symmetry.sample(torch.Generator().manual_seed(2))
+    p = symmetry.sample_permutation(torch.Generator().manual_seed(2))
     p.save(tmp_path / "p.npz")
     loaded = fxmerge.Permutation.load(tmp_path / "p.npz")
     assert loaded == p
@@ -77,7 +77,7 @@ def test_a_file_that_holds_no_permutation(tmp_path: Path) -> None:
 def test_a_state_dict_that_does_not_fit() -> None:
     model, symmetry = mlp()
     state = dict(model.state_dict())
-    p = symmetry.sample()
+    p = symmetry.sample_permutation()
     with pytest.raises(fxmerge.PermutationError, match=r"'0\.weight' has shape \(6, 3\).*\(6, 2\)"):
         p.apply(state | {"0.weight": torch.zeros(6, 3)})
     del state["0.weight"]
@@ -88,7 +88,7 @@ def test_a_state_dict_that_does_not_fit() -> None:
 def test_permutations_of_different_symmetries_do_not_compose() -> None:
     other = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     with pytest.raises(fxmerge.PermutationError, match="different symmetries"):
-        _ = mlp()[1].sample() @ fxmerge.find_symmetry(other, (torch.zeros(1, 2),)).sample()
+        _ = mlp()[1].sample_permutation() @ fxmerge.find_symmetry(other, (torch.zeros(1, 2),)).sample_permutation()
 
 
 def test_element_checks_its_images() -> None:

@@ -32,7 +32,7 @@ EACH = pytest.mark.parametrize("name", NETS)
 def copy_of(net: nn.Module, x: Tensor, seed: int, build: Callable[[int], nn.Module]) -> nn.Module:
     twin = build(seed)
     symmetry = fxmerge.find_symmetry(net, (x,))
-    twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(seed)).apply(net.state_dict()))
+    twin.load_state_dict(symmetry.sample_permutation(torch.Generator().manual_seed(seed)).apply(net.state_dict()))
     return twin
 
 

@@ -28,7 +28,7 @@ def test_a_network_and_its_copy_in_another_order_are_alike_on_the_diagonal(
     with torch.no_grad():
         for parameter in b.parameters():
             parameter.mul_(1 + 0.01 * torch.randn_like(parameter))
-    shuffle = fxmerge.find_symmetry(a, (X,)).sample(torch.Generator().manual_seed(0))
+    shuffle = fxmerge.find_symmetry(a, (X,)).sample_permutation(torch.Generator().manual_seed(0))
     b.load_state_dict(shuffle.apply(b.state_dict()))
     merged = fxmerge.merge(a, b, data, recipe, example=X)
     found = made_with(merged).similarities

@@ -12,7 +12,8 @@ def test_one_line_for_every_class_and_pin() -> None:
     net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 2, 1))
     assert str(fxmerge.find_symmetry(net, (torch.zeros(1, 3, 2, 2),))).splitlines() == [
         "a: 3 units, 3! | blocks of other units",
-        "b: 6 units in a, 2!^3 | 0.weight((a b) _ _ _), 0.bias((a b)), 1.weight((a b)), 1.bias((a b)), ... (5 axes)",
+        "b: 6 units in a, 2!^3, R+^6 | "
+        "0.weight((a b) _ _ _), 0.bias((a b)), 1.weight((a b)), 1.bias((a b)), ... (5 axes)",
         "pinned: 0.weight[1], 3 indices: conv2d",
         "pinned: 3.weight[0], 2 indices: output",
         "pinned: 3.bias[0], 2 indices: output",

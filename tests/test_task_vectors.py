@@ -56,7 +56,7 @@ def tuned(base: Net, seed: int, change: float = 0.1) -> Net:
 def permuted(net: Net, seed: int) -> Net:
     symmetry = fxmerge.find_symmetry(net, (DATA[0],))
     twin = Net()
-    twin.load_state_dict(symmetry.sample(torch.Generator().manual_seed(seed)).apply(net.state_dict()))
+    twin.load_state_dict(symmetry.sample_permutation(torch.Generator().manual_seed(seed)).apply(net.state_dict()))
     return twin.eval()
 
 

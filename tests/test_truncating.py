@@ -37,7 +37,7 @@ def planted(model: nn.Module, args: Any) -> tuple[nn.Module, dict[str, float]]:
         if symmetry.kind(n) in MIXED and all(len(own.axis.dims) == 1 for own in symmetry.mixed[n])
     }
     state = Truncation(symmetry, consumed, left).projection.project(model.state_dict())
-    model.load_state_dict(symmetry.sample_basis(torch.Generator().manual_seed(0)).apply(state))
+    model.load_state_dict(symmetry.sample(torch.Generator().manual_seed(0)).basis.apply(state))
     return model, {symmetry.names[n]: width / symmetry.by_block(n).shape[1] for n, width in left.items()}
 
 
@@ -60,7 +60,7 @@ WHOLE = {
 }
 """The networks that keep all directions of some class, and why."""
 
-NAMES = [name for name, network in NETWORKS.items() if network.kinds]
+NAMES = [name for name, network in NETWORKS.items() if any(group != "R" for group, *_ in network.kinds)]
 
 
 QUICK = ("linear bottleneck", "attention, packed, biases", "tied embedding, RMSNorm", "mixture of experts")
@@ -153,7 +153,7 @@ def test_a_merge_with_fewer_directions(images: list[torch.Tensor]) -> None:
     data = [x.double() for x in images]
     flat = fxmerge.canonicalize(one, (data[0],))
     symmetry = fxmerge.find_symmetry(flat, (data[0],))
-    two.load_state_dict(symmetry.sample_basis(torch.Generator().manual_seed(1)).apply(flat.state_dict()))
+    two.load_state_dict(symmetry.sample(torch.Generator().manual_seed(1)).basis.apply(flat.state_dict()))
     match = fxmerge.Zip(continuous=True, width=0.75, alpha=1)
     recipe = fxmerge.Recipe(match=match, share="trunk", fit=None)
     merged = fxmerge.merge(one, two, recipe=recipe, example=data[0])

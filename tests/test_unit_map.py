@@ -299,7 +299,7 @@ def test_permuted_twins_are_merged_to_the_model(build: Any) -> None:
         net, x = build().double(), torch.randn(6, 2, 3, 3) if build is flattened else torch.randn(6, 3)
         x = x.double()
     symmetry, consumed = of(net, x)
-    planted = [symmetry.sample(torch.Generator().manual_seed(seed)) for seed in range(3)]
+    planted = [symmetry.sample_permutation(torch.Generator().manual_seed(seed)) for seed in range(3)]
     twins = [p.apply(net.state_dict()) for p in planted]
     units = UnitMap.of([p.inverse() for p in planted], symmetry.names, consumed)
     assert units.one_to_one
@@ -340,7 +340,7 @@ def test_one_map_after_another_is_the_product_of_their_matrices(name: str, chang
 def test_a_map_and_its_inverse() -> None:
     net, x = flattened(), torch.randn(6, 2, 3, 3)
     symmetry, consumed = of(net, x)
-    planted = [symmetry.sample(torch.Generator().manual_seed(seed)) for seed in range(2)]
+    planted = [symmetry.sample_permutation(torch.Generator().manual_seed(seed)) for seed in range(2)]
     units = UnitMap.of(planted, symmetry.names, consumed)
     assert units.moving
     still = UnitMap.of([symmetry.identity()] * 2, symmetry.names, consumed)
@@ -418,7 +418,7 @@ def test_names_of_one_parameter_have_one_tensor() -> None:
     net = nn.Sequential(*layers)
     net[4].weight = net[2].weight
     symmetry, consumed = of(net, torch.randn(2, 3))
-    planted = [symmetry.sample(torch.Generator().manual_seed(seed)) for seed in range(2)]
+    planted = [symmetry.sample_permutation(torch.Generator().manual_seed(seed)) for seed in range(2)]
     merged = UnitMap.of(planted, symmetry.names, consumed).merge([net.state_dict()] * 2)
     assert merged["2.weight"] is merged["4.weight"]
     assert not torch.equal(merged["2.weight"], net[2].weight)
@@ -550,7 +550,7 @@ def test_there_are_no_more_units_of_every_row() -> None:
     symmetry, consumed = of(net, torch.randn(2, 2, 3, 3))
     (rows,) = (axis for axis in symmetry.layout if len(axis.dims) > 1 and axis.dim == 1)
     number = rows.roles[0][0]
-    planted = symmetry.sample(torch.Generator().manual_seed(0))
+    planted = symmetry.sample_permutation(torch.Generator().manual_seed(0))
     units = UnitMap.of([planted, symmetry.identity()], symmetry.names, consumed)
     merged = units.merge([net.state_dict()] * 2)
     for key, value in planted.apply(net.state_dict()).items():

@@ -70,7 +70,7 @@ def planted(net: nn.Module, symmetry: fxmerge.Symmetry, seed: int) -> tuple[Perm
         k: v + 0.01 * v.std() * torch.randn(v.shape, generator=g) if v.ndim > 1 else v
         for k, v in net.state_dict().items()
     }
-    permutation = symmetry.sample(g)
+    permutation = symmetry.sample_permutation(g)
     return permutation, permutation.apply(noised)
 
 

@@ -35,7 +35,7 @@ def test_what_is_kept_of_a_class_gives_what_is_computed_anew() -> None:
     kept = Similarities(a, scales)
     identity = symmetry.identity()
     for seed in range(3):
-        order = symmetry.sample(torch.Generator().manual_seed(seed)) if seed else identity
+        order = symmetry.sample_permutation(torch.Generator().manual_seed(seed)) if seed else identity
         moved = order.apply(b)
         stamps = {(axis.parameter, axis.dim): seed for axis in symmetry.layout}
         for number in symmetry.choices:

@@ -60,7 +60,7 @@ def test_a_model_zipped_with_a_permuted_copy_is_the_model(network, alpha) -> Non
     make, shape = network
     a, b, x = make(0).eval(), make(1).eval(), torch.randn(shape)
     symmetry = fxmerge.find_symmetry(a, (x,))
-    b.load_state_dict(symmetry.sample(torch.Generator().manual_seed(2)).apply(a.state_dict()))
+    b.load_state_dict(symmetry.sample_permutation(torch.Generator().manual_seed(2)).apply(a.state_dict()))
     merged = fxmerge.merge(a, b, [x], recipe=fxmerge.Recipe(match=fxmerge.Zip(alpha=alpha)))
     torch.testing.assert_close(merged(x), a(x), rtol=1e-4, atol=1e-5)
     assert set(fxmerge.report(merged).zipped_within.values()) == {0}
@@ -222,6 +222,6 @@ def test_what_activations_give_is_a_trace_however_units_are_merged() -> None:
     }
     moved = Problem(symmetry, states[0], states[1], pairs, Mix.of(0.5, pairs), identity, scales, slices(symmetry))
     for seed in range(5):
-        moved.take(symmetry.sample(torch.Generator().manual_seed(seed)).images)
+        moved.take(symmetry.sample_permutation(torch.Generator().manual_seed(seed)).images)
         for n, c in pairs.items():
             assert moved.agreed[n] == pytest.approx(float(c[torch.arange(len(c)), np.argsort(moved.images[n])].sum()))

@@ -1,4 +1,4 @@
-"""The basis of a class in which what gives its units is as large as what reads them."""
+"""The basis and the scales of a class in which what gives its units is as large as what reads them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from fxmerge.evidence.weights import real
 from fxmerge.program.double import in_double
 from fxmerge.symmetry.base import Group
 from fxmerge.units.basis import Basis, Mixed, gathered
 from fxmerge.units.kind import Kind
+from fxmerge.units.scaling import Scaled, Scaling
 
-ROUNDS = 50
+ROUNDS = 200
 TOLERANCE = 1e-12
 
 SMALLEST = 1e-6
@@ -49,11 +51,43 @@ def balance(symmetry: Group, state: Mapping[str, Tensor], numbers: Collection[in
         >>> torch.allclose(first @ first.T, second.T @ second)
         True
     """
-    numbers = range(len(symmetry.units)) if numbers is None else numbers
+    return _balanced(symmetry, state, range(len(symmetry.units)) if numbers is None else numbers, ())[0]
+
+
+def gauge(symmetry: Group, state: Mapping[str, Tensor]) -> tuple[Basis, Scaling]:
+    """The change of basis and the scales of units after which all classes of a network are balanced.
+
+    A unit with scales is balanced if the sum of the squares of its weights is the least that any scales give. This is
+    so where what a scale multiplies is as large as what it divides: behind a ReLU, the norm of the weights and the bias
+    that write a unit is that of the weights that read it (Stock et al. 2019, "Equi-normalization of neural networks",
+    arXiv 1902.10416).
+
+    Arguments:
+        symmetry: the group.
+        state: tensors by name.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> symmetry = fxmerge.find_symmetry(net, (torch.zeros(1, 4),))
+        >>> state = gauge(symmetry, net.state_dict())[1].apply(net.state_dict())
+        >>> torch.allclose(state["0.weight"].norm(dim=1), state["2.weight"].norm(dim=0))
+        True
+    """
+    numbers = range(len(symmetry.units))
+    return _balanced(symmetry, state, numbers, [n for n, own in enumerate(symmetry.kinds) if own.stretches])
+
+
+def _balanced(
+    symmetry: Group, state: Mapping[str, Tensor], numbers: Iterable[int], stretched: Collection[int]
+) -> tuple[Basis, Scaling]:
+    """The changes after which some classes are balanced by matrices, and others by scales."""
     classes = [n for n in numbers if symmetry.kind(n) in _SCALED]
     names = {own.axis.parameter for n in classes for own in symmetry.mixed[n]}
+    names |= {own.axis.parameter for n in stretched for own in symmetry.scaled[n]}
     wide: Mapping[str, Tensor] = {name: in_double(state[name].to("cpu")) for name in names}
     total = Basis(symmetry.mixed, {n: m for n, m in symmetry.identity_basis().matrices.items() if n in classes})
+    scales = Scaling(symmetry.scaled, {n: f for n, f in symmetry.identity_scaling().factors.items() if n in stretched})
     for _ in range(ROUNDS):
         change = 0.0
         for n in classes:
@@ -62,9 +96,46 @@ def balance(symmetry: Group, state: Mapping[str, Tensor], numbers: Collection[in
                 one = Basis(symmetry.mixed, {n: step})
                 wide, total = one.apply(wide), one @ total
                 change = max(change, float((step - torch.eye(step.shape[-1], dtype=step.dtype)).abs().max()))
+        for n in stretched:
+            factors = _stretched(symmetry, n, wide)
+            scaling = Scaling(symmetry.scaled, {n: factors})
+            wide, scales = scaling.apply(wide), scaling @ scales
+            change = max(change, float((factors - 1).abs().max()))
         if change < TOLERANCE:
             break
-    return total
+    return total, scales
+
+
+def _stretched(symmetry: Group, number: int, state: Mapping[str, Tensor]) -> Tensor:
+    """Scales that bring the units of a class nearer to the least sum of squares: one Newton step along each scale.
+
+    A unit that is nowhere multiplied, or nowhere divided, by a scale has no least sum, and is not scaled by it.
+    """
+    own, signs = symmetry.scaled[number], len(symmetry.kinds[number].signs)
+    powers = torch.tensor([o.powers[signs:] for o in own], dtype=torch.float64)  # Shape (axes, scales).
+    squares = torch.stack([squares_of(state[o.axis.parameter], o) for o in own])  # Shape (axes, units).
+    factors = torch.ones(signs + powers.shape[1], squares.shape[1], dtype=torch.float64)
+    for k, power in enumerate(powers.T):
+        up, down = (squares[side].sum(0) for side in (power > 0, power < 0))
+        both = (up > SMALLEST * down) & (down > SMALLEST * up)
+        if not both.any():
+            continue
+        # With exponents of one, which most have, this is the least sum itself.
+        largest = float(power.abs().max())
+        step = torch.where(both, (down / up).where(both, torch.ones_like(up)) ** (1 / (4 * largest)), 1.0)
+        factors[signs + k] = step
+        squares = squares * step ** (2 * power[:, None])
+    return factors
+
+
+def squares_of(tensor: Tensor, own: Scaled) -> Tensor:
+    """For every unit of a class on one axis, the sum of the squares of its entries."""
+    weight = real(tensor).square()
+    others = [d for d in range(weight.ndim) if d not in own.axis.dims]
+    by_place = weight.sum(others) if others else weight
+    by_slot = torch.zeros(len(own.axis.index), dtype=weight.dtype)
+    by_slot.index_add_(0, torch.from_numpy(own.axis.slot.reshape(-1)), by_place.reshape(-1))
+    return by_slot[torch.from_numpy(own.slots)].sum(1)
 
 
 def _step(symmetry: Group, number: int, state: Mapping[str, Tensor]) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxmerge.evidence import weights
 from fxmerge.evidence.activations import Pair
+from fxmerge.matching import signs
 from fxmerge.matching.descent import rises
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.problem import Problem, floats
@@ -80,11 +81,11 @@ def match_all(
 
 
 def _applied(step: Match, state: State) -> State:
-    return step.basis.apply(step.permutation.apply(state))
+    return step.scaling.apply(step.basis.apply(step.permutation.apply(state)))
 
 
 def _placed(symmetry: Symmetry, number: int, correlation: Tensor, step: Match | None) -> Tensor:
-    """Correlations of a class whose first model is permuted and mixed."""
+    """Correlations of a class whose first model is permuted and mixed, and has signs."""
     if step is None:
         return correlation
     placed = correlation[np.argsort(step.permutation.images[number])]
@@ -92,6 +93,8 @@ def _placed(symmetry: Symmetry, number: int, correlation: Tensor, step: Match | 
         placed, matrix = placed.clone(), step.basis.matrices[number].to(placed)
         for units, block in zip(symmetry.by_block(number), matrix, strict=True):
             placed[units] = block @ placed[units]
+    if number in step.scaling.factors:
+        placed = placed * signs.shown(symmetry, number, step.scaling.factors[number]).to(placed)[:, None]
     return placed
 
 

@@ -12,18 +12,28 @@ from torch import Tensor
 
 from fxmerge.evidence import weights
 from fxmerge.evidence.weights import Placing, Similarities, Slices, Stamps
+from fxmerge.matching import signs
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import rises
 from fxmerge.matching.mix import Mix
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
-from fxmerge.units.basis import Basis, centred_frame, plane
+from fxmerge.units.basis import Basis, Mixed, centred_frame, plane
 from fxmerge.units.kind import Kind
 from fxmerge.units.layout import AxisLayout, move_axis
+from fxmerge.units.scaling import Scaled, Scaling
 
-Position = tuple[dict[str, Tensor], tuple[Ids, ...], dict[int, Tensor], dict[str, float], dict[int, float], Stamps]
-"""The moved parameters of a problem, where units are, how they are mixed, what parameters and activations give to the
-objective, and the stamps of axes."""
+Position = tuple[
+    dict[str, Tensor],
+    tuple[Ids, ...],
+    dict[int, Tensor],
+    dict[int, Tensor],
+    dict[str, float],
+    dict[int, float],
+    Stamps,
+]
+"""The moved parameters of a problem, where units are, how they are mixed, their signs, what parameters and activations
+give to the objective, and the stamps of axes."""
 
 
 @dataclass
@@ -47,6 +57,7 @@ class Problem:
             (blocks, units, units), blocks and units in the order of these places.
         scales: for every parameter, how much an inner product counts.
         slices: the parameter slices of every class.
+        flipped: for every class whose units may have signs, the factors of the units of b, once in their places.
         value: for every parameter, its part of the objective.
         agreed: for every class with activations, how much the matched units agree: the sum of their correlations.
         stamps: of every axis along which units were moved or mixed, a number that no other state has.
@@ -62,6 +73,7 @@ class Problem:
     scales: Mapping[str, float]
     slices: Mapping[int, list[Slices]]
     matrices: dict[int, Tensor] = field(init=False)
+    flipped: dict[int, Tensor] = field(init=False)
     value: dict[str, float] = field(init=False)
     agreed: dict[int, float] = field(init=False)
     stamps: Stamps = field(init=False, default_factory=dict)
@@ -70,6 +82,8 @@ class Problem:
     def __post_init__(self) -> None:
         self.similarities, self._count = Similarities(self.a, self.scales), count(1)
         self.matrices = dict(self.symmetry.identity_basis().matrices)
+        scaling, kinds = self.symmetry.identity_scaling(), self.symmetry.kinds
+        self.flipped = {n: factors for n, factors in scaling.factors.items() if kinds[n].signs}
         self.value = {n: self._match(n, self.b) for n in self.scales}
         self.agreed = {n: float(self.agreement(n).sum()) for n in self.correlation}
 
@@ -91,7 +105,12 @@ class Problem:
         if number in self.matrices:
             return self.placed(number).diagonal()
         correlation, units = self.correlation[number], torch.from_numpy(np.argsort(self.images[number]))
-        return correlation[torch.arange(len(units)), units]
+        agreed = correlation[torch.arange(len(units)), units]
+        return agreed * self._shown(number).to(agreed) if number in self.flipped else agreed
+
+    def _shown(self, number: int) -> Tensor:
+        """The signs of the activations of a class, for the units of b in their places."""
+        return signs.shown(self.symmetry, number, self.flipped[number])
 
     def placed(self, number: int) -> Tensor:
         """The correlations of a class, for the units of b as they are now."""
@@ -100,10 +119,12 @@ class Problem:
             placed, matrix = placed.clone(), self.matrices[number].to(placed)
             for units, own in zip(self.symmetry.by_block(number), matrix, strict=True):
                 placed[:, units] = placed[:, units] @ own.T
-        return placed
+        return placed * self._shown(number).to(placed) if number in self.flipped else placed
 
     def scores(self, number: int, usable: list[Slices]) -> Scores:
         """For every (unit of a, unit of b as placed now), what the objective gains from matching them."""
+        if number in self.flipped:
+            return signs.best(self._by_signs(number, usable))
         by_weights, shown = self.mix.weights_of(number), self.mix.activations.get(number, 0.0)
         size = self.symmetry.units[number].size
         total = torch.zeros(size, size, dtype=torch.float64)
@@ -114,11 +135,26 @@ class Problem:
             total.add_(self.placed(number).cpu(), alpha=shown * self.weight(number))
         return total.numpy()
 
+    def _by_signs(self, number: int, usable: list[Slices]) -> dict[signs.Parities, Scores]:
+        """The scores of a class, by the signs on which they depend."""
+        by_weights, shown = self.mix.weights_of(number), self.mix.activations.get(number, 0.0)
+        size = self.symmetry.units[number].size
+        total: dict[signs.Parities, Scores] = {}
+        for parities, where in signs.by_parities(self.symmetry, number, usable).items():
+            similarity = weights.similarity(self.a, self.b, where, self.scales)
+            total[parities] = by_weights * similarity.double().cpu().numpy()
+        if shown > 0:
+            parities = signs.of_activations(self.symmetry, number)
+            placed = shown * self.weight(number) * self.placed(number).double().cpu().numpy()
+            total[parities] = total.get(parities, np.zeros((size, size))) + placed
+        return total or {(0,) * len(self.symmetry.kinds[number].signs): np.zeros((size, size))}
+
     def stay(self, root: int) -> bool:
         """Whether it is certain that the units of a class are where they match best; see `Similarities.stay`."""
         tree = [n for n in descendants(self.symmetry, root) if n in self.symmetry.choices]
         where = self.slices[root] if tree == [root] else []
-        if not where or root in self.matrices or root in self.mix.activations or self.mix.weights <= 0:
+        mixed = root in self.matrices or root in self.flipped
+        if not where or mixed or root in self.mix.activations or self.mix.weights <= 0:
             return False
         return self.similarities.stay(root, where, self.placing(root))
 
@@ -156,26 +192,37 @@ class Problem:
             number[blocks] = np.arange(len(blocks))[:, None]
             came = np.argsort(number[step[n][blocks[:, 0]]])
             self.matrices = self.matrices | {n: self.matrices[n][torch.from_numpy(came)]}
+        for n in moved & self.flipped.keys():
+            self.flipped = self.flipped | {n: self.flipped[n][:, torch.from_numpy(np.argsort(step[n]))]}
         self.agreed = self.agreed | {n: float(self.agreement(n).sum()) for n in moved & self.agreed.keys()}
 
     def _stamp(self, axes: Iterable[tuple[str, int]]) -> None:
         self.stamps = {**self.stamps, **dict.fromkeys(axes, next(self._count))}
 
     def rotate(self, numbers: Iterable[int], usable: Mapping[int, list[Slices]]) -> None:
-        """Mixes the units of some classes of b by the orthogonal matrices that fit those of a best.
+        """Mixes the units of some classes of b by the orthogonal matrices that fit those of a best, or gives them the
+        signs that do.
 
         For each block this is the orthogonal factor of its scores (Procrustes), on vectors whose entries sum to zero
         where the mean must be kept, and among rotations where a plane is turned.
         """
         for n in numbers:
-            scores = torch.from_numpy(self.scores(n, usable[n]))
-            steps = [nearest(scores[units][:, units], self.symmetry.kind(n)) for units in self.symmetry.by_block(n)]
-            step = Basis(self.symmetry.mixed, {n: torch.stack(steps)})
-            moved = step.apply({own.axis.parameter: self.b[own.axis.parameter] for own in self.symmetry.mixed[n]})
+            axes: Sequence[Mixed | Scaled] = self.symmetry.mixed[n] or self.symmetry.scaled[n]
+            before = {own.axis.parameter: self.b[own.axis.parameter] for own in axes}
+            if n in self.flipped:
+                factors = torch.ones_like(self.flipped[n])
+                factors[: len(self.symmetry.kinds[n].signs)] = signs.chosen(self._by_signs(n, usable[n]))
+                moved = Scaling(self.symmetry.scaled, {n: factors}).apply(before)
+                self.flipped = self.flipped | {n: factors * self.flipped[n]}
+            else:
+                scores = torch.from_numpy(self.scores(n, usable[n]))
+                steps = [nearest(scores[units][:, units], self.symmetry.kind(n)) for units in self.symmetry.by_block(n)]
+                step = Basis(self.symmetry.mixed, {n: torch.stack(steps)})
+                moved = step.apply(before)
+                self.matrices = self.matrices | {n: step.matrices[n] @ self.matrices[n]}
             self.b = self.b | moved
-            self._stamp((own.axis.parameter, own.axis.dim) for own in self.symmetry.mixed[n])
+            self._stamp((own.axis.parameter, own.axis.dim) for own in axes)
             self.value = self.value | {name: self._match(name, self.b) for name in moved}
-            self.matrices = self.matrices | {n: step.matrices[n] @ self.matrices[n]}
             if n in self.agreed:
                 self.agreed = self.agreed | {n: float(self.agreement(n).sum())}
 
@@ -203,11 +250,11 @@ class Problem:
     @property
     def position(self) -> Position:
         """Where the units of b are, to come back to."""
-        return self.b, self.images, self.matrices, self.value, self.agreed, self.stamps
+        return self.b, self.images, self.matrices, self.flipped, self.value, self.agreed, self.stamps
 
     @position.setter
     def position(self, at: Position) -> None:
-        self.b, self.images, self.matrices, self.value, self.agreed, self.stamps = at
+        self.b, self.images, self.matrices, self.flipped, self.value, self.agreed, self.stamps = at
 
 
 def floats(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,9 +264,10 @@ def floats(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def movable(symmetry: Symmetry, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that the group moves: in at least single precision where units are mixed, and else as they are,
-    since they only change places."""
-    mixed = {own.axis.parameter for each in symmetry.mixed for own in each}
+    """The parameters that the group moves: in at least single precision where units are mixed or scaled, and else as
+    they are, since they only change places."""
+    changed: list[Sequence[Mixed | Scaled]] = [*symmetry.mixed, *symmetry.scaled]
+    mixed = {own.axis.parameter for each in changed for own in each}
     names = sorted({axis.parameter for axis in symmetry.layout})
     return {n: weights.single(state[n].detach()) if n in mixed else state[n].detach() for n in names}
 

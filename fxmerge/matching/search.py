@@ -19,6 +19,7 @@ from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.basis import Basis
 from fxmerge.units.permutation import Permutation
+from fxmerge.units.scaling import Scaling
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Match:
     Attributes:
         permutation: to be applied to the matched model.
         basis: to be applied after it: the change of basis of the classes whose units may be mixed.
+        scaling: to be applied at last: the signs of the units of other classes.
         trace: the objective at the start and after every accepted step; it never falls.
         quality: per class, the mean similarity of matched units in weight space (cosine of their
             slices) and in activation space (correlation), where these are known.
@@ -35,6 +37,7 @@ class Match:
 
     permutation: Permutation
     basis: Basis
+    scaling: Scaling
     trace: tuple[float, ...]
     quality: Mapping[str, Mapping[str, float]]
 
@@ -61,8 +64,8 @@ def match(
         b: parameters of the model to permute.
         correlation: for some classes, the correlations of the units' activations, (units of a, units of b).
         alpha: weight of the weight-space similarity, in [0, 1]: one for all classes, or one for each by its number.
-        continuous: whether units are mixed by orthogonal matrices where their kind allows that; `correlation` then
-            holds covariances of these classes. Else units are only permuted.
+        continuous: whether units are mixed by orthogonal matrices where their kind allows that, and others have signs;
+            `correlation` then holds covariances of the former classes. Else units are only permuted.
         seed: seed of the random order.
         progress: whether to show a progress bar; None shows it on a terminal.
     """
@@ -73,7 +76,8 @@ def match(
     problem = Problem(symmetry, a, b, correlation, Mix.of(alpha, correlation), start, scales, slices)
     trace = search(problem, seed=seed, progress=progress)
     basis = Basis(symmetry.mixed, problem.matrices)
-    return Match(Permutation(symmetry.layout, problem.images), basis, trace, quality(problem))
+    scaling = Scaling(symmetry.scaled, problem.flipped)
+    return Match(Permutation(symmetry.layout, problem.images), basis, scaling, trace, quality(problem))
 
 
 def search(problem: Problem, *, afresh: bool = True, seed: int = 0, progress: bool | None = None) -> tuple[float, ...]:
@@ -127,8 +131,8 @@ def _best(problem: Problem, root: int, usable: Mapping[int, list[Slices]]) -> Se
 
 
 def _mixed(problem: Problem, root: int) -> list[int]:
-    """The classes of a tree whose units may be mixed."""
-    return [n for n in descendants(problem.symmetry, root) if n in problem.matrices]
+    """The classes of a tree whose units may be mixed or have signs."""
+    return [n for n in descendants(problem.symmetry, root) if n in problem.matrices or n in problem.flipped]
 
 
 def _tree_slices(problem: Problem, root: int) -> list[tuple[int, Slices]]:

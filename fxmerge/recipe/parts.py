@@ -93,11 +93,12 @@ class Align:
         reference: the number of the model, from 0, to whose units all others are matched. None is the first of two
             models; three or more are all matched with each other (C2M3, arXiv 2405.17897).
         continuous: whether classes whose units a change of basis may mix, such as the dimensions of a residual stream,
-            are matched by matrices in place of permutations: see `Symmetry.kind`. Gains and shifts of normalizations
-            are moved into the layers around them first, as by `canonicalize`. "auto" merges in both ways, if there are
-            such classes, and keeps the result whose outputs miss less of the ensemble's on held-out data; without data
-            or a fit, it permutes. Of three or more models, each is matched with the mean of all others in these classes
-            (generalized Procrustes analysis).
+            are matched by matrices in place of permutations: see `Symmetry.kind`. Units of other classes are matched up
+            to the signs and positive scales that they may have. Gains and shifts of normalizations are moved into the
+            layers around them first, as by `canonicalize`. "auto" merges in both ways, if there are such classes, and
+            keeps the result whose outputs miss less of the ensemble's on held-out data; without data or a fit, it
+            permutes. Of three or more models, each is matched with the mean of all others in these classes (generalized
+            Procrustes analysis).
 
     Raises:
         OptionError: if a field is out of range.
@@ -140,10 +141,10 @@ class Zip:
             merges while all heads of queries stay. Classes of which the graph allows no other number keep theirs, and
             so do blocks, such as heads, where one number below 1 is for all. A `Budget` chooses the widths.
         multiple_of: what the number of merged units is rounded to a multiple of, where the width is not 1.
-        continuous: as for `Align`. Of classes that a change of basis may mix, no units are merged. Where there are
-            data, residual streams go into the principal directions of all models' streams. With a width below 1, the
-            directions that count most are left (SliceGPT, arXiv 2401.15024, by the similarity above). None is False for
-            several models, and True where `fold` makes one smaller.
+        continuous: as for `Align`, but for signs and scales. Of classes that a change of basis may mix, no units are
+            merged. Where there are data, residual streams go into the principal directions of all models' streams. With
+            a width below 1, the directions that count most are left (SliceGPT, arXiv 2401.15024, by the similarity
+            above). None is False for several models, and True where `fold` makes one smaller.
 
     Raises:
         OptionError: if a field is out of range.

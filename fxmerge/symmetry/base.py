@@ -22,6 +22,8 @@ from fxmerge.units.basis import Basis, Mixed, random_matrices
 from fxmerge.units.kind import Kind, UnitKind
 from fxmerge.units.layout import AxisLayout
 from fxmerge.units.permutation import Permutation, build_image
+from fxmerge.units.scaling import Scaled, Scaling, random_factors
+from fxmerge.units.transformation import Transformation
 
 Choice = Callable[[int, Ids, Ids], Ids]
 """(class number, units, places) -> the place of each unit; all of shape (combinations of parents, units)."""
@@ -57,6 +59,8 @@ class EquivalenceClass:
         parents: names of the classes in which the units are nested.
         why: for a pinned class, the node and the reason; else empty.
         kind: the matrices by which the units may be mixed, within the units of their parents.
+        signs: how many signs each unit has, if units are not mixed.
+        stretches: how many positive scales each unit has, if units are not mixed.
         limited: what limits the kind: the node or the reason.
     """
 
@@ -68,6 +72,8 @@ class EquivalenceClass:
     why: str = ""
     kind: Kind = Kind.PERMUTATION
     limited: str = ""
+    signs: int = 0
+    stretches: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,9 @@ class Group:
             parents = tuple(self.names[p] for p, _ in c.parents)
             own = self.kinds[number] if self.kinds else UnitKind()
             named = EquivalenceClass(self.names[number], c.size, structure(c), tuple(axes), parents)
-            movable.append(replace(named, kind=own.kind, limited=own.why))
+            movable.append(
+                replace(named, kind=own.kind, limited=own.why, signs=len(own.signs), stretches=len(own.stretches))
+            )
         pinned = [
             EquivalenceClass(f"{name}[{dim}]", len(ids), PINNED, (ClassAxis(name, dim, ids),), (), why)
             for (name, dim), reasons in self.stuck.items()
@@ -163,7 +171,7 @@ class Group:
         return self.kinds[number].scales if self.kinds else frozenset()
 
     def dimension(self) -> int:
-        """The dimension of the group of changes of basis that leave the function unchanged.
+        """The dimension of the group of changes of basis and positive scales that leave the function unchanged.
 
         Example:
             >>> import torch, fxmerge
@@ -172,7 +180,8 @@ class Group:
             9
         """
         sizes = (self.by_block(n).shape for n in range(len(self.units)))
-        return sum(count * self.kind(n).dimension(each) for n, (count, each) in enumerate(sizes))
+        mixed = sum(int(count) * self.kind(n).dimension(int(each)) for n, (count, each) in enumerate(sizes))
+        return mixed + sum(c.size * c.stretches for c in self.classes)
 
     @cached_property
     def mixed(self) -> tuple[tuple[Mixed, ...], ...]:
@@ -206,23 +215,59 @@ class Group:
         sizes = {n: self.by_block(n).shape for n in mixing}
         return Basis(self.mixed, {n: torch.eye(k, dtype=torch.float64).repeat(m, 1, 1) for n, (m, k) in sizes.items()})
 
-    def sample_basis(self, generator: torch.Generator | None = None) -> Basis:
-        """A random change of basis of all classes that have one.
+    @cached_property
+    def scaled(self) -> tuple[tuple[Scaled, ...], ...]:
+        """For every class of `units`, the axes on which its units have signs or scales."""
+        return tuple(self._scaled(n) if self.kinds else () for n in range(len(self.units)))
+
+    def _scaled(self, number: int) -> tuple[Scaled, ...]:
+        own = (*self.kinds[number].signs, *self.kinds[number].stretches)
+        powers = [{(parameter, dim, first): power for parameter, dim, first, power in one} for one in own]
+        views = dict(self.views[number]) if own else {}
+        found = []
+        for axis in self.layout:
+            for n, slots in axis.roles:
+                here = tuple(one.get((axis.parameter, axis.dim, int(slots[0])), 0) for one in powers)
+                if n in views and any(here):
+                    found.append(Scaled(axis, slots[views[n]], here))
+        return tuple(found)
+
+    def sample(self, generator: torch.Generator | None = None) -> Transformation:
+        """A random element of the whole group.
 
         Arguments:
             generator: source of randomness, on the CPU; torch's default one if None.
 
         Returns:
-            Uniformly distributed orthogonal matrices for orthogonal classes, and invertible ones with singular values
-            from 1/2 to 2 for general linear ones. Planes are turned by any angle, complex ones scaled by 1/2 to 2, too.
-            Together with `sample`, which permutes, they give the whole group.
+            Uniformly distributed permutations, signs and, for orthogonal classes, orthogonal matrices. Those of general
+            linear ones are invertible, with singular values from 1/2 to 2. Planes are turned by any angle. Scales of
+            units, and of complex planes, are from 1/2 to 2.
+
+        Example:
+            >>> import torch, fxmerge
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)).double()
+            >>> x = torch.randn(5, 4).double()
+            >>> change = fxmerge.find_symmetry(net, (x,)).sample(torch.Generator().manual_seed(0))
+            >>> before = net(x)
+            >>> _ = net.load_state_dict(change.apply(net.state_dict()))
+            >>> torch.allclose(net(x), before)
+            True
         """
-        numbers = [n for n in range(len(self.units)) if self.kind(n) > Kind.PERMUTATION]
-        drawn = {}
-        for n in numbers:
-            blocks, size = self.by_block(n).shape
-            drawn[n] = random_matrices(self.kind(n), blocks, size, generator)
-        return Basis(self.mixed, drawn)
+        permutation = self.sample_permutation(generator)
+        matrices, factors = {}, {}
+        for n, own in enumerate(self.kinds):
+            if own.kind > Kind.PERMUTATION:
+                blocks, size = self.by_block(n).shape
+                matrices[n] = random_matrices(own.kind, blocks, size, generator)
+            elif own.signs or own.stretches:
+                factors[n] = random_factors(len(own.signs), len(own.stretches), self.units[n].size, generator)
+        return Transformation(permutation, Basis(self.mixed, matrices), Scaling(self.scaled, factors))
+
+    def identity_scaling(self) -> Scaling:
+        """The factors that change nothing, with an entry for every class whose units have signs or scales."""
+        sizes = {n: (len(own.signs) + len(own.stretches), self.units[n].size) for n, own in enumerate(self.kinds)}
+        ones = {n: torch.ones(size, dtype=torch.float64) for n, size in sizes.items() if size[0]}
+        return Scaling(self.scaled, ones)
 
     def log_order(self) -> float:
         """Natural logarithm of the number of permutations of parameter entries in the group."""
@@ -246,8 +291,8 @@ class Group:
             arrays.append(image)
         return Permutation(self.layout, tuple(arrays))
 
-    def sample(self, generator: torch.Generator | None = None) -> Permutation:
-        """A uniformly distributed element of the group.
+    def sample_permutation(self, generator: torch.Generator | None = None) -> Permutation:
+        """A uniformly distributed permutation of the group.
 
         Arguments:
             generator: source of randomness, on the CPU; torch's default one if None.

@@ -370,7 +370,8 @@ class _Closing(Contracted):
             classes.append(UnitClass(len(fixed), tuple(self.roles(c) or ()), nested, fixed))
         own = np.array([number.get(c, -1) for c in range(int(self.colour.max()) + 1)])[self.colour]
         pinned = self._reasons(among(self.colour, np.sort(movable)))
-        return Resolution(tuple(classes), pinned, own[self.unit], position[self.unit])
+        unit = self.unit[self.units.first]
+        return Resolution(tuple(classes), pinned, own[unit], position[unit])
 
     def _reasons(self, movable: NDArray[np.bool_]) -> dict[Axis, dict[str, Ids]]:
         """For every axis, the raw units that do not move, by the first reason given for each."""

@@ -59,10 +59,12 @@ def within(symmetry: Group, number: int) -> list[str]:
 
 
 def moves(symmetry: Group, number: int) -> str:
-    """How the units of a class may move: "3!^2" for all permutations of three units, in each of two blocks."""
+    """How the units of a class may move: "3!^2" for all permutations of three units, in each of two blocks,
+    and ", 2^6, R+^6" for a sign and a positive scale of each of these."""
     count, each = combinations(symmetry.units[number])
     own = f"{each}!" + (f"^{count}" if count > 1 else "")
     own = own if each > 1 else "moves with " + " and ".join(within(symmetry, number))
+    own += _scales(symmetry.classes[number])
     return own + _group(symmetry.classes[number], *symmetry.by_block(number).shape)
 
 
@@ -70,6 +72,12 @@ def _unit(symmetry: Group, number: int) -> str:
     """A unit as in `weight(_ a)`, or `weight(_ (a b))` if it is nested in another."""
     inside, (_, each) = within(symmetry, number), combinations(symmetry.units[number])
     return letters(number) if not inside else f"({' '.join([*inside, *([letters(number)] if each > 1 else [])])})"
+
+
+def _scales(c: EquivalenceClass) -> str:
+    """The signs and positive scales of the units of a class, such as `, 2^12, R+^12`."""
+    numbers = (("2", c.size * c.signs), ("R+", c.size * c.stretches))
+    return "".join(f", {group}^{count}" for group, count in numbers if count)
 
 
 def _group(c: EquivalenceClass, count: int, each: int) -> str:

@@ -126,7 +126,7 @@ def find_symmetry(
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
         >>> symmetry = fxmerge.find_symmetry(mlp, (torch.zeros(1, 2),))
         >>> print(symmetry)
-        a: 3 units, 3! | 0.weight(a _), 0.bias(a), 2.weight(_ a)
+        a: 3 units, 3!, R+^3 | 0.weight(a _), 0.bias(a), 2.weight(_ a)
         pinned: 0.weight[1], 2 indices: linear
     """
     return analyse(capture_program(model, args, kwargs), pin, rules, free)[1]
@@ -157,7 +157,7 @@ def analyse(
     asked = pinned_axes(pin, shapes, program.aliases)
     still = set[str]()
     while True:
-        found = propagate(program, overriding(rules), leaves, uniform, still)
+        found = propagate(program, overriding(rules), leaves, uniform, still, weighs=continuous)
         found.units.node = ""
         for axis in asked:
             if axis in found.axes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -12,8 +12,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from fxmerge.symmetry import weighing
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.columns import core, support
+from fxmerge.symmetry.exponents import ExponentFacts
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.mixing import Column, Seen
 from fxmerge.symmetry.propagation import Propagation
@@ -38,9 +40,29 @@ def find_kinds(found: Propagation, symmetry: Group, number: Ids, place: Ids) -> 
     symmetry = replace(symmetry, kinds=_planes(found, symmetry, number, place))
     facts, sight = _Facts(symmetry), _Sight(symmetry, number, place)
     for record, operands, how, reason in found.units.mixing if facts.open else ():
-        facts.reason = reason
-        record(facts, *map(sight.of, operands), **how)
-    return facts.kinds(found)
+        if record not in weighing.WORDS:
+            facts.reason = reason
+            record(facts, *map(sight.of, operands), **how)
+    kinds = facts.kinds(found)
+    single = {n for n in facts.may_mix if kinds[n].kind == Kind.PERMUTATION}
+    return _with_exponents(found, symmetry, kinds, single, sight) if found.units.weighs else kinds
+
+
+def _with_exponents(
+    found: Propagation, symmetry: Group, kinds: Sequence[UnitKind], single: Set[int], sight: _Sight
+) -> tuple[UnitKind, ...]:
+    """The kinds, with the signs and scales that each unit of some classes may have."""
+    facts = ExponentFacts(found, symmetry)
+    for record, operands, how, _ in found.units.mixing if single else ():
+        if record in weighing.WORDS:
+            seen = [sight.of(x) for x in operands]
+            if any(c.number in single for x in seen for c in x.columns):
+                record(facts, *seen, **how)
+    own = list(kinds)
+    for n in single:
+        signs, stretches = facts.solve(n)
+        own[n] = replace(own[n], signs=signs, stretches=stretches)
+    return tuple(own)
 
 
 def is_uniform(tensor: Tensor) -> bool:
@@ -116,8 +138,14 @@ class _Sight:
                 own[view] = np.arange(len(view))[:, None]
                 self.views[shown].append((owner, own))
         self._known: dict[tuple[object, ...], tuple[list[Column], tuple[int, ...]]] = {}
+        self._seen: dict[int, Seen] = {}
 
     def of(self, labels: Labels) -> Seen:
+        if id(labels) not in self._seen:  # The records keep the labels, so their ids stay their own.
+            self._seen[id(labels)] = self._look(labels)
+        return self._seen[id(labels)]
+
+    def _look(self, labels: Labels) -> Seen:
         columns: list[Column] = []
         depends = {d for c in labels.inert for d in support(c)}
         for column in labels.columns:
@@ -181,6 +209,7 @@ class _Facts:
 
     Attributes:
         kind, why: of every class.
+        may_mix: the classes that are more than permuted if nothing speaks against it.
         first: for every unit of a class, the first unit in its block.
         ties: pairs of units of the walk, and whether one is mixed by the transpose of the inverse.
         scaling, mixing: for every class, the parameters of one number that scale its units, and those that are mixed.
@@ -191,6 +220,7 @@ class _Facts:
     kind: list[Kind] = field(init=False)
     why: list[str] = field(init=False)
     first: list[Ids] = field(init=False)
+    may_mix: set[int] = field(init=False)
     ties: dict[int, list[tuple[Ids, Ids, bool]]] = field(default_factory=lambda: defaultdict(list))
     scaling: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     mixing: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -198,6 +228,7 @@ class _Facts:
 
     def __post_init__(self) -> None:
         numbers, open_ = range(len(self.symmetry.units)), set(_may_mix(self.symmetry))
+        self.may_mix = open_
         largest = [kind if kind.turns else Kind.GENERAL_LINEAR for kind in map(self.symmetry.kind, numbers)]
         self.kind = [largest[n] if n in open_ else Kind.PERMUTATION for n in numbers]
         self.why = [self.symmetry.kinds[n].why if n in open_ else "it is of blocks" for n in numbers]
@@ -268,10 +299,10 @@ class _Facts:
         A class that is summed over with itself is mixed by matrices whose inverse is their transpose. What only scales
         a class must not be mixed elsewhere.
         """
-        size = found.units.size
-        ties = [tie for n, own in self.ties.items() if self.kind[n] > Kind.PERMUTATION for tie in own]
-        part = _signs(size, ties)
-        for n, own in self.ties.items():
+        size, first = found.units.size, found.units.first
+        ties = {n: [(first[a], first[b], inverse) for a, b, inverse in own] for n, own in self.ties.items()}
+        part = _signs(size, [tie for n, own in ties.items() if self.kind[n] > Kind.PERMUTATION for tie in own])
+        for n, own in ties.items():
             ids = np.concatenate([ids for a, b, _ in own for ids in (a, b)])
             if (part[ids] == part[ids + size]).any():
                 self._lower(n, Kind.ORTHOGONAL, "the same units are summed over with each other")

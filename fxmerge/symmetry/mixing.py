@@ -93,7 +93,7 @@ def summed(facts: Facts, *terms: Seen) -> None:
                 continue
             facts.mixed(column, x.uniform or ())
             for y in (*terms[:i], *terms[i + 1 :]):
-                same = _same(column, y)
+                same = counterpart(column, y)
                 if same is not None:
                     facts.tie(column, same, inverse=False)
                 else:
@@ -139,7 +139,7 @@ def contracted(facts: Facts, *factors: Seen, terms: Sequence[str], out: str) -> 
                 facts.apart(column)
             gone = {letter for letter in letters if letter not in out}
             meeting = [j for j in others if gone & along[j]]
-            partner = _partner(column, letters, factors[meeting[0]], terms[meeting[0]]) if len(meeting) == 1 else None
+            partner = met(column, letters, factors[meeting[0]], terms[meeting[0]]) if len(meeting) == 1 else None
             if partner is not None:
                 facts.tie(*partner, inverse=True)
             elif meeting:
@@ -154,7 +154,7 @@ def passed(facts: Facts, x: Seen, result: Seen) -> None:
     they are blocks of what is summed."""
     for column in x.columns:
         if all(d < len(result.shape) and result.shape[d] == x.shape[d] for d in column.dims):
-            same = _same(column, result)
+            same = counterpart(column, result)
             if same is not None:
                 facts.tie(column, same, inverse=False)
             else:
@@ -181,7 +181,7 @@ def assembled(facts: Facts, *parts: Seen, dims: Collection[int]) -> None:
             facts.mixed(column, x.uniform or ())
             if set(dims).isdisjoint(column.dims):
                 for y in (*parts[:i], *parts[i + 1 :]):
-                    same = _same(column, y)
+                    same = counterpart(column, y)
                     if same is None:
                         facts.apart(column)
                     else:
@@ -210,7 +210,7 @@ def _reduced(facts: Facts, x: Seen, dims: Collection[int], kind: Kind) -> None:
             facts.apart(column, set(column.dims) - gone)
 
 
-def _same(column: Column, y: Seen) -> Column | None:
+def counterpart(column: Column, y: Seen) -> Column | None:
     """The column of another tensor that has the same units at the same places."""
     return next((c for c in y.columns if c.dims == column.dims and _same_units(c, column, c.ids)), None)
 
@@ -219,7 +219,7 @@ def _same_units(a: Column, b: Column, ids: Ids) -> bool:
     return a.number == b.number and np.array_equal(ids, b.ids)
 
 
-def _partner(column: Column, letters: Sequence[str], y: Seen, term: str) -> tuple[Column, Column] | None:
+def met(column: Column, letters: Sequence[str], y: Seen, term: str) -> tuple[Column, Column] | None:
     """A column and the one of another factor that has the same units, as columns of a tensor with one dimension for
     each letter."""
     for other in y.columns:

@@ -79,7 +79,7 @@ def free_outputs(
         labels = found.labels.get(node.name)
         for column in labels.columns if labels is not None and leaf in leaves else ():
             dims = support(column)
-            ids = core(column, dims).numpy()
+            ids = found.units.first_names(core(column, dims).numpy())
             own, units = number[ids], place[ids]
             if (own < 0).all():
                 continue

@@ -19,7 +19,7 @@ from fxmerge.program.captured import Program
 from fxmerge.program.double import InSingle
 from fxmerge.program.models import same_draws
 from fxmerge.registered import load_rules
-from fxmerge.symmetry import mixing, rules
+from fxmerge.symmetry import mixing, rules, weighing
 from fxmerge.symmetry.columns import Shape, core, reshape, spread, support
 from fxmerge.symmetry.deferred import Deferred
 from fxmerge.symmetry.labels import Labels, inert, pin, prune
@@ -44,16 +44,18 @@ def propagate(
     free: Collection[int] = frozenset(),
     uniform: Collection[str] = (),
     still: Collection[str] = (),
+    *,
+    weighs: bool = True,
 ) -> Propagation:
     """Labels the graph: again with ops written out that have no rule, if torch can do so, and again with
     those parameters split whose rows are used apart. Units may move along the outputs whose numbers are in `free`. The
     parameters named in `uniform` are vectors of one number each. Planes that a part of the graph turns are told,
-    but for the parts that end with nodes named in `still`."""
+    but for the parts that end with nodes named in `still`. `weighs` as for `UnitGraph`."""
     load_rules()
     splits: dict[Axis, Ids] = {}
     prober, tried = None, set[Any]()
     while True:
-        walk = _Walk(program, splits, find_rule, prober, free, uniform, still)
+        walk = _Walk(program, splits, find_rule, prober, free, uniform, still, weighs)
         found = walk.run_all()
         if found.unknown and prober is None:
             simpler = program.aten.decompose(found.unknown.keys() - tried)
@@ -85,11 +87,12 @@ class _Walk(fx.Interpreter):
         free: Collection[int],
         uniform: Collection[str],
         still: Collection[str],
+        weighs: bool,
     ) -> None:
         super().__init__(program.graph, garbage_collect_values=True)
         self.program, self.splits, self.find_rule, self.prober = program, splits, find_rule, prober
         self.free, self.uniform = free, uniform
-        self.found = Propagation(program, UnitGraph(), {})
+        self.found = Propagation(program, UnitGraph(weighs), {})
         self.failed: dict[fx.Node, Exception] = {}
         self.fixed: set[fx.Node] = set()
         self.written: list[fx.Node] = []
@@ -239,8 +242,11 @@ class _Walk(fx.Interpreter):
         if all(0 in shape for shape in (site.shape if several else [site.shape])):
             return [Labels(shape) for shape in site.shape] if several else Labels(site.shape)
         value = self._try(n, lambda: self._apply_rule(site, n, args, kwargs))
-        if not self._records_mixing(n, args, kwargs):
+        told = self._is_told(n, args, kwargs)
+        if not (told and rules.mixes(n.target)):
             site.mix(mixing.separate, *_labels_in((args, kwargs)))
+        if not (told and rules.weighs(n.target)):
+            site.weigh(weighing.still, *_labels_in((args, kwargs)))
         if value is not NotImplemented:
             moved = {v.parameter for v in _labels_in(value)}
             for v in _labels_in((args, kwargs)):
@@ -311,13 +317,12 @@ class _Walk(fx.Interpreter):
         apply = rules.lifting.apply if rules.users.is_ours(rule) else rules.users.apply
         return apply(rule, site, args, kwargs)
 
-    def _records_mixing(self, n: fx.Node, args: Any, kwargs: Any) -> bool:
-        """Whether the rule that serves a call records what units a change of basis may mix."""
+    def _is_told(self, n: fx.Node, args: Any, kwargs: Any) -> bool:
+        """Whether what the rule of an op records of changes of basis holds for a call."""
         leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_labelled)
         deferred = any(isinstance(v, (Deferred, Part)) for v in leaves)
         rule = self.find_rule(n.target)
-        serves = rules.mixes(n.target) and rule is rules.find_rule(n.target) and n not in self.failed
-        return serves and not deferred and not _rounds(n)
+        return rule is rules.find_rule(n.target) and n not in self.failed and not deferred and not _rounds(n)
 
     def _settled(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """The arguments of a node with labels in place of what is deferred."""
@@ -332,7 +337,8 @@ class _Walk(fx.Interpreter):
                 value = value.settle(self.found.units, OUTPUT)
             if isinstance(value, Labels):
                 self._use(value)
-                self.found.units.record(mixing.separate, [value], {}, OUTPUT)  # Free outputs are permuted only.
+                for what in (mixing.separate, weighing.still):  # Free outputs are permuted only.
+                    self.found.units.record(what, [value], {}, OUTPUT)
                 still = [c for c in value.columns if number not in self.free or not self._may_move(c, value)]
                 pin(self.found.units, replace(value, columns=tuple(still)), OUTPUT)
 

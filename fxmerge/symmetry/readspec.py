@@ -21,7 +21,7 @@ from fxmerge.symmetry.propagation import Axis
 from fxmerge.symmetry.ranges import read_ranges
 from fxmerge.symmetry.spec import KIND, VERSION, slots
 from fxmerge.symmetry.units import Ids
-from fxmerge.units.kind import Kind, UnitKind
+from fxmerge.units.kind import Exponents, Kind, UnitKind
 from fxmerge.units.layout import AxisLayout
 
 G = TypeVar("G", bound=Group)
@@ -243,7 +243,7 @@ def _classes(
     return tuple(units), roles
 
 
-_OF_KINDS = ("kind", "limited", "inverse", "planes", "scales")
+_OF_KINDS = ("kind", "limited", "inverse", "planes", "scales", "signs", "stretches")
 """The entries of a class that say by which matrices its units may be mixed."""
 
 
@@ -264,8 +264,29 @@ def _kinds(entries: Sequence[Mapping[str, Any]]) -> tuple[UnitKind, ...]:
             inverse.add((_typed(axis, "parameter", str, inside), dim, first))
         scales = frozenset(map(str, _typed(entry, "scales", list, where, [])))
         why, planes = _typed(entry, "limited", str, where, ""), _planes(entry, words[word], where)
-        found.append(UnitKind(words[word], why, frozenset(inverse), scales, planes))
+        signs, stretches = (_exponents(entry, key, words[word], where) for key in ("signs", "stretches"))
+        found.append(UnitKind(words[word], why, frozenset(inverse), scales, planes, signs, stretches))
     return tuple(found) if any("kind" in entry for entry in entries) else ()
+
+
+def _exponents(entry: Mapping[str, Any], key: str, kind: Kind, where: str) -> tuple[Exponents, ...]:
+    """The axes that each sign, or each scale, of the units of a class multiplies, with the powers."""
+    lists = _typed(entry, key, list, where, [])
+    if lists and kind != Kind.PERMUTATION:
+        raise SpecError(f"{where} has the kind {str(kind)!r} and {key}; only units that are permuted have {key}.")
+    found = []
+    for one in lists:
+        inside = f"An axis of the {key} of {where}"
+        if not isinstance(one, list):
+            raise SpecError(f"{where} has {one!r} among its {key}; each is a list of axes.")
+        axes = []
+        for axis in one:
+            parameter = _typed(axis, "parameter", str, inside)
+            _check_keys(axis, ("parameter", "dim", "first", "power"), inside)
+            dim, first, power = (_typed(axis, name, int, inside) for name in ("dim", "first", "power"))
+            axes.append((parameter, dim, first, power))
+        found.append(tuple(axes))
+    return tuple(found)
 
 
 def _planes(entry: Mapping[str, Any], kind: Kind, where: str) -> tuple[tuple[int, int], ...]:
@@ -329,7 +350,7 @@ def _check_moves(symmetry: Group) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(TRIALS if any(c.parents for c in symmetry.units) else 0):
         try:
-            symmetry.sample(generator)
+            symmetry.sample_permutation(generator)
         except PermutationError as error:
             raise SpecError(f"The classes do not make a group: {error}") from error
 

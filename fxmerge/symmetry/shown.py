@@ -12,6 +12,7 @@ from torch import Tensor
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.propagation import AxisUnits, Propagation
+from fxmerge.symmetry.reasons import concatenate
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import AxisLayout
 
@@ -88,6 +89,12 @@ def once(ids: Tensor, sizes: Sequence[int | torch.SymInt]) -> Tensor | None:
 
 def places_of(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
     """For every unit of the walk the class that it is in, -1 if in none, and its place in it."""
+    number, place = _places(found, symmetry)
+    return number[found.units.first], place[found.units.first]
+
+
+def _places(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
+    """`places_of`, under the first names of the units."""
     number = np.full(found.units.size, -1)
     place = np.zeros(found.units.size, np.int64)
     for axis in symmetry.layout:
@@ -102,10 +109,8 @@ def places_of(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
 
 def places_and_blocks(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
     """`places_of`, and the same for blocks, such as heads, of which it is clear what lies in them."""
-    number, place = places_of(found, symmetry)
-    if not found.units.member:
-        return number, place
-    child, parent = (np.concatenate(ids) for ids in zip(*found.units.member, strict=True))
+    number, place = _places(found, symmetry)
+    child, parent = concatenate(found.units.member)
     for n, c in reversed(list(enumerate(symmetry.units))):
         own = number[child] == n
         block, member = parent[own], place[child[own]]
@@ -116,7 +121,7 @@ def places_and_blocks(found: Propagation, symmetry: Group) -> tuple[Ids, Ids]:
         for (p, _), (raw, unit) in zip(c.parents, clear, strict=True):
             new = (several[raw] == 1) & (number[raw] < 0)
             number[raw[new]], place[raw[new]] = p, unit[new]
-    return number, place
+    return number[found.units.first], place[found.units.first]
 
 
 def _only(block: Ids, unit: Ids) -> tuple[Ids, Ids]:

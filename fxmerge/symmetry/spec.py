@@ -94,6 +94,11 @@ def _kind(own: UnitKind) -> dict[str, Any]:
         entries["inverse"] = [{"parameter": p, "dim": d, "first": slot} for p, d, slot in sorted(own.inverse)]
     if own.planes:
         entries["planes"] = [write_ranges(np.array(units)) for units in zip(*own.planes, strict=True)]
+    for key, told in (("signs", own.signs), ("stretches", own.stretches)):
+        if told:
+            entries[key] = [
+                [{"parameter": p, "dim": d, "first": slot, "power": power} for p, d, slot, power in one] for one in told
+            ]
     if own.scales:
         entries["scales"] = sorted(own.scales)
     return entries

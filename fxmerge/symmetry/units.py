@@ -6,6 +6,7 @@ units. Rules never loop over units; they hand over arrays of them.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,10 +108,15 @@ class UnitGraph:
     Units are numbered from 0 in the order of their creation; each creation has an `origin`, which
     is the parameter axis of its units, or the graph node for which the units were made.
 
+    What is computed from units may have them under new names: see `rename`. All facts are kept under the first names.
+
+    `weighs` says whether rules record what signs and scales units may have, and give names for it.
+
     `node` names the graph node whose facts are being recorded (CONCLUDED for what follows from other
     facts). `equal_at`, `member_at` and so on keep it for every entry of `equal`, `member` and so on.
     """
 
+    weighs: bool = True
     starts: list[int] = field(default_factory=list)
     origins: list[tuple[Any, ...]] = field(default_factory=list)
     size: int = 0
@@ -137,6 +143,7 @@ class UnitGraph:
     mixing_at: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._first, self._renamed = np.arange(0), np.iinfo(np.int64).max
         self.pin(self.fresh(1, ("nothing",)), "no unit")
 
     def fresh(self, count: int, origin: tuple[Any, ...]) -> Ids:
@@ -144,10 +151,20 @@ class UnitGraph:
         self.starts.append(self.size)
         self.origins.append(origin)
         self.size += count
+        if self.size > len(self._first):
+            self._first = np.concatenate([self._first, np.arange(len(self._first), 2 * self.size)])
         return np.arange(self.size - count, self.size, dtype=np.int64)
 
     def origin(self, ids: Ids) -> Ids:
         """For each unit, the number of the creation that it comes from."""
+        return self.creation(self.first_names(ids))
+
+    def creation(self, ids: Ids) -> Ids:
+        """For each name of a unit, the number of the creation of the name."""
+        if ids.size:
+            first, last = (bisect_right(self.starts, end) - 1 for end in (ids.min(), ids.max()))
+            if first == last:
+                return np.full(ids.shape, first)
         return (np.searchsorted(self.starts, ids, side="right") - 1).astype(np.int64)
 
     def all_origins(self) -> Ids:
@@ -180,17 +197,46 @@ class UnitGraph:
 
     def equate(self, a: Ids, b: Ids) -> None:
         """Unit `a[i]` moves exactly as unit `b[i]` does, for all i."""
-        self.equal.append((a, b))
+        self.equal.append((self.first_names(a), self.first_names(b)))
         self.equal_at.append(self.node)
+
+    def rename(self, ids: Ids) -> Ids:
+        """New names of those units that are on an axis. Only signs and scales tell them apart from the old ones: those
+        of a result may be others than those of what it is computed from."""
+        old = distinct(ids)
+        creation, new = self.creation(old), old.copy()
+        for c in distinct(creation).tolist():
+            if self.origins[c][0] == "axis":
+                own = creation == c
+                self._renamed = min(self._renamed, self.size)
+                new[own] = self.fresh(int(own.sum()), self.origins[c])
+                self._first[new[own]] = self._first[old[own]]
+        result: Ids = new[np.searchsorted(old, ids)]
+        return result
+
+    @property
+    def renamed(self) -> bool:
+        """Whether any unit has another name than its first."""
+        return self.size > self._renamed
+
+    @property
+    def first(self) -> Ids:
+        """For every name of a unit, the first one."""
+        return self._first[: self.size]
+
+    def first_names(self, ids: Ids) -> Ids:
+        """The units under the names that they were made with."""
+        return self._first[ids] if self.renamed and ids.max(initial=0) >= self._renamed else ids
 
     def include(self, child: Ids, parent: Ids) -> None:
         """Where unit `child[i]` goes, its block `parent[i]` goes too, for all i."""
-        self.member.append((child, parent))
+        self.member.append((self.first_names(child), self.first_names(parent)))
         self.member_at.append(self.node)
 
     def pin(self, ids: Ids, reason: str, *, final: bool = True) -> None:
         """None of these units may move; not final where separate units for each row might."""
         if len(ids):
+            ids = self.first_names(ids)
             self.pinned.append((ids, reason))
             self.pinned_at.append(self.node)
             if final:
@@ -198,32 +244,33 @@ class UnitGraph:
 
     def use(self, ids: Ids) -> None:
         """These units of parameters reach an op that computes with them."""
-        self.used.append(ids)
+        self.used.append(self.first_names(ids))
         self.used_at.append(self.node)
 
     def contract(self, ids: Ids) -> None:
         """A sum goes over these units of a parameter and those of an activation."""
-        self.contracted.append(ids)
+        self.contracted.append(self.first_names(ids))
         self.contracted_at.append(self.node)
 
     def stay_apart(self, ids: Ids) -> None:
         """These units may move, but no two of one model may be merged, and neither may what lies in them: some op does
         more than add them up."""
-        self.rigid.append(ids)
+        self.rigid.append(self.first_names(ids))
 
     def use_apart(self, ids: Ids, groups: Ids) -> None:
         """The parameter rows `ids[i]` are used together with the rows of the same group only."""
-        self.rows.append((ids, groups))
+        self.rows.append((self.first_names(ids), groups))
 
     def sum(self, ids: Ids) -> None:
         """A symmetric reduction goes over these units of a parameter, in each of its rows."""
-        self.summed.append(ids)
+        self.summed.append(self.first_names(ids))
         self.summed_at.append(self.node)
 
     def follow(self, ids: Ids, named: Sequence[Ids], row: Ids | None = None, order: Any = None) -> None:
         """Where the units `ids` go is told by data and by where the units `named` go: if anything but each other tells
         those of one `row` apart (by default all are in one), neither move."""
-        self.followed.append(Followed(ids, tuple(named), np.zeros_like(ids) if row is None else row, order))
+        row = np.zeros_like(ids) if row is None else row
+        self.followed.append(Followed(ids, tuple(map(self.first_names, named)), row, order))
 
     def rows_followed(self, ids: Ids) -> Ids | None:
         """For units that are places in an order, the numbers of their rows; None for others."""
@@ -244,6 +291,7 @@ class UnitGraph:
 
         The number `code[i]` tells what happens to unit `ids[i]`: it is the same for units that are treated alike.
         """
+        planes = self.first_names(planes)
         tag = self.fresh(int(code.max()) + 1, ("fixed", reason))
         self.pin(tag, reason)
         self.include(ids, tag[code])

@@ -28,6 +28,7 @@ from fxmerge.symmetry.units import Ids
 from fxmerge.units.basis import Basis, random_matrices
 from fxmerge.units.kind import Kind, UnitKind
 from fxmerge.units.permutation import Permutation
+from fxmerge.units.scaling import Scaling, random_factors
 
 G = TypeVar("G", bound=Group)
 
@@ -55,7 +56,7 @@ def verify(
     generator: torch.Generator | None = None,
 ) -> G:
     """Applies random elements of the whole group to a copy of the model in float64 and compares outputs: permutations
-    first, then changes of basis.
+    first, then changes of basis, signs and positive scales.
 
     The parameters are perturbed first, so that what is constant at initialisation (biases, running
     statistics, scales) cannot hide a wrong permutation.
@@ -71,7 +72,8 @@ def verify(
     Returns:
         The same symmetry with `error`, the largest relative output error, filled in; without the classes
         that changed the outputs, which are found by bisection and named in `demoted`. A class whose kind is too large
-        gets the largest one that leaves the outputs unchanged, with a warning.
+        gets the largest one that leaves the outputs unchanged, with a warning. One whose signs or scales change the
+        outputs has none.
 
     Raises:
         FxmergeError: if the model gives different outputs for the same inputs and parameters.
@@ -91,7 +93,7 @@ def verify(
     probe = Probe(model, *check_example(model, args, kwargs), generator, symmetry.free)
     tolerance, worst = TOLERANCE, 0.0
     for _ in range(trials):
-        p = symmetry.sample(generator)
+        p = symmetry.sample_permutation(generator)
         error = probe.error(p)
         if error > tolerance == TOLERANCE:
             tolerance = max(TOLERANCE, min(10 * probe.rounding(generator), LOOSEST))
@@ -100,7 +102,7 @@ def verify(
             logger.warning("classes failed verification and were demoted: %s", [symmetry.names[n] for n in bad])
             symmetry = demote(symmetry, bad)
             probe.free = symmetry.free
-            error = probe.error(symmetry.sample(generator))
+            error = probe.error(symmetry.sample_permutation(generator))
         worst = max(worst, error)
         symmetry, error = _prove_kinds(symmetry, probe, generator, tolerance)
         worst = max(worst, error)
@@ -108,17 +110,24 @@ def verify(
 
 
 def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, tolerance: float) -> tuple[G, float]:
-    """The symmetry with kinds under which a random change of basis leaves the outputs unchanged, and what it changes.
+    """The symmetry with kinds, signs and scales under which a random element of the group leaves the outputs unchanged,
+    and what it changes.
 
     Parameters that are of one number each, and scale a class as a whole, have one number each when this is tried.
     """
     open_ = [n for n, own in enumerate(symmetry.kinds) if own.kind > Kind.PERMUTATION]
-    if not open_:
+    touched = {own.axis.parameter for axes in symmetry.mixed for own in axes}
+    touched |= {own.axis.parameter for axes in symmetry.scaled for own in axes}
+    if not touched:
         return symmetry, 0.0
     scales = {name for n in open_ for name in symmetry.kinds[n].scales}
-    probe = probe.prepared(scales, {own.axis.parameter for n in open_ for own in symmetry.mixed[n]})
-    basis = symmetry.sample_basis(generator)
-    error = probe.change(basis.apply(probe.state))
+    probe = probe.prepared(scales, touched)
+
+    def change(symmetry: G) -> float:
+        drawn = symmetry.sample(generator)
+        return probe.change(drawn.scaling.apply(drawn.basis.apply(probe.state)))
+
+    error = change(symmetry)
     if error > tolerance:  # Matrices cause more rounding than permutations.
         tolerance = max(tolerance, min(10 * probe.rounding(generator), LOOSEST))
     if error <= tolerance:
@@ -130,14 +139,20 @@ def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, toleranc
             if kind == Kind.PERMUTATION:
                 break
             alone = random_matrices(kind, blocks, size, generator)
-            if probe.change(Basis(basis.mixed, {n: alone}).apply(probe.state)) <= tolerance:
+            if probe.change(Basis(symmetry.mixed, {n: alone}).apply(probe.state)) <= tolerance:
                 break
         if kind < own.kind:
             logger.warning("%s failed verification as %s, and is %s", symmetry.names[n], own.kind, kind)
             planes = own.planes if kind.turns else ()
             kinds[n] = replace(own, kind=kind, why="it failed verification", planes=planes)
+    for n in (n for n, axes in enumerate(symmetry.scaled) if axes):
+        own = kinds[n]
+        drawn = random_factors(len(own.signs), len(own.stretches), symmetry.units[n].size, generator)
+        if not probe.change(Scaling(symmetry.scaled, {n: drawn}).apply(probe.state)) <= tolerance:
+            logger.warning("%s failed verification with signs or scales, and is only permuted", symmetry.names[n])
+            kinds[n] = UnitKind(why="it failed verification")
     smaller = replace(symmetry, kinds=tuple(kinds))
-    error = probe.change(smaller.sample_basis(generator).apply(probe.state))
+    error = change(smaller)
     if error <= tolerance:
         return smaller, error
     logger.warning("changes of basis of several classes failed verification together, so all classes are permuted")

@@ -73,7 +73,7 @@ class Basis:
             >>> import torch, fxmerge
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False), torch.nn.Linear(2, 3)).double()
             >>> symmetry = fxmerge.find_symmetry(net, (torch.zeros(1, 4).double(),))
-            >>> basis = symmetry.sample_basis(torch.Generator().manual_seed(0))
+            >>> basis = symmetry.sample(torch.Generator().manual_seed(0)).basis
             >>> before, x = net(torch.ones(1, 4).double()), torch.ones(1, 4).double()
             >>> _ = net.load_state_dict(basis.apply(net.state_dict()))
             >>> torch.allclose(net(x), before)

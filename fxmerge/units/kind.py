@@ -91,6 +91,11 @@ _WITHIN = {
 """The kinds of the groups that each group holds. Units are permuted by what their class allows, whatever its kind."""
 
 
+Exponents = tuple[tuple[str, int, int, int], ...]
+"""How a number for each unit of a class multiplies parameters: to which power on each axis, as (parameter, dimension,
+slot of the first unit there, power)."""
+
+
 @dataclass(frozen=True)
 class UnitKind:
     """The kind of one class, and on which axes its units are mixed by what.
@@ -102,6 +107,8 @@ class UnitKind:
             slot of the first unit there).
         scales: the parameters that hold one number for all units and scale them: on these nothing is mixed.
         planes: for a kind that turns planes, the two units of each.
+        signs: of units that are only permuted, the ways in which each may have a sign.
+        stretches: likewise the ways in which each may have a positive scale.
     """
 
     kind: Kind = Kind.PERMUTATION
@@ -109,3 +116,5 @@ class UnitKind:
     inverse: frozenset[tuple[str, int, int]] = frozenset()
     scales: frozenset[str] = frozenset()
     planes: tuple[tuple[int, int], ...] = ()
+    signs: tuple[Exponents, ...] = ()
+    stretches: tuple[Exponents, ...] = ()

@@ -43,7 +43,7 @@ class Permutation:
             >>> import torch, fxmerge
             >>> mlp = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
             >>> symmetry = fxmerge.find_symmetry(mlp, (torch.zeros(1, 2),))
-            >>> p = symmetry.sample(torch.Generator().manual_seed(0))
+            >>> p = symmetry.sample_permutation(torch.Generator().manual_seed(0))
             >>> permuted = p.apply(mlp.state_dict())
             >>> torch.equal(p.inverse().apply(permuted)["0.weight"], mlp[0].weight)
             True

@@ -140,7 +140,7 @@ def number() -> int:
 def test_inspect_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "tests.cli.test_inspect:mlp", "--verify", "--config", "hidden=6"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "a: 6 units, 6! | 0.weight(a _), 0.bias(a), 2.weight(_ a)"
+    assert lines[0] == "a: 6 units, 6!, R+^6 | 0.weight(a _), 0.bias(a), 2.weight(_ a)"
     assert "free: 94.7% of 38 parameter entries lie on an axis that moves" in lines
     assert "captured by: symbolic_trace" in lines
     assert any(line.startswith("verified: outputs change by ") for line in lines)
@@ -171,7 +171,7 @@ def test_inspect_names_probed_ops(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_a_factory_may_return(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--input", "1x3"] if name == "module_only" else []
     assert cli.main(["inspect", f"tests.cli.test_inspect:{name}", *given]) == 0
-    assert capsys.readouterr().out.startswith("a: 5 units, 5! |")
+    assert capsys.readouterr().out.startswith("a: 5 units, 5!, R+^5 |")
 
 
 def test_inspect_of_a_library_on_the_meta_device(capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +242,7 @@ def test_free_entries_are_those_that_some_element_moves(layers: Any) -> None:
     places = {name: torch.arange(t.numel()).reshape(t.shape) for name, t in program.parameters.items()}
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
-        for name, now in symmetry.sample(generator).apply(places).items():
+        for name, now in symmetry.sample_permutation(generator).apply(places).items():
             moved[name] |= now != places[name]
     assert free_entries(symmetry, program.parameters) == (
         sum(int(m.sum()) for m in moved.values()),

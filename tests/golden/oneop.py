@@ -220,7 +220,7 @@ class Analysis:
 
     def _column(self, raw: Ids, marks: Ids | None) -> str:
         """A column as pieces of one class each."""
-        unit = self.state.unit[raw]
+        unit = self.state.unit[self.state.units.first_names(raw)]
         still = {True: -2, False: -1}
         kinds = [
             self.state.colour[u] if self._moves(u) else still[bool(r == NOTHING)]
@@ -242,7 +242,7 @@ class Analysis:
         """Columns along the same dimensions, where every combination of their units is there once."""
         factors: dict[str, Ids] = {}
         for raw in columns:
-            unit = self.state.unit[raw]
+            unit = self.state.unit[self.state.units.first_names(raw)]
             c = int(self.state.colour[unit[0]])
             if not self._moves(unit[0]) or (self.state.colour[unit] != c).any():
                 return ""
@@ -352,7 +352,7 @@ class Analysis:
 
     def _names(self, labels: Labels, image: Ids) -> tuple[Ids, Ids]:
         """For every position a number for what is there, and for what is there once the units have moved."""
-        raw = [c.reshape(-1).numpy() for c in labels.columns]
+        raw = [self.state.units.first_names(c.reshape(-1).numpy()) for c in labels.columns]
         units = [self.state.unit[r] for r in raw]
         still = [*(self._roles[r] for r in raw), *(c.reshape(-1).numpy() for c in labels.inert)]
         count = math.prod(labels.shape)

@@ -12,6 +12,8 @@ The changes of basis are terms (group, size, copies):
 - C: a complex number for each of `size` planes that a rotary embedding turns, each at a frequency of its own.
 - U: a rotation for each of `size` such planes.
 - GLC: all invertible complex matrices of the size, for planes of one frequency.
+- R: a positive scale for each of `size` units. An activation between is positively homogeneous, a gain meets what reads
+  it, or units are multiplied by each other.
 
 Their dimensions are independent of signs and permutations, which are not continuous.
 
@@ -40,6 +42,7 @@ _DIMENSIONS: dict[str, Callable[[int], int]] = {
     "C": lambda n: 2 * n,
     "U": lambda n: n,
     "GLC": lambda n: 2 * n * n,
+    "R": lambda n: n,
 }
 
 
@@ -71,9 +74,6 @@ class Network:
 
 # ------------------------------------------------------------------------------------ redundancies
 
-SCALES = "positive scales around ReLU"
-NEXT_GAIN = "gain that the next layer can take over"
-GAIN_BEFORE = "gain that the layer before can take over"
 NEXT_BIAS = "bias that the next bias can take over"
 BIAS_BEFORE = "bias that the shift of the norm can take over"
 ROTATIONS = "rotations of the stream, once the next layers have taken over its gains"
@@ -82,13 +82,11 @@ KEYS = "key bias behind a softmax"
 VALUES = "value bias that the output bias can take over"
 WRITERS = "mean of what writes to the stream of a LayerNorm: a weight per input, and a bias"
 READERS = "mean that what reads behind a LayerNorm does not see: a weight per output"
-GATED = "scale of the gated branch"
 ADDED = "one of two terms that are added"
 SHIFT = "common shift behind a softmax"
 STREAM = "scale of the residual stream"
 NORMALIZED = "scale of what is divided by its norm"
 CELL = "one of the two biases of a recurrent cell"
-DEPTHWISE = "scale of a channel between layers that are both linear"
 PRODUCT = "scale of one factor of a product that the other can take over"
 
 # ------------------------------------------------------------------------------------ parts
@@ -677,16 +675,15 @@ NETWORKS: dict[str, Network] = {
     "bilinear form": Network(BilinearForm, vectors(5, 6), (("GL", 3, 1),)),
     "bilinear layer on two maps": Network(BilinearLayer, vectors(4, 5), (("GL", 2, 1), ("GL", 3, 1))),
     # Perceptrons: permutations, and scales where the activation is homogeneous.
-    "MLP, ReLU": Network(perceptron(nn.ReLU), vectors(3), (), {SCALES: 5}),
+    "MLP, ReLU": Network(perceptron(nn.ReLU), vectors(3), (("R", 5, 1),)),
     "MLP, two hidden layers of ReLU": Network(
         lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)),
         vectors(3),
-        (),
-        {SCALES: 5 + 4},
+        (("R", 5, 1), ("R", 4, 1)),
         seed=3,
     ),
-    "MLP, leaky ReLU": Network(perceptron(nn.LeakyReLU), vectors(3), (), {SCALES: 5}),
-    "MLP, PReLU": Network(perceptron(nn.PReLU), vectors(3), (), {SCALES: 5}),
+    "MLP, leaky ReLU": Network(perceptron(nn.LeakyReLU), vectors(3), (("R", 5, 1),)),
+    "MLP, PReLU": Network(perceptron(nn.PReLU), vectors(3), (("R", 5, 1),)),
     "MLP, GELU": Network(perceptron(nn.GELU), vectors(3)),
     "MLP, tanh": Network(perceptron(nn.Tanh), vectors(3)),
     "MLP, SiLU": Network(perceptron(nn.SiLU), vectors(3)),
@@ -696,17 +693,12 @@ NETWORKS: dict[str, Network] = {
     "MLP, exponential": Network(
         perceptron(Exponential), vectors(3), (), {"bias in an exponential that the next layer can take over": 5}
     ),
-    "MLP, square": Network(
-        lambda: mlp(3, 3, 6, act=Square), vectors(3), (), {"scale of what is squared, which the next layer can undo": 3}
-    ),
+    "MLP, square": Network(lambda: mlp(3, 3, 6, act=Square), vectors(3), (("R", 3, 1),)),
     "squares behind one output": Network(
         lambda: nn.Sequential(nn.Linear(4, 3, bias=False), Square(), nn.Linear(3, 1)),
         vectors(4),
-        (),
-        {
-            "scale of what is squared, which the next layer can undo": 3,
-            "rotations of what is squared, with the signs of the last weights": 3,
-        },
+        (("R", 3, 1),),
+        {"rotations of what is squared, with the signs of the last weights": 3},
     ),
     "MLP, softmax": Network(lambda: nn.Sequential(mlp(3, 5, 4), nn.Softmax(-1)), vectors(3), (), {SHIFT: 5 + 1}),
     "MLP, weight norm": Network(
@@ -715,9 +707,7 @@ NETWORKS: dict[str, Network] = {
         (),
         {NORMALIZED: 5},
     ),
-    "bilinear gated MLP": Network(
-        lambda: Gated(4, 2, nn.Identity(), bias=False), vectors(4), (), {PRODUCT: 2, GATED: 2}
-    ),
+    "bilinear gated MLP": Network(lambda: Gated(4, 2, nn.Identity(), bias=False), vectors(4), (("R", 2, 2),)),
     # Residual streams.
     "residual without norms": Network(
         lambda: nn.Sequential(
@@ -729,7 +719,7 @@ NETWORKS: dict[str, Network] = {
     "bottleneck in a residual": Network(
         lambda: stream(nn.Sequential(*linear(4, 2, 4))), vectors(6), (("O", 4, 1), ("GL", 2, 1))
     ),
-    "SwiGLU": Network(lambda: stream(Gated(4, 5, nn.SiLU(), bias=True)), vectors(6), (("O", 4, 1),), {GATED: 5}),
+    "SwiGLU": Network(lambda: stream(Gated(4, 5, nn.SiLU(), bias=True)), vectors(6), (("O", 4, 1), ("R", 5, 1))),
     "mixture of experts": Network(lambda: stream(Experts(4)), vectors(6), (("O", 4, 1),), {SHIFT: 4 + 1}),
     "two streams, one behind the other": Network(
         lambda: nn.Sequential(
@@ -742,15 +732,15 @@ NETWORKS: dict[str, Network] = {
     # Transformers.
     "RMSNorm": Network(transformer, SEQUENCES, (("O", 4, 1), _HEADS)),
     "RMSNorm, fixed gains of one": Network(lambda: transformer(FixedGains), SEQUENCES, (("O", 4, 1), _HEADS)),
-    "RMSNorm, gains": Network(lambda: transformer(rms_gain), SEQUENCES, (_HEADS,), {NEXT_GAIN: 3 * 4, ROTATIONS: 6}),
+    "RMSNorm, gains": Network(lambda: transformer(rms_gain), SEQUENCES, (_HEADS, ("R", 4, 3)), {ROTATIONS: 6}),
     "RMSNorm, no epsilon": Network(
         lambda: transformer(lambda n: rms(n, eps=0.0)), SEQUENCES, (("O", 4, 1), _HEADS), {STREAM: 1}
     ),
     "RMSNorm, layer scale": Network(
         lambda: nn.Sequential(nn.Linear(6, 4), Residual(rms(4), LayerScale(Attention(4), 4)), rms(4), nn.Linear(4, 3)),
         SEQUENCES,
-        (_HEADS,),
-        {GAIN_BEFORE: 4, TURNS: 6},
+        (_HEADS, ("R", 4, 1)),
+        {TURNS: 6},
     ),
     "LayerNorm": Network(
         lambda: transformer(layer_norm, 5),
@@ -761,11 +751,10 @@ NETWORKS: dict[str, Network] = {
     "LayerNorm, gains and biases": Network(
         lambda: transformer(layer_norm_affine, 5, bias="qkvo"),
         SEQUENCES,
-        (_HEADS,),
+        (_HEADS, ("R", 5, 3)),
         {
             WRITERS: (6 + 1) + (6 + 1) + (5 + 1),
             READERS: 3 * 6 + 5 + 3,
-            NEXT_GAIN: 3 * 5,
             NEXT_BIAS: 3 * 5,
             ROTATIONS: 6,
             KEYS: 6,
@@ -785,8 +774,7 @@ NETWORKS: dict[str, Network] = {
             *(PostNorm(rms_gain(4), mlp(4)), nn.Linear(4, 3)),
         ),
         SEQUENCES,
-        (_HEADS,),
-        {NEXT_GAIN: 4},  # Only the last norm is not read by a residual.
+        (_HEADS, ("R", 4, 1)),  # Only the gains of the last norm are not read by a residual.
     ),
     "post-norm, LayerNorm": Network(
         lambda: nn.Sequential(
@@ -897,7 +885,7 @@ NETWORKS: dict[str, Network] = {
         lambda: attentive(norm=rms), SEQUENCES, (("O", 4, 1), ("O", 3, 2), ("GL", 3, 2))
     ),
     "norms of queries and keys, gains": Network(
-        lambda: attentive(norm=rms_gain), SEQUENCES, (("O", 4, 1), ("GL", 3, 2)), {PRODUCT: 3}
+        lambda: attentive(norm=rms_gain), SEQUENCES, (("O", 4, 1), ("GL", 3, 2), ("R", 3, 1))
     ),
     "norms of queries and keys, rotary": Network(
         lambda: attentive(5, size=4, norm=rms, frequencies=(1.0, 0.3)),
@@ -1019,8 +1007,8 @@ NETWORKS: dict[str, Network] = {
     "conv, BatchNorm, ReLU": Network(
         lambda: nn.Sequential(nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3)),
         IMAGES,
-        (),
-        {SCALES: 3, GAIN_BEFORE: 3, BIAS_BEFORE: 3},
+        (("R", 3, 2),),
+        {BIAS_BEFORE: 3},
         seed=5,
     ),
     "BatchNorm by statistics of the batch": Network(
@@ -1051,8 +1039,7 @@ NETWORKS: dict[str, Network] = {
             nn.Conv2d(4, 5, 1, bias=False), nn.Conv2d(5, 5, 3, groups=5, bias=False), nn.Conv2d(5, 3, 1)
         ),
         IMAGES,
-        (),
-        {DEPTHWISE: 2 * 5},
+        (("R", 5, 2),),
     ),
     "GroupNorm of a linear layer": Network(
         lambda: nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(2, 8, eps=0.1, affine=False), nn.Linear(8, 3)),
@@ -1110,6 +1097,6 @@ NETWORKS: dict[str, Network] = {
     ),
     "linear recurrence": Network(lambda: LinearRecurrence(diagonal=False), (_example(4, 5, 4),), (("GL", 3, 1),)),
     "linear recurrence, diagonal": Network(
-        lambda: LinearRecurrence(diagonal=True), (_example(4, 5, 4),), (), {"scale of a state": 3}
+        lambda: LinearRecurrence(diagonal=True), (_example(4, 5, 4),), (("R", 3, 1),)
     ),
 }

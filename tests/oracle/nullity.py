@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from fxmerge import Symmetry
 from fxmerge.units.basis import Basis
 from fxmerge.units.kind import Kind
+from fxmerge.units.scaling import Scaling
 from tests.oracle.generator import Recipe, build
 
 THRESHOLD = 1e-9
@@ -102,13 +103,14 @@ def _drawn(model: nn.Module, generator: torch.Generator) -> tuple[nn.Module, dic
 
 
 def orbit(symmetry: Symmetry, model: nn.Module) -> int:
-    """The number of directions in which changes of basis move the parameters of a network.
+    """The number of directions in which changes of basis and scales move the parameters of a network.
 
-    It is less than `symmetry.dimension()` where matrices other than the identity change nothing: where a class has more
-    units than what writes them can tell apart.
+    Scales that move a buffer, which is a constant to `nullity`, do not count. The number is less than
+    `symmetry.dimension()` where matrices other than the identity change nothing: where a class has more units than
+    what writes them can tell apart.
     """
     state, parameters = model.state_dict(), {name for name, _ in model.named_parameters()}
-    moved = sorted({own.axis.parameter for axes in symmetry.mixed for own in axes} & parameters)
+    moved = sorted({own.axis.parameter for axes in (*symmetry.mixed, *symmetry.scaled) for own in axes} & parameters)
     directions = [torch.zeros(sum(state[name].numel() for name in moved), 0, dtype=torch.float64)]
     for number, matrices in symmetry.identity_basis().matrices.items():
 
@@ -119,6 +121,19 @@ def orbit(symmetry: Symmetry, model: nn.Module) -> int:
         frame = _tangent(symmetry.kind(number), matrices.shape[-1])
         own = torch.autograd.functional.jacobian(act, torch.zeros_like(matrices))
         directions += list((own.flatten(-2) @ frame).unbind(1))
+    for number, kind in enumerate(symmetry.kinds):
+        signs = len(kind.signs)
+        ones = torch.ones(signs + len(kind.stretches), symmetry.units[number].size, dtype=torch.float64)
+        for k, one in enumerate(kind.stretches, start=signs):
+            if {parameter for parameter, *_ in one} <= parameters:
+
+                def stretch(step: Tensor, number: int = number, k: int = k, ones: Tensor = ones) -> Tensor:
+                    factors = torch.cat([ones[:k], ones[k : k + 1] + step, ones[k + 1 :]])
+                    after = Scaling(symmetry.scaled, {number: factors}).apply(state)
+                    return torch.cat([after[name].flatten() for name in moved])
+
+                own = torch.autograd.functional.jacobian(stretch, torch.zeros_like(ones[:1]))
+                directions.append(own[:, 0])
     return int(torch.linalg.matrix_rank(torch.cat(directions, 1), rtol=THRESHOLD)) if moved else 0
 
 

@@ -16,7 +16,18 @@ from fxmerge.symmetry.rules import (
     users,
     vision,
 )
-from fxmerge.symmetry.rules.registry import Lookup, Rule, Site, Value, contracts, find_rule, mixes, multiplied, rule
+from fxmerge.symmetry.rules.registry import (
+    Lookup,
+    Rule,
+    Site,
+    Value,
+    contracts,
+    find_rule,
+    mixes,
+    multiplied,
+    rule,
+    weighs,
+)
 
 __all__ = [
     "Lookup",
@@ -42,4 +53,5 @@ __all__ = [
     "rule",
     "users",
     "vision",
+    "weighs",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry import mixing
+from fxmerge.symmetry import mixing, weighing
 from fxmerge.symmetry.columns import Shape, axis_column, core, support
 from fxmerge.symmetry.labels import Labels, move, reduce, rows_apart, sum_over
 from fxmerge.symmetry.rules.movement import pad
@@ -32,6 +32,7 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
         return Labels(tuple(size[letter] for letter in out), is_zero=True)
     labels = [at.labels(x) for x in operands]
     at.mix(mixing.contracted, *labels, terms=terms, out=out)
+    at.weigh(weighing.contracted, *labels, terms=terms, out=out)
     space = out + "".join(letter for letter in size if letter not in out)
     shape = tuple(size[letter] for letter in space)
     result, aligned = Labels(shape), [_align(at, x, term, space, shape) for x, term in zip(labels, terms, strict=True)]
@@ -54,7 +55,8 @@ def contract(at: Site, operands: Sequence[Operand], terms: Sequence[str], out: s
     result = reduce(at.units, result, range(len(out), len(space)), at.name)
     for x in aligned:
         at.mix(mixing.passed, x, result)
-    return result
+    ones = [1] * len(aligned)
+    return at.product(result, *aligned, signs=ones, scales=ones)
 
 
 def _align(at: Site, x: Labels, term: str, space: str, shape: Shape) -> Labels:
@@ -91,7 +93,7 @@ def _consume(at: Site, x: Labels, dims: Sequence[int]) -> None:
             at.units.contract(distinct(core(column, support(column)).numpy()))
 
 
-@rule("einsum", contracts=True, lifts="contracts", mixes=True)
+@rule("einsum", contracts=True, lifts="contracts", mixes=True, weighs=True)
 def einsum(at: Site, equation: str, operands: Sequence[Operand], **kwargs: Any) -> Labels:
     left, _, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
@@ -108,7 +110,7 @@ def einsum(at: Site, equation: str, operands: Sequence[Operand], **kwargs: Any) 
     return contract(at, operands, full, out.replace("...", dots))
 
 
-@rule("linear", contracts=True, adds="bias", lifts="contracts", mixes=True)
+@rule("linear", contracts=True, adds="bias", lifts="contracts", mixes=True, weighs=True)
 def linear(at: Site, x: Operand, weight: Operand, bias: Operand | None = None) -> Labels:
     batch = string.ascii_lowercase[: len(x.shape) - 1]
     if len(weight.shape) == 1:
@@ -119,11 +121,13 @@ def linear(at: Site, x: Operand, weight: Operand, bias: Operand | None = None) -
 def _plus(at: Site, y: Labels, bias: Operand | None) -> Labels:
     """A sum of products and what is added to it."""
     if bias is not None and not is_zero(bias):
-        at.mix(mixing.summed, y, bias.expand(y.shape))
+        shift = bias.expand(y.shape)
+        at.mix(mixing.summed, y, shift)
+        at.weigh(weighing.tied, y, shift)
     return at.join(y, bias)
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", contracts=True, lifts="contracts", mixes=True)
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", contracts=True, lifts="contracts", mixes=True, weighs=True)
 def matmul(at: Site, a: Operand, b: Operand, *args: Any, **kwargs: Any) -> Labels:
     batch = string.ascii_lowercase[: max(len(a.shape), len(b.shape), 2) - 2]
     term_a = "K" if len(a.shape) == 1 else batch[len(batch) - len(a.shape) + 2 :] + "MK"
@@ -131,7 +135,7 @@ def matmul(at: Site, a: Operand, b: Operand, *args: Any, **kwargs: Any) -> Label
     return contract(at, [a, b], [term_a, term_b], batch + "M" * (len(a.shape) > 1) + "N" * (len(b.shape) > 1))
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm", contracts=True, adds="self", mixes=True)
+@rule("addmm", "baddbmm", "addmv", "addbmm", contracts=True, adds="self", mixes=True, weighs=True)
 def addmm(at: Site, bias: Operand, a: Operand, b: Operand, **kwargs: Any) -> Labels:
     if at.target._schema.name == "aten::addbmm":
         return _plus(at, contract(at, [a, b], ["bMK", "bKN"], "MN"), bias)
@@ -149,13 +153,13 @@ def matrix_function(at: Site, x: Labels) -> Labels:
     return powers
 
 
-@rule("bilinear", contracts=True, adds="bias", mixes=True)
+@rule("bilinear", contracts=True, adds="bias", mixes=True, weighs=True)
 def bilinear(at: Site, x: Operand, y: Operand, weight: Operand, bias: Operand | None = None) -> Labels:
     batch = string.ascii_lowercase[: len(x.shape) - 1]
     return _plus(at, contract(at, [x, y, weight], [batch + "I", batch + "J", "OIJ"], batch + "O"), bias)
 
 
-@rule("conv1d", "conv2d", "conv3d", contracts=True, adds="bias", mixes=True)
+@rule("conv1d", "conv2d", "conv3d", contracts=True, adds="bias", mixes=True, weighs=True)
 def conv(
     at: Site,
     x: Operand,
@@ -208,7 +212,7 @@ def _windows(
     return apart(at, x, kernel, stride, at.shape[-spatial:])
 
 
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", contracts=True, adds="bias", mixes=True)
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", contracts=True, adds="bias", mixes=True, weighs=True)
 def conv_transpose(
     at: Site,
     x: Operand,
@@ -253,7 +257,7 @@ def _touching(at: Site, x: Labels, w: Labels, bias: Operand | None) -> Labels:
     return _biased(at, contract(at, [x, w], [n + "gi" + space, "gio" + taps], out).reshape(at.shape), bias, spatial)
 
 
-@rule("convolution", contracts=True, adds="bias", mixes=True)
+@rule("convolution", contracts=True, adds="bias", mixes=True, weighs=True)
 def convolution(
     at: Site,
     x: Operand,
@@ -292,6 +296,7 @@ def _convolve(
         y = contract(at, [x, w], [n + "gi" + letters + taps, order + taps], n + "go" + letters).reshape(at.shape)
     else:
         at.mix(mixing.looked_up, x, dims=range(x.ndim - spatial, x.ndim))
+        at.weigh(weighing.fixed, x, dims=range(x.ndim - spatial, x.ndim))
         # Every place of the output sees a window of its own, so of space it is only known that places differ: or, where
         # units lie along it, that places, kernel and output may be reversed together.
         ends = [end if alike else None for end, alike in zip(two_ends(at, x, spatial), even, strict=True)]

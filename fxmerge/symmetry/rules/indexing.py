@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from fxmerge.symmetry import mixing
+from fxmerge.symmetry import mixing, weighing
 from fxmerge.symmetry.columns import Shape, core, shrink, support
 from fxmerge.symmetry.deferred import Chosen, Deferred, Index, Order, look_up, sorted_by, take_along
 from fxmerge.symmetry.labels import Labels, inert, move, pin, reduce
@@ -21,7 +21,7 @@ from fxmerge.symmetry.rules.registry import Site, rule
 Operand = Labels | Deferred | Tensor
 
 
-@rule("index", "_unsafe_index", takes=True, mixes=True)
+@rule("index", "_unsafe_index", takes=True, mixes=True, weighs=True)
 def index(at: Site, x: Operand, indices: Sequence[Operand | None]) -> Labels | Deferred:
     if not isinstance(x, Index):
         indices = [i.names() if isinstance(i, Order) and i.names_places else i for i in indices]
@@ -47,9 +47,13 @@ def _index(at: Site, x: Labels | Tensor, indices: Sequence[Labels | Tensor | Non
     """`first` is how many dimensions there are before those that the op knows of."""
     if not any(isinstance(i, Labels) for i in indices):
         fixed = [i.to("cpu") if isinstance(i, Tensor) else None for i in indices]
+        if sum(i is not None for i in fixed) > 1:  # Units along two dimensions may meet.
+            at.weigh(weighing.still, x)
         return _chosen(at, x, lambda c: torch.ops.aten.index(c, fixed))
     labels = at.labels(x)
-    at.mix(mixing.looked_up, labels, dims=[d + first for d, i in enumerate(indices) if i is not None])
+    dims = [d + first for d, i in enumerate(indices) if i is not None]
+    at.mix(mixing.looked_up, labels, dims=dims)
+    at.weigh(weighing.fixed, labels, dims=dims)
     chosen = {d: i for d, i in enumerate(_without_masks(indices)) if i is not None}
     found = torch.broadcast_shapes(*(i.shape for i in chosen.values()))
     if len(chosen) == 1:
@@ -93,7 +97,7 @@ def _named_part(at: Site, table: Labels, dim: int, by: Index) -> Labels | None:
     return move(at.units, table, lambda c: c.narrow(dim, 0, by.count), shape, at.name)
 
 
-@rule("index_select", takes=True, mixes=True)
+@rule("index_select", takes=True, mixes=True, weighs=True)
 def index_select(at: Site, x: Operand, dim: int, chosen: Operand) -> Labels | Deferred:
     return index(at, x, [None] * (dim % len(x.shape)) + [chosen])
 
@@ -110,7 +114,7 @@ def one_hot(at: Site, x: Operand, classes: int = -1) -> Labels:
     return at.join(values.reshape((*values.shape, 1)), inert(at.shape, [len(at.shape) - 1]), at.shape)
 
 
-@rule("embedding", takes=True, mixes=True)
+@rule("embedding", takes=True, mixes=True, weighs=True)
 def embedding(at: Site, weight: Operand, chosen: Operand, *args: Any, **kwargs: Any) -> Labels | Deferred:
     return index(at, weight, [chosen])
 

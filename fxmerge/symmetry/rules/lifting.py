@@ -18,7 +18,7 @@ from fxmerge.symmetry.labels import join as join_labels
 from fxmerge.symmetry.rules.contraction import use_apart
 from fxmerge.symmetry.rules.random import draws
 from fxmerge.symmetry.rules.registry import LIFTS, TAKES, Rule, Site, Value
-from fxmerge.symmetry.units import UnitGraph
+from fxmerge.symmetry.units import Ids, UnitGraph
 
 Lifted = Index | Chosen
 
@@ -152,10 +152,17 @@ def _blank(x: Any) -> Any:
     return Labels(tuple(x.shape)) if isinstance(x, (Labels, Tensor)) else x
 
 
+class _Scratch(UnitGraph):
+    """A unit graph to see where units go, under the names that they have."""
+
+    def rename(self, ids: Ids) -> Ids:
+        return ids
+
+
 def _places(rule: Rule, at: Site, args: Any, kwargs: Any, x: Lifted) -> list[Tensor] | None:
     """At every position of each output, which number of its source chose what is there; None where that is unclear."""
     by = x if isinstance(x, Index) else x.by
-    scratch = UnitGraph()
+    scratch = _Scratch()
     scratch.fresh(by.source.count, ("place",))
     if by.source.count > 1 and not support(by.place):
         return None

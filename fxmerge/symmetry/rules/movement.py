@@ -8,10 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry import mixing
+from fxmerge.symmetry import mixing, weighing
 from fxmerge.symmetry.columns import Shape, axis_column, compact, core, shrink, spread, support
 from fxmerge.symmetry.deferred import Deferred, Index
 from fxmerge.symmetry.labels import MAX_INERT, Labels, diagonals, move, prune, reduce
@@ -23,12 +24,13 @@ from fxmerge.symmetry.units import NOTHING, distinct
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze"),
     lifts="views",
     mixes=True,
+    weighs=True,
 )
 def view(at: Site, x: Labels, *args: Any) -> Labels:
     return diagonals(at.units, x.reshape(at.shape), at.name)
 
 
-@rule("expand", "expand_as", "broadcast_to", lifts="aligns", mixes=True)
+@rule("expand", "expand_as", "broadcast_to", lifts="aligns", mixes=True, weighs=True)
 def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return x.expand(at.shape)
 
@@ -41,6 +43,7 @@ def expand(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "as_strided", "fft_fftshift", "fft_ifftshift"),
     lifts="moves",
     mixes=True,
+    weighs=True,
 )
 def movement(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     return move(at.units, x, on_columns(at.target, *args, **kwargs), at.shape, at.name)
@@ -81,6 +84,7 @@ def diagonal(at: Site, x: Labels, *args: Any, **kwargs: Any) -> Labels:
     *("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split"),
     lifts="moves",
     mixes=True,
+    weighs=True,
 )
 def split(at: Site, x: Labels, *args: Any, **kwargs: Any) -> list[Labels]:
     def piece(i: int) -> Callable[[Tensor], Tensor]:
@@ -109,7 +113,10 @@ def assemble(
     one unit, or equal constants, may come in through two of them; parts that are the same tensor are alike.
     """
 
-    at.mix(mixing.assembled, *(p for p in parts if not is_zero(p)), dims=dims)
+    parts = _under_one_name(at, parts)
+    filled = [p for p in parts if not is_zero(p)]
+    at.mix(mixing.assembled, *filled, dims=dims)
+    at.weigh(weighing.tied, *filled, dims=dims)
 
     def kind(column: Tensor) -> tuple[int, ...]:
         return tuple(d for d in support(column) if d not in dims)
@@ -152,6 +159,22 @@ def assemble(
     return Labels(at.shape, tuple(columns), prune([f for f in factors if support(f)], columns))
 
 
+def _under_one_name(at: Site, parts: Sequence[Labels | Tensor]) -> list[Labels | Tensor]:
+    """Parts in which no unit has two names. Units that would have two change neither their signs nor their scales."""
+    columns = [c for p in parts if isinstance(p, Labels) for c in p.columns]
+    ids = distinct(np.concatenate([np.zeros(0, np.int64), *(compact(c).numpy().reshape(-1) for c in columns)]))
+    if len(distinct(at.units.first_names(ids))) == len(ids):
+        return list(parts)
+    at.weigh(weighing.still, *parts)
+
+    def first(column: Tensor) -> Tensor:
+        dims = support(column)
+        return spread(torch.from_numpy(at.units.first_names(core(column, dims).numpy())), tuple(column.shape), dims)
+
+    named = {id(p): replace(p, columns=tuple(map(first, p.columns))) for p in parts if isinstance(p, Labels)}
+    return [named.get(id(p), p) for p in parts]
+
+
 def _lend(parts: list[Labels], kind: Callable[[Tensor], tuple[int, ...]]) -> list[Labels]:
     """Gives a column that all parts with one of its kind share to the parts that are uniform along it: padding."""
     for k in {kind(c) for x in parts for c in x.columns} - {()}:
@@ -174,7 +197,7 @@ def _value(part: Labels | Tensor) -> object:
     return "tensor", id(part)
 
 
-@rule("cat", "concat", "concatenate", takes=True, mixes=True)
+@rule("cat", "concat", "concatenate", takes=True, mixes=True, weighs=True)
 def cat(at: Site, tensors: Sequence[Labels | Deferred | Tensor], dim: int = 0) -> Labels | Index:
     numbers = [t for t in tensors if isinstance(t, Index)]
     if len(numbers) == len(tensors) and len({i.count for i in numbers}) == 1:
@@ -190,7 +213,7 @@ def in_a_row(at: Site, tensors: Sequence[Labels | Tensor], dim: int) -> Labels:
     return assemble(at, parts, lambda columns: torch.cat(columns, dim), [dim])
 
 
-@rule("stack", mixes=True)
+@rule("stack", mixes=True, weighs=True)
 def stack(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
     dim %= len(at.shape)
     one: Shape = (*at.shape[:dim], 1, *at.shape[dim + 1 :])
@@ -198,7 +221,7 @@ def stack(at: Site, tensors: Sequence[Labels | Tensor], dim: int = 0) -> Labels:
     return in_a_row(at, [thin[id(t)] for t in tensors], dim)
 
 
-@rule("constant_pad_nd", "pad", mixes=True)
+@rule("constant_pad_nd", "pad", mixes=True, weighs=True)
 def pad(at: Site, x: Labels, widths: Sequence[int], *args: Any) -> Labels:
     """Constant padding is a cat with constants, a negative width a slice; other modes are movements."""
     mode, value = (args[0], (*args[1:], None)[0]) if args and isinstance(args[0], str) else ("constant", (*args, 0)[0])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry import mixing
+from fxmerge.symmetry import mixing, weighing
 from fxmerge.symmetry.columns import spread, support
 from fxmerge.symmetry.labels import Labels, join, move, pin, reduce, reduces_evenly
 from fxmerge.symmetry.rules.reduction import reduce_to
@@ -83,6 +83,7 @@ def _over_space(
         ends: as of `two_ends`, where the output is reversed if the input is.
     """
     at.mix(mixing.looked_up, x, dims=range(x.ndim - spatial, x.ndim))
+    at.weigh(weighing.fixed, x, dims=range(x.ndim - spatial, x.ndim))
     ends = [None] * spatial if ends is None else ends
     space = range(len(shape) - spatial, len(shape))
     over = range(x.ndim - spatial, x.ndim)
@@ -96,6 +97,7 @@ def _pooled(at: Site, x: Labels, kernel: Any, stride: Any, shape: tuple[int, ...
         return _over_space(at, x, shape, spatial)
     size, steps = ([int(k) for k in np.broadcast_to(v, spatial)] for v in (kernel, stride))
     at.mix(mixing.looked_up, x, dims=range(x.ndim - spatial, x.ndim))
+    at.weigh(weighing.fixed, x, dims=range(x.ndim - spatial, x.ndim))
     seen = apart(at, x, size, stride, shape[-spatial:])
     if seen is not None:
         return reduce(at.units, seen, range(-spatial, 0), at.name)
@@ -104,10 +106,17 @@ def _pooled(at: Site, x: Labels, kernel: Any, stride: Any, shape: tuple[int, ...
     return _over_space(at, x, shape, spatial, ends)
 
 
+def _of_maxima(at: Site, x: Labels) -> None:
+    """A maximum is the same one as long as all numbers have positive scales; the second output tells where it is."""
+    if "max" in at.target._schema.name:
+        at.weigh(weighing.still if 1 in at.used else weighing.positive, x)
+
+
 def _pool(spatial: int) -> Any:
     def apply(at: Site, x: Labels, kernel: Any, stride: Any = (), padding: Any = 0, *more: Any) -> Any:
         shapes = at.shape if isinstance(at.shape, list) else [at.shape]
         dilation = more[0] if more and "max" in at.target._schema.name else 1
+        _of_maxima(at, x)
         if 1 in at.used or np.any(padding) or np.any(np.not_equal(dilation, 1)):
             y = _over_space(at, x, shapes[0], spatial)
         else:
@@ -124,16 +133,17 @@ def _resample(spatial: int) -> Any:
     return apply
 
 
-rule("avg_pool1d", "max_pool1d", "max_pool1d_with_indices", mixes=("avg_pool1d",))(_pool(1))
-rule("avg_pool2d", "max_pool2d", "max_pool2d_with_indices", mixes=("avg_pool2d",))(_pool(2))
-rule("avg_pool3d", "max_pool3d", "max_pool3d_with_indices", mixes=("avg_pool3d",))(_pool(3))
-rule("upsample_nearest1d", "upsample_linear1d", mixes=True)(_resample(1))
+rule("avg_pool1d", "max_pool1d", "max_pool1d_with_indices", mixes=("avg_pool1d",), weighs=True)(_pool(1))
+rule("avg_pool2d", "max_pool2d", "max_pool2d_with_indices", mixes=("avg_pool2d",), weighs=True)(_pool(2))
+rule("avg_pool3d", "max_pool3d", "max_pool3d_with_indices", mixes=("avg_pool3d",), weighs=True)(_pool(3))
+rule("upsample_nearest1d", "upsample_linear1d", mixes=True, weighs=True)(_resample(1))
 rule(
     *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d"),
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
     mixes=True,
+    weighs=True,
 )(_resample(2))
-rule("upsample_nearest3d", "upsample_trilinear3d", mixes=True)(_resample(3))
+rule("upsample_nearest3d", "upsample_trilinear3d", mixes=True, weighs=True)(_resample(3))
 
 
 @rule("fractional_max_pool2d")
@@ -153,6 +163,8 @@ def _adaptive(spatial: int) -> Any:
     def apply(at: Site, x: Labels, size: Any, *args: Any) -> Any:
         several = isinstance(at.shape, list)
         shape = at.shape[0] if several else at.shape
+        at.weigh(weighing.fixed, x, dims=range(x.ndim - spatial, x.ndim))
+        _of_maxima(at, x)
         if 1 in at.used:  # The second output is an index into space.
             x = pin(at.units, x, f"{at.name}: index into space", range(-spatial, 0))
         if shape == x.shape:
@@ -170,6 +182,6 @@ def _adaptive(spatial: int) -> Any:
 
 
 _MEANS = ("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool3d")
-rule("adaptive_avg_pool1d", "adaptive_max_pool1d", mixes=("adaptive_avg_pool1d",))(_adaptive(1))
-rule("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", mixes=_MEANS)(_adaptive(2))
-rule("adaptive_avg_pool3d", "_adaptive_avg_pool3d", "adaptive_max_pool3d", mixes=_MEANS)(_adaptive(3))
+rule("adaptive_avg_pool1d", "adaptive_max_pool1d", mixes=("adaptive_avg_pool1d",), weighs=True)(_adaptive(1))
+rule("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", mixes=_MEANS, weighs=True)(_adaptive(2))
+rule("adaptive_avg_pool3d", "_adaptive_avg_pool3d", "adaptive_max_pool3d", mixes=_MEANS, weighs=True)(_adaptive(3))

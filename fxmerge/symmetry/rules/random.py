@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fxmerge.symmetry import mixing
+from fxmerge.symmetry import mixing, weighing
 from fxmerge.symmetry.labels import Labels, inert
 from fxmerge.symmetry.rules.registry import Site, rule
 
@@ -25,11 +25,13 @@ def draws(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "native_dropout"),
     lifts="copies",
     mixes=True,
+    weighs=True,
 )
 def dropout(at: Site, x: Labels, rate: float, train: bool | None) -> Any:
     """In training, every place is dropped or kept by itself."""
     if train and rate:
         at.mix(mixing.separate, x)
+        at.weigh(weighing.still, x)
     shapes = at.shape if isinstance(at.shape, list) else [at.shape]
     y = at.join(x, inert(x.shape)) if train and rate else x
     return [y, inert(shapes[1])] if isinstance(at.shape, list) else y

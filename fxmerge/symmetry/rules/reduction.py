@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmerge.symmetry import mixing
+from fxmerge.symmetry import mixing, weighing
 from fxmerge.symmetry.columns import core, support
 from fxmerge.symmetry.deferred import Counts, Deferred, Index, Order
 from fxmerge.symmetry.deferred import sort as sort_index
@@ -33,6 +33,9 @@ def reduce_to(at: Site, x: Labels, dims: Dims, shape: tuple[int, ...]) -> Labels
         at.mix(mixing.measured, x, dims=gone, kind=Kind.CENTRED if name in _DEVIATIONS else Kind.ORTHOGONAL)
     elif at.node is None or summed_over(at.node.args[0]) is None:
         at.mix(mixing.averaged, x, dims=gone)
+    at.weigh(weighing.fixed, x, dims=gone)
+    if name in ("aten::amax", "aten::amin"):
+        at.weigh(weighing.positive, x)
     sum_over(at.units, x, set(gone))
     result = reduce(at.units, x, gone, at.name, keepdim=True)
     at.mix(mixing.passed, x, result)
@@ -44,7 +47,20 @@ _LENGTHS = (*_DEVIATIONS, "aten::norm", "aten::linalg_vector_norm")
 """The ops that give the length of a vector, as it is or around its mean."""
 
 
-@rule("sum", "mean", "nansum", "nanmean", "amax", "amin", "logsumexp", "prod", "any", "all", mixes=("sum", "mean"))
+@rule(
+    "sum",
+    "mean",
+    "nansum",
+    "nanmean",
+    "amax",
+    "amin",
+    "logsumexp",
+    "prod",
+    "any",
+    "all",
+    mixes=("sum", "mean"),
+    weighs=("sum", "mean", "amax", "amin"),
+)
 def reduction(at: Site, x: Labels, dims: Dims = None, *args: Any, dim: Dims = None, **kwargs: Any) -> Any:
     dims = dim if dims is None else dims
     if isinstance(at.shape, list):

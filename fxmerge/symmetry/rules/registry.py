@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
-from fxmerge.symmetry.columns import Shape
+from fxmerge.symmetry import weighing
+from fxmerge.symmetry.columns import Shape, core, spread, support
 from fxmerge.symmetry.deferred import Deferred
 from fxmerge.symmetry.labels import Labels, constant, join, move, pin, reduce
 from fxmerge.symmetry.mixing import Mix
 from fxmerge.symmetry.units import UnitGraph
+from fxmerge.symmetry.weighing import Coefficients
 
 Value = Any
 """What a node holds during propagation: `Labels`, a constant (tensor or scalar), or a sequence of these."""
@@ -59,6 +61,57 @@ class Site:
             what, [x if isinstance(x, Labels) else Labels((), uniform=frozenset()) for x in labels], how, self.name
         )
 
+    def weigh(self, what: Mix, *operands: Labels | Tensor | float, **how: Any) -> None:
+        """Records what the op says of signs and positive scales: see `fxmerge.symmetry.weighing`."""
+        if self.units.weighs and any(isinstance(x, Labels) and x.columns for x in operands):
+            labels = [x if isinstance(x, Labels) else Labels(getattr(x, "shape", ())) for x in operands]
+            self.units.record(what, labels, how, self.name)
+
+    def product(
+        self, result: Labels, *factors: Labels | Tensor | float, signs: Coefficients, scales: Coefficients
+    ) -> Labels:
+        """A result under new names where its signs and scales may be others than those of what it was computed from:
+        see `fxmerge.symmetry.weighing.product`, which this records.
+
+        Arguments:
+            result: with the units of its factors.
+            factors: of the shape of the result, or with further dimensions.
+        """
+        if not self.units.weighs:
+            return result
+        labels = [x if isinstance(x, Labels) else Labels(()) for x in factors]
+        alone = {p for x, *both in zip(labels, signs, scales, strict=True) if x.columns for p in both} <= {1, None}
+        changes = [s is not None or p is not None for s, p in zip(signs, scales, strict=True)]
+        supports = [[(c, set(support(c))) for c in x.columns] for x in labels]
+
+        def is_of_one(column: Tensor) -> bool:
+            """Whether the units of a column are under the names of the only factor with units there that may change."""
+            dims = set(support(column))
+            along = [[c for c, own in columns if own <= dims] for columns in supports]
+            if sum(map(bool, along)) < 2:
+                return True
+            changing = [columns for columns, may in zip(along, changes, strict=True) if may]
+            if sum(any(map(self._on_axis, columns)) for columns in changing) > 1:
+                return False
+            return len(changing) == len(along) or any(_is_equal(c, column) for columns in changing for c in columns)
+
+        after = result
+        if result.parameter is None:  # A parameter keeps its names, so that it is known which of its entries are used.
+            named = (c if alone and is_of_one(c) else self._renamed(c) for c in result.columns)
+            after = replace(result, columns=tuple(named))
+        self.weigh(weighing.product, after, *labels, signs=signs, scales=scales)
+        return after
+
+    def _on_axis(self, column: Tensor) -> bool:
+        """Whether the units of a column are those of an axis, not blocks: what has no axis has no exponent."""
+        first = core(column, support(column)).reshape(-1)[:1].numpy()
+        return str(self.units.origins[int(self.units.origin(first)[0])][0]) == "axis"
+
+    def _renamed(self, column: Tensor) -> Tensor:
+        dims = support(column)
+        ids = self.units.rename(core(column, dims).numpy())
+        return spread(torch.from_numpy(ids), tuple(column.shape), dims)
+
     def join(self, x: Labels, y: Labels | Tensor | None, shape: Shape | None = None) -> Labels:
         """`fxmerge.symmetry.labels.join` after broadcasting both to `shape` (by default that of x)."""
         if y is None:
@@ -79,6 +132,10 @@ class Site:
         return pin(self.units, x, self.name, dims)
 
 
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return support(a) == support(b) and torch.equal(core(a, support(a)), core(b, support(b)))
+
+
 def is_zero(x: Labels | Deferred | Tensor | float) -> bool:
     """Whether an operand is a constant of zeros."""
     return not (x.is_meta or bool(x.any())) if isinstance(x, Tensor) else isinstance(x, (int, float)) and x == 0
@@ -91,6 +148,8 @@ R = TypeVar("R", bound=Rule)
 _RULES: dict[str, Rule] = {}
 _MIXES: set[str] = set()
 """The ops whose rules record what units a change of basis may mix."""
+_WEIGHS: set[str] = set()
+"""The ops whose rules record what signs and positive scales units may have."""
 _CONTRACTIONS: dict[str, str] = {}
 """The ops that sum products, and the name in its schema of the operand that each only adds."""
 
@@ -109,6 +168,7 @@ def rule(
     lifts: str = "",
     takes: bool = False,
     mixes: bool | Collection[str] = False,
+    weighs: bool | Collection[str] = False,
 ) -> Callable[[R], R]:
     """Registers a rule for all overloads of the named ops (`"linear"` means `aten::linear`).
 
@@ -117,7 +177,8 @@ def rule(
     the ops sum products of their operands, so that they consume the units of these, but for the one that is only
     added, which `adds` names as the ops' schemas do. For `lifts` and `takes` see `LIFTS` and `TAKES`. `mixes` says that
     the rule records, for all ops or those named, what units a change of basis may mix: see `fxmerge.symmetry.mixing`.
-    The units that any other op touches are mixed with none.
+    The units that any other op touches are mixed with none. `weighs` says likewise that the rule records what signs and
+    positive scales units may have: see `fxmerge.symmetry.weighing`.
     """
 
     def register(function: R) -> R:
@@ -128,8 +189,9 @@ def rule(
             _RULES[full] = function
             if contracts:
                 _CONTRACTIONS[full] = adds
-        mixing = (names if mixes else ()) if isinstance(mixes, bool) else mixes
-        _MIXES.update(name if "::" in name else f"aten::{name}" for name in mixing)
+        for told, all_told in ((mixes, _MIXES), (weighs, _WEIGHS)):
+            telling = (names if told else ()) if isinstance(told, bool) else told
+            all_told.update(name if "::" in name else f"aten::{name}" for name in telling)
         return function
 
     return register
@@ -149,6 +211,12 @@ def find_rule(target: Any) -> Rule | None:
 def mixes(target: Any) -> bool:
     """Whether the rule for an op records what units a change of basis may mix."""
     return _name(target) in _MIXES
+
+
+def weighs(target: Any) -> bool:
+    """Whether the rule for an op records what signs and positive scales units may have."""
+    name = _name(target)
+    return name in _WEIGHS or (name not in _RULES and find_rule(target) is not None)  # One that is pointwise.
 
 
 def contracts(target: Any) -> bool:
