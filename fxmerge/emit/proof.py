@@ -54,21 +54,22 @@ class _Lowest(Runner):
         number, place = places_and_blocks(found, symmetry)
         given = {node for node, (kind, _) in found.program.sources.items() if kind == "input"}
         self.masks: dict[fx.Node, list[tuple[tuple[int, ...], Tensor]]] = {}
-        showing = set[fx.Node]()
+        after: dict[int, set[fx.Node]] = {n: set() for n in left_out}
         for node in found.program.graph.graph.nodes:
-            if given.isdisjoint(node.all_input_nodes):
+            before = node.all_input_nodes
+            if given.isdisjoint(before):
                 continue
             given.add(node)
             labels = found.labels.get(node.name)
             shown = [shown_by(c, number, place) for c in (labels.columns if labels is not None else ())]
-            shown = [own for own in shown if np.isin(own.number, list(left_out)).any()]
-            if shown or not showing.isdisjoint(node.all_input_nodes):
-                showing.add(node)
-            if shown and showing.isdisjoint(node.all_input_nodes):
-                self.masks[node] = [
-                    (own.dims, torch.from_numpy(sum((own.number == n) & np.isin(own.place, u) for n, u in left_out.items()) > 0))
-                    for own in shown
-                ]
+            for n, units in left_out.items():
+                own = [c for c in shown if (c.number == n).any()]
+                if not after[n].isdisjoint(before):
+                    after[n].add(node)
+                elif own:
+                    after[n].add(node)
+                    masks = [(c.dims, torch.as_tensor((c.number == n) & np.isin(c.place, units))) for c in own]
+                    self.masks.setdefault(node, []).extend(masks)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
