@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from fxmerge import validate
+from fxmerge.combine.by_usage import by_usage
 from fxmerge.errors import OptionError
 from fxmerge.job import Job, prepare
 from fxmerge.kv_heads import check_one_network, with_fewer_kv_heads
@@ -22,7 +23,18 @@ from fxmerge.notices import (
     warn_of_nearer_parent,
     warn_of_no_scores,
 )
-from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered, sampled
+from fxmerge.pipeline import (
+    calibrated,
+    check_scores,
+    combine,
+    emit,
+    fit,
+    match,
+    of_scores,
+    renumbered,
+    sampled,
+    usage_of,
+)
 from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
 from fxmerge.progress import peak_memory
@@ -76,6 +88,9 @@ def one_network(
     similarities = sampled(group, matching, states, aligned, [job.names[i] for i in order])
     counts = weights if base is not None else [weights[i] for i in order]
     confined = [group.projections[i].project(aligned[m]) for m, i in enumerate(order)] if group.projections else aligned
+    confined = (
+        by_usage(matching.merged, confined, usage_of(group, matching.merged, aligned)) if base is None else confined
+    )
     state = combine(group, recipe, matching.merged, confined, counts, order)
     program = sized(group, matching.merged, state)
     refitted = Refitted(state, {}, {}, {}, held_out=False)

@@ -16,10 +16,11 @@ from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
 from fxmerge.evidence import weights as by_weights
 from fxmerge.evidence.sampled import Matrix, Sample, SampledSimilarity, units_kept
+from fxmerge.evidence.usage import Usage, usage
 from fxmerge.job import Job
 from fxmerge.keeping import MATCHING, changed
 from fxmerge.matching.models import Correlations, Matching, as_they_are, match_models, pairs_to_correlate
-from fxmerge.notices import warn_without_data
+from fxmerge.notices import warn_of_unused, warn_without_data
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
 from fxmerge.recipe import Average, Fit, LeastSquares, Readout, Recipe, Repair, Run, Zip
@@ -145,6 +146,17 @@ def sampled(
                 size, name = group.symmetry.units[n].size, group.symmetry.names[n]
                 found.append(SampledSimilarity(name, names[home], names[m], space, size, sample.units, *known))
     return tuple(found)
+
+
+def usage_of(group: Prepared, units: UnitMap, states: Sequence[Mapping[str, Tensor]]) -> Usage:
+    """How often units were chosen on the data, of classes of other widths. Those that never were are warned of."""
+    job = group.job
+    if job.data is None or not units.resized:
+        return {}
+    with job.timed("combining"):
+        counts = usage(group.propagation, group.symmetry, units.resized, states, job.data, job.processes)
+        warn_of_unused({group.symmetry.names[n]: own for n, own in counts.items()})
+    return counts
 
 
 def combine(

@@ -303,6 +303,119 @@ def test_units_of_experts_that_are_alike_are_folded_without_loss() -> None:
     torch.testing.assert_close(folded(loader[0]), model(loader[0]), rtol=1e-4, atol=1e-4)
 
 
+# ------------------------------------------------------------------------------------ fewer experts
+
+
+def of_softmax(s: Any, x: Tensor) -> Tensor:
+    h = s.enc(x)
+    weights, chosen = s.gate(h).softmax(-1).topk(2, -1)
+    return by_sorted_slots(s, h, weights / weights.sum(-1, keepdim=True), chosen)
+
+
+def of_sigmoid(s: Any, x: Tensor) -> Tensor:
+    """Every row goes to one expert."""
+    h = s.enc(x)
+    return by_slots(s, h, *s.gate(h).sigmoid().topk(1, -1))
+
+
+def of_all(s: Any, x: Tensor) -> Tensor:
+    """All experts work on every row."""
+    h = s.enc(x)
+    weights, chosen = s.gate(h).softmax(-1).topk(2, -1)
+    return by_all(s, h, (F.one_hot(chosen, len(s.up)).float() * weights[..., None]).sum(1))
+
+
+FEWER: dict[str, Forward] = {
+    "softmax": of_softmax,
+    "sigmoid, one": of_sigmoid,
+    "sigmoid with bias, in no order": in_no_order(by_sorted_slots),
+    "all work": of_all,
+}
+
+
+def of_experts(forward: Forward, count: int, seed: int = 0) -> nn.Module:
+    parts = {"enc": linear(3, 4), "gate": linear(4, count), "up": (count, 4, 6), "down": (count, 6, 4)}
+    return net(forward, {**parts, "dec": linear(4, 2), "bias": (count,)}, seed)
+
+
+def with_twins(model: nn.Module) -> nn.Module:
+    """Experts 4 to 7 are experts 0 to 3, with their units in other orders."""
+    with torch.no_grad():
+        for e in range(4):
+            order = torch.randperm(6)
+            model.up[e + 4], model.down[e + 4] = model.up[e][:, order], model.down[e][order]
+        model.gate.weight[4:], model.gate.bias[4:] = model.gate.weight[:4], model.gate.bias[:4]
+        model.bias[4:] = model.bias[:4]
+    return model
+
+
+UNFITTED = fxmerge.Recipe(fit=None)
+
+
+def test_equal_experts_become_one_where_each_row_goes_to_one() -> None:
+    model, loader = with_twins(of_experts(of_sigmoid, 8)), [torch.randn(64, 3)]
+    folded = fxmerge.fold(model, loader, {"up[0]": 0.5})
+    assert folded.up.shape == (4, 4, 6)
+    torch.testing.assert_close(folded(loader[0]), model(loader[0]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", but_slow(FEWER, ["softmax"]))
+def test_a_fold_to_fewer_experts_is_the_mean_of_matched_units_by_usage(name: str) -> None:
+    """The network is written anew with as many experts, from where the report says that units went."""
+    torch.manual_seed(0)
+    model, x = of_experts(FEWER[name], 8), torch.randn(64, 3)
+    folded = fxmerge.fold(model, [x], {"up[0]": 5}, recipe=UNFITTED)
+    (images,) = fxmerge.report(folded).images
+    expert, unit = torch.tensor(images["up[0]"]), torch.tensor(images["up[2]"]).reshape(8, 6)
+    assert expert.unique().tolist() == list(range(5))
+    assert torch.equal(unit // 6, expert[:, None].expand(8, 6))
+    h = model.enc(x)
+    scores = model.gate(h)
+    k = 1 if name == "sigmoid, one" else 2
+    chosen = (scores.sigmoid() + model.bias if "bias" in name else scores).topk(k, -1)[1]
+    times = torch.bincount(chosen.reshape(-1), minlength=8).float()
+    small = of_experts(FEWER[name], 5)
+    with torch.no_grad():
+        small.enc, small.dec = model.enc, model.dec
+        for e in range(5):
+            members = (expert == e).nonzero()[:, 0]
+            share = times[members] if times[members].any() else torch.ones(len(members))
+            share = (share / share.sum())[:, None, None]
+            order = torch.stack([unit[m].argsort() for m in members])
+            small.up[e] = (share * torch.stack([model.up[m][:, o] for m, o in zip(members, order, strict=True)])).sum(0)
+            small.down[e] = (share * torch.stack([model.down[m][o] for m, o in zip(members, order, strict=True)])).sum(
+                0
+            )
+            small.gate.weight[e] = (share[:, 0] * model.gate.weight[members]).sum(0)
+            small.gate.bias[e], small.bias[e] = (
+                (share[:, 0, 0] * v[members]).sum() for v in (model.gate.bias, model.bias)
+            )
+    torch.testing.assert_close(folded(x), small(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_that_is_never_chosen_is_left_out_exactly(caplog: pytest.LogCaptureFixture) -> None:
+    model, loader = with_twins(of_experts(of_softmax, 8)), [torch.randn(64, 3)]
+    with torch.no_grad():
+        model.up[4:] += 0.01 * torch.randn(4, 4, 6)
+        model.gate.bias[4:] = -100.0
+    folded = fxmerge.fold(model, loader, {"up[0]": 0.5}, recipe=UNFITTED)
+    assert "4 of the 8 units of 'up[0]' are never chosen on the calibration data" in caplog.text
+    torch.testing.assert_close(folded(loader[0]), model(loader[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_there_are_as_many_experts_as_are_chosen() -> None:
+    with pytest.raises(fxmerge.OptionError, match="chooses 2, and there would be 1 to choose from"):
+        fxmerge.fold(of_experts(of_softmax, 4), [torch.randn(64, 3)], {"up[0]": 0.25})
+
+
+@pytest.mark.parametrize("name", ["of groups", "in a loop", "stacked along the last axis"])
+@pytest.mark.slow
+def test_experts_of_which_the_graph_cannot_have_fewer_are_refused(name: str) -> None:
+    forward, parts = (CASES[name][0], CASES[name][2]) if name in CASES else INCOMPLETE[name][:2]
+    with pytest.raises(fxmerge.OptionError, match=r"Zip\.width (names|cannot be had)"):
+        fxmerge.fold(net(forward, parts), [torch.randn(64, 3)], {"gate.weight[0]": 2, "up[0]": 2})
+
+
 # ------------------------------------------------------------------------------------ what tells the chosen apart
 
 

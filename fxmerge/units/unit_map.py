@@ -400,9 +400,9 @@ class UnitMap:
             for d in (d for d in axis.dims if d != axis.dim and (axis.parameter, d) in found):
                 if found[axis.parameter, d].shape[d] != own.shape[d]:
                     raise UnitMapError(
-                        f"Rows of {axis.parameter!r} have units of their own along dimension {axis.dim}: of these there "
-                        f"would be {own.shape[d]} rows, and {found[axis.parameter, d].shape[d]} along dimension {d}. "
-                        f"Give the classes along dimension {d} as many merged units as a model has."
+                        f"Rows of {axis.parameter!r} have units of their own along dimension {axis.dim}: their number "
+                        f"cannot change without these. Give the classes along dimension {d} as many merged units as a "
+                        "model has."
                     )
         return found
 
