@@ -88,9 +88,8 @@ def one_network(
     similarities = sampled(group, matching, states, aligned, [job.names[i] for i in order])
     counts = weights if base is not None else [weights[i] for i in order]
     confined = [group.projections[i].project(aligned[m]) for m, i in enumerate(order)] if group.projections else aligned
-    confined = (
-        by_usage(matching.merged, confined, usage_of(group, matching.merged, aligned)) if base is None else confined
-    )
+    if base is None:
+        confined = by_usage(matching.merged, confined, usage_of(group, matching.merged, aligned))
     state = combine(group, recipe, matching.merged, confined, counts, order)
     program = sized(group, matching.merged, state)
     refitted = Refitted(state, {}, {}, {}, held_out=False)

@@ -35,7 +35,7 @@ def warn_of_unused(usage: Mapping[str, Sequence[Tensor]]) -> None:
         usage: for classes by name, one tensor for every model: how often each unit was chosen.
     """
     for name, of_models in usage.items():
-        unused = int((sum(of_models) == 0).sum())
+        unused = int((torch.stack(list(of_models)).sum(0) == 0).sum())
         if unused:
             logger.warning(
                 "%d of the %d units of %r are never chosen on the calibration data, as experts that get no token. What "

@@ -12,7 +12,7 @@ from fxmerge.units.layout import along_axis
 from fxmerge.units.unit_map import UnitMap
 
 
-def by_usage(units: UnitMap, states: Sequence[Mapping[str, Tensor]], counts: Usage) -> list[Mapping[str, Tensor]]:
+def by_usage(units: UnitMap, states: Sequence[Mapping[str, Tensor]], counts: Usage) -> list[dict[str, Tensor]]:
     """Scales units of several models, so that the mean of those that become one is their mean by usage.
 
     This is the frequency-weighted merging of MC-SMoE (arXiv 2310.01334). Where none of the units that become one was
@@ -53,4 +53,4 @@ def by_usage(units: UnitMap, states: Sequence[Mapping[str, Tensor]], counts: Usa
                     wide = torch.promote_types(value.dtype, torch.float32)
                     names = axis.parameter, *axis.aliases
                     state.update(dict.fromkeys(names, value * along.to(value.device, wide)))
-    return list(scaled)
+    return scaled

@@ -261,7 +261,7 @@ def _topk(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     return {}
 
 
-@rule("gather", "take_along_dim")
+@rule("gather", "take_along_dim", "scatter", "scatter_add", "scatter_reduce")
 def _gather(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     index = call["index" if "index" in call else "indices"]
     return {} if sizes.names(index) else _along(node, call, sizes)
