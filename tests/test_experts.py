@@ -426,6 +426,36 @@ def test_experts_of_which_the_graph_cannot_have_fewer_are_refused(name: str) -> 
         fxmerge.fold(net(forward, parts), [torch.randn(64, 3)], {"gate.weight[0]": 2, "up[0]": 2})
 
 
+HUGGING_FACE: dict[str, tuple[dict[str, int], str]] = {
+    "Mixtral": ({"num_local_experts": 4}, "*.mlp.gate.weight[0]"),
+    "Qwen3Moe": ({"num_experts": 4, "moe_intermediate_size": 8, "head_dim": 4}, "*.experts.gate_up_proj[0]"),
+}
+"""By name: sizes, and the class of experts."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_a_class_builds_and_loads_with_fewer_experts(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes, experts = HUGGING_FACE[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2, **sizes},
+    )
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    tokens = {"input_ids": torch.randint(0, 11, (8, 9)), "use_cache": False}
+    folded = fxmerge.fold(model, [tokens], {experts: 0.75})
+    changes = fxmerge.report(folded).config
+    assert changes == {"num_local_experts": 3}
+    rebuilt = type(model)(type(config).from_dict(config.to_dict() | changes)).eval()
+    rebuilt.load_state_dict(folded.state_dict())
+    torch.testing.assert_close(rebuilt(**tokens).logits, folded(**tokens).logits)
+
+
 # ------------------------------------------------------------------------------------ what tells the chosen apart
 
 

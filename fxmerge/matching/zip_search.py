@@ -280,7 +280,10 @@ class ZipProblem:
         """
         moved = set(places[0])
         for n in moved:
-            self.kept[n], self.widths[n] = self.room.kept[n], self.room.widths[n]
+            # What lies in two classes of other widths has its own when both are merged.
+            place, size = np.concatenate([of_model[n] for of_model in places]), self.symmetry.units[n].size
+            if np.isin(place[place < size], self.room.kept[n]).all():
+                self.kept[n], self.widths[n] = self.room.kept[n], self.room.widths[n]
         for own, labels, of_model in zip(self.places, self.labels, places, strict=True):
             for n, place in of_model.items():
                 own[n], labels[n] = place, self._numbered(n, place)
