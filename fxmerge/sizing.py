@@ -22,9 +22,9 @@ from fxmerge.errors import OptionError
 from fxmerge.job import Job
 from fxmerge.matching.allot import Allotment, widths_to_try
 from fxmerge.matching.assignment import descendants
+from fxmerge.matching.mergeable import mergeable, read_one_by_one
 from fxmerge.matching.nested import carry, is_block
 from fxmerge.matching.room import Room, alike, check_patterns, fits, halves, may_change, wanted
-from fxmerge.matching.zip_search import mergeable, read_one_by_one
 from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program

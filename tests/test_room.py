@@ -7,9 +7,9 @@ from torch import nn
 
 import fxmerge
 from fxmerge import OptionError, Zip
+from fxmerge.matching.mergeable import mergeable, zipped_classes
 from fxmerge.matching.nested import is_block
 from fxmerge.matching.room import Room, alike, halves, may_change, wanted
-from fxmerge.matching.zip_search import mergeable, zipped_classes
 from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import Symmetry, analyse
