@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxmerge import validate
+from fxmerge.combine.by_usage import by_usage
 from fxmerge.errors import OptionError
+from fxmerge.evidence.usage import Usage
 from fxmerge.job import Job, prepare
 from fxmerge.kv_heads import check_one_network, with_fewer_kv_heads
 from fxmerge.manifest import with_stages
@@ -22,7 +24,19 @@ from fxmerge.notices import (
     warn_of_nearer_parent,
     warn_of_no_scores,
 )
-from fxmerge.pipeline import calibrated, check_scores, combine, emit, fit, match, of_scores, renumbered, sampled
+from fxmerge.pipeline import (
+    calibrated,
+    check_scores,
+    combine,
+    emit,
+    fit,
+    match,
+    merged_or_left_out,
+    of_scores,
+    renumbered,
+    sampled,
+    usage_of,
+)
 from fxmerge.prepared import Prepared
 from fxmerge.program.run import Inputs
 from fxmerge.progress import peak_memory
@@ -76,8 +90,16 @@ def one_network(
     similarities = sampled(group, matching, states, aligned, [job.names[i] for i in order])
     counts = weights if base is not None else [weights[i] for i in order]
     confined = [group.projections[i].project(aligned[m]) for m, i in enumerate(order)] if group.projections else aligned
-    state = combine(group, recipe, matching.merged, confined, counts, order)
+    used = usage_of(group, matching.merged, aligned) if base is None else {}
+
+    def combined(counted: Usage) -> dict[str, Tensor]:
+        scaled = by_usage(matching.merged, confined, counted)
+        return combine(group, recipe, matching.merged, scaled, counts, order)
+
+    state = combined(used)
     program = sized(group, matching.merged, state)
+    if len(models) == 1 and used:
+        state = merged_or_left_out(group, program, matching.merged, used, state, combined)
     refitted = Refitted(state, {}, {}, {}, held_out=False)
     settled = not group.projections and nothing_lost(group, program, matching.merged, state)
     if not settled and job.heads and isinstance(recipe.match, Zip) and recipe.match.width == len(models):

@@ -28,6 +28,24 @@ ROUNDING = 1e-6
 """Two errors that differ by less, as shares of the variance, are the same but for rounding."""
 
 
+def warn_of_unused(usage: Mapping[str, Sequence[Tensor]]) -> None:
+    """Warns of units that no data chose, such as experts that got no token.
+
+    Arguments:
+        usage: for classes by name, one tensor for every model: how often each unit was chosen.
+    """
+    for name, of_models in usage.items():
+        unused = int((torch.stack(list(of_models)).sum(0) == 0).sum())
+        if unused:
+            logger.warning(
+                "%d of the %d units of %r are never chosen on the calibration data, as experts that get no token. What "
+                "they compute is lost where they are merged with others: pass more data, or data of more kinds.",
+                unused,
+                len(of_models[0]),
+                name,
+            )
+
+
 def warn_of_outputs(found: Propagation, symmetry: Symmetry, flow: Mapping[Axis, Flow]) -> None:
     """Warns if most parameter entries cannot move because of units that layers read, but that are outputs, too."""
     program, stuck = found.program, {a: reasons[OUTPUT] for a, reasons in symmetry.stuck.items() if OUTPUT in reasons}

@@ -15,16 +15,16 @@ from torch.utils import _pytree as pytree
 from fxmerge.emit.bake import bake
 from fxmerge.emit.config import config_for
 from fxmerge.emit.costs import flops_of
-from fxmerge.emit.proof import outputs, same_when_repeated
+from fxmerge.emit.proof import outputs, outputs_of_lowest, same_when_repeated
 from fxmerge.emit.resize import resize, rewritten, write
 from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
 from fxmerge.job import Job
 from fxmerge.matching.allot import Allotment, widths_to_try
 from fxmerge.matching.assignment import descendants
+from fxmerge.matching.mergeable import mergeable, read_one_by_one
 from fxmerge.matching.nested import carry, is_block
-from fxmerge.matching.room import Room, alike, check_patterns, fits, may_change, wanted
-from fxmerge.matching.zip_search import mergeable
+from fxmerge.matching.room import Room, alike, check_patterns, fits, halves, may_change, wanted
 from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
@@ -122,6 +122,9 @@ def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dic
                 [n for n, w in chosen.widths.items() if (w < symmetry.units[n].size) is less] for less in (True, False)
             )
             counted = failing(group, fewer, partial(_same_when_merged, group))
+            ranked = [n for n in counted if is_block(symmetry, n) and read_one_by_one(symmetry, group.flow, n)]
+            needed = failing(group, ranked, partial(_same_when_left_out, group, widths))
+            counted = [n for n in counted if n not in ranked or n in needed]
             chosen.leave(counted, "the network is another one when equal units become one, as if an op counted them.")
             placed = failing(group, more, partial(_same_when_twice, group))
             chosen.leave(placed, "the network is another one with each unit twice, as if an op knew their places.")
@@ -219,7 +222,22 @@ def failing(group: Prepared, numbers: Sequence[int], holds: Callable[[Sequence[i
 def _same_when_merged(group: Prepared, numbers: Sequence[int]) -> bool:
     """Whether the network is the same when equal units of some classes become one. It is not where an op counts them
     and does not only add them up, as a softmax along them does."""
-    return _same_when_equal(group, alike(group.symmetry, numbers, _consumed(group)))
+    symmetry = group.symmetry
+    return _same_when_equal(group, alike(symmetry, halves(symmetry, numbers), _consumed(group)))
+
+
+def _same_when_left_out(group: Prepared, widths: Mapping[int, int], numbers: Sequence[int]) -> bool:
+    """Whether the network is the same without units of some classes that have the lowest scores of all, as experts that
+    are never chosen. Which of equal units is chosen, and how many, is another matter, so that this says nothing of a
+    merge of such units but that the graph is the one of a network with fewer."""
+    symmetry, call = group.symmetry, group.job.example
+    units = alike(symmetry, {n: widths[n] for n in numbers}, _consumed(group))
+    small = units.apply(group.job.states[0])
+    into = resized(group, group.propagation.program, group.propagation, units, small)
+    left_out = {n: np.delete(np.arange(symmetry.units[n].size), units.kept[n]) for n in numbers}
+    small = {name: in_double(tensor) for name, tensor in small.items()}
+    lowest = outputs_of_lowest(group.propagation, symmetry, left_out, units.spread(small), call)
+    return agree(lowest, outputs(into, small, call))
 
 
 def check_joined(group: Prepared, run: Run) -> None:

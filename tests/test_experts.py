@@ -303,6 +303,172 @@ def test_units_of_experts_that_are_alike_are_folded_without_loss() -> None:
     torch.testing.assert_close(folded(loader[0]), model(loader[0]), rtol=1e-4, atol=1e-4)
 
 
+# ------------------------------------------------------------------------------------ fewer experts
+
+
+def of_softmax(s: Any, x: Tensor) -> Tensor:
+    h = s.enc(x)
+    weights, chosen = s.gate(h).softmax(-1).topk(2, -1)
+    return by_sorted_slots(s, h, weights / weights.sum(-1, keepdim=True), chosen)
+
+
+def of_sigmoid(s: Any, x: Tensor) -> Tensor:
+    """Every row goes to one expert."""
+    h = s.enc(x)
+    return by_slots(s, h, *s.gate(h).sigmoid().topk(1, -1))
+
+
+def of_all(s: Any, x: Tensor) -> Tensor:
+    """All experts work on every row."""
+    h = s.enc(x)
+    weights, chosen = s.gate(h).softmax(-1).topk(2, -1)
+    return by_all(s, h, (F.one_hot(chosen, len(s.up)).float() * weights[..., None]).sum(1))
+
+
+def of_all_but_zero(s: Any, x: Tensor) -> Tensor:
+    h = s.enc(x)
+    best, chosen = s.gate(h).softmax(-1).topk(2, -1)
+    gates = torch.zeros_like(s.gate(h)).scatter(-1, chosen, best / best.sum(-1, keepdim=True))
+    return by_all(s, h, gates)
+
+
+FEWER: dict[str, Forward] = {
+    "softmax": of_softmax,
+    "all work, by scatter": of_all_but_zero,
+    "sigmoid, one": of_sigmoid,
+    "sigmoid with bias, in no order": in_no_order(by_sorted_slots),
+    "all work": of_all,
+}
+
+
+def of_experts(forward: Forward, count: int, seed: int = 0) -> nn.Module:
+    parts = {"enc": linear(3, 4), "gate": linear(4, count), "up": (count, 4, 6), "down": (count, 6, 4)}
+    return net(forward, {**parts, "dec": linear(4, 2), "bias": (count,)}, seed)
+
+
+def with_twins(model: nn.Module) -> nn.Module:
+    """Experts 4 to 7 are experts 0 to 3, with their units in other orders."""
+    with torch.no_grad():
+        for e in range(4):
+            order = torch.randperm(6)
+            model.up[e + 4], model.down[e + 4] = model.up[e][:, order], model.down[e][order]
+        model.gate.weight[4:], model.gate.bias[4:] = model.gate.weight[:4], model.gate.bias[:4]
+        model.bias[4:] = model.bias[:4]
+    return model
+
+
+UNFITTED = fxmerge.Recipe(fit=None)
+
+
+def test_equal_experts_become_one_where_each_row_goes_to_one() -> None:
+    model, loader = with_twins(of_experts(of_sigmoid, 8)), [torch.randn(64, 3)]
+    folded = fxmerge.fold(model, loader, {"up[0]": 0.5})
+    assert folded.up.shape == (4, 4, 6)
+    torch.testing.assert_close(folded(loader[0]), model(loader[0]), rtol=1e-4, atol=1e-4)
+
+
+def written_anew(name: str, model: Any, expert: Tensor, unit: Tensor, count: Tensor) -> nn.Module:
+    """The network with as many experts as there are groups: each is the mean of its members, as often as these count.
+
+    Arguments:
+        name: of the forward in FEWER.
+        model: the network before.
+        expert: for each of its experts, the group.
+        unit: for each expert and unit in it, the unit of the group's expert.
+        count: how often each expert counts.
+    """
+    groups = int(expert.max()) + 1
+    small: Any = of_experts(FEWER[name], groups)
+    small.enc, small.dec = model.enc, model.dec
+    with torch.no_grad():
+        for e in range(groups):
+            members = (expert == e).nonzero()[:, 0]
+            share = count[members] if count[members].any() else torch.ones(len(members))
+            share = (share / share.sum())[:, None, None]
+            orders = list(zip(members, unit[members].argsort(), strict=True))
+            small.up[e] = (share * torch.stack([model.up[m][:, o] for m, o in orders])).sum(0)
+            small.down[e] = (share * torch.stack([model.down[m][o] for m, o in orders])).sum(0)
+            small.gate.weight[e] = (share[:, 0] * model.gate.weight[members]).sum(0)
+            small.gate.bias[e] = (share[:, 0, 0] * model.gate.bias[members]).sum()
+            small.bias[e] = (share[:, 0, 0] * model.bias[members]).sum()
+    return small
+
+
+@pytest.mark.parametrize("name", but_slow(FEWER, ["softmax"]))
+def test_experts_that_become_one_are_their_mean_by_usage_or_the_most_used(name: str) -> None:
+    """The network is written anew with as many experts, from where the report says that units went."""
+    torch.manual_seed(0)
+    model, x = of_experts(FEWER[name], 8), torch.randn(64, 3)
+    folded = fxmerge.fold(model, [x], {"up[0]": 5}, recipe=UNFITTED)
+    (images,) = fxmerge.report(folded).images
+    expert, unit = torch.tensor(images["up[0]"]), torch.tensor(images["up[2]"]).reshape(8, 6)
+    assert expert.unique().tolist() == list(range(5))
+    assert torch.equal(unit // 6, expert[:, None].expand(8, 6))
+    scores = model.gate(model.enc(x))
+    chosen = (scores.sigmoid() + model.bias if "bias" in name else scores).topk(1 if "one" in name else 2, -1)[1]
+    times = torch.bincount(chosen.reshape(-1), minlength=8).float()
+    best = torch.stack([torch.where(expert == e, times, -1).argmax() for e in range(5)])
+    alone = torch.zeros(8).index_fill(0, best, 1.0)
+    ways = [written_anew(name, model, expert, unit, count)(x) for count in (times, alone)]
+    expected = min(ways, key=lambda y: float((y - model(x)).detach().square().sum()))
+    torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_that_is_never_chosen_is_left_out_exactly(caplog: pytest.LogCaptureFixture) -> None:
+    model, loader = with_twins(of_experts(of_softmax, 8)), [torch.randn(64, 3)]
+    with torch.no_grad():
+        model.up[4:] += 0.01 * torch.randn(4, 4, 6)
+        model.gate.bias[4:] = -100.0
+    folded = fxmerge.fold(model, loader, {"up[0]": 0.5}, recipe=UNFITTED)
+    unused = 8 - len(model.gate(model.enc(loader[0])).topk(2)[1].unique())
+    assert unused >= 4
+    assert f"{unused} of the 8 units of 'up[0]' are never chosen on the calibration data" in caplog.text
+    torch.testing.assert_close(folded(loader[0]), model(loader[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_there_are_as_many_experts_as_are_chosen() -> None:
+    with pytest.raises(fxmerge.OptionError, match="chooses 2, and there would be 1 to choose from"):
+        fxmerge.fold(of_experts(of_softmax, 4), [torch.randn(64, 3)], {"up[0]": 0.25})
+
+
+@pytest.mark.parametrize("name", ["of groups", "in a loop", "stacked along the last axis"])
+@pytest.mark.slow
+def test_experts_of_which_the_graph_cannot_have_fewer_are_refused(name: str) -> None:
+    forward, parts = (CASES[name][0], CASES[name][2]) if name in CASES else INCOMPLETE[name][:2]
+    with pytest.raises(fxmerge.OptionError, match=r"Zip\.width (names|cannot be had)"):
+        fxmerge.fold(net(forward, parts), [torch.randn(64, 3)], {"gate.weight[0]": 2, "up[0]": 2})
+
+
+HUGGING_FACE: dict[str, tuple[dict[str, int], str]] = {
+    "Mixtral": ({"num_local_experts": 4}, "*.mlp.gate.weight[0]"),
+    "Qwen3Moe": ({"num_experts": 4, "moe_intermediate_size": 8, "head_dim": 4}, "*.experts.gate_up_proj[0]"),
+}
+"""By name: sizes, and the class of experts."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_a_class_builds_and_loads_with_fewer_experts(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes, experts = HUGGING_FACE[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2, **sizes},
+    )
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    tokens = {"input_ids": torch.randint(0, 11, (8, 9)), "use_cache": False}
+    folded = fxmerge.fold(model, [tokens], {experts: 0.75})
+    changes = fxmerge.report(folded).config
+    assert changes == {"num_local_experts": 3}
+    rebuilt = type(model)(type(config).from_dict(config.to_dict() | changes)).eval()
+    rebuilt.load_state_dict(folded.state_dict())
+    torch.testing.assert_close(rebuilt(**tokens).logits, folded(**tokens).logits)
+
+
 # ------------------------------------------------------------------------------------ what tells the chosen apart
 
 

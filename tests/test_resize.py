@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxmerge
-from fxmerge.matching.room import alike
+from fxmerge.matching.room import alike, halves
 from fxmerge.program.capture import capture_program
 from fxmerge.program.captured import Program
 from fxmerge.sizing import failing
@@ -49,7 +49,8 @@ def check(model: nn.Module, args: Any, width: float | dict[str, float] = 0.5) ->
     found, symmetry = analyse(program)
     consumed = frozenset(axis for axis, kind in flows(found).items() if kind is Flow.CONSUMES)
     changed = {n for n in symmetry.choices if symmetry.names[n] in widths}
-    units = alike(symmetry, [n for n in changed if symmetry.ancestors(n).isdisjoint(changed)], consumed)
+    outer = [n for n in changed if symmetry.ancestors(n).isdisjoint(changed)]
+    units = alike(symmetry, halves(symmetry, outer), consumed)
     state = units.spread(units.apply(positive(program)))
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():

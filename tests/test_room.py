@@ -7,9 +7,9 @@ from torch import nn
 
 import fxmerge
 from fxmerge import OptionError, Zip
+from fxmerge.matching.mergeable import mergeable, zipped_classes
 from fxmerge.matching.nested import is_block
-from fxmerge.matching.room import Room, alike, may_change, wanted
-from fxmerge.matching.zip_search import mergeable, zipped_classes
+from fxmerge.matching.room import Room, alike, halves, may_change, wanted
 from fxmerge.program.capture import capture_program
 from fxmerge.symmetry.flow import Flow, flows
 from fxmerge.symmetry.group import Symmetry, analyse
@@ -74,7 +74,7 @@ def test_what_a_recipe_asks_for(flat: tuple[Symmetry, dict[tuple[str, int], Flow
 def test_equal_units_are_spread_and_put_together_again(flat: tuple[Symmetry, dict[tuple[str, int], Flow]]) -> None:
     symmetry, flow = flat
     consumed = frozenset(axis for axis, kind in flow.items() if kind is Flow.CONSUMES)
-    units = alike(symmetry, symmetry.choices, consumed)
+    units = alike(symmetry, halves(symmetry, symmetry.choices), consumed)
     assert all(2 * units.widths[n] == symmetry.units[n].size for n in symmetry.choices)
     assert all(np.bincount(own).tolist() == [2] * width for own, width in zip(units.maps[0], units.widths, strict=True))
     state = {a.parameter: torch.rand(a.shape, dtype=torch.float64) for a in symmetry.layout}

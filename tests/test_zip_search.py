@@ -10,10 +10,11 @@ from fxmerge.combine.average import average
 from fxmerge.demo import ViT
 from fxmerge.evidence.activations import similarities, whole
 from fxmerge.evidence.weights import slices
+from fxmerge.matching.mergeable import zipped_classes
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.problem import Problem, floats
 from fxmerge.matching.room import Room
-from fxmerge.matching.zip_search import ZipProblem, match_zip, zipped_classes
+from fxmerge.matching.zip_search import ZipProblem, match_zip
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Data, batch_inputs
 from fxmerge.symmetry.flow import Flow, flows

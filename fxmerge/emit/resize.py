@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -130,6 +131,14 @@ def twins_of(module: fx.GraphModule, program: Program, found: Propagation) -> di
     if found.program is not program:
         further = _made_of(found.program.graph)
         twins = {node: further.get(twin.name, twin) for node, twin in twins.items()}
+    # Items have the name of the list that they are of, and the last one stands for it.
+    for node in module.graph.find_nodes(op="call_function", target=operator.getitem):
+        source = twins.get(node.args[0])
+        if source is not None and source.target is operator.getitem:
+            source = source.all_input_nodes[0]
+        items = source.users if source is not None else ()
+        same = [item for item in items if item.target is operator.getitem and item.args[1] == node.args[1]]
+        twins |= {node: same[0]} if same else {}
     return twins
 
 

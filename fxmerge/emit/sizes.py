@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxmerge.emit.constants import needed
 from fxmerge.errors import FxmergeError
-from fxmerge.symmetry.deferred import Chosen
+from fxmerge.symmetry.deferred import Chosen, Counts, Index
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.shown import Shown, places_and_blocks, shown_by
@@ -120,6 +120,19 @@ class Sizes:
             return [replace(shown, dims=tuple(d - 1 for d in shown.dims)) for shown in found]
         labels = self.found.labels.get(node.name)
         return [shown_by(c, self.number, self.place) for c in (labels.columns if labels is not None else ())]
+
+    def names(self, node: fx.Node) -> bool:
+        """Whether the value of a node holds numbers that name units, or how often each is named."""
+        return isinstance(self.found.deferred.get(self.twins.get(node, node).name), (Counts, Index))
+
+    def named(self, node: fx.Node) -> int | None:
+        """How many units there are then among which the numbers name some; None if as many as before."""
+        index = self.found.deferred.get(self.twins.get(node, node).name)
+        for column in index.hot.columns if isinstance(index, Index) else ():
+            shown = shown_by(column, self.number, self.place)
+            if shown.dims == (0,) and not self.units.resized.isdisjoint(np.unique(shown.number).tolist()):
+                return _size(self._resized(node, replace(shown, dims=(-1,)))[-1])
+        return None
 
     def shape(self, node: fx.Node) -> Sequence[int]:
         """The shape of a node's value before."""

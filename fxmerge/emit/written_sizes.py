@@ -59,7 +59,7 @@ def changes_of(node: fx.Node, sizes: Sizes) -> Changes:
     Raises:
         CannotResizeError: if what it reads or gives is of another size, and it is not known to allow this.
     """
-    if node.op != "call_function" or not any(map(sizes.changes, (node, *node.all_input_nodes))):
+    if node.op != "call_function" or not (_counts(node) or any(map(sizes.changes, (node, *node.all_input_nodes)))):
         return {}
     schema = getattr(node.target, "_schema", None)
     if schema is None:  # Items of lists, and Python's arithmetic of sizes.
@@ -70,6 +70,11 @@ def changes_of(node: fx.Node, sizes: Sizes) -> Changes:
     if schema.name in _FREE or find_rule(node.target) in ENTRY_BY_ENTRY:
         return {}
     raise sizes.cannot(node, f"is a call of {schema.name}, which is not known to allow other sizes")
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a call counts numbers up to a written one: that may follow from units that none of its operands has."""
+    return getattr(getattr(node.target, "_schema", None), "name", "") == "aten::histc"
 
 
 @rule("view", "_unsafe_view", "reshape", "expand", "view_copy", "expand_copy", "_reshape_copy")
@@ -247,9 +252,39 @@ def _pad(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     return {}
 
 
-@rule(
-    "roll", "flip", "gather", "index_select", "take_along_dim", "sort", "topk", "argmax", "argmin", "cumsum", "unfold"
-)
+@rule("topk")
+def _topk(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
+    """It finds the units that score highest wherever they are."""
+    size = sizes.size(call["self"], call["dim"])
+    if size is not None and isinstance(call["k"], int) and size < call["k"]:
+        raise sizes.cannot(node, f"chooses {call['k']}, and there would be {size} to choose from")
+    return {}
+
+
+@rule("gather", "take_along_dim", "scatter", "scatter_add", "scatter_reduce")
+def _gather(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
+    index = call["index" if "index" in call else "indices"]
+    return {} if sizes.names(index) else _along(node, call, sizes)
+
+
+@rule("histc")
+def _histc(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
+    """How often each unit is named, by whole numbers."""
+    size = sizes.named(call["self"])
+    if size is None:
+        return {}
+    if not sizes.names(node) or call["max"] - call["min"] != call["bins"] - 1:
+        raise sizes.cannot(node, "counts numbers of which it is not known what they name")
+    return {"bins": size, "max": call["min"] + size - 1}
+
+
+@rule("one_hot")
+def _one_hot(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
+    size = sizes.size(node, -1)
+    return {} if size is None or call["num_classes"] == -1 else {"num_classes": size}
+
+
+@rule("roll", "flip", "index_select", "cumsum", "unfold")
 def _along(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     """What looks at a dimension by position: it must not be one of those that change."""
     x = call["self"]
@@ -264,7 +299,9 @@ def _along(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
 @rule("index", "_unsafe_index", "index_put", "_unsafe_index_put")
 def _index(node: fx.Node, call: dict[str, Any], sizes: Sizes) -> Changes:
     for d, index in enumerate(call["indices"]):
-        if index is not None and (sizes.size(call["self"], d) is not None or sizes.changes(index)):
+        if index is None or sizes.names(index):
+            continue
+        if sizes.size(call["self"], d) is not None or sizes.changes(index):
             raise sizes.cannot(node, "looks at units by their places")
     return {}
 

@@ -65,17 +65,23 @@ class Room:
         return Room(tuple(sizes), tuple(kept), frozenset(changed), joined or {})
 
 
-def alike(symmetry: Symmetry, classes: Collection[int], consumed: frozenset[Axis]) -> UnitMap:
-    """The map of one model of which, in every block of some classes, as few units as possible are merged, all with as
-    many: pairs, where there is an even number of units."""
+def halves(symmetry: Symmetry, classes: Collection[int]) -> dict[int, int]:
+    """Widths of some classes with which as few units as possible are merged in every block, in all blocks as many:
+    pairs, where there is an even number of units."""
     widths = {}
     for n in classes:
         block = int((cells(symmetry, n) == 0).sum())
         step = next(k for k in range(2, block + 1) if block % k == 0)
         widths[n] = symmetry.units[n].size // step
+    return widths
+
+
+def alike(symmetry: Symmetry, widths: Mapping[int, int], consumed: frozenset[Axis]) -> UnitMap:
+    """A map of one model with which there are fewer units of some classes: the first of every block, into which the
+    others go in turn."""
     room = Room.of(symmetry, widths)
     places = [np.arange(c.size) for c in symmetry.units]
-    for n in classes:
+    for n in widths:
         place, blocks = places[n].copy(), cells(symmetry, n)
         for block in np.unique(blocks):
             own = np.flatnonzero(blocks == block)
@@ -130,19 +136,22 @@ def may_change(
 
     These are classes that some layer consumes: what it gives is then the sum over as many members as before, while a
     product of two activations along merged units has fewer terms. Fewer means fewer in every block, so that the blocks
-    are of one size; more means more of what lies in no block. A class of blocks has fewer or more whole blocks.
+    are of one size; more means more of what lies in no block. A class of blocks has fewer or more whole blocks. Where
+    rows of a parameter have units of their own, the rows can only be fewer with all that lies in them.
     """
     fewer, more = set(), set()
-    rows = {(axis.parameter, d) for axis in symmetry.layout for d in axis.dims if d != axis.dim}
     for n in classes:
         tree = set(descendants(symmetry, n))
         axes = [axis for axis in symmetry.layout if any(number in tree for number, _ in axis.roles)]
+        on = {(axis.parameter, axis.dim) for axis in axes}
+        by_rows = [a for a in symmetry.layout if any((a.parameter, d) in on for d in a.dims if d != a.dim)]
         sizes = np.bincount(cells(symmetry, n))
-        alone = rows.isdisjoint((axis.parameter, axis.dim) for axis in axes)
+        whole = all(a.classes <= tree and len(a.index) == sum(len(own) for _, own in a.roles) for a in by_rows)
         consumed = any(flow[axis.parameter, axis.dim] is Flow.CONSUMES for axis in axes)
-        if sizes.min() > 1 and alone and consumed and len(set(sizes.tolist())) == 1:
+        if sizes.min() > 1 and whole and consumed and len(set(sizes.tolist())) == 1:
             fewer.add(n)
-            if len(sizes) == 1 and whole_blocks(symmetry, n) and all(len(axis.dims) == 1 for axis in axes):
+            one_row = not by_rows and all(len(axis.dims) == 1 for axis in axes)
+            if len(sizes) == 1 and whole_blocks(symmetry, n) and one_row:
                 more.add(n)
     return frozenset(fewer), frozenset(more)
 

@@ -22,6 +22,7 @@ from fxmerge.matching.agglomerate import Links
 from fxmerge.matching.allot import Allotment, zip_losses
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
+from fxmerge.matching.mergeable import zipped_classes
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.nested import carry, is_block, merge_blocks, similar_blocks
 from fxmerge.matching.problem import floats
@@ -48,34 +49,6 @@ class ZipMatch:
     units: UnitMap
     trace: tuple[float, ...]
     within: Mapping[str, int]
-
-
-def mergeable(symmetry: Symmetry, flow: Mapping[Axis, Flow], one_to_one: Collection[int] = ()) -> list[int]:
-    """The classes whose units may be merged inside of one model, with all that lies in them.
-
-    Not those that are to be matched one to one, nor those on an axis that both produces and consumes, for which mean
-    and sum cannot both be right, nor those along a free output, since who reads it does not know what is merged.
-    """
-    classes = []
-    seen = {n for output in symmetry.free for n in output.classes.tolist()}.union(one_to_one)
-    for n in symmetry.choices:
-        tree = set(descendants(symmetry, n))
-        axes = [(a.parameter, a.dim) for a in symmetry.layout if any(number in tree for number, _ in a.roles)]
-        if tree.isdisjoint(seen) and all(flow[axis] is not Flow.BOTH for axis in axes):
-            classes.append(n)
-    return classes
-
-
-def zipped_classes(
-    symmetry: Symmetry, flow: Mapping[Axis, Flow], one_to_one: Collection[int] = (), resized: Collection[int] = ()
-) -> list[int]:
-    """Those classes of `mergeable` that a zip goes over: units that are no blocks. But of blocks of which there are to
-    be more or fewer, the blocks, and then not what lies in them."""
-    return [
-        n
-        for n in mergeable(symmetry, flow, one_to_one)
-        if (n in resized or not is_block(symmetry, n)) and symmetry.ancestors(n).isdisjoint(resized)
-    ]
 
 
 @dataclass
@@ -139,8 +112,11 @@ class ZipProblem:
     def _into(self) -> dict[tuple[Any, ...], AxisLayout]:
         return {}
 
-    def weight(self, number: int) -> float:
-        return float(sum(s.entries for s in self.slices[number])) or 1.0
+    def weight(self, number: int, without: Collection[str] = ()) -> float:
+        return float(sum(s.entries for s in self._without(number, without))) or 1.0
+
+    def _without(self, number: int, names: Collection[str]) -> list[Slices]:
+        return [s for s in self.slices[number] if s.axis.parameter not in names]
 
     def objective(self) -> float:
         kept = sum(self.value.values()) * self.mix.weights
@@ -165,46 +141,50 @@ class ZipProblem:
         return weights.inner(total, total) * self.scales[name]
 
     def expressed(self, name: str, model: int, without: AxisLayout | None = None) -> Tensor:
-        """T applied to a parameter of one model along all of its axes but one."""
+        """T applied to a parameter of one model along all of its axes but one, and but for the rows that have units of
+        their own along that one."""
         x = self.states[model][name]
         for axis in self.axes[name]:
-            if axis is not without:
+            if without is None or axis.dim not in without.dims:
                 into = self.into(axis)
+                x = x * self._shrinkage(axis, model).to(x)
                 x = add_axis(x, axis, axis.target(self.labels[model], into), into.shape[axis.dim])
-                x = x * self._shrinkage(into).to(x)
         return x
 
-    def _shrinkage(self, axis: AxisLayout) -> Tensor:
+    def _shrinkage(self, axis: AxisLayout, model: int) -> Tensor:
+        """1 over the root of the size of the merged unit that each unit goes into; where rows have units of their own,
+        of its part in a row."""
         factor = np.ones(len(axis.index))
+        row = _rows(axis)
         for number, slots in axis.roles:
-            labels = np.concatenate([own[number] for own in self.labels])
-            sizes = np.bincount(labels, minlength=self.widths[number])
-            # Of what is the product of two classes, no model need have the two merged units that meet in one.
-            factor[slots] = np.where(sizes > 0, 1 / np.sqrt(np.maximum(sizes, 1)), 0.0)
+            row_of = np.unique(row[slots], return_inverse=True)[1] * self.widths[number]
+            sizes = np.bincount(np.concatenate([row_of + own[number] for own in self.labels]))
+            factor[slots] = 1 / np.sqrt(sizes[row_of + self.labels[model][number]])
         return along_axis(torch.from_numpy(factor[axis.slot]), axis)
 
-    def similarity(self, number: int) -> Links:
+    def similarity(self, number: int, without: Collection[str] = ()) -> Links:
         """alpha * cosines of the units' weights + (1 - alpha) * correlations of their activations (MuDSC, equation 5),
-        of all pairs of units of all models, above the diagonal."""
-        alpha, total = self.mix.alpha(number), self._cosines(number)
+        of all pairs of units of all models, above the diagonal. Some parameters do not count."""
+        alpha, total = self.mix.alpha(number), self._cosines(number, without)
         if alpha < 1:
             total.mul_(alpha).add_(torch.from_numpy(self.correlation[number]), alpha=1 - alpha)
         links: Links = total.numpy()
         return links
 
-    def _gain(self, number: int) -> Scores:
-        """The same of all pairs, each as much as the entries of a unit."""
-        above = np.triu(self.similarity(number), 1).astype(np.float64)
-        gain: Scores = self.weight(number) * (above + above.T + np.eye(len(above)))
+    def _gain(self, number: int, without: Collection[str] = ()) -> Scores:
+        """The same of all pairs, each as much as the entries of a unit, but for some parameters."""
+        above = np.triu(self.similarity(number, without), 1).astype(np.float64)
+        gain: Scores = self.weight(number, without) * (above + above.T + np.eye(len(above)))
         return gain
 
-    def _cosines(self, number: int) -> Tensor:
+    def _cosines(self, number: int, without: Collection[str]) -> Tensor:
         """The cosines of the units' weights, above the diagonal; 0 where they are not needed."""
         size = self.symmetry.units[number].size * len(self.states)
-        if self.mix.alpha(number) == 0 or not self.slices[number]:
+        slices = self._without(number, without)
+        if self.mix.alpha(number) == 0 or not slices:
             return torch.zeros(size, size)
         gram: Tensor | None = None
-        for s in self.slices[number]:
+        for s in slices:
             name = s.axis.parameter
             x = torch.cat([s.of(self.expressed(name, m, s.axis)) for m in range(len(self.states))]).float()
             gram = x.new_zeros(size, size) if gram is None else gram
@@ -220,15 +200,22 @@ class ZipProblem:
             return self.similarity(number), {}
         known = {n for n, slices in self.slices.items() if slices or n in self.correlation}
         known &= set(descendants(self.symmetry, number)).difference(without)
-        gains = similar_blocks(self.symmetry, number, len(self.states), {n: self._gain(n) for n in known})
+        # Units inside of blocks are in an order of their own in each, and are compared once they are matched.
+        inside = {s.axis.parameter for n in known - {number} for s in self.slices[n]}
+        if not self._without(number, inside) and number not in self.correlation:
+            known.discard(number)
+        own = {n: self._gain(n, inside if n == number else ()) for n in known}
+        gains = similar_blocks(self.symmetry, number, len(self.states), own)
         size = self.symmetry.units[number].size
         none = np.zeros((size * len(self.states),) * 2)
-        return gains.get(number, none) / (sum(self.shares(number, known).values()) or 1.0), gains
+        return gains.get(number, none) / (sum(self.shares(number, known, inside).values()) or 1.0), gains
 
-    def shares(self, number: int, nested: Collection[int]) -> dict[int, float]:
-        """How much of a unit of a class lies in the units of each of some that are nested in it."""
+    def shares(self, number: int, nested: Collection[int], inside: Collection[str] = ()) -> dict[int, float]:
+        """How much of a unit of a class lies in the units of each of some that are nested in it, and, of parameters in
+        which none of these lie, in its own."""
         units = self.symmetry.units
-        return {n: self.weight(n) * units[n].size / units[number].size for n in nested}
+        weight = {n: self.weight(n, inside if n == number else ()) for n in nested}
+        return {n: own * units[n].size / units[number].size for n, own in weight.items()}
 
     def blocks(self, number: int) -> Ids:
         """For every model and unit of a class, the block in which it lies."""
@@ -249,7 +236,10 @@ class ZipProblem:
         """
         moved = set(places[0])
         for n in moved:
-            self.kept[n], self.widths[n] = self.room.kept[n], self.room.widths[n]
+            # What lies in two classes of other widths has its own when both are merged.
+            place, size = np.concatenate([of_model[n] for of_model in places]), self.symmetry.units[n].size
+            if np.isin(place[place < size], self.room.kept[n]).all():
+                self.kept[n], self.widths[n] = self.room.kept[n], self.room.widths[n]
         for own, labels, of_model in zip(self.places, self.labels, places, strict=True):
             for n, place in of_model.items():
                 own[n], labels[n] = place, self._numbered(n, place)
@@ -357,6 +347,15 @@ def match_zip(
         symmetry.names, symmetry.layout, consumed, tuple(map(tuple, problem.labels)), tuple(problem.widths), kept
     )
     return ZipMatch(units, trace, _within(symmetry, problem, classes))
+
+
+def _rows(axis: AxisLayout) -> Ids:
+    """For every slot of an axis, the number of the first row in which it is."""
+    rows = np.moveaxis(axis.slot, axis.dims.index(axis.dim), -1).reshape(-1, axis.slot.shape[axis.dims.index(axis.dim)])
+    found = np.zeros(len(axis.index), np.int64)
+    number = np.broadcast_to(np.arange(len(rows))[:, None], rows.shape)[::-1]
+    found[rows[::-1][rows[::-1] >= 0]] = number[rows[::-1] >= 0]
+    return found
 
 
 def _reads(symmetry: Symmetry, flow: Mapping[Axis, Flow], number: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -109,7 +109,7 @@ class AxisLayout:
 
     def _with_shorter_rows(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> AxisLayout:
         """The layout of an axis along which rows have units of their own, of which there are fewer. The axis is as long
-        as the longest row; until all classes there are merged, others may be shorter."""
+        as the longest row; until all classes there are merged, others may be shorter. Rows in which none is left go."""
         if any(widths[number] > len(slots) for number, slots in self.roles):
             raise UnitMapError(
                 f"Axis {self.dim} of {self.parameter!r} has units of its own in every row, of which there cannot be "
@@ -122,13 +122,32 @@ class AxisLayout:
         rows = np.moveaxis(self.slot, self.dims.index(self.dim), -1)
         left = alive[rows]
         length = int(left.sum(-1).max())
+        gone = self._rows_left_out(rows, own)
         first = np.argsort(~left, axis=-1, kind="stable")[..., :length]
         shorter = np.where(np.take_along_axis(left, first, -1), np.take_along_axis(rows, first, -1), -1)
         after = np.append(np.cumsum(alive) - 1, -1)  # Of every slot that is left; the last is that of nothing.
-        slot = np.moveaxis(after[shorter], -1, self.dims.index(self.dim))
-        shape = (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+        slot = after[shorter]
+        shape = [*self.shape[: self.dim], length, *self.shape[self.dim + 1 :]]
+        for i, d in enumerate(d for d in self.dims if d != self.dim):
+            rest = tuple(j for j in range(gone.ndim) if j != i)
+            stay = ~gone.all(axis=rest)
+            slot, shape[d] = slot.compress(stay, axis=i), int(stay.sum())
+        slot = np.moveaxis(slot, -1, self.dims.index(self.dim))
         roles = tuple((n, after[slots[own[n]]]) for n, slots in self.roles)
-        return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, slot, roles)
+        return AxisLayout(self.parameter, self.aliases, tuple(shape), self.dim, self.dims, slot, roles)
+
+    def _rows_left_out(self, rows: Ids, own: Mapping[int, Ids]) -> NDArray[np.bool_]:
+        """Which rows no unit of a class is left in, as those of an expert that is merged into another one."""
+        units, left = np.zeros(len(self.index), bool), np.zeros(len(self.index), bool)
+        for number, slots in self.roles:
+            units[slots], left[slots[own[number]]] = True, True
+        inside = rows >= 0
+        gone = np.asarray(~(left[rows] & inside).any(-1))
+        if (gone[..., None] & inside & ~units[rows]).any():
+            raise UnitMapError(
+                f"Axis {self.dim} of {self.parameter!r} has pinned units in rows of which there would be fewer."
+            )
+        return gone
 
     def _entries(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> Ids:
         """The indices of the resized axis in order, shape (5, indices): for each the index at which it stands or, with

@@ -269,8 +269,12 @@ class UnitMap:
             into = self._into[axis.parameter, axis.dim]
             target = axis.target(self.maps[model], into)
             tensor = add_axis(tensor, axis, target, into.shape[axis.dim])
-            if not consumes:
-                count = count * along_axis(_members(count.new_ones(axis.slot.shape), axis, target, into), into)
+            members = _members(axis, target, into).to(count)
+            if count.ndim and count.shape[axis.dim] > 1:  # Rows with units of their own, which are added up.
+                count = add_axis(count, axis, target, into.shape[axis.dim])
+                count = count / along_axis(members, into) if consumes else count
+            elif not consumes:
+                count = count * members.reshape([n if d in axis.dims else 1 for d, n in enumerate(tensor.shape)])
         return tensor, count
 
     def produce(self, state: Mapping[str, Tensor], model: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -307,7 +311,7 @@ class UnitMap:
                 target = axis.target(self.maps[model], into)
                 wide[name] = move_axis(wide[name], axis if len(axis.dims) > 1 else into, target)
                 if (name, axis.dim) in self.consumed:
-                    members = _members(wide[name].new_ones(axis.slot.shape), axis, target, into)
+                    members = _members(axis, target, into).to(wide[name])
                     index = torch.from_numpy(target).to(members.device)
                     members = torch.take_along_dim(members, index, axis.dims.index(axis.dim))
                     wide[name] = wide[name] / along_axis(members, axis)
@@ -392,12 +396,14 @@ class UnitMap:
         """The layout of every axis in merged units."""
         found = {(axis.parameter, axis.dim): self.into(axis) for axis in self.layout}
         for axis in self.layout:
-            rows = [d for d in axis.dims if d != axis.dim]
-            if any((axis.parameter, d) in found and found[axis.parameter, d].shape[d] != axis.shape[d] for d in rows):
-                raise UnitMapError(
-                    f"Rows of {axis.parameter!r} have units of their own along dimension {axis.dim}: their number "
-                    f"cannot change. Give the classes along dimension {rows[0]} as many merged units as a model has."
-                )
+            own = found[axis.parameter, axis.dim]
+            for d in (d for d in axis.dims if d != axis.dim and (axis.parameter, d) in found):
+                if found[axis.parameter, d].shape[d] != own.shape[d]:
+                    raise UnitMapError(
+                        f"Rows of {axis.parameter!r} have units of their own along dimension {axis.dim}: their number "
+                        f"cannot change without these. Give the classes along dimension {d} as many merged units as a "
+                        "model has."
+                    )
         return found
 
     def _axes_of(self, name: str) -> Sequence[AxisLayout]:
@@ -451,11 +457,12 @@ class UnitMap:
         return all(np.array_equal(own[number], self.maps[0][number]) for own in self.maps[1:])
 
 
-def _members(ones: Tensor, axis: AxisLayout, target: Ids, into: AxisLayout) -> Tensor:
-    """How many members every entry of the merged axis has."""
+def _members(axis: AxisLayout, target: Ids, into: AxisLayout) -> Tensor:
+    """How many members every entry of the merged axis has, in every row as it was before."""
     dim = axis.dims.index(axis.dim)
-    index = torch.from_numpy(target).to(ones.device)
-    return ones.new_zeros(into.slot.shape).scatter_add_(dim, index, ones)
+    shape = [into.shape[d] if d == axis.dim else n for d, n in zip(axis.dims, axis.slot.shape, strict=True)]
+    ones = torch.ones(axis.slot.shape, dtype=torch.float64)
+    return torch.zeros(shape, dtype=torch.float64).scatter_add_(dim, torch.from_numpy(target), ones)
 
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
