@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fxmerge.evidence.usage import Usage
 from fxmerge.units.layout import along_axis
 from fxmerge.units.unit_map import UnitMap
 
 
-def by_usage(units: UnitMap, states: Sequence[Mapping[str, Tensor]], counts: Usage) -> list[dict[str, Tensor]]:
+def by_usage(
+    units: UnitMap, states: Sequence[Mapping[str, Tensor]], counts: Mapping[int, Sequence[Tensor]]
+) -> list[dict[str, Tensor]]:
     """Scales units of several models, so that the mean of those that become one is their mean by usage.
 
     This is the frequency-weighted merging of MC-SMoE (arXiv 2310.01334). Where none of the units that become one was
@@ -21,7 +22,7 @@ def by_usage(units: UnitMap, states: Sequence[Mapping[str, Tensor]], counts: Usa
     Arguments:
         units: where the units go.
         states: state dicts, one for every model.
-        counts: how often units of some classes were chosen.
+        counts: how often units of some classes were chosen, as `fxmerge.evidence.usage` tells it.
 
     Returns:
         The state dicts, with other values of floating-point parameters along axes that produce these units.

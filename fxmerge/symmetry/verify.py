@@ -125,7 +125,7 @@ def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, toleranc
 
     def change(symmetry: G) -> float:
         drawn = symmetry.sample(generator)
-        return probe.change(drawn.scaling.apply(drawn.basis.apply(probe.state)))
+        return probe.change(probe.each(lambda name, own: drawn.scaling.moved(name, drawn.basis.moved(name, own))))
 
     error = change(symmetry)
     if error > tolerance:  # Matrices cause more rounding than permutations.
@@ -139,7 +139,7 @@ def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, toleranc
             if kind == Kind.PERMUTATION:
                 break
             alone = random_matrices(kind, blocks, size, generator)
-            if probe.change(Basis(symmetry.mixed, {n: alone}).apply(probe.state)) <= tolerance:
+            if probe.change(probe.each(Basis(symmetry.mixed, {n: alone}).moved)) <= tolerance:
                 break
         if kind < own.kind:
             logger.warning("%s failed verification as %s, and is %s", symmetry.names[n], own.kind, kind)
@@ -148,7 +148,7 @@ def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, toleranc
     for n in (n for n, axes in enumerate(symmetry.scaled) if axes):
         own = kinds[n]
         drawn = random_factors(len(own.signs), len(own.stretches), symmetry.units[n].size, generator)
-        if not probe.change(Scaling(symmetry.scaled, {n: drawn}).apply(probe.state)) <= tolerance:
+        if not probe.change(probe.each(Scaling(symmetry.scaled, {n: drawn}).moved)) <= tolerance:
             logger.warning("%s failed verification with signs or scales, and is only permuted", symmetry.names[n])
             kinds[n] = UnitKind(why="it failed verification")
     smaller = replace(symmetry, kinds=tuple(kinds))
@@ -246,19 +246,24 @@ class Probe:
 
     def error(self, p: Permutation) -> float:
         """What a permutation of the parameters changes."""
-        return self.change(self._each(lambda name, own: p.moved(name, own)), p.images)
+        return self.change(self.each(p.moved), p.images)
 
-    def _each(self, change: Callable[[str, Tensor], Tensor]) -> Mapping[str, Tensor]:
+    def each(self, change: Callable[[str, Tensor], Tensor]) -> Mapping[str, Tensor]:
         """The state with a change of every tensor, which is given with the first of its names."""
         return Made(self.state, lambda name: change(self.first[name], self.state[name]))
 
     def prepared(self, uniform: Collection[str], mixed: Collection[str]) -> Probe:
         """The same module with the mean of some parameters in place of their entries, and with parameters in float64
         that are to be mixed."""
-        state = {self.first[n]: in_double(self.state[n]) for n in mixed}
-        state |= {self.first[n]: torch.full_like(self.state[n], float(self.state[n].mean())) for n in uniform}
+        wide, flat = ({self.first[name] for name in names} for names in (mixed, uniform))
+
+        def prepared(name: str, own: Tensor) -> Tensor:
+            if name in flat:
+                return torch.full_like(own, float(own.mean()))
+            return in_double(own) if name in wide else own
+
         other = copy(self)
-        other.state = self._each(lambda name, own: state.get(name, own))
+        other.state = self.each(prepared)
         other.expected = other.outputs(other.state) if uniform else self.expected
         return other
 
@@ -275,7 +280,7 @@ class Probe:
             wide: Tensor = in_double(tensor)
             return wide * (1 + 4 * torch.finfo(torch.float64).eps * (noise - 0.5))
 
-        return self.change(self._each(shaken))
+        return self.change(self.each(shaken))
 
     def change(self, state: Mapping[str, Tensor], images: Sequence[Ids] | None = None) -> float:
         """The largest change of an output under other parameters, relative to the largest value of that output; of free

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,20 +65,36 @@ class Scaling:
         moved: OrderedDict[str, Tensor] = OrderedDict(state_dict)
         if hasattr(state_dict, "_metadata"):
             moved._metadata = state_dict._metadata  # type: ignore[attr-defined]
+        for name, own in self._steps.items():
+            if name not in moved:
+                raise UnitMapError(
+                    f"Parameter {name!r} is missing, but the symmetry was found for shape {own[0][0].axis.shape}."
+                )
+            moved[name] = self.moved(name, moved[name])
+            for alias in own[0][0].axis.aliases:
+                if alias in moved:
+                    moved[alias] = moved[name]
+        return moved
+
+    def moved(self, name: str, tensor: Tensor) -> Tensor:
+        """One parameter of `apply`, by the first of its names.
+
+        Raises:
+            UnitMapError: if it has another shape.
+        """
+        for own, factors in self._steps.get(name, ()):
+            own.axis.check(tensor)
+            tensor = multiplied(tensor, own, total(factors, own.powers))
+        return tensor
+
+    @cached_property
+    def _steps(self) -> dict[str, list[tuple[Scaled, Tensor]]]:
+        """By parameter, the axes that are multiplied and the numbers of their units."""
+        found: dict[str, list[tuple[Scaled, Tensor]]] = {}
         for number, factors in self.factors.items():
             for own in self.scaled[number]:
-                name = own.axis.parameter
-                if name not in moved or tuple(moved[name].shape) != own.axis.shape:
-                    has = f"has shape {tuple(moved[name].shape)}" if name in moved else "is missing"
-                    raise UnitMapError(
-                        f"Parameter {name!r} {has}, but the symmetry was found for shape {own.axis.shape}."
-                    )
-                moved[name] = multiplied(moved[name], own, total(factors, own.powers))
-        for own in (own for number in self.factors for own in self.scaled[number]):
-            for alias in own.axis.aliases:
-                if alias in moved:
-                    moved[alias] = moved[own.axis.parameter]
-        return moved
+                found.setdefault(own.axis.parameter, []).append((own, factors))
+        return found
 
     def inverse(self) -> Scaling:
         """What undoes this one."""
