@@ -118,7 +118,7 @@ def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, toleranc
     scales = {name for n in open_ for name in symmetry.kinds[n].scales}
     probe = probe.prepared(scales, {own.axis.parameter for n in open_ for own in symmetry.mixed[n]})
     basis = symmetry.sample_basis(generator)
-    error = probe.change(basis.apply(probe.state))
+    error = probe.mixed(basis)
     if error > tolerance:  # Matrices cause more rounding than permutations.
         tolerance = max(tolerance, min(10 * probe.rounding(generator), LOOSEST))
     if error <= tolerance:
@@ -130,14 +130,14 @@ def _prove_kinds(symmetry: G, probe: Probe, generator: torch.Generator, toleranc
             if kind == Kind.PERMUTATION:
                 break
             alone = random_matrices(kind, blocks, size, generator)
-            if probe.change(Basis(basis.mixed, {n: alone}).apply(probe.state)) <= tolerance:
+            if probe.mixed(Basis(basis.mixed, {n: alone})) <= tolerance:
                 break
         if kind < own.kind:
             logger.warning("%s failed verification as %s, and is %s", symmetry.names[n], own.kind, kind)
             planes = own.planes if kind.turns else ()
             kinds[n] = replace(own, kind=kind, why="it failed verification", planes=planes)
     smaller = replace(symmetry, kinds=tuple(kinds))
-    error = probe.change(smaller.sample_basis(generator).apply(probe.state))
+    error = probe.mixed(smaller.sample_basis(generator))
     if error <= tolerance:
         return smaller, error
     logger.warning("changes of basis of several classes failed verification together, so all classes are permuted")
@@ -231,7 +231,11 @@ class Probe:
 
     def error(self, p: Permutation) -> float:
         """What a permutation of the parameters changes."""
-        return self.change(self._each(lambda name, own: p.moved(name, own)), p.images)
+        return self.change(self._each(p.moved), p.images)
+
+    def mixed(self, basis: Basis) -> float:
+        """What a change of basis of the parameters changes."""
+        return self.change(self._each(basis.moved))
 
     def _each(self, change: Callable[[str, Tensor], Tensor]) -> Mapping[str, Tensor]:
         """The state with a change of every tensor, which is given with the first of its names."""
@@ -240,10 +244,16 @@ class Probe:
     def prepared(self, uniform: Collection[str], mixed: Collection[str]) -> Probe:
         """The same module with the mean of some parameters in place of their entries, and with parameters in float64
         that are to be mixed."""
-        state = {self.first[n]: in_double(self.state[n]) for n in mixed}
-        state |= {self.first[n]: torch.full_like(self.state[n], float(self.state[n].mean())) for n in uniform}
+        alike, wide = {self.first[n] for n in uniform}, {self.first[n] for n in mixed}
+
+        def one(name: str, tensor: Tensor) -> Tensor:
+            if name in alike:
+                return torch.full_like(tensor, float(tensor.mean()))
+            double: Tensor = in_double(tensor) if name in wide else tensor
+            return double
+
         other = copy(self)
-        other.state = self._each(lambda name, own: state.get(name, own))
+        other.state = self._each(one)
         other.expected = other.outputs(other.state) if uniform else self.expected
         return other
 

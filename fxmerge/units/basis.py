@@ -82,21 +82,41 @@ class Basis:
         moved: OrderedDict[str, Tensor] = OrderedDict(state_dict)
         if hasattr(state_dict, "_metadata"):
             moved._metadata = state_dict._metadata  # type: ignore[attr-defined]
+        for name, steps in self._steps.items():
+            if name not in moved:
+                raise UnitMapError(
+                    f"Parameter {name!r} is missing, but the symmetry was found for shape {steps[0][0].axis.shape}."
+                )
+            moved[name] = self.moved(name, moved[name])
+            for alias in steps[0][0].axis.aliases:
+                if alias in moved:
+                    moved[alias] = moved[name]
+        return moved
+
+    def moved(self, name: str, tensor: Tensor) -> Tensor:
+        """One parameter of `apply`, by the first of its names.
+
+        Raises:
+            UnitMapError: if it has another shape.
+        """
+        for own, matrix in self._steps.get(name, ()):
+            if tuple(tensor.shape) != own.axis.shape:
+                raise UnitMapError(
+                    f"Parameter {name!r} has shape {tuple(tensor.shape)}, but the symmetry was found for shape "
+                    f"{own.axis.shape}."
+                )
+            tensor = mix(tensor, own, matrix)
+        return tensor
+
+    @cached_property
+    def _steps(self) -> dict[str, list[tuple[Mixed, Tensor]]]:
+        """By which matrices the axes of every parameter are multiplied, one after the other."""
+        found: dict[str, list[tuple[Mixed, Tensor]]] = {}
         for number, matrix in self.matrices.items():
             inverse = torch.linalg.inv(matrix).mT if any(own.inverse for own in self.mixed[number]) else matrix
             for own in self.mixed[number]:
-                name = own.axis.parameter
-                if name not in moved or tuple(moved[name].shape) != own.axis.shape:
-                    has = f"has shape {tuple(moved[name].shape)}" if name in moved else "is missing"
-                    raise UnitMapError(
-                        f"Parameter {name!r} {has}, but the symmetry was found for shape {own.axis.shape}."
-                    )
-                moved[name] = mix(moved[name], own, inverse if own.inverse else matrix)
-        for own in (own for number in self.matrices for own in self.mixed[number]):
-            for alias in own.axis.aliases:
-                if alias in moved:
-                    moved[alias] = moved[own.axis.parameter]
-        return moved
+                found.setdefault(own.axis.parameter, []).append((own, inverse if own.inverse else matrix))
+        return found
 
     def inverse(self) -> Basis:
         """The change of basis that undoes this one."""
