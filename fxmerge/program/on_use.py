@@ -78,7 +78,8 @@ def fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> OnUse:
 
     Arguments:
         tensors: of a module, by name; they are changed.
-        values: by the same names, in any dtype.
+        values: by the same names, in any dtype. Those of stand-ins are asked for at every use; they must be made anew
+            then, since an op may write into them.
     """
     later: dict[int, tuple[Tensor, str]] = {}
     with torch.no_grad():
@@ -101,7 +102,7 @@ class OnUse(TorchDispatchMode):
         self._stand_ins, self._values = stand_ins, values
         self._kept: dict[str, Tensor] = {}
         # With a weak reference, no other tensor gets the same address.
-        self._lent: dict[int, tuple[StorageWeakRef, str, Tensor]] = {}
+        self._lent: dict[int, tuple[StorageWeakRef, str, tuple[tuple[int, ...], tuple[int, ...]]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self.with_values((args, kwargs or {}))
@@ -123,7 +124,8 @@ class OnUse(TorchDispatchMode):
             return self._kept[name]
         with _disable_current_modes():  # A value is none of what the module computes.
             value = self._values[name].detach().to(own.dtype)
-        self._lent[_storage(value)] = StorageWeakRef(value.untyped_storage()), name, value.to("meta")
+        self._lent = {at: own for at, own in self._lent.items() if not own[0].expired()}
+        self._lent[_storage(value)] = StorageWeakRef(value.untyped_storage()), name, (value.shape, value.stride())
         return value
 
     def _keep(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -132,9 +134,9 @@ class OnUse(TorchDispatchMode):
             written = argument.alias_info is not None and argument.alias_info.is_write
             for tensor in pytree.tree_leaves(given) if written else ():
                 if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-                    _, name, whole = self._lent.get(_storage(tensor), (None, None, tensor))
-                    if name is not None:
-                        self._kept[name] = tensor.as_strided(whole.shape, whole.stride(), 0)
+                    found = self._lent.get(_storage(tensor))
+                    if found is not None:
+                        self._kept[found[1]] = tensor.as_strided(*found[2], 0)
 
 
 def _storage(tensor: Tensor) -> int:
