@@ -20,7 +20,18 @@ from fxmerge.symmetry.contracted import Contracted, Recorded, Role
 from fxmerge.symmetry.propagation import Axis, AxisUnits
 from fxmerge.symmetry.reasons import concatenate, first_reasons
 from fxmerge.symmetry.relate import Pairs, meet
-from fxmerge.symmetry.units import CONCLUDED, Ids, UnitGraph, among, distinct, mix
+from fxmerge.symmetry.units import (
+    CONCLUDED,
+    Ids,
+    UnitGraph,
+    among,
+    count_columns,
+    distinct,
+    distinct_columns,
+    hashed,
+    mix,
+    number,
+)
 
 
 @dataclass(frozen=True)
@@ -131,14 +142,13 @@ class _Closing(Contracted):
         child, parent = self.members_of_several
         if not len(child):
             return False
-        pairs = np.unique(np.stack([self.unit[child], parent]), axis=1)
+        unit, parent = distinct_columns(self.unit[child], parent)
         members = np.zeros(self.units.size, np.uint64)
-        np.add.at(members, pairs[1], mix(pairs[0]))
+        np.add.at(members, parent, mix(unit))
         some = np.flatnonzero(self.several & ~self.pinned[self.unit])
         origin = self.origin[some]
-        alike = np.stack([self.unit[some].astype(np.uint64), origin.astype(np.uint64), self.places[some]])
-        _, first, group = np.unique(alike, axis=1, return_index=True, return_inverse=True)
-        differ = members[some] != members[some[first[group.reshape(-1)]]]
+        first, group = number(hashed(self.unit[some], origin, self.places[some]))
+        differ = members[some] != members[some[first[group]]]
         return self._pin([some[differ]], "equal units that look alike have different members")
 
     def _check_followed(self) -> bool:
@@ -151,11 +161,10 @@ class _Closing(Contracted):
         for followed in self.units.followed:
             ids = self.unit[followed.ids]
             # What a place is a member of may tell its row, and no more.
-            seen = np.stack([followed.row.astype(np.uint64), self.colour[ids].astype(np.uint64), inside[ids]])
             free = (
                 not (several | nested | self.pinned)[ids].any()
                 and sum(len(self.members(c)) for c in distinct(self.colour[ids]).tolist()) == len(ids)
-                and len(np.unique(seen, axis=1).T) == len(distinct(followed.row))
+                and count_columns(followed.row, self.colour[ids], inside[ids]) == len(distinct(followed.row))
             )
             if not free:
                 new |= self._pin([followed.ids, *followed.named], "something tells places apart that are in its order")
@@ -179,12 +188,10 @@ class _Closing(Contracted):
         members[self.turned & ~self.pinned] = mix(np.array([1]))[0]
         np.add.at(members, self.parent, mix(self.child))
         raw = distinct(concatenate(self.units.member)[1])
-        made = np.unique(
-            np.stack([members[self.unit[raw]], self.origin[raw].astype(np.uint64), self.unit[raw]]), axis=1
-        )
-        _, kind, count = np.unique(made[:2], axis=1, return_inverse=True, return_counts=True)
+        held, origin, unit = distinct_columns(members[self.unit[raw]], self.origin[raw], self.unit[raw])
+        kind = number(hashed(held, origin))[1]
         twins = np.zeros(self.count, bool)
-        twins[made[2, count[kind.reshape(-1)] > 1].astype(np.int64)] = True
+        twins[unit[np.bincount(kind)[kind] > 1]] = True
         twins &= np.bincount(self.unit[~self.is_tag], minlength=self.count) > 0
         blocks = distinct(self.parent)
         if self._pin([self.first[blocks[twins[blocks]]]], "two blocks of one kind have the same members"):
@@ -206,10 +213,10 @@ class _Closing(Contracted):
         clear = (
             kinds
             for kinds in (self.kinds, self.kinds_by_place)
-            if np.unique(np.stack([self.unit[raw].astype(np.uint64), kinds[raw]]), axis=1).shape[1] == len(raw)
+            if count_columns(self.unit[raw], kinds[raw]) == len(raw)
         )
         kinds = next(clear, None)
-        told = len(np.unique(np.stack([self.unit[child], self.unit[parent]]), axis=1).T)
+        told = count_columns(self.unit[child], self.unit[parent])
         if kinds is None or told < len(self.maps[c].get(p, ())):
             return None
         # By the blocks as they were: one that became one with others may hold other units in each of its parts.
@@ -283,7 +290,7 @@ class _Closing(Contracted):
         """Whether the units of class p are in one block of class s just where they are in one part."""
         block = np.zeros(self.count, np.int64)
         block[self.members(p)] = self.maps[p][s]
-        pairs = len(np.unique(np.stack([block[unit], part]), axis=1).T)
+        pairs = count_columns(block[unit], part)
         return pairs == len(distinct(part)) == len(distinct(block[unit]))
 
     # ------------------------------------------------------------------ the structure of a class
@@ -307,11 +314,11 @@ class _Closing(Contracted):
         if any(self._segment_by_fixed(p, block, fixed) for p, block in free.items()):
             return True
         columns = [*free.values(), fixed]
-        table = np.stack([np.unique(b, return_inverse=True)[1].reshape(-1) for b in columns])
-        rows, count = np.unique(table, axis=1, return_counts=True)
+        table = np.stack([number(b)[1] for b in columns])
+        count = np.bincount(number(hashed(*table))[1])
         even = count.min() == count.max()
         if even and len(columns) > 2:
-            even = rows.shape[1] == _combinations(rows)
+            even = len(count) == _combinations(np.stack(distinct_columns(*table)))
         ids = [self.ids(c), *(self.first[distinct(b)] for b in free.values())]
         return not even and self._pin(ids, "units are spread unevenly over their blocks")
 
@@ -321,14 +328,14 @@ class _Closing(Contracted):
 
     def _segment_by_fixed(self, p: int, block: Ids, fixed: Ids) -> bool:
         """Tells blocks apart that could be exchanged but hold members at different fixed positions."""
-        pairs = np.unique(np.stack([block, fixed]), axis=1)
+        held, positions = distinct_columns(block, fixed)
         seen = np.zeros(self.count, np.uint64)
-        np.add.at(seen, pairs[0], mix(pairs[1]))
+        np.add.at(seen, held, mix(positions))
         members, own = self.members(p), self.blocks(p)[1]
-        if len(np.unique(np.stack([own.astype(np.uint64), seen[members]]), axis=1).T) == len(distinct(own)):
+        if count_columns(own, seen[members]) == len(distinct(own)):
             return False
-        for positions in distinct(seen[members]):
-            self.units.segment(self.first[members[seen[members] == positions]], "blocks hold different fixed positions")
+        for at in distinct(seen[members]):
+            self.units.segment(self.first[members[seen[members] == at]], "blocks hold different fixed positions")
         return True
 
     def _check_roles(self) -> bool:

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 
 from fxmerge.symmetry.propagation import Axis, AxisUnits
 from fxmerge.symmetry.reasons import concatenate
-from fxmerge.symmetry.units import Hashes, Ids, UnitGraph, distinct, mix
+from fxmerge.symmetry.units import Hashes, Ids, UnitGraph, distinct, distinct_columns, mix
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class Contracted:
         if self.several.any():
             # A member of one of several alike that became one unit is a member of that one, not of the others.
             child, parent = self.members_of_several
-            pairs = np.unique(np.stack([self.unit[child].astype(np.uint64), self.places[parent]]), axis=1)
-            np.add.at(colour, pairs[0].astype(np.int64), mix(pairs[1]))
+            unit, place = distinct_columns(self.unit[child], self.places[parent])
+            np.add.at(colour, unit, mix(place))
         known = 0
         while True:
             found, colours = np.unique(colour, return_inverse=True)

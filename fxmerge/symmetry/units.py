@@ -64,9 +64,27 @@ def number(values: Ids | Hashes) -> tuple[Ids, Ids]:
 
 def number_rows(rows: Ids) -> Ids:
     """Numbers equal rows of a table alike."""
-    if rows.shape[1] == 1:
-        return number(rows[:, 0])[1]
-    return number(mix(rows.view(np.uint64) ^ mix(np.arange(rows.shape[1]))).sum(axis=1))[1]
+    return number(rows[:, 0] if rows.shape[1] == 1 else hashed(*rows.T))[1]
+
+
+def hashed(*rows: Ids | Hashes) -> Hashes:
+    """A hash of each column of some rows of numbers."""
+    hashes: Hashes = sum((mix(row.view(np.uint64) ^ mix(np.array([n]))) for n, row in enumerate(rows)), np.uint64(0))
+    return hashes
+
+
+def distinct_columns(*rows: Ids | Hashes) -> list[Any]:
+    """The columns of some rows of numbers, each once: `numpy.unique` along axis 1, but quick, and in another order."""
+    hashes = hashed(*rows)
+    order = np.argsort(hashes)
+    ordered = hashes[order]
+    kept = order[np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(order)]]
+    return [row[kept] for row in rows]
+
+
+def count_columns(*rows: Ids | Hashes) -> int:
+    """How many of the columns of some rows of numbers differ."""
+    return len(distinct(hashed(*rows)))
 
 
 @dataclass(frozen=True)
