@@ -10,12 +10,13 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fxmerge.combine.batch_norm import batch_norm_statistics
 from fxmerge.job import Job
 from fxmerge.keeping import changed
-from fxmerge.matching.balance import gauge
+from fxmerge.matching.balance import gauge, sums_of
 from fxmerge.matching.consensus import match_all
 from fxmerge.matching.models import Correlations, alpha_by_class
 from fxmerge.matching.problem import floats
@@ -25,13 +26,14 @@ from fxmerge.program.canonicalize import plan_folds
 from fxmerge.program.double import in_double
 from fxmerge.recipe import Align, Recipe, Run, Zip
 from fxmerge.shared import equal_names
+from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.freeze import freeze, moving_together
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.kinds import is_uniform
 from fxmerge.units.basis import Basis
 from fxmerge.units.kind import Exponents, Kind, UnitKind
 from fxmerge.units.permutation import Permutation
-from fxmerge.units.scaling import Scaling
+from fxmerge.units.scaling import Scaled, Scaling
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +73,15 @@ def in_one_basis(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, ref
         return Prepared.of(job, recipe, run, given)
     group = Prepared.of(with_gains_moved(job), recipe, run, given, continuous=True)
     group = replace(group, symmetry=_usable(group, part))
-    if not mixing(group.symmetry) and not _single(group.symmetry):
+    group, gains = _positive(group)
+    if not mixing(group.symmetry) and not _single(group.symmetry, gains):
         if given is not None:
             logger.warning(
                 "The symmetry that was given has no class that a change of basis may mix, so units are only permuted. "
                 "It may be of a model with gains: pass find_symmetry(canonicalize(model, args), args)."
             )
         return Prepared.of(job, recipe, run, given)
-    return _rebased(group, part, run, canonical_order(job.states)[0] if reference is None else reference)
+    return _rebased(group, gains, part, run, canonical_order(job.states)[0] if reference is None else reference)
 
 
 def mixing(symmetry: Symmetry) -> set[int]:
@@ -86,10 +89,13 @@ def mixing(symmetry: Symmetry) -> set[int]:
     return {n for n in range(len(symmetry.units)) if symmetry.kind(n) > Kind.PERMUTATION}
 
 
-def _single(symmetry: Symmetry) -> dict[int, str]:
+def _single(symmetry: Symmetry, gains: Sequence[Scaling]) -> dict[int, str]:
     """The classes whose units may have signs or positive scales, and which of these."""
-    words = ((own.signs, "signs") for own in symmetry.kinds), ((own.stretches, "scales") for own in symmetry.kinds)
-    told = (" and ".join(word for has, word in own if has) for own in zip(*words, strict=True))
+    has = (
+        (own.signs or any(n in scaling.factors for scaling in gains), own.stretches)
+        for n, own in enumerate(symmetry.kinds)
+    )
+    told = (" and ".join(word for word, any_ in zip(("signs", "scales"), own, strict=True) if any_) for own in has)
     return {n: word for n, word in enumerate(told) if word}
 
 
@@ -101,8 +107,9 @@ def _usable(group: Prepared, part: Align | Zip) -> Symmetry:
     """The symmetry with those signs and positive scales by which units are matched.
 
     Tensors that all models share stay as they are. Running statistics are not scaled: where they are estimated anew,
-    they would no longer be those that the layers around were scaled with. Gains keep their signs. Units that are merged
-    many to one have none of both, as each merged unit would need one of its own.
+    they would no longer be those that the layers around were scaled with. Signs that change no parameter of several
+    dimensions are left out. Units that are merged many to one have none of both, as each merged unit would need one of
+    its own.
     """
     symmetry, job = group.symmetry, group.job
     shared = equal_names(job.states)
@@ -121,7 +128,56 @@ def _usable(group: Prepared, part: Align | Zip) -> Symmetry:
     return replace(symmetry, kinds=tuple(map(usable, symmetry.kinds)))
 
 
-def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Prepared:
+MOSTLY = 0.9
+"""The least share of gains of one sign in a model, less that of the other sign, from which signs are told by them."""
+
+
+def _positive(group: Prepared) -> tuple[Prepared, list[Scaling]]:
+    """The group without the signs of gains, and for every model the signs with which its gains are positive.
+
+    A sign that no layer reads, such as that of a channel before a BatchNorm, changes what writes a unit and the gain
+    behind it. Matched by similarity, the former would count far more than the latter, and the mean of a gain and one of
+    the other sign is about zero. So gains are made positive in place of it, as they are in most networks.
+    """
+    symmetry, job = group.symmetry, group.job
+    found = [{one: _gain(group, n, one) for one in own.signs} for n, own in enumerate(symmetry.kinds)]
+    gains = [{one: gain for one, gain in own.items() if gain is not None} for own in found]
+    scaled = replace(symmetry, kinds=tuple(UnitKind(signs=tuple(own)) for own in gains)).scaled
+    signs = {
+        n: [torch.stack([_signs(state, gain) for gain in own.values()]) for state in job.states]
+        for n, own in enumerate(gains)
+        if own
+    }
+    changing = [n for n, own in signs.items() if any(bool((factors < 0).any()) for factors in own)]
+    kinds = tuple(
+        replace(own, signs=tuple(one for one in own.signs if one not in gains[n]))
+        for n, own in enumerate(symmetry.kinds)
+    )
+    scalings = [Scaling(scaled, {n: signs[n][m] for n in changing}) for m in range(len(job.states))]
+    return replace(group, symmetry=replace(symmetry, kinds=kinds)), scalings
+
+
+def _gain(group: Prepared, number: int, sign: Exponents) -> Scaled | None:
+    """The gain that a sign changes, if no layer reads the sign, and a model has gains of mostly one sign."""
+    if any(group.flow[parameter, dim] is not Flow.PRODUCES for parameter, dim, *_ in sign):
+        return None
+    kinds = [UnitKind()] * len(group.symmetry.units)
+    kinds[number] = UnitKind(signs=(sign,))
+    axes = replace(group.symmetry, kinds=tuple(kinds)).scaled[number]
+    states = group.job.states
+    vectors = [own for own in axes if len(own.axis.shape) == 1 and not states[0][own.axis.parameter].is_complex()]
+    alike = [max(abs(float(_signs(state, own).mean())) for state in states) for own in vectors]
+    best = max(range(len(vectors)), key=alike.__getitem__, default=0)
+    return vectors[best] if vectors and alike[best] > MOSTLY else None
+
+
+def _signs(state: Mapping[str, Tensor], own: Scaled) -> Tensor:
+    """For every unit the sign of its entries on one axis."""
+    sums = sums_of(in_double(state[own.axis.parameter].to("cpu")), own)
+    return torch.where(sums < 0, -1.0, 1.0).double()
+
+
+def _rebased(group: Prepared, gains: Sequence[Scaling], part: Align | Zip, run: Run, reference: int) -> Prepared:
     """Models of which all classes that a change of basis may mix are in one basis, with the blocks that these lie in.
     Units that may have signs or scales have those of the units of the reference that they match, and are in the places
     of these.
@@ -130,10 +186,10 @@ def _rebased(group: Prepared, part: Align | Zip, run: Run, reference: int) -> Pr
     they were.
     """
     job, symmetry, trunk = group.job, group.symmetry, group.trunk
-    numbers, single = mixing(symmetry), _single(symmetry)
+    numbers, single = mixing(symmetry), _single(symmetry, gains)
     based = moving_together(symmetry, numbers)
     placed = moving_together(symmetry, numbers | single.keys())
-    gauges = [gauge(symmetry, state) for state in job.states]
+    gauges = [(own, *gauge(symmetry, state)) for own, state in zip(gains, job.states, strict=True)]
     balanced = [dict(floats(symmetry, s)) for s in job.states]
     for own, steps in zip(balanced, gauges, strict=True):
         for step in steps:

@@ -155,3 +155,19 @@ def test_squares_hide_the_signs_of_what_is_squared() -> None:
     net[1] = Squared()
     symmetry = find_symmetry(net, (torch.randn(2, 6),))
     assert symmetry.classes[0].signs == 1 and of_activations(symmetry, 0) == (0,)
+
+
+def test_gains_keep_the_signs_that_most_have() -> None:
+    """A filter and its negative are not matched behind positive gains: the mean of both gains would be zero."""
+    torch.manual_seed(0)
+    net = cnn(norms=True)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin[0].weight.mul_(-1)  # type: ignore[index]
+    x = torch.randn(4, 3, 8, 8)
+    recipe = Recipe(match=Align(1, continuous=True), fit=None)
+    aligned = fxmerge.align(twin, net, recipe=recipe, example=(x,)).state_dict()
+    assert (aligned["1.weight"] > 0).all()
+    assert torch.allclose(
+        fxmerge.capture(twin, (x,))(x), fxmerge.align(twin, net, recipe=recipe, example=(x,))(x), atol=1e-5
+    )

@@ -130,7 +130,11 @@ def _stretched(symmetry: Group, number: int, state: Mapping[str, Tensor]) -> Ten
 
 def squares_of(tensor: Tensor, own: Scaled) -> Tensor:
     """For every unit of a class on one axis, the sum of the squares of its entries."""
-    weight = real(tensor).square()
+    return sums_of(real(tensor).square(), own)
+
+
+def sums_of(weight: Tensor, own: Scaled) -> Tensor:
+    """For every unit of a class on one axis, the sum of its entries, which are real."""
     others = [d for d in range(weight.ndim) if d not in own.axis.dims]
     by_place = weight.sum(others) if others else weight
     by_slot = torch.zeros(len(own.axis.index), dtype=weight.dtype)
