@@ -1,13 +1,13 @@
 """How much memory a merge of large checkpoints takes, stage by stage.
 
 Makes two checkpoints of the shape of Llama in bfloat16 shards, with random weights. The second one is the first with
-its units in another order and 1% of noise. Aligns and averages them by weights from the command line, and tells
+its units in another order and 1% of noise. Aligns or zips them by weights from the command line, and tells
 
 - the most memory in use in every stage that the system cannot take back: what is mapped from files, it can;
 - the whole peak, with what is mapped from files;
 - the same of a pair of a few thousand parameters: what torch, transformers and fxmerge take by themselves.
 
-    OMP_NUM_THREADS=1 python benchmarks/memory.py [--sizes 300M ...] [--folder FOLDER] [--verb merge]
+    OMP_NUM_THREADS=1 python benchmarks/memory.py [--sizes 300M ...] [--folder FOLDER] [--match Align]
 
 Needs Linux and `pip install -e '.[zoo,cli]'`.
 """
@@ -103,7 +103,7 @@ def status() -> dict[str, float]:
     }
 
 
-def child(a: str, b: str, out: str, verb: str) -> None:
+def child(a: str, b: str, out: str, match: str) -> None:
     """Merges two checkpoints, and prints what it took."""
     import transformers  # noqa: F401
 
@@ -118,7 +118,10 @@ def child(a: str, b: str, out: str, verb: str) -> None:
     root.setLevel(logging.INFO)
     watch.start()
     began = time.perf_counter()
-    failed = main([verb, a, b, "--arch", "hf", "--out", out, "--force", "--shard-size", "200MB", "-v"])
+    recipe = Path(out).with_suffix(".yaml")
+    recipe.write_text(f"match: {{kind: {match}}}\ncombine: {{kind: Average}}\nfit: null\n")
+    how = ["--arch", "hf", "--recipe", str(recipe), "--out", out, "--shard-size", "200MB", "-v"]
+    failed = main(["merge", a, b, *how])
     found = {
         "failed": failed,
         "seconds": time.perf_counter() - began,
@@ -130,9 +133,9 @@ def child(a: str, b: str, out: str, verb: str) -> None:
     print(json.dumps(found), file=sys.stderr)
 
 
-def measure(places: tuple[Path, Path], verb: str) -> dict[str, Any]:
+def measure(places: tuple[Path, Path], match: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--child", *map(str, places), f"{folder}/out", verb]
+        command = [sys.executable, __file__, "--child", *map(str, places), f"{folder}/out", match]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     lines = done.stderr.strip().splitlines()
     try:
@@ -150,8 +153,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", nargs="+", default=["tiny", "300M"], choices=list(SIZES))
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "fxmerge" / "llamas")
-    parser.add_argument("--verb", default="merge")
+    parser.add_argument("--match", default="Align", choices=["Align", "Zip"])
     arguments = parser.parse_args()
     for size in arguments.sizes:
         print(size)
-        print(json.dumps(measure(make(arguments.folder, size), arguments.verb), indent=1))
+        print(json.dumps(measure(make(arguments.folder, size), arguments.match), indent=1))
