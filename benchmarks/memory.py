@@ -7,9 +7,9 @@ its units in another order and 1% of noise. Aligns or zips them by weights from 
 - the whole peak, with what is mapped from files;
 - the same of a pair of a few thousand parameters: what torch, transformers and fxmerge take by themselves.
 
-    OMP_NUM_THREADS=1 python benchmarks/memory.py [--sizes 300M ...] [--folder FOLDER] [--match Align]
+    OMP_NUM_THREADS=1 python benchmarks/memory.py [--short] [--sizes 300M ...] [--folder FOLDER] [--match Align]
 
-Needs Linux and `pip install -e '.[zoo,cli]'`.
+`--short` measures the pair of a few thousand parameters alone. Needs Linux and `pip install -e '.[zoo,cli]'`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from invariance import machine, table
+from models.processes import Row
+from tasks_suite.training import cache_folder, default_cache
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
@@ -134,6 +137,7 @@ def child(a: str, b: str, out: str, match: str) -> None:
 
 
 def measure(places: tuple[Path, Path], match: str) -> dict[str, Any]:
+    """Merges two checkpoints in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--child", *map(str, places), f"{folder}/out", match]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -146,15 +150,33 @@ def measure(places: tuple[Path, Path], match: str) -> dict[str, Any]:
     return found
 
 
+def line(size: str, found: dict[str, Any]) -> Row:
+    """A line of the table, in GiB."""
+    stages = {f"{stage} GiB": f"{held:.2f}" for stage, held in found["stages"].items()}
+    whole = {"in use at most GiB": f"{found['most']['RssAnon']:.2f}", "with files GiB": f"{found['most']['VmHWM']:.2f}"}
+    return {"size": size, "seconds": f"{found['seconds']:.0f}", **whole, **stages}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="the pair of a few thousand parameters alone")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "300M"], choices=list(SIZES), help="what to merge")
+    parser.add_argument("--folder", type=Path, default=default_cache().parent / "llamas", help="of checkpoints")
+    parser.add_argument("--match", default="Align", choices=["Align", "Zip"], help="the recipe's match")
+    arguments = parser.parse_args()
+    print(machine(), flush=True)
+    rows, failed = list[Row](), False
+    with cache_folder(arguments.folder, short=arguments.short) as folder:
+        for size in ["tiny"] if arguments.short else arguments.sizes:
+            found = measure(make(folder, size), arguments.match)
+            failed |= bool(found["failed"])
+            rows.append(line(size, found))
+    print(table(rows))
+    return int(failed)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(*sys.argv[2:])
         sys.exit()
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "300M"], choices=list(SIZES))
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "fxmerge" / "llamas")
-    parser.add_argument("--match", default="Align", choices=["Align", "Zip"])
-    arguments = parser.parse_args()
-    for size in arguments.sizes:
-        print(size)
-        print(json.dumps(measure(make(arguments.folder, size), arguments.match), indent=1))
+    sys.exit(main())
