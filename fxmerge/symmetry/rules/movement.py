@@ -113,7 +113,7 @@ def assemble(
     one unit, or equal constants, may come in through two of them; parts that are the same tensor are alike.
     """
 
-    parts = _under_one_name(at, parts)
+    parts = _under_one_name(at, parts, dims)
     filled = [p for p in parts if not is_zero(p)]
     at.mix(mixing.assembled, *filled, dims=dims)
     at.weigh(weighing.tied, *filled, dims=dims)
@@ -159,19 +159,24 @@ def assemble(
     return Labels(at.shape, tuple(columns), prune([f for f in factors if support(f)], columns))
 
 
-def _under_one_name(at: Site, parts: Sequence[Labels | Tensor]) -> list[Labels | Tensor]:
-    """Parts in which no unit has two names. Units that would have two change neither their signs nor their scales."""
+def _under_one_name(at: Site, parts: Sequence[Labels | Tensor], dims: Sequence[int]) -> list[Labels | Tensor]:
+    """Parts in which no unit has two names. Units that would have two change alike in all parts; those that lie along
+    the dimensions where these are put together change neither their signs nor their scales."""
     columns = [c for p in parts if isinstance(p, Labels) for c in p.columns]
     ids = distinct(np.concatenate([np.zeros(0, np.int64), *(compact(c).numpy().reshape(-1) for c in columns)]))
     if len(distinct(at.units.first_names(ids))) == len(ids):
         return list(parts)
-    at.weigh(weighing.still, *parts)
 
     def first(column: Tensor) -> Tensor:
-        dims = support(column)
-        return spread(torch.from_numpy(at.units.first_names(core(column, dims).numpy())), tuple(column.shape), dims)
+        own = support(column)
+        return spread(torch.from_numpy(at.units.first_names(core(column, own).numpy())), tuple(column.shape), own)
 
     named = {id(p): replace(p, columns=tuple(map(first, p.columns))) for p in parts if isinstance(p, Labels)}
+    if all(set(dims).isdisjoint(support(c)) for c in columns):
+        for part in (p for p in parts if isinstance(p, Labels)):
+            at.weigh(weighing.tied, part, named[id(part)])
+    else:
+        at.weigh(weighing.still, *parts)
     return [named.get(id(p), p) for p in parts]
 
 
