@@ -327,7 +327,7 @@ def _emitted(views: _Views, model: nn.Module, trace: Callable[[nn.Module], Trace
     else:
         graph, source = trace(model)
     if is_told(graph):
-        trained = models.apart(model)
+        trained = models.copied(model)  # A trace by running it may write into its parameters.
         models.switch(trained, True)
         try:
             if trace is None:
