@@ -30,6 +30,15 @@ class Writes(Layer):
         return super().forward(x)
 
 
+class WritesByKeyword(Layer):
+    """Gives its parameter to an op as what this is to write into."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            torch.mul(self.weight, 2, out=self.weight.data)
+        return super().forward(x)
+
+
 def anew(model: nn.Module) -> Made:
     state = model.state_dict()
     return Made(state, lambda name: state[name].clone())
@@ -40,7 +49,7 @@ def all_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_use, "LARGE", 4)
 
 
-@pytest.mark.parametrize("kind", [Layer, Writes])
+@pytest.mark.parametrize("kind", [Layer, Writes, WritesByKeyword])
 def test_a_module_computes_with_stand_ins_what_it_does_with_values(kind: type[Layer]) -> None:
     model, other, x = kind(), kind(), torch.randn(5, 2)
     light = with_stand_ins(model)

@@ -130,9 +130,10 @@ class OnUse(TorchDispatchMode):
 
     def _keep(self, func: Any, args: Any, kwargs: Any) -> None:
         """Keeps the values that an op is about to write into."""
-        for argument, given in zip(func._schema.arguments, args, strict=False):
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
-            for tensor in pytree.tree_leaves(given) if written else ():
+            for tensor in pytree.tree_leaves(given.get(argument.name)) if written else ():
                 if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                     found = self._lent.get(_storage(tensor))
                     if found is not None:
