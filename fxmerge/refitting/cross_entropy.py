@@ -131,7 +131,10 @@ class Rows:
     def spreads(self, probabilities: Tensor) -> Tensor:
         """For every class, the mean variance of whether it is drawn."""
         return sum(
-            (self.shares[i].to(probabilities) @ (probabilities[i] * (1 - probabilities[i])) for i in self.pieces),
+            (
+                (self.shares[i, None].to(probabilities) * probabilities[i] * (1 - probabilities[i])).sum(0)
+                for i in self.pieces
+            ),
             start=probabilities.new_zeros(probabilities.shape[1]),
         ).double()
 

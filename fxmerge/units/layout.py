@@ -154,7 +154,7 @@ class AxisLayout:
         for number, slots in self.roles:
             units[slots], left[slots[own[number]]] = True, True
         inside = rows >= 0
-        gone = np.asarray(~(left[rows] & inside).any(-1))
+        gone = np.asarray((units[rows] & inside).any(-1) & ~(left[rows] & inside).any(-1))
         if (gone[..., None] & inside & ~units[rows]).any():
             raise UnitMapError(
                 f"Axis {self.dim} of {self.parameter!r} has pinned units in rows of which there would be fewer."
