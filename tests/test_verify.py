@@ -179,3 +179,12 @@ def test_what_a_module_keeps_of_its_parameters_is_not_taken_for_a_constant() -> 
     assert torch.equal(model(x), expected), "capturing left something behind"
     layout = tuple(a for a in symmetry.layout if a.parameter != "scale")
     assert replace(symmetry, layout=layout).verify(model, (x,)).demoted == ("scale[0]",)
+
+
+def test_a_symmetry_of_another_model_is_refused() -> None:
+    x = (torch.randn(5, 3),)
+    symmetry = fxmerge.find_symmetry(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), x)
+    with pytest.raises(fxmerge.PermutationError, match=r"no parameter '2\.weight'"):
+        symmetry.verify(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), x)
+    with pytest.raises(fxmerge.PermutationError, match=r"'0\.weight' has shape \(5, 3\).*\(4, 3\)"):
+        symmetry.verify(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)), x)

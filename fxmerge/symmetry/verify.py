@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxmerge.errors import FxmergeError, OptionError
+from fxmerge.errors import FxmergeError, OptionError, PermutationError
 from fxmerge.program import models
 from fxmerge.program.capture import Args, Kwargs, check_example, open_outputs
 from fxmerge.program.double import InDouble, WithOwnStatistics, double, in_double, largest_change
@@ -25,6 +25,7 @@ from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.freeze import demote
 from fxmerge.symmetry.outputs import FreeOutput
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.applied import check_state
 from fxmerge.units.basis import Basis, random_matrices
 from fxmerge.units.kind import Kind, UnitKind
 from fxmerge.units.permutation import Permutation
@@ -78,6 +79,7 @@ def verify(
     Raises:
         FxmergeError: if the model gives different outputs for the same inputs and parameters.
         OptionError: if the model or its inputs are none, or if it is on the meta device.
+        PermutationError: if a parameter of the symmetry is missing in the model, or has another shape.
 
     Example:
         >>> import torch, fxmerge
@@ -90,6 +92,8 @@ def verify(
     model = models.accepted(model)
     if isinstance(model, nn.Module) and any(t.is_meta for t in models.tensors(model).values()):
         raise OptionError("The model is on the meta device, and has no values to verify; load them, or build it anew.")
+    own = model.state_dict if isinstance(model, ExportedProgram) else models.tensors(model)
+    check_state(own, symmetry.layout, PermutationError)
     probe = Probe(model, *check_example(model, args, kwargs), generator, symmetry.free)
     tolerance, worst = TOLERANCE, 0.0
     for _ in range(trials):

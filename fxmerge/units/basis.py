@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.errors import UnitMapError
+from fxmerge.units.applied import applied
 from fxmerge.units.kind import Kind
 from fxmerge.units.layout import AxisLayout, Ids
 
@@ -79,28 +79,12 @@ class Basis:
             >>> torch.allclose(net(x), before)
             True
         """
-        moved: OrderedDict[str, Tensor] = OrderedDict(state_dict)
-        if hasattr(state_dict, "_metadata"):
-            moved._metadata = state_dict._metadata  # type: ignore[attr-defined]
-        for name, own in self._steps.items():
-            if name not in moved:
-                raise UnitMapError(
-                    f"Parameter {name!r} is missing, but the symmetry was found for shape {own[0][0].axis.shape}."
-                )
-            moved[name] = self.moved(name, moved[name])
-            for alias in own[0][0].axis.aliases:
-                if alias in moved:
-                    moved[alias] = moved[name]
-        return moved
+        axes = (own.axis for steps in self._steps.values() for own, _ in steps)
+        return applied(state_dict, axes, self.moved, UnitMapError)
 
     def moved(self, name: str, tensor: Tensor) -> Tensor:
-        """One parameter of `apply`, by the first of its names.
-
-        Raises:
-            UnitMapError: if it has another shape.
-        """
+        """One parameter of `apply`, by the first of its names; as it is, if no class lies on it."""
         for own, matrix in self._steps.get(name, ()):
-            own.axis.check(tensor)
             tensor = mix(tensor, own, matrix)
         return tensor
 

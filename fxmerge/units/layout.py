@@ -107,18 +107,6 @@ class AxisLayout:
         numbered = tuple((number, slots) for (number, _), slots in zip(self.roles, roles, strict=True))
         return AxisLayout(self.parameter, self.aliases, shape, self.dim, self.dims, np.arange(len(role)), numbered)
 
-    def check(self, tensor: Tensor) -> None:
-        """Checks the shape of the parameter.
-
-        Raises:
-            UnitMapError: if it is another one.
-        """
-        if tuple(tensor.shape) != self.shape:
-            raise UnitMapError(
-                f"Parameter {self.parameter!r} has shape {tuple(tensor.shape)}, but the symmetry was found for shape "
-                f"{self.shape}."
-            )
-
     def _with_shorter_rows(self, widths: Sequence[int], kept: Sequence[Ids] | None) -> AxisLayout:
         """The layout of an axis along which rows have units of their own, of which there are fewer. The axis is as long
         as the longest row; until all classes there are merged, others may be shorter. Rows in which none is left go."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from fxmerge.errors import PermutationError
+from fxmerge.units.applied import applied
 from fxmerge.units.layout import AxisLayout, Ids, move_axis
 
 
@@ -48,30 +48,11 @@ class Permutation:
             >>> torch.equal(p.inverse().apply(permuted)["0.weight"], mlp[0].weight)
             True
         """
-        moved: OrderedDict[str, Tensor] = OrderedDict(state_dict)
-        if hasattr(state_dict, "_metadata"):
-            moved._metadata = state_dict._metadata  # type: ignore[attr-defined]
-        for name, axes in self._axes.items():
-            if name not in moved:
-                raise PermutationError(f"The state dict has no parameter {name!r}, which the permutation moves.")
-            moved[name] = self.moved(name, moved[name])
-            for alias in axes[0].aliases:
-                if alias in moved:
-                    moved[alias] = moved[name]
-        return moved
+        return applied(state_dict, self.layout, self.moved, PermutationError)
 
     def moved(self, name: str, tensor: Tensor) -> Tensor:
-        """One parameter of `apply`, by the first of its names.
-
-        Raises:
-            PermutationError: if it has another shape.
-        """
+        """One parameter of `apply`, by the first of its names; as it is, if no class lies on it."""
         for axis in self._axes.get(name, ()):
-            if tuple(tensor.shape) != axis.shape:
-                raise PermutationError(
-                    f"Parameter {name!r} has shape {tuple(tensor.shape)}, "
-                    f"but the symmetry was found for shape {axis.shape}."
-                )
             source = axis.source(self.images)
             if source is not None:
                 tensor = move_axis(tensor, axis, source)
