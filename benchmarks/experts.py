@@ -52,7 +52,7 @@ def merged(a: nn.Module, b: nn.Module, batches: Sequence[Tensor], recipe: Recipe
     run = Run(progress=False)
     if routers:
         return with_state_of(a, fxmerge.merge(a, b, batches, recipe, run=run))
-    with patch("fxmerge.refitting.refit.router_layers", lambda layers: []):
+    with patch("fxmerge.refitting.selection.router_layers", lambda layers: []):
         return with_state_of(a, fxmerge.merge(a, b, batches, recipe, run=run))
 
 

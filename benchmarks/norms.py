@@ -45,7 +45,7 @@ def compare(networks: Sequence[str], cache: Path) -> list[Row]:
     """The lines of the table."""
     rows: list[Row] = []
     for network in networks:
-        with patch("fxmerge.refitting.refit.find_gains", lambda *_: Layers((), {})):
+        with patch("fxmerge.refitting.selection.find_gains", lambda *_: Layers((), {})):
             before, layers = merged(network, cache)
         after, more = merged(network, cache)
         rows.append({"network": network, "fitted gains": more - layers, "averaged": before, "fitted": after})

@@ -34,7 +34,8 @@ from fxmerge.refitting.folding import folded
 from fxmerge.refitting.gather import Teacher
 from fxmerge.refitting.layers import find_layers
 from fxmerge.refitting.places import Confined, Places
-from fxmerge.refitting.refit import Refitted, last_layers, refit, with_statistics, written_out
+from fxmerge.refitting.refit import Refitted, refit, with_statistics, written_out
+from fxmerge.refitting.selection import last_layers
 from fxmerge.shared import agreed
 from fxmerge.sizing import nothing_merged, resized, room_for
 from fxmerge.symmetry.propagate import propagate

@@ -18,7 +18,7 @@ from fxmerge.refitting import cross_entropy
 from fxmerge.refitting.class_scores import score_layers
 from fxmerge.refitting.cross_entropy import Rows, ScoreRows, fit_scores, minimise
 from fxmerge.refitting.layers import find_layers
-from fxmerge.refitting.refit import last_layers
+from fxmerge.refitting.selection import last_layers
 from tests.networks import NETS
 
 LOGITS, VALUES = (Recipe(fit=LeastSquares(outputs=kind)) for kind in ("logits", "values"))

@@ -15,7 +15,8 @@ from fxmerge.program.run import Data, Recorder
 from fxmerge.refitting.gather import arguments, not_finite
 from fxmerge.refitting.layers import Layer, find_layers
 from fxmerge.refitting.output_error import used_elsewhere
-from fxmerge.refitting.refit import last_layers, written_out
+from fxmerge.refitting.refit import written_out
+from fxmerge.refitting.selection import last_layers
 
 
 def standardized(

@@ -14,24 +14,20 @@ from tqdm.auto import tqdm
 from fxmerge.combine.batch_norm import alike, statistics_nodes
 from fxmerge.processes import ALONE, Processes
 from fxmerge.program.captured import Program
-from fxmerge.program.forms import argument, bind, form_of
+from fxmerge.program.forms import form_of
 from fxmerge.program.plain_norms import plain_norms
 from fxmerge.progress import Ticker
 from fxmerge.refitting.ahead import AheadFit
 from fxmerge.refitting.boundaries import Boundaries
-from fxmerge.refitting.class_scores import ScoreLayers, score_layers
 from fxmerge.refitting.course import Course, Lane, Lesson
-from fxmerge.refitting.gains import find_gains
 from fxmerge.refitting.gather import LayerFit, Statistics, Teacher, Values
-from fxmerge.refitting.layers import Layer, Layers, Use, find_layers
+from fxmerge.refitting.layers import Layer
 from fxmerge.refitting.output_error import OutputDistance, OutputErrors, asked, comparable, mean_errors
-from fxmerge.refitting.places import Places
 from fxmerge.refitting.repair import Repair
 from fxmerge.refitting.ridge import fit as ridge_fits
-from fxmerge.refitting.routers import router_layers
-from fxmerge.refitting.staging import OUTCOME, LayerReport, Outcome, apart, plan_stages
-from fxmerge.refitting.tied import can_be_fitted, fit_tied
-from fxmerge.shared import EQUAL
+from fxmerge.refitting.selection import select
+from fxmerge.refitting.staging import OUTCOME, LayerReport, Outcome, plan_stages
+from fxmerge.refitting.tied import fit_tied
 from fxmerge.stages import NO_STAGES, Stages
 from fxmerge.symmetry import rules
 
@@ -128,46 +124,29 @@ def refit(
     """
     program = written_out(program)
     resized = parents_program is not None and parents_program is not program
-    layers = find_layers(program)
     teachers = teachers or [Teacher(own, {}) for own in parents]
     places = [teacher.places for teacher in teachers if teacher.places is not None]
-    left: dict[str, str] = {} if only_last else dict(layers.left)
     owner = owner or {}
-    tied = {} if only_last or repair or owner or resized else _tied(layers, places, shared)
-    for name in (name for layer in tied for name in layer.parameters):
-        left.pop(name, None)
-    last = last_layers(program, replace(layers, all=(*layers.all, *tied)))
-
-    def chosen_of(some: Iterable[Layer]) -> list[Layer]:
-        """Those that can be fitted; of the others the reason is noted."""
-        reasons = {
-            layer: _why_left(layer, places, shared, repair=repair, last=layer in last, resized=resized)
-            for layer in some
-        }
-        left.update({layer.name: why for layer, why in reasons.items() if why is not None})
-        return [layer for layer, why in reasons.items() if why is None]
-
-    chosen = chosen_of(last if only_last else layers.all)
-    if not (only_last or repair):
-        gains = find_gains(program, chosen)
-        scaled = {name for layer in gains.all for name in layer.parameters}
-        left = {**{name: why for name, why in left.items() if name not in scaled}, **gains.left}
-        chosen += chosen_of(gains.all)
-    found = score_layers(program, layers, last) if scores else ScoreLayers((), {})
-    left, of_scores = {**found.left, **left}, [layer for layer in found.layers if layer in chosen]
-    for layer in [layer for layer in of_scores if _in_other_units(layer, places)]:
-        left[layer.name] = "the order of its classes is free"
-        of_scores.remove(layer)
-    if not (only_last or repair):
-        of_scores += [layer for layer in router_layers(chosen) if layer not in of_scores]
+    selection = select(
+        program, places, shared, only_last=only_last, repair=repair, scores=scores, owned=bool(owner), resized=resized
+    )
+    chosen, last, tied = selection.chosen, selection.last, selection.tied
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
     only_parent = {layer: _only_parent(layer, owner) for layer in chosen}
     by_layers = not repair and not owner and comparable(program, last, chosen, teachers)
     state, normal = dict(start), _statistics(program, agreed)
-    left = {name: why for name, why in left.items() if not any(name in names for names in normal)}
+    left = {name: why for name, why in selection.left.items() if not any(name in names for names in normal)}
     end = not (repair or by_layers or owner)
     plan = plan_stages(
-        program, chosen, normal, towards_sums, places, of_scores, all_shown=resized, products=products, to_the_end=end
+        program,
+        chosen,
+        normal,
+        towards_sums,
+        places,
+        selection.of_scores,
+        all_shown=resized,
+        products=products,
+        to_the_end=end,
     )
     lanes = [Lane(program, own, parents_program) for own in parents]
     layers_told, found_errors = LayerReport(), list[OutputErrors]()
@@ -203,7 +182,7 @@ def refit(
                         course.alike(only_parent[layer]),
                         seed,
                         everywhere if by_layers and layer in last else (),
-                        scores=layer in of_scores and not again,
+                        scores=layer in selection.of_scores and not again,
                     )
                     for layer in stage.layers
                 ]
@@ -354,61 +333,6 @@ def written_out(program: Program) -> Program:
 
 def _holds_weights(program: Program, node: fx.Node) -> bool:
     return any(program.sources.get(n, ("", ""))[0] == "parameter" for n in node.all_input_nodes)
-
-
-def last_layers(program: Program, layers: Layers) -> list[Layer]:
-    """The layers that no other layer comes after."""
-    nodes = {use.node for layer in layers.all for use in layer.uses}
-    before: set[fx.Node] = set()
-    for node in reversed(program.graph.graph.nodes):
-        if any(user in before or user in nodes for user in node.users):
-            before.add(node)
-    return [layer for layer in layers.all if before.isdisjoint(use.node for use in layer.uses)]
-
-
-def _tied(layers: Layers, places: Sequence[Places], shared: Collection[str]) -> dict[Layer, tuple[fx.Node, ...]]:
-    """The layers whose weights are looked up as well, and can be fitted."""
-    return {
-        layer: lookups
-        for layer, lookups in layers.tied.items()
-        if not _mostly(layer, shared) and can_be_fitted(layer, lookups, places)
-    }
-
-
-def _why_left(
-    layer: Layer, places: Sequence[Places], shared: Collection[str], *, repair: bool, last: bool, resized: bool
-) -> str | None:
-    """Why a layer is left as it is; None if it can be fitted, or shifted and scaled."""
-    if _mostly(layer, shared):
-        return f"its parameters are {EQUAL}"
-    shown = all(_shown(use, own) for use in layer.uses for own in places)
-    if any(apart(use, own) for use in layer.uses for own in places) and (repair or last or not shown):
-        return "merged units lie along the rows or groups of its data, and " + (
-            "means and deviations do not tell them apart"
-            if repair
-            else "no layer after it reads them"
-            if last
-            else "it cannot be told where they are in its output"
-        )
-    return "it cannot be told where merged units are in its output" if resized and not shown else None
-
-
-def _mostly(layer: Layer, names: Collection[str]) -> bool:
-    """Whether most coefficients of a layer are entries of some parameters."""
-    own = sum(len(where) for name, (where, _) in layer.places.items() if name in names)
-    return 2 * own > layer.codes.numel()
-
-
-def _in_other_units(layer: Layer, places: Sequence[Places]) -> bool:
-    """Whether a parent has what the layer gives in units of its own."""
-    nodes = [use.node for use in layer.uses]
-    return any(own.moved(node, range(node.meta["val"].ndim)) for own in places for node in nodes)
-
-
-def _shown(use: Use, places: Places) -> bool:
-    """Whether a use's output is what is fitted, and shows in which merged units it is."""
-    added = use.form.bias is not None and argument(bind(use.node), use.form.bias) is not None
-    return places.known(use.node) and added == use.biased
 
 
 def _only_parent(layer: Layer, owner: Mapping[str, int]) -> int | None:
