@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 from invariance import machine, table
-from models.processes import Row, run_all
+from models.processes import Row
 from tasks_suite import training
 from tasks_suite.methods import with_state_of
 from tasks_suite.sequences import Experts
@@ -134,15 +134,8 @@ def main() -> int:
     if options.short:
         rows = compare("untrained", *(training.build(NETWORK, seed).eval() for seed in range(2)), short=True)
     else:
-        parents = {setting: training.parents_of(NETWORK, setting, 0) for setting in SETTINGS}
-        missing = training.missing([p for pair in parents.values() for p in pair], options.cache)
-        for row in run_all(training.work, missing, 1, TIME, 6):
-            print(f"trained {row['network']}: {row.get('failure', 'done')}", flush=True)
-        rows = [
-            row
-            for setting, pair in parents.items()
-            for row in compare(setting, *(training.load(parent, options.cache) for parent in pair))
-        ]
+        pairs = training.first_pairs(NETWORK, SETTINGS, options.cache, TIME)
+        rows = [row for setting, pair in pairs.items() for row in compare(setting, *pair)]
     text = table(rows)
     print(text)
     if options.markdown is not None:

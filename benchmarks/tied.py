@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 from invariance import machine, table
-from models.processes import Row, run_all
+from models.processes import Row
 from tasks_suite import training
 from tasks_suite.suite import NETWORKS, PROBLEMS
 from torch import nn
@@ -62,13 +62,9 @@ def main() -> int:
         untrained = [training.build(NETWORK, seed).eval() for seed in range(2)]
         rows = [errors("untrained", False, untrained, VALUES[:2])]
     else:
-        parents = {setting: training.parents_of(NETWORK, setting, 0) for setting in SETTINGS}
-        missing = training.missing([own for pair in parents.values() for own in pair], options.cache)
-        for row in run_all(training.work, missing, 1, TIME, 6):
-            print(f"trained {row['network']}: {row.get('failure', 'done')}", flush=True)
         rows = [
-            errors(setting, continuous, [training.load(own, options.cache) for own in pair], VALUES)
-            for setting, pair in parents.items()
+            errors(setting, continuous, pair, VALUES)
+            for setting, pair in training.first_pairs(NETWORK, SETTINGS, options.cache, TIME).items()
             for continuous in (False, True)
         ]
     text = table(rows)

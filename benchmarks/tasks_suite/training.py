@@ -6,13 +6,13 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from models.processes import Note, Row
+from models.processes import Note, Row, run_all
 from torch import nn
 
 from tasks_suite.images import SHARES, ImageProblem
@@ -123,6 +123,21 @@ def read(parent: Parent, cache: Path) -> dict[str, Any]:
     """What is kept of a parent: its state dict, the seconds of its training, and its scores."""
     kept: dict[str, Any] = torch.load(path_of(parent, cache), weights_only=True)
     return kept
+
+
+def first_pairs(network: str, settings: Sequence[str], cache: Path, timeout: float) -> dict[str, list[nn.Module]]:
+    """For some settings the first pair of a network, trained now if it is not in the cache.
+
+    Arguments:
+        network: its name.
+        settings: of `SETTINGS`.
+        cache: folder of trained parents.
+        timeout: seconds for the training of each parent.
+    """
+    pairs = {setting: parents_of(network, setting, 0) for setting in settings}
+    for row in run_all(work, missing([own for pair in pairs.values() for own in pair], cache), 1, timeout, 6):
+        print(f"trained {row['network']}: {row.get('failure', 'done')}", flush=True)
+    return {setting: [load(own, cache) for own in pair] for setting, pair in pairs.items()}
 
 
 def load(parent: Parent, cache: Path) -> nn.Module:
