@@ -5,6 +5,9 @@ domain each (disjoint), or both from two initialisations (same). Told are the lo
 character, and the share of a token's experts that are still its own: of the two that the merged network sends it to,
 how many its parent sends it to as well, on the domain of this parent.
 
+Then the first parent of the second pair gets fewer experts, by `fxmerge.fold` and by leaving out those that the
+calibration data choose least, with nothing fitted.
+
     python benchmarks/experts.py [--short] [--cache FOLDER] [--markdown FILE]
 
 `--short` merges two untrained ones. Needs `pip install -e '.[tasks]'`. Parents are trained once, in ten minutes, and
@@ -34,6 +37,9 @@ from fxmerge import Align, LeastSquares, Recipe, Run
 
 NETWORK = "experts-8"
 SETTINGS = ("disjoint", "same")
+
+COUNTS = (6, 4, 2)
+"""How many experts a block of eight is left with."""
 
 TIME = 3600
 """Seconds for the training of each parent."""
@@ -113,6 +119,33 @@ def compare(setting: str, a: nn.Module, b: nn.Module, *, short: bool = False) ->
     return [*rows, line(setting, "ensemble", ensemble)]
 
 
+def pruned(network: nn.Module, batches: Sequence[Tensor], experts: int) -> nn.Module:
+    """A network with those experts of every block that are chosen most often."""
+    chosen = [torch.cat(own).sum(0) for own in zip(*(choices(network, tokens) for tokens in batches), strict=True)]
+    state = network.state_dict()
+    blocks = [name for name, module in network.named_modules() if isinstance(module, Experts)]
+    for name, times in zip(blocks, chosen, strict=True):
+        kept = times.topk(experts).indices.sort().values
+        for parameter in ("router.weight", "gate_up", "down"):
+            state[f"{name}.{parameter}"] = state[f"{name}.{parameter}"][kept]
+    found = NETWORKS[NETWORK].build(experts=experts)  # type: ignore[call-arg]
+    found.load_state_dict(state)
+    return found.eval()
+
+
+def fewer(setting: str, network: nn.Module, counts: Sequence[int]) -> list[Row]:
+    """The lines of one network with fewer experts."""
+    problem = PROBLEMS[NETWORKS[NETWORK].data]()
+    batches, run = problem.calibration(), Run(progress=False)
+    rows = [line(setting, "whole", problem.evaluate([network])) | {"experts": len(choices(network, batches[0])[0][0])}]
+    for count in counts:
+        folded = fxmerge.fold(network, batches, {"*.experts.gate_up[0]": count}, run=run)
+        for name, small in (("folded", folded), ("pruned by frequency", pruned(network, batches, count))):
+            rows.append(line(setting, name, problem.evaluate([small])) | {"experts": count})
+            print(rows[-1], flush=True)
+    return rows
+
+
 def line(setting: str, name: str, scores: dict[str, float]) -> Row:
     """A network and its losses."""
     return {
@@ -133,10 +166,12 @@ def main() -> int:
     print(machine(), flush=True)
     if options.short:
         rows = compare("untrained", *(training.build(NETWORK, seed).eval() for seed in range(2)), short=True)
+        small = fewer("untrained", training.build(NETWORK, 0).eval(), COUNTS[:1])
     else:
         pairs = training.first_pairs(NETWORK, SETTINGS, options.cache, TIME)
         rows = [row for setting, pair in pairs.items() for row in compare(setting, *pair)]
-    text = table(rows)
+        small = fewer(SETTINGS[-1], pairs[SETTINGS[-1]][0], COUNTS)
+    text = table(rows) + "\n\n" + table(small)
     print(text)
     if options.markdown is not None:
         options.markdown.write_text(text + "\n", encoding="utf-8")
