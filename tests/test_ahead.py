@@ -121,3 +121,24 @@ def test_one_batch_leaves_none_to_hold_out() -> None:
 def test_another_word_is_refused() -> None:
     with pytest.raises(OptionError, match=r"LeastSquares\.products is 'all'; it must be True or False"):
         LeastSquares(products="all")  # type: ignore[arg-type]
+
+
+class Mixing(nn.Module):
+    """Places of the input mixed by products of queries and keys."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.q, self.k, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out((self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1) @ x)
+        return y
+
+
+def test_layers_that_nothing_reads_stay() -> None:
+    a, b = Mixing(0).eval(), Mixing(1).eval()
+    with torch.no_grad():  # The mean of what reads the products is zero.
+        b.out.weight.copy_(-a.out.weight)
+    told = fxmerge.report(fxmerge.merge(a, b, inputs(), PRODUCTS)).layers["q.weight"]
+    assert told["read_after"] == told["read_before"]

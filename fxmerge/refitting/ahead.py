@@ -186,9 +186,8 @@ class AheadFit:
         now = {name: state[name].detach() for name in names}
         before = best = problem.error(now, held)
         for _ in range(ROUNDS):
-            error, found = min(
-                ((problem.error(own, held), own) for own in problem.steps(now, rest)), key=lambda pair: pair[0]
-            )
+            tried = [(problem.error(own, held), own) for own in problem.steps(now, rest)]
+            error, found = min(tried, key=lambda pair: pair[0], default=(best, now))
             if not error < best * (1 - MARGIN):
                 break
             best, now = error, found
@@ -254,7 +253,7 @@ class _Problem:
 
     def steps(self, start: Parameters, batches: Sequence[_Batch]) -> Iterator[Parameters]:
         """Parameters after more and more steps of conjugate gradients towards the least squared error, of what readers
-        give as a linear function of the parameters."""
+        give as a linear function of the parameters; none where no parameter changes the error."""
 
         def normal(direction: Parameters | None) -> Parameters:
             """J' J of a direction, or J' of what is missed."""
