@@ -19,7 +19,7 @@ Stamps = Mapping[tuple[str, int], int]
 """For every axis of parameters, by name and dimension, a number that is another one after every change of the units
 along it."""
 
-ROOM = 2**28
+ROOM = 2**30
 """Bytes of similarities, and of the parameters that they were found from, which a search keeps beside those that it
 works on."""
 
