@@ -96,7 +96,8 @@ class Site:
             return len(changing) == len(along) or any(_is_equal(c, column) for columns in changing for c in columns)
 
         after = result
-        if result.parameter is None:  # A parameter keeps its names, so that it is known which of its entries are used.
+        # A parameter keeps its names, so that it is known which of its entries are used.
+        if result.parameter is None and not (alone and all(map(is_of_one, result.columns))):
             named = (c if alone and is_of_one(c) else self._renamed(c) for c in result.columns)
             after = replace(result, columns=tuple(named))
         self.weigh(weighing.product, after, *labels, signs=signs, scales=scales)
