@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxmerge.symmetry import weighing
 from fxmerge.symmetry.base import Group
-from fxmerge.symmetry.columns import core, support
+from fxmerge.symmetry.columns import support
 from fxmerge.symmetry.exponents import ExponentFacts
 from fxmerge.symmetry.labels import Labels
 from fxmerge.symmetry.mixing import Column, Seen
@@ -157,16 +157,19 @@ class _Sight:
     def _column(self, column: Tensor) -> tuple[list[Column], set[int]]:
         """The units of every class that a column shows, and the dimensions along which it differs."""
         dims = support(column)
-        raw = core(column, dims).numpy()
+        raw = column.numpy()[tuple(slice(None) if d in dims else 0 for d in range(column.ndim))]
         key = raw.shape, raw.tobytes()
         if key not in self._known:  # The same units lie on many tensors, along one dimension or another.
             self._known[key] = self._shown(raw)
         columns, along = self._known[key]
-        return [replace(c, dims=tuple(dims[i] for i in c.dims)) for c in columns], {dims[i] for i in along}
+        own = [Column(c.number, tuple(dims[i] for i in c.dims), c.ids, c.raw) for c in columns]
+        return own, {dims[i] for i in along}
 
     def _shown(self, raw: Ids) -> tuple[list[Column], tuple[int, ...]]:
         """The columns of the classes that units of the walk show, and the dimensions along which these units differ."""
         number, place = self.number[raw], self.place[raw]
+        if number.size and (number == (n := int(number.flat[0]))).all() and n >= 0:  # By far most are of one class.
+            return [_column(owner, own[place], raw) for owner, own in self.views[n]], _shrunk(place)[0]
         along, _ = _shrunk(np.where(number < 0, -1 - raw, number * (int(place.max()) + 1) + place))
         shown: dict[int, Ids] = {}
         for n in np.flatnonzero(np.bincount(number[number >= 0])).tolist():
@@ -178,6 +181,9 @@ class _Sight:
 
 def _column(number: int, ids: Ids, raw: Ids) -> Column:
     kept, shrunk = _shrunk(ids)
+    if len(kept) == ids.ndim:  # Every unit has a place of its own.
+        (place,) = np.nonzero(ids.reshape(-1) >= 0)
+        return Column(number, kept, ids, np.stack([place, raw.reshape(-1)[place]]))
     sizes = [n if d in kept else 1 for d, n in enumerate(ids.shape)]
     place = np.broadcast_to(np.arange(shrunk.size).reshape(sizes), ids.shape)
     return Column(number, kept, shrunk, _pairs(place[ids >= 0], raw[ids >= 0]))
