@@ -118,12 +118,14 @@ def gathered(tensor: Tensor, own: Mixed) -> Tensor:
 
 def mix(tensor: Tensor, own: Mixed, matrix: Tensor) -> Tensor:
     """A parameter with the units on one axis multiplied by a matrix, or each block by one of its own."""
+    wide, where = torch.promote_types(tensor.dtype, torch.float32), own.positions
+    whole = torch.equal(where.flatten(), torch.arange(own.axis.slot.size))
+    if whole and where.shape[::2] == (1, 1) and own.axis.dims == (tensor.ndim - 1,):  # Rows stay where they lie.
+        return (tensor.to(wide) @ matrix.reshape(matrix.shape[-2:]).to(tensor.device, wide).mT).to(tensor.dtype)
     order = [*own.axis.dims, *_rest(own.axis)]
     moved = tensor.permute(order)
     flat = moved.reshape(own.axis.slot.size, -1)
-    where = own.positions.to(tensor.device)
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    whole = torch.equal(own.positions.flatten(), torch.arange(own.axis.slot.size))
+    where = where.to(tensor.device)
     values = (flat.reshape(*where.shape, -1) if whole else flat[where]).to(wide)
     mixed = (matrix.to(values) @ values.flatten(2)).to(tensor.dtype)
     if not whole:
