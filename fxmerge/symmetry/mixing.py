@@ -6,7 +6,7 @@ known, with `Seen` in place of labels. What a rule does not speak of is kept apa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -71,6 +71,10 @@ class Facts(Protocol):
     def count(self, number: int, ids: Ids) -> None:
         """Units that show more often than others are not mixed with these."""
 
+
+Sides = tuple[Kind, frozenset[int]]
+"""Matrices by which the same units are mixed on several tensors, and the tensors on which it is by the transpose of the
+inverse."""
 
 Mix = Callable[..., None]
 """A function of `Facts`, of operands, and of what else it is recorded with."""
@@ -200,6 +204,36 @@ def looked_up(facts: Facts, x: Seen, dims: Collection[int]) -> None:
     for column in x.columns:
         if not set(dims).isdisjoint(column.dims):
             facts.apart(column)
+
+
+def probed(facts: Facts, *tensors: Seen, terms: Sequence[str], kinds: Mapping[str, Sides]) -> None:
+    """What trials found of an op.
+
+    Arguments:
+        tensors: its operands and its results.
+        terms: for each of these a letter per dimension.
+        kinds: by which matrices the positions of a letter are mixed, wherever they are. The key is the letter, or the
+            letter and another one for each index of which there is a matrix of its own.
+    """
+    for i, (x, term) in enumerate(zip(tensors, terms, strict=True)):
+        for column in x.columns:
+            facts.mixed(column, x.uniform or ())
+            letters = [term[d] for d in column.dims]
+            found = next((key for key in kinds if sorted(key) == sorted(letters)), None)
+            if found is None:
+                facts.apart(column)
+                continue
+            kind, inverse = kinds[found]
+            facts.limit(column, kind)
+            facts.apart(column, [d for d in column.dims if term[d] != found[0]])
+            for j, (y, other) in enumerate(zip(tensors, terms, strict=True)):
+                if j == i or found[0] not in other:
+                    continue
+                pair = met(column, letters, y, other)
+                if pair is None:
+                    facts.apart(column)
+                else:
+                    facts.tie(*pair, inverse=(i in inverse) != (j in inverse))
 
 
 def _reduced(facts: Facts, x: Seen, dims: Collection[int], kind: Kind) -> None:

@@ -7,9 +7,8 @@ every set of dimensions that move together, and labelled like one. Everything el
 
 from __future__ import annotations
 
-import logging
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Any
@@ -19,21 +18,19 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxmerge.program.captured import Program
-from fxmerge.program.double import in_double
 from fxmerge.program.models import same_draws
 from fxmerge.program.run import Recorder
+from fxmerge.symmetry import mixing
 from fxmerge.symmetry.columns import support
 from fxmerge.symmetry.labels import Labels, inert, pin, reduce
+from fxmerge.symmetry.probe_kinds import mixed_by
 from fxmerge.symmetry.rules.contraction import contract
 from fxmerge.symmetry.rules.registry import Site
-
-logger = logging.getLogger(__name__)
+from fxmerge.symmetry.trials import Op, same
 
 TRIALS = 2
 MAX_TOGETHER = 3
 """How many operands' dimensions are tried together."""
-MAX_ENTRIES = 2**24
-"""Ops on more entries than this are not probed."""
 
 Dim = tuple[int, int]
 """The number of an operand and one of its dimensions."""
@@ -48,12 +45,14 @@ class Signature:
         outs: likewise for every output, where "." marks a dimension along which it is only known to differ.
         nested: pairs of letters (outer, inner): the inner one may be permuted for each index of the outer by itself.
         free: pairs of letters whose positions may be permuted across both.
+        kinds: by which matrices the positions of a letter may be mixed, as for `fxmerge.symmetry.mixing.probed`.
     """
 
     terms: tuple[str, ...]
     outs: tuple[str, ...]
     nested: frozenset[tuple[str, str]]
     free: frozenset[frozenset[str]]
+    kinds: Mapping[str, mixing.Sides]
 
 
 class Prober:
@@ -77,7 +76,7 @@ class Prober:
         leaves = pytree.tree_leaves(self._values[node])
         key = (node.target, at.used, tuple(map(_pattern, leaves)), tuple(map(frozenset, seeds)))
         if key not in self._known:
-            op = _Op.make(node.target, *self._values[node], at.used if isinstance(at.shape, list) else None)
+            op = Op.make(node.target, *self._values[node], at.used if isinstance(at.shape, list) else None)
             self._known[key] = None if op is None else _find(op, seeds)
         signature = self._known[key]
         return NotImplemented if signature is None else _apply(at, operands, signature)
@@ -107,78 +106,7 @@ def _observe(program: Program, ops: set[Any]) -> dict[fx.Node, tuple[Any, Any]]:
     return {n: fx.map_arg((n.args, n.kwargs), recorder.seen.__getitem__) for n in probed}
 
 
-@dataclass
-class _Op:
-    """An op as a function of its tensor operands, with what it gives for two sets of values."""
-
-    call: Callable[[Sequence[Tensor]], list[Tensor]]
-    given: list[list[Tensor]]
-    expected: list[list[Tensor]]
-
-    @classmethod
-    def make(cls, target: Any, args: Any, kwargs: Any, used: frozenset[int] | None) -> _Op | None:
-        """The op, of which only the outputs `used` count if there are several; None if it cannot be probed."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if sum(leaves[i].numel() for i in places) > MAX_ENTRIES:
-            return None
-
-        def call(tensors: Sequence[Tensor]) -> list[Tensor]:
-            full = list(leaves)
-            for i, t in zip(places, tensors, strict=True):
-                full[i] = t.clone()
-            again, by_name = pytree.tree_unflatten(full, spec)
-            with torch.random.fork_rng(devices=()):
-                torch.manual_seed(0)
-                out = target(*again, **by_name)
-            return [out] if used is None else [out[i] for i in sorted(used)]
-
-        actual = [in_double(leaves[i]) for i in places]
-        generator = torch.Generator().manual_seed(0)
-        noisy = [_perturb(t, generator) for t in actual]
-        try:
-            expected = [call(actual), call(noisy)]
-        except Exception:
-            logger.debug("%s cannot be probed in float64", target, exc_info=True)
-            return None
-        if any(not y.numel() or bool((y == y.reshape(-1)[0]).all()) for ys in expected for y in ys):
-            return None  # Nothing can be learnt from an output that has but one value.
-        return cls(call, [actual, noisy], expected)
-
-    def maps(self, moved: Callable[[list[Tensor]], list[Tensor]], out: Callable[[list[Tensor]], list[Tensor]]) -> bool:
-        """Whether moving the operands moves the outputs."""
-        try:
-            return all(_same(self.call(moved(g)), out(e)) for g, e in zip(self.given, self.expected, strict=True))
-        except Exception:
-            return False
-
-
-def _perturb(t: Tensor, generator: torch.Generator) -> Tensor:
-    if t.is_complex():
-        return torch.view_as_complex(_perturb(torch.view_as_real(t.resolve_conj()), generator))
-    if not t.is_floating_point():
-        return t
-    noise = torch.rand(t.shape, dtype=t.dtype, generator=generator).to(t.device)
-    return torch.where(t == 0, 0.1 * (noise - 0.5), t * (0.7 + 0.6 * noise))
-
-
-def _same(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
-    for x, y in zip(xs, ys, strict=True):
-        if x.shape != y.shape:
-            return False
-        if x.is_complex() and y.is_complex():
-            x, y = (torch.view_as_real(z.resolve_conj()) for z in (x, y))
-        if not x.is_floating_point():
-            if not torch.equal(x, y):
-                return False
-        elif not torch.allclose(
-            x, y, rtol=1e-9, atol=1e-9 * float(y.abs().max().nan_to_num(1.0, 1.0, 1.0)), equal_nan=True
-        ):
-            return False
-    return True
-
-
-def _find(op: _Op, seeds: Sequence[set[int]]) -> Signature:
+def _find(op: Op, seeds: Sequence[set[int]]) -> Signature:
     tensors, outputs = op.given[0], op.expected[0]
     terms = [["."] * t.ndim for t in tensors]
     outs = [["."] * y.ndim for y in outputs]
@@ -200,7 +128,10 @@ def _find(op: _Op, seeds: Sequence[set[int]]) -> Signature:
     pairs = {p for p in pairs if "." not in p}
     nested = frozenset(p for p in pairs if shapes.is_nested(*p))
     free = frozenset(frozenset(p) for p in pairs if frozenset(p) and shapes.is_free(*p))
-    return Signature(tuple(shapes.terms), tuple(shapes.outs), nested, free)
+    single = [(letter, "") for letter in sorted({*"".join(shapes.terms)} - {"."})]
+    inside = [(inner, outer) for outer, inner in sorted(nested)]
+    kinds = {inner + outer: mixed_by(op, shapes.terms, shapes.outs, inner, outer) for inner, outer in single + inside}
+    return Signature(tuple(shapes.terms), tuple(shapes.outs), nested, free, kinds)
 
 
 def _candidates(seed: Dim, tensors: Sequence[Tensor], terms: Sequence[Sequence[str]]) -> Iterator[tuple[Dim, ...]]:
@@ -219,7 +150,7 @@ def _candidates(seed: Dim, tensors: Sequence[Tensor], terms: Sequence[Sequence[s
 
 
 def _moves(
-    op: _Op, together: Sequence[Dim], outputs: Sequence[Tensor], outs: Sequence[Sequence[str]]
+    op: Op, together: Sequence[Dim], outputs: Sequence[Tensor], outs: Sequence[Sequence[str]]
 ) -> list[int | None] | None:
     """Where each output moves if these dimensions are permuted alike: a dimension, or None if it does not move.
 
@@ -241,7 +172,7 @@ def _moves(
     return found
 
 
-def _moves_to(op: _Op, together: Sequence[Dim], order: Tensor, number: int, option: int | None) -> bool:
+def _moves_to(op: Op, together: Sequence[Dim], order: Tensor, number: int, option: int | None) -> bool:
     def moved(tensors: list[Tensor]) -> list[Tensor]:
         tensors = list(tensors)
         for i, d in together:
@@ -250,7 +181,7 @@ def _moves_to(op: _Op, together: Sequence[Dim], order: Tensor, number: int, opti
 
     try:
         return all(
-            _same([op.call(moved(g))[number]], [e[number] if option is None else e[number].index_select(option, order)])
+            same([op.call(moved(g))[number]], [e[number] if option is None else e[number].index_select(option, order)])
             for g, e in zip(op.given, op.expected, strict=True)
         )
     except Exception:
@@ -261,7 +192,7 @@ def _moves_to(op: _Op, together: Sequence[Dim], order: Tensor, number: int, opti
 class _Shapes:
     """An op with its letters, to test permutations of the positions of two letters together."""
 
-    op: _Op
+    op: Op
     terms: list[str]
     outs: list[str]
 
@@ -318,14 +249,31 @@ def _apply(at: Site, operands: Sequence[Labels], signature: Signature) -> Any:
         ready.append(x)
         terms.append("".join(next(spare) if letter == "." else letter for letter in term))
     shapes = at.shape if isinstance(at.shape, list) else [at.shape]
-    results = [inert(shape) for shape in shapes]
-    for number, out in zip(sorted(at.used) if isinstance(at.shape, list) else [0], signature.outs, strict=True):
+    results, quiet = [inert(shape) for shape in shapes], _Quiet(**vars(at))
+    numbers = sorted(at.used) if isinstance(at.shape, list) else [0]
+    for number, out in zip(numbers, signature.outs, strict=True):
         shape = shapes[number]
         kept = "".join(letter for letter in out if letter != ".")
-        y = contract(at, ready, terms, kept)
+        y = contract(quiet, ready, terms, kept)
         y = y.reshape(tuple(1 if letter == "." else n for letter, n in zip(out, shape, strict=True)))
         results[number] = at.join(y, inert(shape, [d for d, letter in enumerate(out) if letter == "."]), shape)
+    told = [*operands, *(results[number] for number in numbers)]
+    at.mix(mixing.probed, *told, terms=(*signature.terms, *signature.outs), kinds=signature.kinds)
     return results if isinstance(at.shape, list) else results[0]
+
+
+class _Quiet(Site):
+    """A site at which a contraction says nothing of changes of basis, signs and scales: trials do."""
+
+    def mix(self, what: mixing.Mix, *operands: Labels | Tensor | float, **how: Any) -> None:
+        """Records nothing."""
+
+    def weigh(self, what: mixing.Mix, *operands: Labels | Tensor | float, **how: Any) -> None:
+        """Records nothing."""
+
+    def product(self, result: Labels, *factors: Labels | Tensor | float, **how: Any) -> Labels:
+        """The result under the names that it has."""
+        return result
 
 
 def _pair(at: Site, x: Labels, term: str, dims: tuple[int, ...], signature: Signature, reason: str) -> Labels:

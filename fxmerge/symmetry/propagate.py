@@ -243,13 +243,14 @@ class _Walk(fx.Interpreter):
             return [Labels(shape) for shape in site.shape] if several else Labels(site.shape)
         value = self._try(n, lambda: self._apply_rule(site, n, args, kwargs))
         told = self._is_told(n, args, kwargs)
-        if not (told and rules.mixes(n.target)):
-            site.mix(mixing.separate, *_labels_in((args, kwargs)))
+        operands = _labels_in((args, kwargs))
+        if not (told and rules.mixes(n.target)) and (value is not NotImplemented or self.prober is None):
+            site.mix(mixing.separate, *operands)
         if not (told and rules.weighs(n.target)):
-            site.weigh(weighing.still, *_labels_in((args, kwargs)))
+            site.weigh(weighing.still, *operands)
         if value is not NotImplemented:
             moved = {v.parameter for v in _labels_in(value)}
-            for v in _labels_in((args, kwargs)):
+            for v in operands:
                 if v.parameter not in moved and site.meets.get(v.parameter or "", True):
                     self._use(v)
             is_zero = isinstance(value, Labels) and value.is_zero
@@ -259,7 +260,7 @@ class _Walk(fx.Interpreter):
             self._use(v)
         if self.prober is not None:
             prober = self.prober
-            value = self._try(n, lambda: prober.label(site, n, args, kwargs))
+            value = self._try(n, lambda: prober.label(site, n, args, kwargs))  # This records what units are mixed.
             if value is not NotImplemented:
                 self.failed.pop(n, None)
                 self.found.probed[n.target] += 1
