@@ -258,7 +258,7 @@ def align(
         )
     job = prepare((to, model), loader, run, example=example, inputs=inputs)
     job = with_stages(job, "align", recipe, run, symmetry)
-    group = in_one_basis(job, recipe, run, symmetry, 0)
+    group = in_one_basis(job, recipe, run, symmetry, 0, merges=False)
     job = group.job
     matching = match(group, recipe, run, job.states, job.names, 0)
     with job.timed("combining"):

@@ -56,7 +56,9 @@ def with_gains_moved(job: Job) -> Job:
     return replace(job, states=tuple(states))
 
 
-def in_one_basis(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, reference: int | None) -> Prepared:
+def in_one_basis(
+    job: Job, recipe: Recipe, run: Run, given: Symmetry | None, reference: int | None, *, merges: bool = True
+) -> Prepared:
     """The models of a job and their symmetry; if the recipe matches classes by changes of basis, in one basis.
 
     Arguments:
@@ -65,6 +67,7 @@ def in_one_basis(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, ref
         run: how to run.
         given: a symmetry to use in place of an inferred one.
         reference: the number of the model in whose basis all are; None for one that does not depend on their order.
+        merges: whether parameters are merged afterwards, so that running statistics are estimated anew.
     """
     part = recipe.match
     assert not isinstance(part, str)
@@ -72,7 +75,7 @@ def in_one_basis(job: Job, recipe: Recipe, run: Run, given: Symmetry | None, ref
     if part is None or part.continuous is not True or wider:
         return Prepared.of(job, recipe, run, given)
     group = Prepared.of(with_gains_moved(job), recipe, run, given, continuous=True)
-    group = replace(group, symmetry=_usable(group, part))
+    group = replace(group, symmetry=_usable(group, part, merges))
     group, gains = _positive(group)
     if not mixing(group.symmetry) and not _single(group.symmetry, gains):
         if given is not None:
@@ -103,17 +106,17 @@ MOST_SIGNS = 3
 """How many signs of one unit are matched; all of their combinations are compared."""
 
 
-def _usable(group: Prepared, part: Align | Zip) -> Symmetry:
+def _usable(group: Prepared, part: Align | Zip, merges: bool) -> Symmetry:
     """The symmetry with those signs and positive scales by which units are matched.
 
-    Tensors that all models share stay as they are. Running statistics are not scaled: where they are estimated anew,
-    they would no longer be those that the layers around were scaled with. Signs that change no parameter of several
-    dimensions are left out. Units that are merged many to one have none of both, as each merged unit would need one of
-    its own.
+    Tensors that all models share stay as they are, but for zeros, which any scale leaves as they are. Running
+    statistics are not scaled before a merge: where they are estimated anew, they would no longer be those that the
+    layers around were scaled with. Signs that change no parameter of several dimensions are left out. Units that are
+    merged many to one have none of both, as each merged unit would need one of its own.
     """
     symmetry, job = group.symmetry, group.job
-    shared = equal_names(job.states)
-    running = {name for pair in batch_norm_statistics(job.program) for name in pair}
+    shared = {name for name in equal_names(job.states) if job.states[0][name].any()}
+    running = {name for pair in batch_norm_statistics(job.program) for name in pair} if merges else set[str]()
     shapes = {axis.parameter: axis.shape for axis in symmetry.layout}
 
     def kept(exponents: Sequence[Exponents], names: Set[str]) -> tuple[Exponents, ...]:

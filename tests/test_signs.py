@@ -19,9 +19,9 @@ from fxmerge.units.transformation import Transformation
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def trained(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+def trained(channels: int) -> nn.BatchNorm2d:
     """A batch norm with numbers as of a trained one."""
-    generator = torch.Generator().manual_seed(0)
+    norm, generator = nn.BatchNorm2d(channels), torch.Generator().manual_seed(0)
     for tensor, low, high in ((norm.weight, 0.5, 1.5), (norm.bias, -1, 1), (norm.running_mean, -1, 1)):
         assert tensor is not None
         tensor.data.uniform_(low, high, generator=generator)
@@ -34,8 +34,8 @@ def mlp(act: Callable[[], nn.Module]) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), act(), nn.Linear(12, 10), act(), nn.Linear(10, 4))
 
 
-def cnn(*, norms: bool) -> nn.Module:
-    first, second = ([trained(nn.BatchNorm2d(n))] if norms else [] for n in (8, 10))
+def cnn(norm: Callable[[int], nn.Module] | None) -> nn.Module:
+    first, second = ([norm(n)] if norm else [] for n in (8, 10))
     layers = nn.Conv2d(3, 8, 3), *first, nn.ReLU(), nn.Conv2d(8, 10, 3), *second, nn.MaxPool2d(2), nn.LeakyReLU()
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(40, 4))
 
@@ -62,17 +62,19 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "MLP, softsign": (lambda: mlp(nn.Softsign), (16, 6), 1, 0),
     "MLP, ReLU": (lambda: mlp(nn.ReLU), (16, 6), 0, 1),
     "MLP, leaky ReLU": (lambda: mlp(nn.LeakyReLU), (16, 6), 0, 1),
-    "CNN": (lambda: cnn(norms=False), (4, 3, 8, 8), 0, 1),
-    "CNN, BatchNorm": (lambda: cnn(norms=True), (4, 3, 8, 8), 1, 1),
+    "CNN": (lambda: cnn(None), (4, 3, 8, 8), 0, 1),
+    "CNN, BatchNorm": (lambda: cnn(trained), (4, 3, 8, 8), 1, 1),
+    "CNN, BatchNorm with shifts and means of zero": (lambda: cnn(nn.BatchNorm2d), (4, 3, 8, 8), 1, 1),
     "gate": (Gated, (16, 6), 1, 1),
     "bilinear gate": (Bilinear, (16, 6), 2, 2),
 }
 
 
-def pair(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
+def pair(name: str, *, merges: bool = False) -> tuple[nn.Module, nn.Module, Tensor]:
     """A network and a copy transformed by a random element of the whole group, and inputs.
 
-    Scales that running statistics have a part in are left out: they are not matched, since these are estimated anew.
+    For a merge, scales that running statistics have a part in are left out: they are not matched then, since these are
+    estimated anew.
     """
     torch.manual_seed(0)
     make, shape, *_ = NETS[name]
@@ -83,7 +85,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
         n: torch.stack(
             [
                 torch.ones_like(own)
-                if (own > 0).all() and any(s.powers[k] and s.axis.parameter in running for s in axes)
+                if merges and (own > 0).all() and any(s.powers[k] and s.axis.parameter in running for s in axes)
                 else own
                 for k, own in enumerate(drawn)
             ]
@@ -112,6 +114,7 @@ def test_what_was_planted_is_found_exactly(name: str, data: bool) -> None:
     alpha = 0.5 if data else 1.0
     assert off(Recipe(match=Align(alpha, continuous=True), fit=None)) < 1e-9
     assert off(Recipe(match=Align(alpha), fit=None)) > 0.1, "permutations alone do not"
+    net, twin, x = pair(name, merges=True)
     merged = fxmerge.merge(net, twin, recipe=Recipe(match=Align(alpha, continuous=True), fit=None), **given)  # type: ignore[arg-type]
     if not (data and "BatchNorm" in name):  # Their statistics are estimated anew.
         assert torch.allclose(merged(x), net(x))
@@ -162,7 +165,7 @@ def test_gains_keep_the_signs_that_most_have() -> None:
     nets = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        nets.append(cnn(norms=True).double().eval())
+        nets.append(cnn(trained).double().eval())
         for name, tensor in nets[-1].state_dict().items():
             if name.startswith(("1.", "4.")) and tensor.ndim:  # Of norms that two networks share, nothing would move.
                 tensor.mul_(1 + torch.rand(tensor.shape).to(tensor.dtype) / 2)

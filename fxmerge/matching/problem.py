@@ -127,12 +127,14 @@ class Problem:
             return signs.best(self._by_signs(number, usable))
         by_weights, shown = self.mix.weights_of(number), self.mix.activations.get(number, 0.0)
         size = self.symmetry.units[number].size
-        total = torch.zeros(size, size, dtype=torch.float64)
-        if by_weights > 0 and usable:
-            similarity = self.similarities.of(number, usable, self.placing(number))
-            total.add_(similarity.cpu(), alpha=by_weights)
+        total: Tensor | None = None
+        if by_weights > 0 and usable:  # In double precision at once: what is large takes long to fill with zeros.
+            similarity = self.similarities.of(number, usable, self.placing(number)).cpu()
+            total = torch.empty(size, size, dtype=torch.float64).copy_(similarity).mul_(by_weights)
         if shown > 0:
-            total.add_(self.placed(number).cpu(), alpha=shown * self.weight(number))
+            placed = self.placed(number).double().cpu() * (shown * self.weight(number))
+            total = placed if total is None else total.add_(placed)
+        total = torch.zeros(size, size, dtype=torch.float64) if total is None else total
         return total.numpy()
 
     def _by_signs(self, number: int, usable: list[Slices]) -> dict[signs.Parities, Scores]:
