@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fxmerge.evidence.weights import real
+from fxmerge.matching.scales import least_scales
 from fxmerge.program.double import in_double
 from fxmerge.symmetry.base import Group
 from fxmerge.units.basis import Basis, Mixed, gathered
@@ -96,41 +96,13 @@ def _balanced(
                 one = Basis(symmetry.mixed, {n: step})
                 wide, total = one.apply(wide), one @ total
                 change = max(change, float((step - torch.eye(step.shape[-1], dtype=step.dtype)).abs().max()))
-        for n in stretched:
-            factors = _stretched(symmetry, n, wide)
-            scaling = Scaling(symmetry.scaled, {n: factors})
+        if stretched:
+            scaling = Scaling(symmetry.scaled, least_scales(symmetry, wide, stretched))
             wide, scales = scaling.apply(wide), scaling @ scales
-            change = max(change, float((factors - 1).abs().max()))
-        if change < TOLERANCE:
+            change = max(change, *(float((factors - 1).abs().max()) for factors in scaling.factors.values()))
+        if change < TOLERANCE or not classes:
             break
     return total, scales
-
-
-def _stretched(symmetry: Group, number: int, state: Mapping[str, Tensor]) -> Tensor:
-    """Scales that bring the units of a class nearer to the least sum of squares: one Newton step along each scale.
-
-    A unit that is nowhere multiplied, or nowhere divided, by a scale has no least sum, and is not scaled by it.
-    """
-    own, signs = symmetry.scaled[number], len(symmetry.kinds[number].signs)
-    powers = torch.tensor([o.powers[signs:] for o in own], dtype=torch.float64)  # Shape (axes, scales).
-    squares = torch.stack([squares_of(state[o.axis.parameter], o) for o in own])  # Shape (axes, units).
-    factors = torch.ones(signs + powers.shape[1], squares.shape[1], dtype=torch.float64)
-    for k, power in enumerate(powers.T):
-        up, down = (squares[side].sum(0) for side in (power > 0, power < 0))
-        both = (up > SMALLEST * down) & (down > SMALLEST * up)
-        if not both.any():
-            continue
-        # With exponents of one, which most have, this is the least sum itself.
-        largest = float(power.abs().max())
-        step = torch.where(both, (down / up).where(both, torch.ones_like(up)) ** (1 / (4 * largest)), 1.0)
-        factors[signs + k] = step
-        squares = squares * step ** (2 * power[:, None])
-    return factors
-
-
-def squares_of(tensor: Tensor, own: Scaled) -> Tensor:
-    """For every unit of a class on one axis, the sum of the squares of its entries."""
-    return sums_of(real(tensor).square(), own)
 
 
 def sums_of(weight: Tensor, own: Scaled) -> Tensor:
