@@ -103,7 +103,7 @@ def _single(symmetry: Symmetry, gains: Sequence[Scaling]) -> dict[int, str]:
 
 
 MOST_SIGNS = 3
-"""How many signs of one unit are matched; all of their combinations are compared."""
+"""How many signs of one unit are matched, beside those of gains; all of their combinations are compared."""
 
 
 def _usable(group: Prepared, part: Align | Zip, merges: bool) -> Symmetry:
@@ -126,7 +126,7 @@ def _usable(group: Prepared, part: Align | Zip, merges: bool) -> Symmetry:
         if isinstance(part, Zip):
             return replace(own, signs=(), stretches=())
         signs = [one for one in kept(own.signs, shared) if len(shapes.get(one[0][0], ())) > 1]
-        return replace(own, signs=tuple(signs[:MOST_SIGNS]), stretches=kept(own.stretches, shared | running))
+        return replace(own, signs=tuple(signs), stretches=kept(own.stretches, shared | running))
 
     return replace(symmetry, kinds=tuple(map(usable, symmetry.kinds)))
 
@@ -153,7 +153,7 @@ def _positive(group: Prepared) -> tuple[Prepared, list[Scaling]]:
     }
     changing = [n for n, own in signs.items() if any(bool((factors < 0).any()) for factors in own)]
     kinds = tuple(
-        replace(own, signs=tuple(one for one in own.signs if one not in gains[n]))
+        replace(own, signs=tuple(one for one in own.signs if one not in gains[n])[:MOST_SIGNS])
         for n, own in enumerate(symmetry.kinds)
     )
     scalings = [Scaling(scaled, {n: signs[n][m] for n in changing}) for m in range(len(job.states))]
