@@ -1,5 +1,5 @@
-"""Which units are left out where there are to be fewer that are chosen among others, such as experts, and which of these
-are merged: whatever makes the smaller error on data."""
+"""Which units are left out where there are to be fewer of those that are chosen among others, such as experts, and
+which of these are merged: whatever makes the smaller error on data."""
 
 from __future__ import annotations
 
@@ -199,7 +199,9 @@ def merged_where_better(
         for place in goal[survivors].tolist():
             together = torch.where(goal == place, times, alone)
             if least and (together > 0)[goal == place].sum() > 1 and (missed := error(together)) < least:
-                logger.info("%s: merged into unit %d, error %.3g of %.3g", group.symmetry.names[n], place, missed, least)
+                logger.info(
+                    "%s: merged into unit %d, error %.3g of %.3g", group.symmetry.names[n], place, missed, least
+                )
                 alone, least = together, missed
         counts[n] = [alone]
     return counts

@@ -24,7 +24,7 @@ from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mergeable import zipped_classes
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.nested import carry, is_block, merge_blocks, similar_blocks
+from fxmerge.matching.nested import carry, is_block, merge_blocks, nearest, similar_blocks
 from fxmerge.matching.problem import floats
 from fxmerge.matching.room import Room, cells
 from fxmerge.matching.zipping import zip_blocks
@@ -226,7 +226,7 @@ class ZipProblem:
         similarity, gains = self.pairs(number)
         width = self.room.widths[number]
         if number in self.room.survivors:
-            labels = _around(similarity, self.room.survivors[number])
+            labels = nearest(similarity, self.room.survivors[number])
             return merge_blocks(self.symmetry, number, self.room.kept[number][labels][None], self.places, gains)
         zipped = zip_blocks(similarity, self.blocks(number), budget=budget, damping=damping, width=width)
         return merge_blocks(self.symmetry, number, zipped.labels, self.places, gains)
@@ -350,19 +350,6 @@ def match_zip(
         symmetry.names, symmetry.layout, consumed, tuple(map(tuple, problem.labels)), tuple(problem.widths), kept
     )
     return ZipMatch(units, trace, _within(symmetry, problem, classes))
-
-
-def _around(similarity: Links, survivors: Ids) -> Ids:
-    """For every unit of one model the number, among some of them, of the one that is most like it; of these, their own.
-
-    Arguments:
-        similarity: of all pairs, above the diagonal.
-        survivors: the units among which is chosen.
-    """
-    both = np.triu(similarity, 1)
-    labels: Ids = (both + both.T)[:, survivors].argmax(1)
-    labels[survivors] = np.arange(len(survivors))
-    return labels
 
 
 def _rows(axis: AxisLayout) -> Ids:
