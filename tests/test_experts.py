@@ -451,14 +451,14 @@ def left_alone(name: str, model: Any, stay: list[int], unit: Tensor) -> nn.Modul
 
 
 def test_an_expert_that_matters_beyond_its_share_stays_as_it_is() -> None:
-    """The last expert is chosen less than most, and gives most."""
+    """The last expert is chosen least, and gives most."""
     torch.manual_seed(0)
     model, x = all_in_use(of_experts(of_softmax, 8)), 3 * torch.randn(256, 3)
     with torch.no_grad():
-        model.gate.bias[7] -= 2
+        model.gate.bias[7] -= 1
         model.down[7] *= 50
     times = model.gate(model.enc(x)).topk(2)[1].reshape(-1).bincount(minlength=8)
-    assert 0 < times[7] < times.sort().values[2]
+    assert 0 < times[7] < min(times[:7])
     folded = fxmerge.fold(model, [x], {"up[0]": 3}, recipe=UNFITTED)
     assert any(torch.equal(own, model.down[7]) for own in folded.down)
 
