@@ -21,6 +21,7 @@ from fxmerge.evidence.usage import Usage, usage
 from fxmerge.job import Job
 from fxmerge.keeping import MATCHING, changed
 from fxmerge.matching.allot import Allotment
+from fxmerge.matching.mergeable import read_by_unit
 from fxmerge.matching.models import Correlations, Matching, as_they_are, match_models, pairs_to_correlate
 from fxmerge.matching.room import Room
 from fxmerge.notices import warn_of_unused, warn_without_data
@@ -253,6 +254,7 @@ def fit(
             shared=group.shared,
             agreed=_agreed(group, units, states),
             owner={name: order.index(number) for name, number in job.owner.items()},
+            mixed=read_by_unit(group.symmetry, group.flow),
             max_memory=run.memory,
             seed=run.seed,
             progress=run.progress,

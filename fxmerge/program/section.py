@@ -59,15 +59,15 @@ def section_of(program: Program, parameters: Collection[str]) -> Section:
 
 def end_of(program: Program, root: fx.Node) -> fx.Node | None:
     """The last activation in which a parameter is linear, such as the sum of what the experts give for the last
-    matrices of the experts; None if nothing but one product with data is linear in it."""
-    node, steps = root, 0
+    matrices of the experts; None if its product with data goes into no sum in which it is linear."""
+    node, sums = root, 0
     while True:
         users = [user for user in node.users if op_name(user) not in SIZES]
         if len(users) != 1 or not _is_linear(program, users[0], node):
             break
         node = users[0]
-        steps += node not in program.derived and op_name(node) not in MOVES
-    return node if steps > 1 else None
+        sums += op_name(node) in _REDUCES or bool(rules.multiplied(node))
+    return node if sums > 1 else None
 
 
 def _is_linear(program: Program, node: fx.Node, operand: fx.Node) -> bool:
@@ -110,6 +110,11 @@ def _before(ends: Collection[fx.Node], among: Collection[fx.Node]) -> set[fx.Nod
             found.add(node)
             todo += node.all_input_nodes
     return found
+
+
+def section_to(program: Program, roots: Collection[fx.Node], end: fx.Node) -> Section:
+    """The nodes that lead from some parameters to an end."""
+    return _leading_to(program, _after(program, roots), (end,))
 
 
 def _leading_to(program: Program, changed: Collection[fx.Node], ends: tuple[fx.Node, ...]) -> Section:
