@@ -219,7 +219,9 @@ def _error_of_counts(
 ) -> float:
     """The error of the folded network's nodes that a class changes, where its units count as told."""
     scaled = by_usage(units, [state], {number: [counts]})
-    small = {name: units.merge_tensor(name, scaled, [1.0]) for name in parameters_of(group, number)}
+    small = {
+        name: units.merge_tensor(name, scaled, [1.0]).to(state[name].dtype) for name in parameters_of(group, number)
+    }
     node = {n.name: n for n in program.graph.graph.nodes}
 
     def outputs(section: Section, values: Values) -> Values:

@@ -100,7 +100,8 @@ def one_network(
 
     def combined(counted: Usage) -> dict[str, Tensor]:
         scaled = by_usage(matching.merged, confined, counted)
-        return combine(group, recipe, matching.merged, scaled, counts, order)
+        state = combine(group, recipe, matching.merged, scaled, counts, order)
+        return {name: tensor.to(confined[0][name].dtype) for name, tensor in state.items()}
 
     state = combined(used)
     program = sized(group, matching.merged, state)

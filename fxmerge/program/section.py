@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxmerge.program.captured import Program
 from fxmerge.program.channels import CASTS, MOVES, SIZES
+from fxmerge.program.double import grouped_mm
 from fxmerge.program.forms import form_of, op_name
 from fxmerge.symmetry import rules
 
@@ -18,6 +19,9 @@ State = Mapping[str, Tensor]
 
 _CHOOSES = frozenset(("index", "index_select", "gather", "repeat_interleave"))
 """Ops whose first operand is read at places that others tell."""
+
+_GROUPED = frozenset(("_grouped_mm", "transformers::grouped_mm_fallback"))
+"""Ops that multiply groups of rows, each with a matrix of its own."""
 
 _REDUCES = frozenset(("sum", "mean"))
 
@@ -86,7 +90,7 @@ def _is_linear(program: Program, node: fx.Node, operand: fx.Node) -> bool:
     if name == "div":
         return node.args[0] is operand and not any(n in program.derived for n in others)
     factors = rules.multiplied(node)
-    if form_of(node) is None and name not in ("grouped_mm_fallback", "_grouped_mm"):
+    if form_of(node) is None and name not in _GROUPED:
         return False
     return operand in factors and not any(n in program.derived for n in factors if n is not operand)
 
@@ -149,7 +153,14 @@ def run_section(
             env[node] = state.get(name, program.constants[name])
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-            # Of an op that is run otherwise than in the graph, the result may lie otherwise in memory.
-            op: Any = torch.reshape if op_name(node) in ("view", "_unsafe_view") else node.target
-            env[node] = seen(node, op(*args, **kwargs))
+            env[node] = seen(node, _op(node)(*args, **kwargs))
     return env
+
+
+def _op(node: fx.Node) -> Any:
+    """What a node calls, or what computes the same and has derivatives of any order."""
+    name = op_name(node)
+    if name in _GROUPED:
+        return grouped_mm
+    # Of an op that is run otherwise than in the graph, the result may lie otherwise in memory.
+    return torch.reshape if name in ("view", "_unsafe_view") else node.target
