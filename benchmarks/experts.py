@@ -53,7 +53,7 @@ SETTINGS = ("disjoint", "same")
 COUNTS = (6, 4, 2)
 """How many experts a block of eight is left with."""
 
-MIXES = ("A and B", "A", "B")
+MIXES = ("A and B", "A")
 """The domains that experts are chosen on."""
 
 TIME = 3600
@@ -137,8 +137,7 @@ def compare(setting: str, a: nn.Module, b: nn.Module, *, short: bool = False) ->
 def fewer(setting: str, network: nn.Module, counts: Sequence[int], mixes: Sequence[str]) -> list[Row]:
     """The lines of one network with fewer experts, by what each mix of calibration data tells of them."""
     problem, build = PROBLEMS[NETWORKS[NETWORK].data](), NETWORKS[NETWORK].build
-    a, b = problem.apart()
-    data = {"A and B": problem.calibration(), "A": a, "B": b}
+    data = {"A and B": problem.calibration(), "A": problem.apart()[0]}
     rows = [line(setting, "whole", problem.evaluate([network]))]
     for mix in mixes:
         seen = observe(network, data[mix])

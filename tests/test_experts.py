@@ -488,18 +488,22 @@ def test_experts_of_which_the_graph_cannot_have_fewer_are_refused(name: str) -> 
         fxmerge.fold(net(forward, parts), [torch.randn(64, 3)], {"gate.weight[0]": 2, "up[0]": 2})
 
 
-HUGGING_FACE: dict[str, tuple[dict[str, int], str]] = {
-    "Mixtral": ({"num_local_experts": 4}, "*.mlp.gate.weight[0]"),
-    "Qwen3Moe": ({"num_experts": 4, "moe_intermediate_size": 8, "head_dim": 4}, "*.experts.gate_up_proj[0]"),
+HUGGING_FACE: dict[str, tuple[dict[str, int], str, torch.dtype]] = {
+    "Mixtral": ({"num_local_experts": 4}, "*.mlp.gate.weight[0]", torch.float32),
+    "Qwen3Moe": (
+        {"num_experts": 4, "moe_intermediate_size": 8, "head_dim": 4},
+        "*.experts.gate_up_proj[0]",
+        torch.bfloat16,
+    ),
 }
-"""By name: sizes, and the class of experts."""
+"""By name: sizes, the class of experts, and the numbers."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_a_class_builds_and_loads_with_fewer_experts(name: str) -> None:
     transformers = pytest.importorskip("transformers")
-    sizes, experts = HUGGING_FACE[name]
+    sizes, experts, dtype = HUGGING_FACE[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(
         vocab_size=11,
@@ -508,12 +512,15 @@ def test_a_class_builds_and_loads_with_fewer_experts(name: str) -> None:
         num_hidden_layers=1,
         **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2, **sizes},
     )
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()
     tokens = {"input_ids": torch.randint(0, 11, (8, 9)), "use_cache": False}
     folded = fxmerge.fold(model, [tokens], {experts: 0.75})
     changes = fxmerge.report(folded).config
     assert changes == {"num_local_experts": 3}
-    rebuilt = type(model)(type(config).from_dict(config.to_dict() | changes)).eval()
+    told = fxmerge.report(folded).layers["model.layers.0.mlp.experts.down_proj"]
+    assert told["sum_after"] < told["sum_before"]
+    assert {tensor.dtype for tensor in folded.state_dict().values() if tensor.is_floating_point()} == {dtype}
+    rebuilt = type(model)(type(config).from_dict(config.to_dict() | changes)).to(dtype).eval()
     rebuilt.load_state_dict(folded.state_dict())
     torch.testing.assert_close(rebuilt(**tokens).logits, folded(**tokens).logits)
 
