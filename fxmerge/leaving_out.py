@@ -23,8 +23,8 @@ from fxmerge.prepared import Prepared
 from fxmerge.processes import Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.run import Recorder
-from fxmerge.program.section import Section, run_section, section_of
 from fxmerge.symmetry.lowest import Lowest
+from fxmerge.symmetry.section import Section, run_section, section_of
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.unit_map import UnitMap
 

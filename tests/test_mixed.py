@@ -9,10 +9,10 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge.program.capture import capture_program
 from fxmerge.program.run import Runner
-from fxmerge.program.section import end_of, section_of
 from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.mixed import find_mixed
 from fxmerge.refitting.refit import refit
+from fxmerge.symmetry.section import end_of, section_of
 from tests.slow import but_slow
 from tests.test_deferred import linear, net
 from tests.test_experts import by_all, by_slots, by_sorted_slots

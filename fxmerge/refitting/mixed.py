@@ -14,12 +14,12 @@ from torch import Tensor, fx
 
 from fxmerge.processes import Processes
 from fxmerge.program.captured import Program
-from fxmerge.program.section import Section, end_of, run_section, section_to
 from fxmerge.refitting.conjugate import Parameters, conjugate_steps, squares
 from fxmerge.refitting.gather import Counted, Shares, Teacher, Values, mean_of, more_of
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.strength import MARGIN
 from fxmerge.refitting.sums import Summand, summand_of
+from fxmerge.symmetry.section import Section, end_of, run_section, section_to
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 """After how many steps of conjugate gradients the error on data held out is measured. Fewer steps stay nearer to the
