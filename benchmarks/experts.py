@@ -134,10 +134,15 @@ def compare(setting: str, a: nn.Module, b: nn.Module, *, short: bool = False) ->
     return [*rows, line(setting, "ensemble", ensemble)]
 
 
-def fewer(setting: str, network: nn.Module, counts: Sequence[int], mixes: Sequence[str]) -> list[Row]:
-    """The lines of one network with fewer experts, by what each mix of calibration data tells of them."""
+def fewer(
+    setting: str, network: nn.Module, counts: Sequence[int], mixes: Sequence[str], *, short: bool = False
+) -> list[Row]:
+    """The lines of one network with fewer experts, by what each mix of calibration data tells of them; if it is to be
+    short, by a few rows of it, and without the line of fxmerge that fits nothing."""
     problem, build = PROBLEMS[NETWORKS[NETWORK].data](), NETWORKS[NETWORK].build
     data = {"A and B": problem.calibration(), "A": problem.apart()[0]}
+    if short:
+        data = {mix: [tokens[:8] for tokens in batches] for mix, batches in data.items()}
     rows = [line(setting, "whole", problem.evaluate([network]))]
     for mix in mixes:
         seen = observe(network, data[mix])
@@ -161,6 +166,8 @@ def fewer(setting: str, network: nn.Module, counts: Sequence[int], mixes: Sequen
             "merged as MC-SMoE, not aligned": partial(in_groups, choose=around_most_frequent),
             "merged as HC-SMoE": partial(in_groups, choose=by_outputs),
         }
+        if short:
+            del ways["fxmerge, nothing fitted"]
         for count in counts:
             for name, way in ways.items():
                 scores = line(setting, name, problem.evaluate([way(count)]))
@@ -189,7 +196,7 @@ def main() -> int:
     print(machine(), flush=True)
     if options.short:
         rows = compare("untrained", *(training.build(NETWORK, seed).eval() for seed in range(2)), short=True)
-        small = fewer("untrained", training.build(NETWORK, 0).eval(), COUNTS[:1], MIXES[:1])
+        small = fewer("untrained", training.build(NETWORK, 0).eval(), COUNTS[:1], MIXES[:1], short=True)
     else:
         pairs = training.first_pairs(NETWORK, SETTINGS, options.cache, TIME)
         rows = [row for setting, pair in pairs.items() for row in compare(setting, *pair)]
