@@ -5,8 +5,8 @@ domain each (disjoint), or both from two initialisations (same). Told are the lo
 character, and the share of a token's experts that are still its own: of the two that the merged network sends it to,
 how many its parent sends it to as well, on the domain of this parent.
 
-Then the first parent of the second pair gets fewer experts, by `fxmerge.fold` and by leaving out those that the
-calibration data choose least, with nothing fitted.
+Then the parents of the second pair get fewer experts: by `fxmerge.fold`, and in four ways of others
+(`tasks_suite/fewer_experts.py`), with calibration data of both domains or of one.
 
     python benchmarks/experts.py [--short] [--cache FOLDER] [--markdown FILE]
 
@@ -27,6 +27,16 @@ import torch
 from invariance import machine, table
 from models.processes import Row
 from tasks_suite import training
+from tasks_suite.fewer_experts import (
+    Observed,
+    around_most_frequent,
+    by_outputs,
+    by_reap,
+    grouped,
+    most_frequent,
+    observe,
+    pruned,
+)
 from tasks_suite.methods import with_state_of
 from tasks_suite.sequences import Experts
 from tasks_suite.suite import NETWORKS, PROBLEMS
@@ -35,11 +45,16 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge import Align, LeastSquares, Recipe, Run
 
+Choose = Callable[[Observed, int], Tensor]
+
 NETWORK = "experts-8"
 SETTINGS = ("disjoint", "same")
 
 COUNTS = (6, 4, 2)
 """How many experts a block of eight is left with."""
+
+MIXES = ("A and B", "A")
+"""The domains that experts are chosen on."""
 
 TIME = 3600
 """Seconds for the training of each parent."""
@@ -90,7 +105,7 @@ def kept(network: nn.Module, parents: Sequence[nn.Module], domains: Sequence[Seq
 
 
 def compare(setting: str, a: nn.Module, b: nn.Module, *, short: bool = False) -> list[Row]:
-    """The lines of one pair; of the first fit and what is before it, if they are to be few."""
+    """The lines of one pair; without those of fits, if they are to be few."""
     problem = PROBLEMS[NETWORKS[NETWORK].data]()
     batches, domains = problem.calibration(), problem.apart()
     match = Align(continuous=False)
@@ -109,7 +124,7 @@ def compare(setting: str, a: nn.Module, b: nn.Module, *, short: bool = False) ->
     }
     rows = list[Row]()
     ensemble = problem.evaluate([a, b])
-    for name, way in list(ways.items())[: 5 if short else None]:
+    for name, way in list(ways.items())[: 4 if short else None]:
         network = way()
         scores = problem.evaluate([network])
         own = in_order.get(name.partition(",")[0])
@@ -119,30 +134,45 @@ def compare(setting: str, a: nn.Module, b: nn.Module, *, short: bool = False) ->
     return [*rows, line(setting, "ensemble", ensemble)]
 
 
-def pruned(network: nn.Module, batches: Sequence[Tensor], experts: int) -> nn.Module:
-    """A network with those experts of every block that are chosen most often."""
-    chosen = [torch.cat(own).sum(0) for own in zip(*(choices(network, tokens) for tokens in batches), strict=True)]
-    state = network.state_dict()
-    blocks = [name for name, module in network.named_modules() if isinstance(module, Experts)]
-    for name, times in zip(blocks, chosen, strict=True):
-        kept = times.topk(experts).indices.sort().values
-        for parameter in ("router.weight", "gate_up", "down"):
-            state[f"{name}.{parameter}"] = state[f"{name}.{parameter}"][kept]
-    found = NETWORKS[NETWORK].build(experts=experts)  # type: ignore[call-arg]
-    found.load_state_dict(state)
-    return found.eval()
+def fewer(
+    setting: str, network: nn.Module, counts: Sequence[int], mixes: Sequence[str], *, short: bool = False
+) -> list[Row]:
+    """The lines of one network with fewer experts, by what each mix of calibration data tells of them; if it is to be
+    short, by a few rows of it, and without the line of fxmerge that fits nothing."""
+    problem, build = PROBLEMS[NETWORKS[NETWORK].data](), NETWORKS[NETWORK].build
+    data = {"A and B": problem.calibration(), "A": problem.apart()[0]}
+    if short:
+        data = {mix: [tokens[:8] for tokens in batches] for mix, batches in data.items()}
+    rows = [line(setting, "whole", problem.evaluate([network]))]
+    for mix in mixes:
+        seen = observe(network, data[mix])
 
+        def folded(count: int, recipe: Recipe, run: Run, batches: Sequence[Tensor] = data[mix]) -> nn.Module:
+            return fxmerge.fold(network, batches, {"*.experts.gate_up[0]": count}, recipe=recipe, run=run)
 
-def fewer(setting: str, network: nn.Module, counts: Sequence[int]) -> list[Row]:
-    """The lines of one network with fewer experts."""
-    problem = PROBLEMS[NETWORKS[NETWORK].data]()
-    batches, run = problem.calibration(), Run(progress=False)
-    rows = [line(setting, "whole", problem.evaluate([network])) | {"experts": len(choices(network, batches[0])[0][0])}]
-    for count in counts:
-        folded = fxmerge.fold(network, batches, {"*.experts.gate_up[0]": count}, run=run)
-        for name, small in (("folded", folded), ("pruned by frequency", pruned(network, batches, count))):
-            rows.append(line(setting, name, problem.evaluate([small])) | {"experts": count})
-            print(rows[-1], flush=True)
+        def kept(count: int, choose: Choose, seen: Sequence[Observed] = seen) -> nn.Module:
+            small = build(experts=count)  # type: ignore[call-arg]
+            return pruned(network, small, [choose(own, count) for own in seen])
+
+        def in_groups(count: int, choose: Choose, seen: Sequence[Observed] = seen) -> nn.Module:
+            return grouped(network, build(), [choose(own, count) for own in seen], seen)
+
+        ways: dict[str, Callable[[int], nn.Module]] = {
+            "fxmerge": partial(folded, recipe=Recipe(), run=Run(progress=False)),
+            # The graph is that of the line before, and needs no second proof.
+            "fxmerge, nothing fitted": partial(folded, recipe=Recipe(fit=None), run=Run(progress=False, verify=False)),
+            "pruned by REAP's score": partial(kept, choose=by_reap),
+            "pruned by frequency": partial(kept, choose=most_frequent),
+            "merged as MC-SMoE, not aligned": partial(in_groups, choose=around_most_frequent),
+            "merged as HC-SMoE": partial(in_groups, choose=by_outputs),
+        }
+        if short:
+            del ways["fxmerge, nothing fitted"]
+        for count in counts:
+            for name, way in ways.items():
+                scores = line(setting, name, problem.evaluate([way(count)]))
+                rows.append(scores | {"experts": count, "calibrated on": mix})
+                print(rows[-1], flush=True)
     return rows
 
 
@@ -166,11 +196,11 @@ def main() -> int:
     print(machine(), flush=True)
     if options.short:
         rows = compare("untrained", *(training.build(NETWORK, seed).eval() for seed in range(2)), short=True)
-        small = fewer("untrained", training.build(NETWORK, 0).eval(), COUNTS[:1])
+        small = fewer("untrained", training.build(NETWORK, 0).eval(), COUNTS[:1], MIXES[:1], short=True)
     else:
         pairs = training.first_pairs(NETWORK, SETTINGS, options.cache, TIME)
         rows = [row for setting, pair in pairs.items() for row in compare(setting, *pair)]
-        small = fewer(SETTINGS[-1], pairs[SETTINGS[-1]][0], COUNTS)
+        small = [row for i in range(2) for row in fewer(f"network {i + 1}", pairs[SETTINGS[-1]][i], COUNTS, MIXES)]
     text = table(rows) + "\n\n" + table(small)
     print(text)
     if options.markdown is not None:

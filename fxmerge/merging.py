@@ -15,7 +15,9 @@ from fxmerge.errors import OptionError
 from fxmerge.evidence.usage import Usage
 from fxmerge.job import Job, prepare
 from fxmerge.kv_heads import check_one_network, with_fewer_kv_heads
+from fxmerge.leaving_out import merged_where_better, with_survivors
 from fxmerge.manifest import with_stages
+from fxmerge.matching.room import Room
 from fxmerge.matching.universe import canonical_order
 from fxmerge.notices import (
     warn_of_far_heads,
@@ -31,7 +33,6 @@ from fxmerge.pipeline import (
     emit,
     fit,
     match,
-    merged_or_left_out,
     of_scores,
     renumbered,
     sampled,
@@ -43,7 +44,7 @@ from fxmerge.progress import peak_memory
 from fxmerge.recipe import NOTHING, Average, LeastSquares, Recipe, Run, Zip
 from fxmerge.refitting.refit import Refitted
 from fxmerge.reporting import Made, attach, named_errors, widths_of
-from fxmerge.sizing import configured, nothing_lost, same_on_example, sized
+from fxmerge.sizing import configured, nothing_lost, room_for, same_on_example, sized
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.truncating import fewer_units_left, with_directions
 from fxmerge.validate import Model
@@ -84,7 +85,12 @@ def one_network(
     # The result must not depend on the order of models that are all matched with each other.
     order = list(range(len(job.states))) if reference is not None else canonical_order(job.states)
     states = [job.states[i] for i in order]
-    matching = match(group, recipe, run, states, [job.names[i] for i in order], reference)
+    room, trials = None, None
+    if isinstance(recipe.match, Zip) and recipe.match.width != 1:
+        room = room_for(group, recipe.match, run, len(states))
+        if len(models) == 1 and isinstance(room, Room):
+            room, trials = with_survivors(group, room)
+    matching = match(group, recipe, run, states, [job.names[i] for i in order], reference, room)
     with job.timed("combining"):
         aligned = [matching.alignment.apply(state, m) for m, state in enumerate(states)]
     similarities = sampled(group, matching, states, aligned, [job.names[i] for i in order])
@@ -94,12 +100,15 @@ def one_network(
 
     def combined(counted: Usage) -> dict[str, Tensor]:
         scaled = by_usage(matching.merged, confined, counted)
-        return combine(group, recipe, matching.merged, scaled, counts, order)
+        state = combine(group, recipe, matching.merged, scaled, counts, order)
+        return {name: tensor.to(confined[0][name].dtype) for name, tensor in state.items()}
 
     state = combined(used)
     program = sized(group, matching.merged, state)
-    if len(models) == 1 and used:
-        state = merged_or_left_out(group, program, matching.merged, used, state, combined)
+    if trials is not None:
+        assert isinstance(room, Room)
+        used = merged_where_better(group, program, matching.merged, room, trials, used, aligned[0])
+        state = combined(used)
     refitted = Refitted(state, {}, {}, {}, held_out=False)
     settled = not group.projections and nothing_lost(group, program, matching.merged, state)
     if not settled and job.heads and isinstance(recipe.match, Zip) and recipe.match.width == len(models):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxmerge.combine.average import average
 from fxmerge.combine.batch_norm import batch_norm_statistics, batches_seen, by_batches_seen
-from fxmerge.combine.by_usage import most_used
 from fxmerge.combine.masks import voted
 from fxmerge.combine.task_vectors import combine_task_vectors
 from fxmerge.emit.bake import bake
@@ -22,12 +20,14 @@ from fxmerge.evidence.sampled import Matrix, Sample, SampledSimilarity, units_ke
 from fxmerge.evidence.usage import Usage, usage
 from fxmerge.job import Job
 from fxmerge.keeping import MATCHING, changed
+from fxmerge.matching.allot import Allotment
+from fxmerge.matching.mergeable import read_by_unit
 from fxmerge.matching.models import Correlations, Matching, as_they_are, match_models, pairs_to_correlate
+from fxmerge.matching.room import Room
 from fxmerge.notices import warn_of_unused, warn_without_data
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
-from fxmerge.program.run import Runner
-from fxmerge.recipe import Average, Fit, LeastSquares, Readout, Recipe, Repair, Run, Zip
+from fxmerge.recipe import Average, Fit, LeastSquares, Readout, Recipe, Repair, Run
 from fxmerge.refitting.class_scores import score_layers
 from fxmerge.refitting.course import Lesson
 from fxmerge.refitting.folding import folded
@@ -37,7 +37,7 @@ from fxmerge.refitting.places import Confined, Places
 from fxmerge.refitting.refit import Refitted, refit, with_statistics, written_out
 from fxmerge.refitting.selection import last_layers
 from fxmerge.shared import agreed
-from fxmerge.sizing import nothing_merged, resized, room_for
+from fxmerge.sizing import nothing_merged, resized
 from fxmerge.symmetry.propagate import propagate
 from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.shown import classes_along, units_along
@@ -69,14 +69,14 @@ def match(
     states: Sequence[Mapping[str, Tensor]],
     names: Sequence[str],
     reference: int | None,
+    room: Room | Allotment | None = None,
 ) -> Matching:
     """Measures how alike units are, and matches them; without a part of the recipe for that, units are matched by
-    their numbers."""
+    their numbers. A zip goes into a room."""
     job, part = group.job, recipe.match
     assert not isinstance(part, str)
     if part is None:
         return as_they_are(group.symmetry, group.flow, len(states))
-    room = room_for(group, part, run, len(states)) if isinstance(part, Zip) and part.width != 1 else None
     correlations: Correlations = {}
     if job.data is not None and part.alpha != 1:
         pairs = pairs_to_correlate(part, len(states), reference)
@@ -164,55 +164,6 @@ def usage_of(group: Prepared, units: UnitMap, states: Sequence[Mapping[str, Tens
         counts = usage(group.propagation, group.symmetry, units.resized, states, job.data, job.processes)
         warn_of_unused({group.symmetry.names[n]: own for n, own in counts.items()})
     return counts
-
-
-def merged_or_left_out(
-    group: Prepared,
-    program: Program,
-    units: UnitMap,
-    used: Usage,
-    state: dict[str, Tensor],
-    combined: Callable[[Usage], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    """The parameters of a folded network in which, of the units that become one, either all count by their usage, or
-    the most used one alone, as in a pruned network: for each class whichever brings the outputs nearer to the model's.
-
-    Arguments:
-        group: the model.
-        program: of the folded network.
-        units: where its units go.
-        used: how often units were chosen.
-        state: the parameters where all count.
-        combined: gives the parameters, if units count otherwise.
-    """
-    with group.job.timed("combining"):
-        least = _distance(group.job, program, state)
-        for n, own in used.items():
-            alone = {**used, n: most_used(units, n, own)}
-            other = combined(alone)
-            distance = _distance(group.job, program, other)
-            logger.info("%s: merged %.3g, pruned %.3g", group.symmetry.names[n], least, distance)
-            if distance < least:
-                used, state, least = alone, other, distance
-    return state
-
-
-def _distance(job: Job, program: Program, state: Mapping[str, Tensor]) -> float:
-    """The squared distance of a network's outputs to those of the first model, as a share of their squares."""
-    assert job.data is not None
-    missed, squares = 0.0, 0.0
-    for number, (args, kwargs) in enumerate(job.data.batches("comparing")):
-        if job.processes.owns(number):
-            one, other = (
-                Runner(own).outputs(tensors, args, kwargs)
-                for own, tensors in ((job.program, job.states[0]), (program, state))
-            )
-            for a, b in zip(one, other, strict=True):
-                if isinstance(a, Tensor) and a.is_floating_point():
-                    missed += float(torch.where(a == b, 0.0, a - b).square().sum(dtype=torch.float64))
-                    squares += float(a.where(a.isfinite(), 0.0).square().sum(dtype=torch.float64))
-    missed, squares = job.processes.total("distances", (missed, squares))
-    return missed / squares if squares else missed
 
 
 def combine(
@@ -303,6 +254,7 @@ def fit(
             shared=group.shared,
             agreed=_agreed(group, units, states),
             owner={name: order.index(number) for name, number in job.owner.items()},
+            mixed=read_by_unit(group.symmetry, group.flow),
             max_memory=run.memory,
             seed=run.seed,
             progress=run.progress,

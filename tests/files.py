@@ -57,16 +57,12 @@ def weights(path: Path, seed: int = 0, **sizes: Any) -> Path:
 
 def gpt2(folder: Path, seed: int = 0, tokenizer: bool = True) -> Path:
     """A tiny GPT-2 with a tokenizer of twenty words, as a directory of transformers."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    vocabulary = {word: i for i, word in enumerate([*WORDS, "<unk>", "<end>"])}
-    own = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    own.pre_tokenizer = pre_tokenizers.Whitespace()
-    end = len(vocabulary) - 1
+    end = len(WORDS) + 1
     config = GPT2Config(
-        vocab_size=len(vocabulary),
+        vocab_size=end + 1,
         n_embd=16,
         n_layer=2,
         n_head=2,
@@ -76,9 +72,34 @@ def gpt2(folder: Path, seed: int = 0, tokenizer: bool = True) -> Path:
         pad_token_id=end,
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
-    if tokenizer:
-        PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
+    return words(folder) if tokenizer else folder
+
+
+def words(folder: Path) -> Path:
+    """A tokenizer of twenty words, in a directory of transformers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate([*WORDS, "<unk>", "<end>"])}
+    own = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
     return folder
+
+
+def qwen3_moe(folder: Path, seed: int = 0) -> Path:
+    """A tiny mixture of eight experts with the same tokenizer, as a directory of transformers."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), len(WORDS) + 1)
+    config = Qwen3MoeConfig(
+        vocab_size=len(WORDS) + 2, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, **sizes, **heads, **ends
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return words(folder)
 
 
 def bert(folder: Path, seed: int = 0) -> Path:

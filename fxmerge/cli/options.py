@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,7 @@ def recipe(what: str) -> Callable[[Command], Command]:
 
 def width(text: str) -> Callable[[Command], Command]:
     """--width, with what it is."""
-    return click.option("--width", type=float, metavar="X", help=text)
+    return click.option("--width", multiple=True, metavar="X", help=text + ", or CLASS=X for the classes that it fits")
 
 
 def plan_of(verb: str, context: click.Context) -> Plan:
@@ -179,12 +179,21 @@ def _recipe(given: dict[str, Any]) -> Recipe:
         recipe = replace(recipe, share=float(share) if _is_number(share) else share)
     if names:
         recipe = replace(recipe, names=tuple(names))
-    if width is not None:
+    if width:
         match = Zip() if recipe.match == AUTO else recipe.match
         if not isinstance(match, Zip):
             raise click.UsageError("--width is of Zip, and the recipe matches in another way.")
-        recipe = replace(recipe, match=replace(match, width=width))
+        recipe = replace(recipe, match=replace(match, width=_width(width)))
     return recipe
+
+
+def _width(given: Sequence[str]) -> float | dict[str, float]:
+    """A width for all classes, or one for each that is named: a share, or a whole number of units."""
+    named = {name: x for name, sign, x in (text.rpartition("=") for text in given) if sign}
+    numbers = list(named.values()) or list(given)
+    if len(named) not in (0, len(given)) or (not named and len(given) > 1) or not all(map(_is_number, numbers)):
+        raise click.UsageError("--width is a number, or CLASS=NUMBER for each class: --width 'mlp.up.weight[0]=0.5'.")
+    return {name: int(x) if x.isdecimal() else float(x) for name, x in named.items()} if named else float(given[0])
 
 
 def _is_number(text: str) -> bool:

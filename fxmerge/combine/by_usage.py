@@ -55,17 +55,3 @@ def by_usage(
                     names = axis.parameter, *axis.aliases
                     state.update(dict.fromkeys(names, value * along.to(value.device, wide)))
     return scaled
-
-
-def most_used(units: UnitMap, number: int, counts: Sequence[Tensor]) -> list[Tensor]:
-    """Counts of a class by which, of the units that become one, only the one counts that was chosen most often."""
-    goals = [torch.from_numpy(own[number]) for own in units.maps]
-    goal, total = torch.cat(goals), torch.cat(list(counts))
-    order = total.argsort(descending=True, stable=True)
-    first = torch.zeros_like(total)
-    seen = set[int]()
-    for unit in order.tolist():
-        if int(goal[unit]) not in seen:
-            seen.add(int(goal[unit]))
-            first[unit] = 1
-    return list(first.split([len(own) for own in counts]))

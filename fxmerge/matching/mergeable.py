@@ -46,6 +46,17 @@ def read_one_by_one(symmetry: Symmetry, flow: Mapping[Axis, Flow], number: int) 
     return True
 
 
+def read_by_unit(symmetry: Symmetry, flow: Mapping[Axis, Flow]) -> frozenset[str]:
+    """The parameters that read what lies in blocks, each block by itself, as the last matrices of experts do."""
+    found = set[str]()
+    for n in symmetry.choices:
+        if is_block(symmetry, n) and read_one_by_one(symmetry, flow, n):
+            nested = set(descendants(symmetry, n)[1:]).intersection(symmetry.choices)
+            consumed = [axis for axis in symmetry.layout if flow[axis.parameter, axis.dim] is Flow.CONSUMES]
+            found |= {axis.parameter for axis in consumed if axis.classes <= nested}
+    return frozenset(found)
+
+
 def zipped_classes(
     symmetry: Symmetry, flow: Mapping[Axis, Flow], one_to_one: Collection[int] = (), resized: Collection[int] = ()
 ) -> list[int]:

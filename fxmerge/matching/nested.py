@@ -7,6 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
+from fxmerge.matching.agglomerate import Links
 from fxmerge.matching.assignment import Scores, assign, descendants, lift
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
@@ -121,6 +122,19 @@ def similar_blocks(symmetry: Symmetry, number: int, models: int, gains: Mapping[
                 lifted = lift(np.concatenate([own + m * size for m in range(models)]), total[n])
                 total[parent] = total[parent] + lifted if parent in total else lifted
     return total
+
+
+def nearest(similarity: Links, survivors: Ids) -> Ids:
+    """For every unit of one model the number, among some of them, of the one that is most like it; of these, their own.
+
+    Arguments:
+        similarity: of all pairs, above the diagonal.
+        survivors: the units among which is chosen.
+    """
+    both = np.triu(similarity, 1)
+    labels: Ids = (both + both.T)[:, survivors].argmax(1)
+    labels[survivors] = np.arange(len(survivors))
+    return labels
 
 
 def merge_blocks(

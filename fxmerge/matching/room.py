@@ -29,12 +29,15 @@ class Room:
             merged units than units, the others come after them.
         changed: the numbers of the classes of which there are more or fewer than units of a model.
         joined: for classes of which it is settled what is merged, the unit in whose place each unit goes.
+        survivors: for classes of which it is settled which units stay apart, these units, ascending. Each of the others
+            goes into one of them.
     """
 
     widths: tuple[int, ...]
     kept: tuple[Ids, ...]
     changed: frozenset[int] = frozenset()
     joined: Mapping[int, Ids] = field(default_factory=dict)
+    survivors: Mapping[int, Ids] = field(default_factory=dict)
 
     @staticmethod
     def of(

@@ -24,7 +24,7 @@ from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mergeable import zipped_classes
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.nested import carry, is_block, merge_blocks, similar_blocks
+from fxmerge.matching.nested import carry, is_block, merge_blocks, nearest, similar_blocks
 from fxmerge.matching.problem import floats
 from fxmerge.matching.room import Room, cells
 from fxmerge.matching.zipping import zip_blocks
@@ -225,6 +225,9 @@ class ZipProblem:
         """What to merge of a class: for every model, the places of its units and of all that is nested in it."""
         similarity, gains = self.pairs(number)
         width = self.room.widths[number]
+        if number in self.room.survivors:
+            labels = nearest(similarity, self.room.survivors[number])
+            return merge_blocks(self.symmetry, number, self.room.kept[number][labels][None], self.places, gains)
         zipped = zip_blocks(similarity, self.blocks(number), budget=budget, damping=damping, width=width)
         return merge_blocks(self.symmetry, number, zipped.labels, self.places, gains)
 

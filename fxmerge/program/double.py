@@ -91,7 +91,7 @@ class InDouble(InSingle):
         return _WRITTEN_OUT.get(func, func)(*args, **kwargs)
 
 
-def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """`torch._grouped_mm`, which has no float64 kernel, for the rows of a that end at `offs`, one matrix b for each."""
     if offs is None or a.ndim != 2 or b.ndim != 3:
         raise NotImplementedError("grouped_mm is written out for 2-dimensional rows and stacked matrices only")
@@ -102,7 +102,7 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **
     return out
 
 
-_WRITTEN_OUT = {torch.ops.aten._grouped_mm.default: _grouped_mm}
+_WRITTEN_OUT = {torch.ops.aten._grouped_mm.default: grouped_mm}
 """Ops that torch has no float64 kernel for."""
 
 

@@ -9,16 +9,16 @@ linear least-squares problem (Gauss-Newton). Conjugate gradients solve it, and d
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxmerge.program.captured import Program
 from fxmerge.program.forms import argument, bind, op_name
+from fxmerge.refitting.conjugate import Parameters, conjugate_steps, squares
 from fxmerge.refitting.gather import MIN_ROWS, Counted, LayerFit, Shares, Teacher, Values
 from fxmerge.refitting.layers import Layer, Use
 from fxmerge.refitting.strength import MARGIN
@@ -33,8 +33,6 @@ start, as a stronger ridge does."""
 
 HELD_OUT = 5
 """Every so many batches, one is held out."""
-
-Parameters = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,9 +182,9 @@ class AheadFit:
             return {}
         problem = _Problem(self, state, names, [*held, *rest])
         now = {name: state[name].detach() for name in names}
-        before = best = problem.error(now, held)
+        before = best = _error(problem, now, held)
         for _ in range(ROUNDS):
-            tried = [(problem.error(own, held), own) for own in problem.steps(now, rest)]
+            tried = [(_error(problem, own, held), own) for own in conjugate_steps(problem, now, rest, STEPS)]
             error, found = min(tried, key=lambda pair: pair[0], default=(best, now))
             if not error < best * (1 - MARGIN):
                 break
@@ -241,65 +239,8 @@ class _Problem:
     def targets(self, batch: _Batch) -> tuple[Tensor, ...]:
         return tuple(y * math.sqrt(batch.weight / scale) for y, scale in zip(batch.targets, self.scales, strict=True))
 
-    @torch.no_grad()
-    def error(self, parameters: Parameters, batches: Sequence[_Batch]) -> float:
-        """The squared error of what readers give, as a share of the squares of the targets."""
-        missed = total = 0.0
-        for batch in batches:
-            for mine, wanted in zip(self.outputs(parameters, batch), self.targets(batch), strict=True):
-                missed += float((wanted - mine).square().sum(dtype=torch.float64))
-                total += float(wanted.square().sum(dtype=torch.float64))
-        return missed / total if total else 0.0
 
-    def steps(self, start: Parameters, batches: Sequence[_Batch]) -> Iterator[Parameters]:
-        """Parameters after more and more steps of conjugate gradients towards the least squared error, of what readers
-        give as a linear function of the parameters; none where no parameter changes the error."""
-
-        def normal(direction: Parameters | None) -> Parameters:
-            """J' J of a direction, or J' of what is missed."""
-            total = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
-            for batch in batches:
-                at = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
-                # The derivatives of fused attention have none of their own.
-                with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                    given = self.outputs(at, batch)
-                    if direction is None:
-                        along = [y - o.detach() for y, o in zip(self.targets(batch), given, strict=True)]
-                    else:
-                        # J' u is linear in u, and the derivative of its product with a direction by u is J direction.
-                        weights = [torch.zeros_like(o, requires_grad=True) for o in given]
-                        turned = _gradients(given, at, weights, create_graph=True)
-                        product = torch.stack([(turned[name] * direction[name]).sum() for name in at]).sum()
-                        along = list(torch.autograd.grad(product, weights, retain_graph=True))
-                    for name, tensor in _gradients(given, at, along).items():
-                        total[name] += tensor
-            return total
-
-        residual = normal(None)
-        step = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
-        direction, size = residual, _inner(residual, residual)
-        for number in range(1, max(STEPS) + 1):
-            if not size > 0:
-                break
-            turned = normal(direction)
-            length = size / max(_inner(direction, turned), torch.finfo(torch.float64).tiny)
-            step = {name: step[name] + length * direction[name] for name in step}
-            residual = {name: residual[name] - length * turned[name] for name in step}
-            size, last = _inner(residual, residual), size
-            direction = {name: residual[name] + size / last * direction[name] for name in step}
-            if number in STEPS:
-                yield {name: start[name] + step[name] for name in step}
-
-
-def _gradients(
-    given: Sequence[Tensor], at: Parameters, along: Sequence[Tensor], *, create_graph: bool = False
-) -> Parameters:
-    """The gradients of the products of outputs with other tensors, by parameter."""
-    found = torch.autograd.grad(
-        given, list(at.values()), along, create_graph=create_graph, retain_graph=True, materialize_grads=True
-    )
-    return dict(zip(at, found, strict=True))
-
-
-def _inner(a: Parameters, b: Parameters) -> float:
-    return sum(float((a[name] * b[name]).sum(dtype=torch.float64)) for name in a)
+def _error(problem: _Problem, parameters: Parameters, batches: Sequence[_Batch]) -> float:
+    """The squared error of what readers give, as a share of the squares of the targets."""
+    missed, total = squares(problem, parameters, batches)
+    return missed / total if total else 0.0

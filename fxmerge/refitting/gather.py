@@ -144,7 +144,8 @@ class LayerFit:
                 continue  # Such as the state that a recurrence begins with. Of what is zero, no units are known.
             if use in self.summands:
                 summand = self.summands[use]
-                y = y + use.outputs(summand.placed(self._off(summand.node, values, taught, shares)), mine, chosen)
+                more = more_of(self.teachers, summand.node, values, taught, shares)
+                y = y + use.outputs(summand.placed(more), mine, chosen)
             for j in self.missed:
                 given = self._given(use, taught[j], j, chosen)
                 self.missed[j] += weight * float((y - given).square().sum(dtype=torch.float64))
@@ -163,9 +164,10 @@ class LayerFit:
     def targets(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:
         """What the parents give at a use, in merged units: shape (groups, rows, outputs)."""
         if use in self.shown:
-            return use.outputs(self.mean(use.node, taught, shares), arguments(use, next(iter(taught.values()))), chosen)
-        given = ((j, use.features(arguments(use, theirs), chosen)) for j, theirs in taught.items())
-        return _sum(f @ self.taught(j, shares).to(f) for j, f in given)
+            given = mean_of(self.teachers, use.node, taught, shares)
+            return use.outputs(given, arguments(use, next(iter(taught.values()))), chosen)
+        features = ((j, use.features(arguments(use, theirs), chosen)) for j, theirs in taught.items())
+        return _sum(x @ self.taught(j, shares).to(x) for j, x in features)
 
     def distribution(self, use: Use, taught: Mapping[int, Values], shares: Shares, chosen: Tensor | None) -> Tensor:
         """The mean of the probabilities that the parents give at a use, in merged units: shape (rows, classes). Of
@@ -186,19 +188,6 @@ class LayerFit:
             return use.outputs(theirs[use.node], own, chosen)
         features = use.features(own, chosen)
         return features @ self.coefficients[number].to(features)
-
-    def mean(self, node: fx.Node, taught: Mapping[int, Values], shares: Shares) -> Tensor:
-        """What the parents compute at a node, in merged units."""
-        given = [(shares[j], *self.teachers[j].gather(node, theirs[node])) for j, theirs in taught.items()]
-        return _ratio(_sum(share * own for share, own, _ in given), _sum(share * count for share, _, count in given))
-
-    def _off(self, node: fx.Node, values: Values, taught: Mapping[int, Values], shares: Shares) -> Tensor:
-        """What the parents compute at a node more than the merged network does, in merged units."""
-        mine = values[node]
-        given = [(shares[j], *self.teachers[j].gather(node, theirs[node])) for j, theirs in taught.items()]
-        # Differences come first: of large values that are alike, the mean is another value.
-        more = (share * torch.where(own == count * mine, 0.0, own - count * mine) for share, own, count in given)
-        return _ratio(_sum(more), _sum(share * count for share, _, count in given))
 
     def taught(self, number: int, shares: Shares) -> Tensor:
         """The coefficients with which one parent has a part in the targets."""
@@ -287,6 +276,23 @@ class LayerFit:
     @property
     def _targets(self) -> Moments:
         return sum((fold.targets for fold in self.folds), start=Moments())
+
+
+def mean_of(teachers: Sequence[Teacher], node: fx.Node, taught: Mapping[int, Values], shares: Shares) -> Tensor:
+    """What the parents compute at a node, in merged units."""
+    given = [(shares[j], *teachers[j].gather(node, theirs[node])) for j, theirs in taught.items()]
+    return _ratio(_sum(share * own for share, own, _ in given), _sum(share * count for share, _, count in given))
+
+
+def more_of(
+    teachers: Sequence[Teacher], node: fx.Node, values: Values, taught: Mapping[int, Values], shares: Shares
+) -> Tensor:
+    """What the parents compute at a node more than the merged network does, in merged units."""
+    mine = values[node]
+    given = [(shares[j], *teachers[j].gather(node, theirs[node])) for j, theirs in taught.items()]
+    # Differences come first: of large values that are alike, the mean is another value.
+    more = (share * torch.where(own == count * mine, 0.0, own - count * mine) for share, own, count in given)
+    return _ratio(_sum(more), _sum(share * count for share, _, count in given))
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from fxmerge.refitting.boundaries import Boundaries
 from fxmerge.refitting.course import Course, Lane, Lesson
 from fxmerge.refitting.gather import LayerFit, Statistics, Teacher, Values
 from fxmerge.refitting.layers import Layer
+from fxmerge.refitting.mixed import MixedFit
 from fxmerge.refitting.output_error import OutputDistance, OutputErrors, asked, comparable, mean_errors
 from fxmerge.refitting.repair import Repair
 from fxmerge.refitting.ridge import fit as ridge_fits
@@ -79,6 +80,7 @@ def refit(
     shared: Collection[str] = (),
     agreed: Collection[str] = (),
     owner: Mapping[str, int] | None = None,
+    mixed: Collection[str] = (),
     max_memory: float = math.inf,
     seed: int = 0,
     progress: bool | None = None,
@@ -110,6 +112,7 @@ def refit(
             these alone.
         owner: for parameters that are of one parent alone, its number. Layers of these learn from that parent alone, on
             all data or, where parents have data of their own, on its.
+        mixed: names of parameters that may be fitted to a sum of what they give, as those of experts are.
         max_memory: GiB of activations to keep in memory between stages; the rest goes to a temporary folder.
         seed: seed of the choice of rows.
         progress: whether to show a progress bar; None shows it on a terminal.
@@ -128,7 +131,15 @@ def refit(
     places = [teacher.places for teacher in teachers if teacher.places is not None]
     owner = owner or {}
     selection = select(
-        program, places, shared, only_last=only_last, repair=repair, scores=scores, owned=bool(owner), resized=resized
+        program,
+        places,
+        shared,
+        () if owner else mixed,
+        only_last=only_last,
+        repair=repair,
+        scores=scores,
+        owned=bool(owner),
+        resized=resized,
     )
     chosen, last, tied = selection.chosen, selection.last, selection.tied
     towards_sums = [] if repair else [layer for layer in chosen if layer not in last]
@@ -144,6 +155,7 @@ def refit(
         towards_sums,
         places,
         selection.of_scores,
+        selection.mixed,
         all_shown=resized,
         products=products,
         to_the_end=end,
@@ -186,6 +198,8 @@ def refit(
                     )
                     for layer in stage.layers
                 ]
+                alike = course.alike(None)
+                sums = [MixedFit(program, m, teachers, alike, summed=final) for m, final in stage.mixed.items()]
                 ahead = None
                 if stage.ahead is not None:
                     owned = only_parent[stage.ahead.layers[0]]
@@ -194,6 +208,10 @@ def refit(
                 for batch, values, taught in course.batches(number, onward=not again):
                     if ahead is not None and (counted := course.lesson(batch, owned)) is not None:
                         ahead.add(values, {j: given for j, given in taught.items() if counted.shares[j] > 0}, counted)
+                    if sums and (counted := course.lesson(batch, None)) is not None:
+                        theirs = {j: given for j, given in taught.items() if counted.shares[j] > 0}
+                        for mixture in sums:
+                            mixture.add(values, theirs, counted)
                     for fit in fits:
                         counted = course.lesson(batch, only_parent[fit.layer])
                         if counted is not None:
@@ -208,6 +226,7 @@ def refit(
                     bar.update(not again)
                     ticker.tick(min(len(layers_told) + 1, due), due)
                 told |= _settled(fits, own, processes)
+                told |= {mixture.mixed.parameter: mixture.settle(own, processes) for mixture in sums}
                 for name, more in (ahead.settle(own) if ahead is not None else {}).items():
                     told[name] |= more
                 if again:

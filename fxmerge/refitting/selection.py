@@ -12,6 +12,7 @@ from fxmerge.program.forms import argument, bind
 from fxmerge.refitting.class_scores import ScoreLayers, score_layers
 from fxmerge.refitting.gains import find_gains
 from fxmerge.refitting.layers import Layer, Layers, Use, find_layers
+from fxmerge.refitting.mixed import Mixed, find_mixed
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.routers import router_layers
 from fxmerge.refitting.staging import apart
@@ -28,6 +29,7 @@ class Selection:
         last: the layers that no other layer comes after, whether they are fitted or not.
         of_scores: those of `chosen` that are fitted to probabilities at last.
         tied: layers whose weights are looked up as well, with the nodes that do so. They are fitted before all others.
+        mixed: parameters that are fitted to sums.
         left: for other parameters that are multiplied with data, why they are left.
     """
 
@@ -35,6 +37,7 @@ class Selection:
     last: list[Layer]
     of_scores: list[Layer]
     tied: Mapping[Layer, tuple[fx.Node, ...]]
+    mixed: list[Mixed]
     left: Mapping[str, str]
 
 
@@ -42,6 +45,7 @@ def select(
     program: Program,
     places: Sequence[Places],
     shared: Collection[str],
+    mixed: Collection[str],
     *,
     only_last: bool,
     repair: bool,
@@ -55,6 +59,7 @@ def select(
         program: the program of the merged network.
         places: where units of the parents go, for those in which any are merged.
         shared: names of tensors that are equal in all parents.
+        mixed: names of parameters that may be fitted to sums.
         only_last: whether only layers that no other one comes after are fitted.
         repair: whether outputs are shifted and scaled, in place of a fit.
         scores: whether outputs are scores of classes.
@@ -77,7 +82,9 @@ def select(
         left.update({layer.name: why for layer, why in reasons.items() if why is not None})
         return [layer for layer, why in reasons.items() if why is None]
 
-    chosen = chosen_of(last if only_last else layers.all)
+    sums = [] if only_last or repair else find_mixed(program, set(mixed).difference(shared), places)
+    in_sums = {one.parameter for one in sums}
+    chosen = chosen_of(last if only_last else (own for own in layers.all if in_sums.isdisjoint(own.parameters)))
     if not (only_last or repair):
         gains = find_gains(program, chosen)
         for name in (name for layer in gains.all for name in layer.parameters):
@@ -91,7 +98,8 @@ def select(
         of_scores.remove(layer)
     if not (only_last or repair):
         of_scores += [layer for layer in router_layers(chosen) if layer not in of_scores]
-    return Selection(chosen, last, of_scores, tied, left)
+    left = {name: why for name, why in left.items() if name not in in_sums}
+    return Selection(chosen, last, of_scores, tied, sums, left)
 
 
 def last_layers(program: Program, layers: Layers) -> list[Layer]:

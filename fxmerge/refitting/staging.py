@@ -11,6 +11,7 @@ from fxmerge.program.captured import Program
 from fxmerge.program.forms import argument, bind
 from fxmerge.refitting.ahead import Ahead, find_ahead
 from fxmerge.refitting.layers import Layer, Use
+from fxmerge.refitting.mixed import Mixed
 from fxmerge.refitting.output_error import OutputErrors
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.schedule import Step, stages_of, walk
@@ -61,6 +62,7 @@ class Stage:
         statistics: running means and variances to be estimated, by their names, and the nodes that use them.
         circular: whether what a layer reads depends on the layer itself.
         ahead: what becomes of the layers' outputs in products of two activations; None if that is not fitted.
+        mixed: parameters to be fitted to sums, and whether what each sum is added to is final.
         mine, theirs: how the merged network and the parents get there.
     """
 
@@ -70,6 +72,7 @@ class Stage:
     statistics: Mapping[tuple[str, str], Sequence[fx.Node]]
     circular: bool
     ahead: Ahead | None
+    mixed: Mapping[Mixed, bool]
     mine: Step
     theirs: Step
 
@@ -81,6 +84,7 @@ def plan_stages(
     towards_sums: Collection[Layer],
     places: Sequence[Places],
     of_scores: Collection[Layer],
+    mixed: Sequence[Mixed] = (),
     *,
     all_shown: bool,
     products: bool,
@@ -93,9 +97,14 @@ def plan_stages(
     graph, derived = program.graph.graph, program.derived
     normal = list(statistics.items())
     sets = [[use.node for use in layer.uses] for layer in chosen] + [nodes for _, nodes in normal]
-    due, final = stages_of(graph, sets, derived)
+    due, final = stages_of(graph, [*sets, *([own.end] for own in mixed)], derived)
+    sums = [[mixed[i - len(sets)] for i in numbers if i >= len(sets)] for numbers in due]
+    due = [[i for i in numbers if i < len(sets)] for numbers in due]
+    for one in mixed:  # Nothing on the way to a sum is final before the sum is.
+        final.update(dict.fromkeys(set(one.section.nodes) - derived, final[one.end]))
     if to_the_end:
         due.append([])
+        sums.append([])
     own = [[chosen[i] for i in numbers if i < len(chosen)] for numbers in due]
     normalized = [dict(normal[i - len(chosen)] for i in numbers if i >= len(chosen)) for numbers in due]
     read = [_read(numbers, sets, derived) for numbers in due]
@@ -126,8 +135,19 @@ def plan_stages(
         shown[stage] |= {use for use in uses if all_shown or any(apart(use, p) for p in places)}
         read[stage] |= product.inputs
         taught[stage] |= {n for use in uses for n in (use.node, *use.node.all_input_nodes)} - derived
+    mixtures = list[dict[Mixed, bool]]()
+    for stage, ends in enumerate(sums):
+        beside_sums = {one: one.summand.node for one in ends if one.summand is not None}
+        beside_sums = {
+            one: n for one, n in beside_sums.items() if final[n] <= stage and all(p.known(n) for p in places)
+        }
+        mixtures.append({one: one in beside_sums for one in ends})
+        read[stage] |= {n for one in ends for n in one.section.inputs} | set(beside_sums.values())
+        taught[stage] |= {one.end for one in ends} | set(beside_sums.values())
     ways = walk(graph, read, derived, final), walk(graph, taught, derived)
-    return [Stage(*each) for each in zip(own, summands, shown, normalized, circular, ahead, *ways, strict=True)]
+    return [
+        Stage(*each) for each in zip(own, summands, shown, normalized, circular, ahead, mixtures, *ways, strict=True)
+    ]
 
 
 def apart(use: Use, places: Places) -> bool:

@@ -20,7 +20,17 @@ from fxmerge.processes import ALONE, Processes
 from fxmerge.program.captured import Program
 from fxmerge.program.forms import argument, bind
 from fxmerge.refitting.course import Lane, Lesson
-from fxmerge.refitting.gather import Counted, LayerFit, Shares, Teacher, Values, arguments, generator_of, not_finite
+from fxmerge.refitting.gather import (
+    Counted,
+    LayerFit,
+    Shares,
+    Teacher,
+    Values,
+    arguments,
+    generator_of,
+    mean_of,
+    not_finite,
+)
 from fxmerge.refitting.layers import Layer
 from fxmerge.refitting.places import Places
 from fxmerge.refitting.ridge import NormalEquations
@@ -161,7 +171,7 @@ class _TiedFit:
         parts = count if sum(self.fit.alike.values()) == 1 else 1
         some, generator = next(iter(taught.values())), generator_of(self.fit.seed, counted.number)
         for use in self.layer.uses:
-            mean = self.fit.mean(argument(bind(use.node), use.data), taught, shares)
+            mean = mean_of(self.fit.teachers, argument(bind(use.node), use.data), taught, shares)
             mine = {**arguments(use, some), use.data: mean}
             rows, chosen = use.size(mine), None
             if rows > self.fit.limit:
@@ -170,7 +180,7 @@ class _TiedFit:
             for fold, own in enumerate(zip(x.chunk(parts, 1), y.chunk(parts, 1), strict=True), start=counted.before):
                 self.folds[fold % count].add(*own, self.centre.to(x), weight, counted.number)
         for node in self.lookups:
-            mean = self.fit.mean(node, taught, shares)
+            mean = mean_of(self.fit.teachers, node, taught, shares)
             ids = some[bind(node)["indices"]].reshape(-1)
             given = mean.reshape(len(ids), -1).to(self.table)
             if self.biased:

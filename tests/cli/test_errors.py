@@ -130,6 +130,8 @@ def written(call: Call, tmp_path: Path, *arguments: object) -> tuple[int, str, s
             "wrong.yaml, line 2, column 1: the file has no field 'arhc'; did you mean 'arch'?",
         ),
         (("fold", "a.pt", *ARCH, "--width", "1.5"), 1, "fold makes a network smaller"),
+        (("fold", "a.pt", *ARCH, "--width", "up=half"), 2, "--width is a number, or CLASS=NUMBER for each class"),
+        (("fold", "a.pt", *ARCH, "--width", "0.5", "--width", "up=0.5"), 2, "--width is a number, or CLASS=NUMBER"),
     ],
 )
 def test_errors(

@@ -1,5 +1,6 @@
 """The way of someone who has never seen fxmerge: networks of their own, as files, merged and loaded again."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,34 @@ def test_a_gpt_that_is_folded_is_built_from_its_configuration(call: Call, gpts: 
     assert small.num_parameters() < large.num_parameters()
     inner = [model.transformer.h[0].mlp.c_fc.weight.shape[1] for model in (small, large)]
     assert inner == [32, 64]
+
+
+@pytest.mark.slow
+def test_a_mixture_gets_fewer_experts_as_the_page_has_it(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What "Merge and fold mixtures of experts" has to type, on a tiny model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    page = Path(__file__).parents[2] / "docs" / "pages" / "how-to" / "experts.md"
+    lines = [line.strip() for line in page.read_text(encoding="utf-8").splitlines()]
+    monkeypatch.chdir(tmp_path)
+    files.qwen3_moe(Path("moe"))
+    files.corpus(Path("corpus.txt"))
+    typed = [shlex.split(line)[1:] for line in lines if line.startswith("fxmerge ")]
+    assert [words[0] for words in typed] == ["fold", "fold", "compare"]
+    code, _, err = call(*typed[0])
+    assert code == 1 and "'model.layers.0.mlp.experts.gate_up_proj[0]'" in err, err
+    for words in typed[1:]:
+        code, _, err = call(*words)
+        assert code == 0, err
+    (loaded,) = (line for line in lines if "from_pretrained(" in line)
+    assert '"small"' in loaded
+    small, large = (AutoModelForCausalLM.from_pretrained(path).eval() for path in ("small", "moe"))
+    assert (small.config.num_experts, large.config.num_experts) == (4, 8)
+    assert small.num_parameters() < 0.8 * large.num_parameters()
+    tokens = AutoTokenizer.from_pretrained("small")("the cat", return_tensors="pt")
+    assert small.generate(**tokens, max_new_tokens=5, do_sample=False).shape == (1, 7)
 
 
 def test_two_classifiers_of_images(call: Call, tmp_path: Path) -> None:
