@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmerge.program import models, on_use
-from fxmerge.program.on_use import Made, fill, is_stand_in, with_stand_ins
+from fxmerge.program.on_use import OnDemand, fill, is_stand_in, with_stand_ins
 
 
 class Layer(nn.Module):
@@ -39,9 +39,9 @@ class WritesByKeyword(Layer):
         return super().forward(x)
 
 
-def anew(model: nn.Module) -> Made:
+def anew(model: nn.Module) -> OnDemand:
     state = model.state_dict()
-    return Made(state, lambda name: state[name].clone())
+    return OnDemand(state, lambda name: state[name].clone())
 
 
 @pytest.fixture(autouse=True)
