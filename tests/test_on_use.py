@@ -77,3 +77,13 @@ def test_a_recurrent_layer_in_another_dtype() -> None:
     with torch.no_grad(), fill(models.tensors(light, keep_vars=True), anew(model)):
         got = light(x)[0]
     torch.testing.assert_close(got, model.double()(x)[0])
+
+
+def test_a_run_keeps_no_value_that_it_is_done_with() -> None:
+    model, alive = nn.Sequential(Layer(), nn.Identity()), []
+    light = with_stand_ins(model)
+    mode = fill(models.tensors(light, keep_vars=True), anew(model))
+    light[1].register_forward_hook(lambda *_: alive.extend(own[0].expired() for own in mode._lent.values()))
+    with mode:
+        models.run(light, (torch.randn(5, 2),), {})
+    assert alive and all(alive)
