@@ -26,7 +26,6 @@ from fxmerge.matching.head_bases import agreeing
 from fxmerge.matching.head_groups import counterparts, neighbours, placed, translated, units_of
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.models import alpha_by_class
-from fxmerge.matching.problem import floats
 from fxmerge.matching.room import Room, fits
 from fxmerge.matching.zip_search import ZipProblem
 from fxmerge.prepared import Prepared
@@ -327,8 +326,7 @@ def _problem(
         found = cut.similarities(inside, job.states, job.names, [(0, 0)], part.similarity, mixing)
         alike = {n: whole(own, 1) for n, own in found.items()}
     correlation = {n: own for n, own in alike.items() if n not in mixing}
-    states = [floats(symmetry, state) for state in job.states]
-    problem = ZipProblem(symmetry, states, correlation, Mix.of(alpha, correlation), Room.of(symmetry))
+    problem = ZipProblem(symmetry, job.states, correlation, Mix.of(alpha, correlation), Room.of(symmetry))
     products = {}
     for n in mixing:
         rows = [(s.of(in_double(job.states[0][s.axis.parameter])), s.axis.parameter) for s in problem.slices[n]]

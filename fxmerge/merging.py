@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ from fxmerge.pipeline import (
     usage_of,
 )
 from fxmerge.prepared import Prepared
+from fxmerge.program.on_use import OnDemand
 from fxmerge.program.run import Inputs
 from fxmerge.progress import peak_memory
 from fxmerge.recipe import NOTHING, Average, LeastSquares, Recipe, Run, Zip
@@ -47,6 +48,7 @@ from fxmerge.reporting import Made, attach, named_errors, widths_of
 from fxmerge.sizing import configured, nothing_lost, room_for, same_on_example, sized
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.truncating import fewer_units_left, with_directions
+from fxmerge.units.unit_map import UnitMap
 from fxmerge.validate import Model
 
 logger = logging.getLogger(__name__)
@@ -92,7 +94,7 @@ def one_network(
             room, trials = with_survivors(group, room)
     matching = match(group, recipe, run, states, [job.names[i] for i in order], reference, room)
     with job.timed("combining"):
-        aligned = [matching.alignment.apply(state, m) for m, state in enumerate(states)]
+        aligned = [_aligned(matching.alignment, state, m, again=job.data is not None) for m, state in enumerate(states)]
     similarities = sampled(group, matching, states, aligned, [job.names[i] for i in order])
     counts = weights if base is not None else [weights[i] for i in order]
     confined = [group.projections[i].project(aligned[m]) for m, i in enumerate(order)] if group.projections else aligned
@@ -153,6 +155,13 @@ def one_network(
     units = replace(matching.units, maps=tuple(own for own, _ in maps))
     attach(summary, merged, Made(group.whole, units, similarities, tuple(job.names), peak_memory()))
     return merged
+
+
+def _aligned(units: UnitMap, state: Mapping[str, Tensor], model: int, *, again: bool) -> Mapping[str, Tensor]:
+    """A model in the units that all share; its tensors are kept if they will be asked for `again` and again."""
+    if again:
+        return units.apply(state, model)
+    return OnDemand(state, lambda name: units.apply_tensor(name, state, model))
 
 
 def _warn_of_fit(refitted: Refitted, job: Job, *, scores: bool) -> None:

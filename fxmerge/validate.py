@@ -16,6 +16,7 @@ from fxmerge.program import models
 from fxmerge.program.capture import Args, open_outputs
 from fxmerge.program.captured import Program
 from fxmerge.program.models import Model as Model
+from fxmerge.program.on_use import PIECE
 from fxmerge.program.run import Runner, mismatch
 from fxmerge.recipe import Alpha, Recipe, Run
 from fxmerge.symmetry.group import Symmetry
@@ -133,11 +134,15 @@ def check_values(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -
             raise OptionError(f"{names[i]} is on the meta device, and has no values to merge; load its parameters.")
         for name, tensor in state.items():
             number = tensor.is_floating_point() or tensor.is_complex()
-            if number and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor)).sum())
+            if number and tensor.device.type != "meta" and (bad := _not_finite(tensor)):
                 raise NonFiniteError(
                     f"{bad} entries of {name!r} of {names[i]} (shape {tuple(tensor.shape)}) are NaN or infinite."
                 )
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """How many entries of a tensor are NaN or infinite."""
+    return sum(int((~torch.isfinite(piece)).sum()) for piece in tensor.reshape(-1).split(PIECE))
 
 
 def check_same_tensors(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmerge.program import models, on_use
-from fxmerge.program.on_use import Made, fill, is_stand_in, with_stand_ins
+from fxmerge.program.on_use import OnDemand, fill, is_stand_in, with_stand_ins
 
 
 class Layer(nn.Module):
@@ -39,9 +39,9 @@ class WritesByKeyword(Layer):
         return super().forward(x)
 
 
-def anew(model: nn.Module) -> Made:
+def anew(model: nn.Module) -> OnDemand:
     state = model.state_dict()
-    return Made(state, lambda name: state[name].clone())
+    return OnDemand(state, lambda name: state[name].clone())
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +77,13 @@ def test_a_recurrent_layer_in_another_dtype() -> None:
     with torch.no_grad(), fill(models.tensors(light, keep_vars=True), anew(model)):
         got = light(x)[0]
     torch.testing.assert_close(got, model.double()(x)[0])
+
+
+def test_a_run_keeps_no_value_that_it_is_done_with() -> None:
+    model, alive = nn.Sequential(Layer(), nn.Identity()), []
+    light = with_stand_ins(model)
+    mode = fill(models.tensors(light, keep_vars=True), anew(model))
+    light[1].register_forward_hook(lambda *_: alive.extend(own[0].expired() for own in mode._lent.values()))
+    with mode:
+        models.run(light, (torch.randn(5, 2),), {})
+    assert alive and all(alive)

@@ -13,7 +13,7 @@ from fxmerge.units.unit_map import UnitMap
 
 def by_usage(
     units: UnitMap, states: Sequence[Mapping[str, Tensor]], counts: Mapping[int, Sequence[Tensor]]
-) -> list[dict[str, Tensor]]:
+) -> Sequence[Mapping[str, Tensor]]:
     """Scales units of several models, so that the mean of those that become one is their mean by usage.
 
     This is the frequency-weighted merging of MC-SMoE (arXiv 2310.01334). Where none of the units that become one was
@@ -36,6 +36,8 @@ def by_usage(
         >>> both.merge(by_usage(both, [state], {0: [torch.tensor([3.0, 1.0])]}))["weight"]
         tensor([[2.]])
     """
+    if not counts:
+        return list(states)
     scaled = [dict(state) for state in states]
     for n, times in counts.items():
         goals = [torch.from_numpy(own[n]) for own in units.maps]

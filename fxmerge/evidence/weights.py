@@ -19,9 +19,9 @@ Stamps = Mapping[tuple[str, int], int]
 """For every axis of parameters, by name and dimension, a number that is another one after every change of the units
 along it."""
 
-ROOM = 2**30
+ROOM, LEAST_ROOM = 2**30, 2**28
 """Bytes of similarities, and of the parameters that they were found from, which a search keeps beside those that it
-works on."""
+works on, at most: half as many as these have, but no less than the second number."""
 
 
 FEW = 16
@@ -216,11 +216,13 @@ class Similarities:
     Arguments:
         a: parameters of the model that stays.
         scales: how much an inner product counts, for every parameter.
-        room: how much is kept, in bytes.
+        room: how much is kept, in bytes; None is what `ROOM` says.
     """
 
-    def __init__(self, a: Mapping[str, Tensor], scales: Mapping[str, float], room: int = ROOM) -> None:
-        self._a, self._scales, self._room = a, scales, room
+    def __init__(self, a: Mapping[str, Tensor], scales: Mapping[str, float], room: int | None = None) -> None:
+        half = sum(tensor.nbytes for tensor in a.values()) // 2
+        self._a, self._scales = a, scales
+        self._room = min(max(half, LEAST_ROOM), ROOM) if room is None else room
         self._seen: dict[int, _Seen] = {}
 
     def of(self, number: int, where: list[Slices], at: Placing) -> Tensor:

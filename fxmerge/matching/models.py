@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations, combinations_with_replacement
 
 import torch
@@ -16,6 +17,8 @@ from fxmerge.matching.room import Room
 from fxmerge.matching.search import match
 from fxmerge.matching.universe import Alignment, find_universe, to_reference
 from fxmerge.matching.zip_search import match_zip
+from fxmerge.program.on_use import OnDemand
+from fxmerge.progress import release_memory
 from fxmerge.recipe import DEFAULT_ALPHA, Align, Zip
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
@@ -111,7 +114,8 @@ def match_models(
     merged = UnitMap.of([symmetry.identity()] * len(states), symmetry.names, consumed)
     if isinstance(part, Align):
         return Matching(alignment, merged, aligned.home, aligned.quality, aligned.traces, (), {})
-    moved = [p.apply(state) for p, state in zip(aligned.permutations, states, strict=True)]
+    release_memory()
+    moved = [OnDemand(own, partial(alignment.apply_tensor, state=own, model=m)) for m, own in enumerate(states)]
     correlation = {}
     for n, own in correlations.items():
         at = [torch.from_numpy(units[n]).argsort() for units in alignment.maps]

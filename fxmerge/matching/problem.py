@@ -16,6 +16,7 @@ from fxmerge.matching import signs
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import rises
 from fxmerge.matching.mix import Mix
+from fxmerge.progress import release_memory
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.basis import Basis, Mixed, centred_frame, plane
@@ -197,6 +198,7 @@ class Problem:
         for n in moved & self.flipped.keys():
             self.flipped = self.flipped | {n: self.flipped[n][:, torch.from_numpy(np.argsort(step[n]))]}
         self.agreed = self.agreed | {n: float(self.agreement(n).sum()) for n in moved & self.agreed.keys()}
+        release_memory()
 
     def _stamp(self, axes: Iterable[tuple[str, int]]) -> None:
         self.stamps = {**self.stamps, **dict.fromkeys(axes, next(self._count))}

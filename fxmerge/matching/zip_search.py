@@ -25,9 +25,9 @@ from fxmerge.matching.descent import descend, rises
 from fxmerge.matching.mergeable import zipped_classes
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.nested import carry, is_block, merge_blocks, nearest, similar_blocks
-from fxmerge.matching.problem import floats
 from fxmerge.matching.room import Room, cells
 from fxmerge.matching.zipping import zip_blocks
+from fxmerge.progress import release_memory
 from fxmerge.symmetry.flow import Flow
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.propagation import Axis
@@ -94,7 +94,9 @@ class ZipProblem:
     @cached_property
     def scales(self) -> dict[str, float]:
         """What makes every entry of every parameter count alike."""
-        norms = {n: sum(float(s[n].norm()) ** 2 for s in self.states) / len(self.states) for n in self.axes}
+        norms = {
+            n: sum(float(weights.single(s[n]).norm()) ** 2 for s in self.states) / len(self.states) for n in self.axes
+        }
         return {n: self.states[0][n].numel() / norm if norm > 0 else 0.0 for n, norm in norms.items()}
 
     @cached_property
@@ -136,14 +138,15 @@ class ZipProblem:
         return float((total / np.maximum(sizes, 1)).sum())
 
     def _kept(self, name: str) -> float:
-        total = sum(self.expressed(name, m) for m in range(len(self.states)))
-        assert isinstance(total, Tensor)
+        total = self.expressed(name, 0)
+        for m in range(1, len(self.states)):
+            total = total + self.expressed(name, m)
         return weights.inner(total, total) * self.scales[name]
 
     def expressed(self, name: str, model: int, without: AxisLayout | None = None) -> Tensor:
         """T applied to a parameter of one model along all of its axes but one, and but for the rows that have units of
         their own along that one."""
-        x = self.states[model][name]
+        x = weights.single(self.states[model][name].detach())
         for axis in self.axes[name]:
             if without is None or axis.dim not in without.dims:
                 into = self.into(axis)
@@ -186,9 +189,10 @@ class ZipProblem:
         gram: Tensor | None = None
         for s in slices:
             name = s.axis.parameter
-            x = torch.cat([s.of(self.expressed(name, m, s.axis)) for m in range(len(self.states))]).float()
-            gram = x.new_zeros(size, size) if gram is None else gram
-            weights.add_products(gram, x, self.scales[name])
+            for pieces in s.pieces(*(self.expressed(name, m, s.axis) for m in range(len(self.states)))):
+                x = torch.cat(pieces).float()
+                gram = x.new_zeros(size, size) if gram is None else gram
+                weights.add_products(gram, x, self.scales[name])
         assert gram is not None
         norms = gram.diagonal().clamp(min=0).sqrt()
         inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
@@ -249,6 +253,7 @@ class ZipProblem:
         names = {a.parameter for a in self.symmetry.layout if any(n in moved for n, _ in a.roles)}
         self.value = self.value | {name: self._kept(name) for name in names}
         self.agreed = self.agreed | {n: self._agreement(n) for n in moved & self.mix.activations.keys()}
+        release_memory()
 
     def _numbered(self, number: int, places: Ids) -> Ids:
         """The numbers of the merged units of a class that stand in some places."""
@@ -301,9 +306,7 @@ def match_zip(
         progress: whether to show a progress bar; None shows it on a terminal.
     """
     chosen = room if isinstance(room, Room) else Room.of(symmetry)
-    problem = ZipProblem(
-        symmetry, [floats(symmetry, s) for s in states], correlation, Mix.of(alpha, correlation), chosen
-    )
+    problem = ZipProblem(symmetry, states, correlation, Mix.of(alpha, correlation), chosen)
     if isinstance(room, Allotment):
 
         def loss(number: int, widths: Sequence[int]) -> list[float]:

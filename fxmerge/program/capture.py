@@ -31,7 +31,7 @@ from fxmerge.program.exporting import Kwargs as Kwargs
 from fxmerge.program.exporting import Sizes, at_least_two, export, has_fixed_batch
 from fxmerge.program.memory import write_out_of_place
 from fxmerge.program.models import evaluating, first_names
-from fxmerge.program.on_use import Made, by_pieces, fill, with_stand_ins
+from fxmerge.program.on_use import OnDemand, by_pieces, fill, with_stand_ins
 from fxmerge.program.reads import find_reads, fixed_inputs
 from fxmerge.program.tracing import Traced, trace_around, trace_ops, trace_path, trace_symbolically
 
@@ -258,7 +258,7 @@ class _Views:
             name = first[name]
             return other_values(own[name], torch.Generator().manual_seed(seeds[name])).to(own[name].dtype)
 
-        values = Made(own, other)
+        values = OnDemand(own, other)
         return values, self.outputs(self.model, values)
 
     def outputs(self, model: nn.Module, values: Mapping[str, Tensor]) -> Any:
@@ -327,13 +327,15 @@ def _emitted(views: _Views, model: nn.Module, trace: Callable[[nn.Module], Trace
     else:
         graph, source = trace(model)
     if is_told(graph):
-        trained = models.copied(model)  # A trace by running it may write into its parameters.
+        # A trace by running it may write into its parameters: it writes into copies, made as long as they are used.
+        own, trained = models.tensors(model), with_stand_ins(model)
         models.switch(trained, True)
         try:
-            if trace is None:
-                follow_training(graph, trace_ops(trained, *at_least_two(views.args, views.kwargs)))
-            else:
-                follow_training(graph, trace(trained)[0])
+            with fill(models.tensors(trained, keep_vars=True), OnDemand(own, lambda name: own[name].clone())):
+                if trace is None:
+                    follow_training(graph, trace_ops(trained, *at_least_two(views.args, views.kwargs)))
+                else:
+                    follow_training(graph, trace(trained)[0])
         except Exception:
             logger.debug("%s could not be traced in training mode", type(model).__name__, exc_info=True)
     return emitted(model, graph, source)

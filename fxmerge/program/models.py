@@ -188,7 +188,8 @@ def same_draws(*places: Any, seed: int = 0) -> Iterator[None]:
 
 def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The outputs of a model for some inputs: the same for the same inputs, whatever it was called with before."""
-    with torch.no_grad(), same_draws(*tensors(model).values()):
+    own = tensors(model, keep_vars=True).values()  # Detached, each would be an op, which may be given values for it.
+    with torch.no_grad(), same_draws(*own):
         return apart(model)(*args, **kwargs)
 
 

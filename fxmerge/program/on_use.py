@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,16 +20,16 @@ PIECE = 2**20
 """So many entries are changed at a time."""
 
 
-class Made(Mapping[str, Tensor]):
+class OnDemand(Mapping[str, Tensor]):
     """Tensors by name, each of which is made whenever it is asked for.
 
     Example:
-        >>> ones = Made(["a"], lambda name: torch.ones(2))
+        >>> ones = OnDemand(["a"], lambda name: torch.ones(2))
         >>> ones["a"], ones["a"] is ones["a"]
         (tensor([1., 1.]), False)
     """
 
-    def __init__(self, names: Mapping[str, Any] | list[str], make: Callable[[str], Tensor]) -> None:
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
         self._names, self._make = dict.fromkeys(names), make
 
     def __getitem__(self, name: str) -> Tensor:

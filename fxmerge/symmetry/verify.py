@@ -20,7 +20,7 @@ from fxmerge.program import models
 from fxmerge.program.capture import Args, Kwargs, check_example, open_outputs
 from fxmerge.program.double import InDouble, WithOwnStatistics, double, in_double, largest_change
 from fxmerge.program.models import evaluating
-from fxmerge.program.on_use import PIECE, Made, by_pieces, fill, is_stand_in, with_stand_ins
+from fxmerge.program.on_use import PIECE, OnDemand, by_pieces, fill, is_stand_in, with_stand_ins
 from fxmerge.symmetry.base import Group
 from fxmerge.symmetry.freeze import demote
 from fxmerge.symmetry.outputs import FreeOutput
@@ -220,7 +220,7 @@ class Probe:
             name = self.first[name]
             return held[name] if name in held else _perturb(own[name], seeds[name])
 
-        self.state: Mapping[str, Tensor] = Made(own, perturbed)
+        self.state: Mapping[str, Tensor] = OnDemand(own, perturbed)
         self.expected = self.outputs(self.state, statistics=True)
 
     def outputs(
@@ -254,7 +254,7 @@ class Probe:
 
     def each(self, change: Callable[[str, Tensor], Tensor]) -> Mapping[str, Tensor]:
         """The state with a change of every tensor, which is given with the first of its names."""
-        return Made(self.state, lambda name: change(self.first[name], self.state[name]))
+        return OnDemand(self.state, lambda name: change(self.first[name], self.state[name]))
 
     def prepared(self, uniform: Collection[str], mixed: Collection[str]) -> Probe:
         """The same module with the mean of some parameters in place of their entries, and with parameters in float64

@@ -21,6 +21,9 @@ from fxmerge.units.permutation import Permutation
 Axis = tuple[str, int]
 """A parameter and one of its dimensions."""
 
+PIECE = 2**20
+"""So many entries are averaged at a time."""
+
 
 @dataclass(frozen=True, eq=False)
 class UnitMap:
@@ -184,7 +187,11 @@ class UnitMap:
         Raises:
             UnitMapError: if a parameter is missing or has another shape.
         """
-        return self._each(state, lambda name: self._placed(name, self._checked(name, state), model))
+        return self._each(state, lambda name: self.apply_tensor(name, state, model))
+
+    def apply_tensor(self, name: str, state: Mapping[str, Tensor], model: int = 0) -> Tensor:
+        """One tensor of `apply`."""
+        return self._placed(name, self._checked(name, state), model)
 
     def merge(
         self,
@@ -226,8 +233,8 @@ class UnitMap:
             return self._placed(name, first, 0).clone()
         wide = torch.promote_types(first.dtype, torch.float32)
         if one_to_one:
-            moved = (self._placed(name, tensor, m).to(first.device, wide) for m, tensor in enumerate(tensors))
-            return torch.stack([w * tensor for w, tensor in zip(weights, moved, strict=True)]).sum(0).to(first.dtype)
+            moved = [self._placed(name, tensor, m).to(first.device) for m, tensor in enumerate(tensors)]
+            return _mean(moved, weights, wide)
         total: Tensor | float = 0.0
         counts: Tensor | float = 0.0
         for m, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
@@ -463,6 +470,15 @@ def _members(axis: AxisLayout, target: Ids, into: AxisLayout) -> Tensor:
     shape = [into.shape[d] if d == axis.dim else n for d, n in zip(axis.dims, axis.slot.shape, strict=True)]
     ones = torch.ones(axis.slot.shape, dtype=torch.float64)
     return torch.zeros(shape, dtype=torch.float64).scatter_add_(dim, torch.from_numpy(target), ones)
+
+
+def _mean(tensors: Sequence[Tensor], weights: Sequence[float], wide: torch.dtype) -> Tensor:
+    """The weighted sum of tensors in the dtype of the first, worked out in a wide one, a few entries at a time."""
+    mean = torch.empty(tensors[0].shape, dtype=tensors[0].dtype, device=tensors[0].device)
+    pieces = zip(*(tensor.reshape(-1).split(PIECE) for tensor in tensors), strict=True)
+    for into, own in zip(mean.view(-1).split(PIECE), pieces, strict=True):
+        into.copy_(torch.stack([w * piece.to(wide) for w, piece in zip(weights, own, strict=True)]).sum(0))
+    return mean
 
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
