@@ -8,8 +8,14 @@ its units in another order and 1% of noise. Aligns or zips them by weights from 
 - the same of a pair of a few thousand parameters: what torch, transformers and fxmerge take by themselves.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py [--short] [--sizes 300M ...] [--folder FOLDER] [--match Align]
+        [--limit GIB]
 
-`--short` measures the pair of a few thousand parameters alone. Needs Linux and `pip install -e '.[zoo,cli]'`.
+`--short` measures the pair of a few thousand parameters alone. With `--limit` the system refuses the merge more memory
+than that (`RLIMIT_DATA`), and a merge that asks for more fails. The limit counts all memory that the process may write
+to and shares with no other, whether it is used or not. It also counts the files of weights, which are mapped like that,
+though nothing writes to them and the system can drop them: so their bytes are added to the limit.
+
+Needs Linux and `pip install -e '.[zoo,cli]'`.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import argparse
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -35,6 +42,7 @@ SIZES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
     "100M": {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 7},
     "300M": {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16},
+    "1B": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 14},
     "2B": {"vocab_size": 64000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 28},
 }
 
@@ -55,7 +63,7 @@ def make(folder: Path, size: str) -> tuple[Path, Path]:
     if all((place / "config.json").is_file() for place in places):
         return places
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(places[0], max_shard_size=SHARD)
     stream, inner = (torch.randperm(SIZES[size][name]) for name in ("hidden_size", "intermediate_size"))
     with torch.no_grad():
@@ -102,12 +110,14 @@ def status() -> dict[str, float]:
     return {
         words[0].rstrip(":"): int(words[1]) / 2**20
         for words in lines
-        if words[0] in ("RssAnon:", "RssShmem:", "RssFile:", "VmHWM:")
+        if words[0] in ("RssAnon:", "RssShmem:", "RssFile:", "VmHWM:", "VmData:")
     }
 
 
-def child(a: str, b: str, out: str, match: str) -> None:
-    """Merges two checkpoints, and prints what it took."""
+def child(a: str, b: str, out: str, match: str, limit: str) -> None:
+    """Merges two checkpoints, and prints what it took; the system refuses it more bytes than `limit`, unless empty."""
+    if limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
     import transformers  # noqa: F401
 
     import fxmerge
@@ -136,24 +146,33 @@ def child(a: str, b: str, out: str, match: str) -> None:
     print(json.dumps(found), file=sys.stderr)
 
 
-def measure(places: tuple[Path, Path], match: str) -> dict[str, Any]:
-    """Merges two checkpoints in a process of its own."""
+def measure(places: tuple[Path, Path], match: str, limit: float | None) -> dict[str, Any]:
+    """Merges two checkpoints in a process of its own, which has `limit` GiB beside the mapped files."""
+    mapped = sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
+    allowed = "" if limit is None else str(int(limit * 2**30) + mapped)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--child", *map(str, places), f"{folder}/out", match]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [sys.executable, __file__, "--child", *map(str, places), f"{folder}/out", match, allowed]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = done.stderr.strip().splitlines()
     try:
         found: dict[str, Any] = json.loads(lines[-1])
-    except ValueError:
-        print(done.stdout, done.stderr)
-        raise
-    return found
+    except (ValueError, IndexError):
+        sys.exit(f"{done.stdout}\n{done.stderr}\nThe merge ended before it could tell what it took; see above.")
+    # The command line warns of a part of the result that there was no memory to write, and goes on with the others.
+    missing = [own for own in f"{done.stdout}\n{done.stderr}".splitlines() if "was not written" in own]
+    print(*missing, sep="\n", end="\n" if missing else "")
+    return found | {"mapped": mapped / 2**30, "failed": found["failed"] or bool(missing)}
 
 
 def line(size: str, found: dict[str, Any]) -> Row:
     """A line of the table, in GiB."""
     stages = {f"{stage} GiB": f"{held:.2f}" for stage, held in found["stages"].items()}
-    whole = {"in use at most GiB": f"{found['most']['RssAnon']:.2f}", "with files GiB": f"{found['most']['VmHWM']:.2f}"}
+    whole = {
+        "in use at most GiB": f"{found['most']['RssAnon']:.2f}",
+        "reserved at most GiB": f"{found['most']['VmData'] - found['mapped']:.2f}",
+        "with files GiB": f"{found['most']['VmHWM']:.2f}",
+    }
     return {"size": size, "seconds": f"{found['seconds']:.0f}", **whole, **stages}
 
 
@@ -163,12 +182,13 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", default=["tiny", "300M"], choices=list(SIZES), help="what to merge")
     parser.add_argument("--folder", type=Path, default=default_cache().parent / "llamas", help="of checkpoints")
     parser.add_argument("--match", default="Align", choices=["Align", "Zip"], help="the recipe's match")
+    parser.add_argument("--limit", type=float, help="GiB that the system grants a merge, beside the mapped files")
     arguments = parser.parse_args()
     print(machine(), flush=True)
     rows, failed = list[Row](), False
     with cache_folder(arguments.folder, short=arguments.short) as folder:
         for size in ["tiny"] if arguments.short else arguments.sizes:
-            found = measure(make(folder, size), arguments.match)
+            found = measure(make(folder, size), arguments.match, arguments.limit)
             failed |= bool(found["failed"])
             rows.append(line(size, found))
     print(table(rows))

@@ -21,7 +21,8 @@ along it."""
 
 ROOM, LEAST_ROOM = 2**30, 2**28
 """Bytes of similarities, and of the parameters that they were found from, which a search keeps beside those that it
-works on, at most: half as many as these have, but no less than the second number."""
+works on, at most. Where units only change places it is half as many as these have, but no less than the second number;
+where they are mixed, the first: a mix changes all entries, so that more versions of a parameter are in use."""
 
 
 FEW = 16
@@ -216,13 +217,13 @@ class Similarities:
     Arguments:
         a: parameters of the model that stays.
         scales: how much an inner product counts, for every parameter.
-        room: how much is kept, in bytes; None is what `ROOM` says.
+        mixes: whether units are mixed; `ROOM` says how much is kept.
     """
 
-    def __init__(self, a: Mapping[str, Tensor], scales: Mapping[str, float], room: int | None = None) -> None:
+    def __init__(self, a: Mapping[str, Tensor], scales: Mapping[str, float], *, mixes: bool = False) -> None:
         half = sum(tensor.nbytes for tensor in a.values()) // 2
         self._a, self._scales = a, scales
-        self._room = min(max(half, LEAST_ROOM), ROOM) if room is None else room
+        self._room = ROOM if mixes else min(max(half, LEAST_ROOM), ROOM)
         self._seen: dict[int, _Seen] = {}
 
     def of(self, number: int, where: list[Slices], at: Placing) -> Tensor:

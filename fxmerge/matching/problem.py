@@ -81,8 +81,8 @@ class Problem:
     similarities: Similarities = field(init=False)
 
     def __post_init__(self) -> None:
-        self.similarities, self._count = Similarities(self.a, self.scales), count(1)
-        self.matrices = dict(self.symmetry.identity_basis().matrices)
+        self._count, self.matrices = count(1), dict(self.symmetry.identity_basis().matrices)
+        self.similarities = Similarities(self.a, self.scales, mixes=bool(self.matrices))
         scaling, kinds = self.symmetry.identity_scaling(), self.symmetry.kinds
         self.flipped = {n: factors for n, factors in scaling.factors.items() if kinds[n].signs}
         self.value = {n: self._match(n, self.b) for n in self.scales}
