@@ -22,9 +22,11 @@ from fxmerge.matching.agglomerate import Links
 from fxmerge.matching.allot import Allotment, zip_losses
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
+from fxmerge.matching.gains import Gains, Known
 from fxmerge.matching.mergeable import zipped_classes
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.nested import carry, is_block, merge_blocks, nearest, similar_blocks
+from fxmerge.matching.nearest import nearest, with_blocks
+from fxmerge.matching.nested import carry, is_block, merge_blocks, similar_blocks
 from fxmerge.matching.problem import floats
 from fxmerge.matching.room import Room, cells
 from fxmerge.matching.zipping import zip_blocks
@@ -198,17 +200,43 @@ class ZipProblem:
         """How similar all units of a class are; and for blocks, what those in them gain, but for some classes."""
         if not is_block(self.symmetry, number):
             return self.similarity(number), {}
+        known, inside = self._comparable(number, without)
+        own = {n: self._gain(n, inside if n == number else ()) for n in known}
+        gains = similar_blocks(self.symmetry, number, len(self.states), own)
+        size = self.symmetry.units[number].size
+        none = np.zeros((size * len(self.states),) * 2)
+        return gains.get(number, none) / (sum(self.shares(number, known, inside).values()) or 1.0), gains
+
+    def _comparable(self, number: int, without: Collection[int] = ()) -> tuple[set[int], set[str]]:
+        """Of a class of blocks, and of those that are nested in it, but for some, those of which units can be compared;
+        and the parameters in which units of the latter lie."""
         known = {n for n, slices in self.slices.items() if slices or n in self.correlation}
         known &= set(descendants(self.symmetry, number)).difference(without)
         # Units inside of blocks are in an order of their own in each, and are compared once they are matched.
         inside = {s.axis.parameter for n in known - {number} for s in self.slices[n]}
         if not self._without(number, inside) and number not in self.correlation:
             known.discard(number)
-        own = {n: self._gain(n, inside if n == number else ()) for n in known}
-        gains = similar_blocks(self.symmetry, number, len(self.states), own)
-        size = self.symmetry.units[number].size
-        none = np.zeros((size * len(self.states),) * 2)
-        return gains.get(number, none) / (sum(self.shares(number, known, inside).values()) or 1.0), gains
+        return known, inside
+
+    def gains(self, number: int) -> Known:
+        """What units of a class of blocks of one model gain from each other, and those of all that is nested in it, as
+        of `pairs`."""
+        known, inside = self._comparable(number)
+        found = dict[int, Gains]()
+        for n in known:
+            without = inside if n == number else set[str]()
+            alpha, rows = self.mix.alpha(n), self._unit_rows(n, without)
+            found[n] = Gains(rows, self.correlation[n] if alpha < 1 else None, alpha, self.weight(n, without))
+        return with_blocks(self.symmetry, number, found)
+
+    def _unit_rows(self, number: int, without: Collection[str]) -> Tensor | None:
+        """The weights of every unit of one model, as rows of norm 1, of which the products are `_cosines`."""
+        slices = self._without(number, without)
+        if self.mix.alpha(number) == 0 or not slices:
+            return None
+        of = [(s, self.scales[s.axis.parameter] ** 0.5) for s in slices]
+        rows = torch.cat([s.of(self.expressed(s.axis.parameter, 0, s.axis)) * root for s, root in of], 1).float()
+        return torch.nn.functional.normalize(rows)
 
     def shares(self, number: int, nested: Collection[int], inside: Collection[str] = ()) -> dict[int, float]:
         """How much of a unit of a class lies in the units of each of some that are nested in it, and, of parameters in
@@ -223,11 +251,13 @@ class ZipProblem:
 
     def zipped(self, number: int, budget: float, damping: float) -> list[dict[int, Ids]]:
         """What to merge of a class: for every model, the places of its units and of all that is nested in it."""
+        survivors = self.room.survivors.get(number)
+        if survivors is not None:
+            known = self.gains(number)
+            labels = nearest(self.symmetry, number, survivors, known)
+            return merge_blocks(self.symmetry, number, self.room.kept[number][labels][None], self.places, known)
         similarity, gains = self.pairs(number)
         width = self.room.widths[number]
-        if number in self.room.survivors:
-            labels = nearest(similarity, self.room.survivors[number])
-            return merge_blocks(self.symmetry, number, self.room.kept[number][labels][None], self.places, gains)
         zipped = zip_blocks(similarity, self.blocks(number), budget=budget, damping=damping, width=width)
         return merge_blocks(self.symmetry, number, zipped.labels, self.places, gains)
 
