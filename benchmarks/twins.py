@@ -37,7 +37,7 @@ import fxmerge
 from fxmerge import Recipe, Run
 
 VOCABULARY = 4096
-BATCHES, ROWS, TOKENS = 5, 4, 64
+BATCHES, ROWS, TOKENS = 5, 2, 32
 
 KIND = 0.5
 """The size of the entry of a token that tells its kind, in roots of the width of the stream."""
