@@ -26,6 +26,7 @@ from fxmerge.matching.gains import Gains, Known
 from fxmerge.matching.mergeable import zipped_classes
 from fxmerge.matching.mix import Mix
 from fxmerge.matching.nearest import nearest, with_blocks
+from fxmerge.matching.neighbours import meets_itself, neighbours, reads
 from fxmerge.matching.nested import carry, is_block, merge_blocks, similar_blocks
 from fxmerge.matching.problem import floats
 from fxmerge.matching.room import Room, cells
@@ -339,7 +340,7 @@ def match_zip(
         def loss(number: int, widths: Sequence[int]) -> list[float]:
             similarity, blocks = problem.pairs(number)[0], problem.blocks(number)
             losses = zip_losses(similarity, blocks, widths, budget, damping)
-            return [_reads(symmetry, flow, number) * own for own in losses]
+            return [reads(symmetry, flow, number) * own for own in losses]
 
         problem.room = room.room(symmetry, loss)
     room = problem.room
@@ -347,12 +348,12 @@ def match_zip(
         problem.take([carry(symmetry, n, place, own) for own in problem.places])
     rng = np.random.default_rng(seed)
     classes = zipped_classes(symmetry, flow, one_to_one, room.changed)
-    neighbours, settled = _neighbours(symmetry, classes), set[int]()
+    beside, settled = neighbours(symmetry, classes), set[int]()
 
     def moved(number: int) -> None:
         """Notes that a class is zipped anew, so that others would be zipped otherwise than they are."""
-        settled.difference_update(neighbours[number])
-        if not _meets_itself(symmetry, number):
+        settled.difference_update(beside[number])
+        if not meets_itself(symmetry, number):
             settled.add(number)
 
     def step(number: int) -> float:
@@ -373,7 +374,7 @@ def match_zip(
             moved(n)
             bar.update()
         coordinates = classes if problem.mix.weights > 0 else ()
-        trace = descend(coordinates, problem.objective(), step, neighbours.__getitem__, rng, bar)
+        trace = descend(coordinates, problem.objective(), step, beside.__getitem__, rng, bar)
     consumed = frozenset(axis for axis, kind in flow.items() if kind is Flow.CONSUMES)
     kept = room.kept if room.changed else ()
     units = UnitMap(
@@ -389,31 +390,6 @@ def _rows(axis: AxisLayout) -> Ids:
     number = np.broadcast_to(np.arange(len(rows))[:, None], rows.shape)[::-1]
     found[rows[::-1][rows[::-1] >= 0]] = number[rows[::-1] >= 0]
     return found
-
-
-def _reads(symmetry: Symmetry, flow: Mapping[Axis, Flow], number: int) -> int:
-    """How many layers read the units of a class; all heads count as one."""
-    axes = {(a.parameter, a.dim) for a in _axes(symmetry, number)}
-    return max(sum(flow[axis] is Flow.CONSUMES for axis in axes), 1)
-
-
-def _neighbours(symmetry: Symmetry, classes: Sequence[int]) -> dict[int, set[int]]:
-    """For every class, the classes (itself included) that share a parameter with it."""
-    on = {n: {a.parameter for a in _axes(symmetry, n)} for n in classes}
-    return {n: {m for m in classes if not on[m].isdisjoint(on[n])} for n in classes}
-
-
-def _meets_itself(symmetry: Symmetry, number: int) -> bool:
-    """Whether a class, or what is nested in it, lies along several axes of one parameter, so that how alike its units
-    are depends on what is merged of it."""
-    names = [axis.parameter for axis in _axes(symmetry, number)]
-    return len(set(names)) < len(names)
-
-
-def _axes(symmetry: Symmetry, number: int) -> list[AxisLayout]:
-    """The axes along which a class lies, or what is nested in it."""
-    tree = set(descendants(symmetry, number))
-    return [axis for axis in symmetry.layout if any(n in tree for n, _ in axis.roles)]
 
 
 def _within(symmetry: Symmetry, problem: ZipProblem, classes: Sequence[int]) -> dict[str, int]:
