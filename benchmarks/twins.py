@@ -1,5 +1,4 @@
-"""Mixtures of experts of up to 1B parameters in bfloat16, of which some experts are planted twins: `fxmerge.fold` leaves
-out one of each pair.
+"""Mixtures of up to 1B parameters in bfloat16 with planted twins: `fxmerge.fold` leaves out one of each pair.
 
 Weights are random. A twin is the same expert with its inner units in another order, and with an equal row of the
 router; all experts are shuffled. Two equal experts that a token goes to are not one: without the one, the token goes to
@@ -43,7 +42,7 @@ KIND = 0.5
 """The size of the entry of a token that tells its kind, in roots of the width of the stream."""
 
 FIRST, LAST, OTHERS = 3.0, 2.0, 0.1
-"""The scores of the experts that all tokens of a kind go to, of the twins that are last, and the deviation of others."""
+"""The scores of the experts that all tokens of a kind go to and of the twins that are last; the deviation of others."""
 
 
 @dataclass(frozen=True)
