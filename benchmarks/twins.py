@@ -41,8 +41,12 @@ BATCHES, ROWS, TOKENS = 5, 2, 32
 KIND = 0.5
 """The size of the entry of a token that tells its kind, in roots of the width of the stream."""
 
-FIRST, LAST, OTHERS = 3.0, 2.0, 0.1
+FIRST, LAST, OTHERS = 3.0, 2.0, 0.05
 """The scores of the experts that all tokens of a kind go to and of the twins that are last; the deviation of others."""
+
+
+WRITTEN = 0.25
+"""What layers add to the stream, as a share of what they would otherwise, so that it tells kinds in all layers."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,10 @@ def plant(model: Any, shape: Shape) -> None:
     model.model.embed_tokens.weight[:, :pairs] = kinds[torch.arange(VOCABULARY) % pairs].bfloat16()
     twin = shape.leading + torch.arange(pairs) * 2
     for layer in model.model.layers:
+        layer.self_attn.o_proj.weight *= WRITTEN
         layer.self_attn.o_proj.weight[:pairs] = 0
         experts, router = layer.mlp.experts, layer.mlp.gate.weight
+        experts.down_proj *= WRITTEN
         experts.down_proj[:, :pairs] = 0
         router *= OTHERS
         router[:, :pairs] = 0
