@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxmerge.emit.bake import bake
 from fxmerge.emit.config import config_for
 from fxmerge.emit.costs import flops_of
-from fxmerge.emit.proof import outputs, outputs_of_lowest, same_when_repeated
+from fxmerge.emit.proof import outputs, outputs_of_lowest, same_when_repeated, spread
 from fxmerge.emit.resize import resize, rewritten, write
 from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
@@ -28,7 +29,6 @@ from fxmerge.matching.room import Room, alike, check_patterns, fits, halves, may
 from fxmerge.notices import warn_of_width
 from fxmerge.prepared import Prepared
 from fxmerge.program.captured import Program
-from fxmerge.program.double import in_double
 from fxmerge.program.run import Runner
 from fxmerge.recipe import Budget, Run, Zip
 from fxmerge.symmetry.flow import Flow
@@ -121,10 +121,10 @@ def _possible(group: Prepared, widths: Mapping[int, int], run: Run) -> tuple[dic
             fewer, more = (
                 [n for n, w in chosen.widths.items() if (w < symmetry.units[n].size) is less] for less in (True, False)
             )
-            counted = failing(group, fewer, partial(_same_when_merged, group))
-            ranked = [n for n in counted if is_block(symmetry, n) and read_one_by_one(symmetry, group.flow, n)]
+            ranked = [n for n in fewer if is_block(symmetry, n) and read_one_by_one(symmetry, group.flow, n)]
             needed = failing(group, ranked, partial(_same_when_left_out, group, widths))
-            counted = [n for n in counted if n not in ranked or n in needed]
+            added_up = [n for n in fewer if n not in ranked or n in needed]
+            counted = failing(group, added_up, partial(_same_when_merged, group))
             chosen.leave(counted, "the network is another one when equal units become one, as if an op counted them.")
             placed = failing(group, more, partial(_same_when_twice, group))
             chosen.leave(placed, "the network is another one with each unit twice, as if an op knew their places.")
@@ -232,12 +232,23 @@ def _same_when_left_out(group: Prepared, widths: Mapping[int, int], numbers: Seq
     merge of such units but that the graph is the one of a network with fewer."""
     symmetry, call = group.symmetry, group.job.example
     units = alike(symmetry, {n: widths[n] for n in numbers}, _consumed(group))
-    small = units.apply(group.job.states[0])
+    small = _unequal(symmetry, numbers, units.apply(group.job.states[0]))
     into = resized(group, group.propagation.program, group.propagation, units, small)
     left_out = {n: np.delete(np.arange(symmetry.units[n].size), units.kept[n]) for n in numbers}
-    small = {name: in_double(tensor) for name, tensor in small.items()}
-    lowest = outputs_of_lowest(group.propagation, symmetry, left_out, units.spread(small), call)
+    lowest = outputs_of_lowest(group.propagation, symmetry, left_out, spread(units, small), call)
     return agree(lowest, outputs(into, small, call))
+
+
+def _unequal(symmetry: Symmetry, numbers: Collection[int], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state in which no two units of some classes are equal: of equal scores, a graph with fewer units may choose
+    others."""
+    generator, changed = torch.Generator().manual_seed(0), dict(state)
+    for axis in symmetry.layout:
+        own = changed[axis.parameter]
+        if not axis.classes.isdisjoint(numbers) and own.is_floating_point():
+            factor = torch.randn(own.shape, generator=generator).mul_(0.1).add_(1)
+            changed.update(dict.fromkeys((axis.parameter, *axis.aliases), own * factor.to(own)))
+    return changed
 
 
 def check_joined(group: Prepared, run: Run) -> None:
@@ -276,8 +287,7 @@ def _same_when_equal(group: Prepared, units: UnitMap) -> bool:
     call = group.job.example
     small = units.apply(group.job.states[0])
     into = resized(group, group.propagation.program, group.propagation, units, small)
-    small = {name: in_double(tensor) for name, tensor in small.items()}
-    return agree(outputs(group.propagation.program, units.spread(small), call), outputs(into, small, call))
+    return agree(outputs(group.propagation.program, spread(units, small), call), outputs(into, small, call))
 
 
 def _same_when_twice(group: Prepared, numbers: Sequence[int]) -> bool:

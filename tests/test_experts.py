@@ -475,6 +475,17 @@ def test_an_expert_that_is_never_chosen_is_left_out_exactly(caplog: pytest.LogCa
     torch.testing.assert_close(folded(loader[0]), model(loader[0]), rtol=1e-4, atol=1e-5)
 
 
+def test_equal_scores_hide_nothing_of_the_graph() -> None:
+    """Which of two experts is chosen that have equal scores may be another one in a graph with fewer."""
+    torch.manual_seed(0)
+    model, loader = all_in_use(of_experts(of_softmax, 8)), [torch.randn(256, 3)]
+    with torch.no_grad():
+        for first in (0, 4):
+            model.gate.weight[first + 1 : first + 3] = model.gate.weight[first]
+    folded = fxmerge.fold(model, loader, {"up[0]": 4}, recipe=UNFITTED)
+    assert folded.up.shape == (4, 4, 6)
+
+
 def test_there_are_as_many_experts_as_are_chosen() -> None:
     with pytest.raises(fxmerge.OptionError, match="chooses 2, and there would be 1 to choose from"):
         fxmerge.fold(of_experts(of_softmax, 4), [torch.randn(64, 3)], {"up[0]": 0.25})

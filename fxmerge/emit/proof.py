@@ -19,22 +19,29 @@ from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.lowest import Lowest
 from fxmerge.symmetry.propagation import Propagation
 from fxmerge.symmetry.units import Ids
+from fxmerge.units.unit_map import UnitMap
 from fxmerge.validate import agree
 
 
 def outputs(program: Program, state: Mapping[str, Tensor], call: Any) -> list[Any]:
     """What a program computes, in float64 throughout, so that rounding does not hide that networks differ."""
-    return _in_double(Runner(program), state, call)
+    return InDoubleOnUse(program).all_outputs(state, call)
 
 
-def _in_double(runner: Runner, state: Mapping[str, Tensor], call: Any) -> list[Any]:
-    args, kwargs = pytree.tree_map(in_double, call)
-    wide = {name: in_double(tensor) for name, tensor in {**runner.program.constants, **state}.items()}
-    with InDouble():  # type: ignore[no-untyped-call]
-        return runner.outputs(wide, args, kwargs)
+class InDoubleOnUse(Runner):
+    """Runs a program in float64. What a parameter is in float64 is in memory only while a node uses it."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        return pytree.tree_map(in_double, super().fetch_args_kwargs_from_env(n))
+
+    def all_outputs(self, state: Mapping[str, Tensor], call: Any) -> list[Any]:
+        """What the program gives on inputs, which are as they are in the model."""
+        args, kwargs = pytree.tree_map(in_double, call)
+        with InDouble():  # type: ignore[no-untyped-call]
+            return self.outputs(state, args, kwargs)
 
 
-class _Lowest(Runner):
+class _Lowest(InDoubleOnUse):
     """Runs a program in which some units have the lowest of all scores."""
 
     def __init__(self, lowest: Lowest, left_out: Mapping[int, Ids]) -> None:
@@ -58,7 +65,7 @@ def outputs_of_lowest(
         call: (args, kwargs) of the model.
     """
     lowest = Lowest(found, symmetry, left_out)
-    return _in_double(_Lowest(lowest, left_out), lowest.state(state, left_out), call)
+    return _Lowest(lowest, left_out).all_outputs(lowest.state(state, left_out), call)
 
 
 def same_when_repeated(
@@ -78,5 +85,9 @@ def same_when_repeated(
     """
     several, copies = repeated(symmetry, flows(found), widths)
     into = replace(found.program, aten=resize(found, symmetry, several, copies.spread(state), call))
-    wide = copies.spread({name: in_double(tensor) for name, tensor in state.items()})
-    return agree(outputs(found.program, state, call), outputs(into, wide, call))
+    return agree(outputs(found.program, state, call), outputs(into, spread(copies, state), call))
+
+
+def spread(units: UnitMap, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`UnitMap.spread`, in float64 where entries are shared out: a third of a number may not be one in less."""
+    return units.spread({name: in_double(own) if name in units.shared_out else own for name, own in state.items()})

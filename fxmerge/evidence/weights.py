@@ -21,8 +21,16 @@ along it."""
 
 ROOM, LEAST_ROOM = 2**30, 2**28
 """Bytes of similarities, and of the parameters that they were found from, which a search keeps beside those that it
-works on, at most. Where units only change places it is half as many as these have, but no less than the second number;
-where they are mixed, the first: a mix changes all entries, so that more versions of a parameter are in use."""
+works on: the most, and the least that is the most; see `room_for`."""
+
+
+def room_for(a: Mapping[str, Tensor], *, mixes: bool) -> int:
+    """How many bytes a search keeps at most, for a model of some parameters.
+
+    Where units only change places it is half as many as these have. Where they are mixed it is more: a mix changes all
+    entries, so that more versions of a parameter are in use.
+    """
+    return ROOM if mixes else min(max(sum(tensor.nbytes for tensor in a.values()) // 2, LEAST_ROOM), ROOM)
 
 
 FEW = 16
@@ -217,13 +225,11 @@ class Similarities:
     Arguments:
         a: parameters of the model that stays.
         scales: how much an inner product counts, for every parameter.
-        mixes: whether units are mixed; `ROOM` says how much is kept.
+        room: how much is kept, in bytes.
     """
 
-    def __init__(self, a: Mapping[str, Tensor], scales: Mapping[str, float], *, mixes: bool = False) -> None:
-        half = sum(tensor.nbytes for tensor in a.values()) // 2
-        self._a, self._scales = a, scales
-        self._room = ROOM if mixes else min(max(half, LEAST_ROOM), ROOM)
+    def __init__(self, a: Mapping[str, Tensor], scales: Mapping[str, float], room: int = ROOM) -> None:
+        self._a, self._scales, self._room = a, scales, room
         self._seen: dict[int, _Seen] = {}
 
     def of(self, number: int, where: list[Slices], at: Placing) -> Tensor:

@@ -7,8 +7,8 @@ from itertools import combinations
 
 import numpy as np
 
-from fxmerge.matching.agglomerate import Links
 from fxmerge.matching.assignment import Scores, assign, descendants, lift
+from fxmerge.matching.gains import Known
 from fxmerge.symmetry.group import Symmetry
 from fxmerge.symmetry.units import Ids
 from fxmerge.units.layout import overlap
@@ -124,21 +124,8 @@ def similar_blocks(symmetry: Symmetry, number: int, models: int, gains: Mapping[
     return total
 
 
-def nearest(similarity: Links, survivors: Ids) -> Ids:
-    """For every unit of one model the number, among some of them, of the one that is most like it; of these, their own.
-
-    Arguments:
-        similarity: of all pairs, above the diagonal.
-        survivors: the units among which is chosen.
-    """
-    both = np.triu(similarity, 1)
-    labels: Ids = (both + both.T)[:, survivors].argmax(1)
-    labels[survivors] = np.arange(len(survivors))
-    return labels
-
-
 def merge_blocks(
-    symmetry: Symmetry, number: int, labels: Ids, places: Sequence[Sequence[Ids]], gains: Mapping[int, Scores]
+    symmetry: Symmetry, number: int, labels: Ids, places: Sequence[Sequence[Ids]], gains: Known
 ) -> list[dict[int, Ids]]:
     """Where everything goes that lies in merged blocks: members are matched, one to one, with those of the first block
     that goes to the same place.

@@ -22,9 +22,12 @@ from fxmerge.matching.agglomerate import Links
 from fxmerge.matching.allot import Allotment, zip_losses
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import descend, rises
+from fxmerge.matching.gains import Gains, Known
 from fxmerge.matching.mergeable import zipped_classes
 from fxmerge.matching.mix import Mix
-from fxmerge.matching.nested import carry, is_block, merge_blocks, nearest, similar_blocks
+from fxmerge.matching.nearest import nearest, with_blocks
+from fxmerge.matching.neighbours import meets_itself, neighbours, reads
+from fxmerge.matching.nested import carry, is_block, merge_blocks, similar_blocks
 from fxmerge.matching.room import Room, cells
 from fxmerge.matching.zipping import zip_blocks
 from fxmerge.progress import release_memory
@@ -202,17 +205,43 @@ class ZipProblem:
         """How similar all units of a class are; and for blocks, what those in them gain, but for some classes."""
         if not is_block(self.symmetry, number):
             return self.similarity(number), {}
+        known, inside = self._comparable(number, without)
+        own = {n: self._gain(n, inside if n == number else ()) for n in known}
+        gains = similar_blocks(self.symmetry, number, len(self.states), own)
+        size = self.symmetry.units[number].size
+        none = np.zeros((size * len(self.states),) * 2)
+        return gains.get(number, none) / (sum(self.shares(number, known, inside).values()) or 1.0), gains
+
+    def _comparable(self, number: int, without: Collection[int] = ()) -> tuple[set[int], set[str]]:
+        """Of a class of blocks, and of those that are nested in it, but for some, those of which units can be compared;
+        and the parameters in which units of the latter lie."""
         known = {n for n, slices in self.slices.items() if slices or n in self.correlation}
         known &= set(descendants(self.symmetry, number)).difference(without)
         # Units inside of blocks are in an order of their own in each, and are compared once they are matched.
         inside = {s.axis.parameter for n in known - {number} for s in self.slices[n]}
         if not self._without(number, inside) and number not in self.correlation:
             known.discard(number)
-        own = {n: self._gain(n, inside if n == number else ()) for n in known}
-        gains = similar_blocks(self.symmetry, number, len(self.states), own)
-        size = self.symmetry.units[number].size
-        none = np.zeros((size * len(self.states),) * 2)
-        return gains.get(number, none) / (sum(self.shares(number, known, inside).values()) or 1.0), gains
+        return known, inside
+
+    def gains(self, number: int) -> Known:
+        """What units of a class of blocks of one model gain from each other, and those of all that is nested in it, as
+        of `pairs`."""
+        known, inside = self._comparable(number)
+        found = dict[int, Gains]()
+        for n in known:
+            without = inside if n == number else set[str]()
+            alpha, rows = self.mix.alpha(n), self._unit_rows(n, without)
+            found[n] = Gains(rows, self.correlation[n] if alpha < 1 else None, alpha, self.weight(n, without))
+        return with_blocks(self.symmetry, number, found)
+
+    def _unit_rows(self, number: int, without: Collection[str]) -> Tensor | None:
+        """The weights of every unit of one model, as rows of norm 1, of which the products are `_cosines`."""
+        slices = self._without(number, without)
+        if self.mix.alpha(number) == 0 or not slices:
+            return None
+        of = [(s, self.scales[s.axis.parameter] ** 0.5) for s in slices]
+        rows = torch.cat([s.of(self.expressed(s.axis.parameter, 0, s.axis)) * root for s, root in of], 1).float()
+        return torch.nn.functional.normalize(rows)
 
     def shares(self, number: int, nested: Collection[int], inside: Collection[str] = ()) -> dict[int, float]:
         """How much of a unit of a class lies in the units of each of some that are nested in it, and, of parameters in
@@ -227,11 +256,13 @@ class ZipProblem:
 
     def zipped(self, number: int, budget: float, damping: float) -> list[dict[int, Ids]]:
         """What to merge of a class: for every model, the places of its units and of all that is nested in it."""
+        survivors = self.room.survivors.get(number)
+        if survivors is not None:
+            known = self.gains(number)
+            labels = nearest(self.symmetry, number, survivors, known)
+            return merge_blocks(self.symmetry, number, self.room.kept[number][labels][None], self.places, known)
         similarity, gains = self.pairs(number)
         width = self.room.widths[number]
-        if number in self.room.survivors:
-            labels = nearest(similarity, self.room.survivors[number])
-            return merge_blocks(self.symmetry, number, self.room.kept[number][labels][None], self.places, gains)
         zipped = zip_blocks(similarity, self.blocks(number), budget=budget, damping=damping, width=width)
         return merge_blocks(self.symmetry, number, zipped.labels, self.places, gains)
 
@@ -312,7 +343,7 @@ def match_zip(
         def loss(number: int, widths: Sequence[int]) -> list[float]:
             similarity, blocks = problem.pairs(number)[0], problem.blocks(number)
             losses = zip_losses(similarity, blocks, widths, budget, damping)
-            return [_reads(symmetry, flow, number) * own for own in losses]
+            return [reads(symmetry, flow, number) * own for own in losses]
 
         problem.room = room.room(symmetry, loss)
     room = problem.room
@@ -320,12 +351,12 @@ def match_zip(
         problem.take([carry(symmetry, n, place, own) for own in problem.places])
     rng = np.random.default_rng(seed)
     classes = zipped_classes(symmetry, flow, one_to_one, room.changed)
-    neighbours, settled = _neighbours(symmetry, classes), set[int]()
+    beside, settled = neighbours(symmetry, classes), set[int]()
 
     def moved(number: int) -> None:
         """Notes that a class is zipped anew, so that others would be zipped otherwise than they are."""
-        settled.difference_update(neighbours[number])
-        if not _meets_itself(symmetry, number):
+        settled.difference_update(beside[number])
+        if not meets_itself(symmetry, number):
             settled.add(number)
 
     def step(number: int) -> float:
@@ -346,7 +377,7 @@ def match_zip(
             moved(n)
             bar.update()
         coordinates = classes if problem.mix.weights > 0 else ()
-        trace = descend(coordinates, problem.objective(), step, neighbours.__getitem__, rng, bar)
+        trace = descend(coordinates, problem.objective(), step, beside.__getitem__, rng, bar)
     consumed = frozenset(axis for axis, kind in flow.items() if kind is Flow.CONSUMES)
     kept = room.kept if room.changed else ()
     units = UnitMap(
@@ -362,31 +393,6 @@ def _rows(axis: AxisLayout) -> Ids:
     number = np.broadcast_to(np.arange(len(rows))[:, None], rows.shape)[::-1]
     found[rows[::-1][rows[::-1] >= 0]] = number[rows[::-1] >= 0]
     return found
-
-
-def _reads(symmetry: Symmetry, flow: Mapping[Axis, Flow], number: int) -> int:
-    """How many layers read the units of a class; all heads count as one."""
-    axes = {(a.parameter, a.dim) for a in _axes(symmetry, number)}
-    return max(sum(flow[axis] is Flow.CONSUMES for axis in axes), 1)
-
-
-def _neighbours(symmetry: Symmetry, classes: Sequence[int]) -> dict[int, set[int]]:
-    """For every class, the classes (itself included) that share a parameter with it."""
-    on = {n: {a.parameter for a in _axes(symmetry, n)} for n in classes}
-    return {n: {m for m in classes if not on[m].isdisjoint(on[n])} for n in classes}
-
-
-def _meets_itself(symmetry: Symmetry, number: int) -> bool:
-    """Whether a class, or what is nested in it, lies along several axes of one parameter, so that how alike its units
-    are depends on what is merged of it."""
-    names = [axis.parameter for axis in _axes(symmetry, number)]
-    return len(set(names)) < len(names)
-
-
-def _axes(symmetry: Symmetry, number: int) -> list[AxisLayout]:
-    """The axes along which a class lies, or what is nested in it."""
-    tree = set(descendants(symmetry, number))
-    return [axis for axis in symmetry.layout if any(n in tree for n, _ in axis.roles)]
 
 
 def _within(symmetry: Symmetry, problem: ZipProblem, classes: Sequence[int]) -> dict[str, int]:

@@ -325,6 +325,18 @@ class UnitMap:
             wide.update(dict.fromkeys(axes[0].aliases, wide[name]))
         return wide
 
+    @cached_property
+    def shared_out(self) -> frozenset[str]:
+        """The parameters that read merged units, of which `spread` divides the entries by numbers of members."""
+        found = set[str]()
+        for name, axes in self._axes.items():
+            for axis in (axis for axis in axes if (name, axis.dim) in self.consumed):
+                for own in self.maps:
+                    members = _members(axis, axis.target(own, self._into[name, axis.dim]), self._into[name, axis.dim])
+                    if (members > 1).any():
+                        found |= {name, *axis.aliases}
+        return frozenset(found)
+
     # ---------------------------------------------------------------------- activations
 
     def unmerge(self, value: Tensor, dim: int, number: int, model: int = 0) -> Tensor:

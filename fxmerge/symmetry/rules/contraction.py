@@ -79,11 +79,9 @@ def use_apart(at: Site, x: Labels, dims: Sequence[int]) -> None:
         along = [d for d in dims if d in support(column)]
         if along:
             used = support(column)
-            groups = sum(axis_column(x.shape, d) * int(np.prod(x.shape[d + 1 :])) for d in along)
-            assert isinstance(groups, Tensor)
-            at.units.use_apart(
-                core(column, used).reshape(-1).numpy(), core(groups.expand(x.shape), used).reshape(-1).numpy()
-            )
+            rows = [core(axis_column(x.shape, d), used) * int(np.prod(x.shape[d + 1 :])) for d in along]
+            group = torch.stack(rows).sum(0)
+            at.units.use_apart(core(column, used).reshape(-1).numpy(), group.reshape(-1).numpy())
 
 
 def _consume(at: Site, x: Labels, dims: Sequence[int]) -> None:
