@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.evidence import weights
-from fxmerge.evidence.weights import Placing, Similarities, room_for, Slices, Stamps, room_for
+from fxmerge.evidence.weights import Placing, Similarities, Slices, Stamps, room_for
 from fxmerge.matching import signs
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import rises
