@@ -125,7 +125,7 @@ def _usable(group: Prepared, part: Align | Zip, merges: bool) -> Symmetry:
     def usable(own: UnitKind) -> UnitKind:
         if isinstance(part, Zip):
             return replace(own, signs=(), stretches=())
-        signs = [one for one in kept(own.signs, shared) if len(shapes.get(one[0][0], ())) > 1]
+        signs = [one for one in kept(own.signs, shared) if any(len(shapes.get(name, ())) > 1 for name, *_ in one)]
         return replace(own, signs=tuple(signs), stretches=kept(own.stretches, shared | running))
 
     return replace(symmetry, kinds=tuple(map(usable, symmetry.kinds)))
@@ -143,7 +143,8 @@ def _positive(group: Prepared) -> tuple[Prepared, list[Scaling]]:
     the other sign is about zero. So gains are made positive in place of it, as they are in most networks.
     """
     symmetry, job = group.symmetry, group.job
-    found = [{one: _gain(group, n, one) for one in own.signs} for n, own in enumerate(symmetry.kinds)]
+    signs_of = [_with_gains_alone(group, n) for n in range(len(symmetry.kinds))]
+    found = [{one: _gain(group, n, one) for one in own} for n, own in enumerate(signs_of)]
     gains = [{one: gain for one, gain in own.items() if gain is not None} for own in found]
     scaled = replace(symmetry, kinds=tuple(UnitKind(signs=tuple(own)) for own in gains)).scaled
     signs = {
@@ -152,12 +153,38 @@ def _positive(group: Prepared) -> tuple[Prepared, list[Scaling]]:
         if own
     }
     changing = [n for n, own in signs.items() if any(bool((factors < 0).any()) for factors in own)]
-    kinds = tuple(
-        replace(own, signs=tuple(one for one in own.signs if one not in gains[n])[:MOST_SIGNS])
-        for n, own in enumerate(symmetry.kinds)
-    )
+    kinds = tuple(replace(own, signs=_beside(own.signs, gains[n])[:MOST_SIGNS]) for n, own in enumerate(symmetry.kinds))
     scalings = [Scaling(scaled, {n: signs[n][m] for n in changing}) for m in range(len(job.states))]
     return replace(group, symmetry=replace(symmetry, kinds=kinds)), scalings
+
+
+def _with_gains_alone(group: Prepared, number: int) -> list[Exponents]:
+    """The signs of a class, where two that layers read are one of them and their product, if none reads that."""
+    signs = list(group.symmetry.kinds[number].signs)
+    for i in range(len(signs)):
+        for other in signs[:i]:
+            both = _product(signs[i], other)
+            if _gain(group, number, signs[i]) is None and _gain(group, number, both) is not None:
+                signs[i] = both
+                break
+    return signs
+
+
+def _product(one: Exponents, other: Exponents) -> Exponents:
+    """The sign that is two others in one."""
+    changed = {at[:3] for at in one if at[3] % 2} ^ {at[:3] for at in other if at[3] % 2}
+    return tuple((*at, 1) for at in sorted(changed))
+
+
+def _beside(signs: Sequence[Exponents], gains: Mapping[Exponents, Scaled]) -> tuple[Exponents, ...]:
+    """All signs but those of gains. Such as change a gain, too, are put together with its own, so that it stays."""
+    found = []
+    for sign in (one for one in signs if one not in gains):
+        for own, gain in gains.items():
+            if any((name, dim) == (gain.axis.parameter, gain.axis.dim) and power % 2 for name, dim, _, power in sign):
+                sign = _product(sign, own)
+        found.append(sign)
+    return tuple(found)
 
 
 def _gain(group: Prepared, number: int, sign: Exponents) -> Scaled | None:
