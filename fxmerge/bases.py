@@ -83,7 +83,7 @@ def in_one_basis(
                 "The symmetry that was given has no class that a change of basis may mix, so units are only permuted. "
                 "It may be of a model with gains: pass find_symmetry(canonicalize(model, args), args)."
             )
-        return Prepared.of(job, recipe, run, given)
+        return Prepared.of(job if merges else group.job, recipe, run, given)
     return _rebased(group, gains, part, run, canonical_order(job.states)[0] if reference is None else reference)
 
 
@@ -125,7 +125,9 @@ def _usable(group: Prepared, part: Align | Zip, merges: bool) -> Symmetry:
     def usable(own: UnitKind) -> UnitKind:
         if isinstance(part, Zip):
             return replace(own, signs=(), stretches=())
-        signs = [one for one in kept(own.signs, shared) if any(len(shapes.get(name, ())) > 1 for name, *_ in one)]
+        signs = [
+            one for one in kept(own.signs, shared) if not all(_is_vector(shapes.get(name, ())) for name, *_ in one)
+        ]
         return replace(own, signs=tuple(signs), stretches=kept(own.stretches, shared | running))
 
     return replace(symmetry, kinds=tuple(map(usable, symmetry.kinds)))
@@ -153,7 +155,9 @@ def _positive(group: Prepared) -> tuple[Prepared, list[Scaling]]:
         if own
     }
     changing = [n for n, own in signs.items() if any(bool((factors < 0).any()) for factors in own)]
-    kinds = tuple(replace(own, signs=_beside(own.signs, gains[n])[:MOST_SIGNS]) for n, own in enumerate(symmetry.kinds))
+    kinds = tuple(
+        replace(own, signs=_beside(signs_of[n], gains[n])[:MOST_SIGNS]) for n, own in enumerate(symmetry.kinds)
+    )
     scalings = [Scaling(scaled, {n: signs[n][m] for n in changing}) for m in range(len(job.states))]
     return replace(group, symmetry=replace(symmetry, kinds=kinds)), scalings
 
@@ -195,16 +199,26 @@ def _gain(group: Prepared, number: int, sign: Exponents) -> Scaled | None:
     kinds[number] = UnitKind(signs=(sign,))
     axes = replace(group.symmetry, kinds=tuple(kinds)).scaled[number]
     states = group.job.states
-    vectors = [own for own in axes if len(own.axis.shape) == 1 and not states[0][own.axis.parameter].is_complex()]
-    alike = [max(abs(float(_signs(state, own).mean())) for state in states) for own in vectors]
+    vectors = [own for own in axes if _is_vector(own.axis.shape) and not states[0][own.axis.parameter].is_complex()]
+    alike = [max(abs(float(_sums(state, own).sign().mean())) for state in states) for own in vectors]
     best = max(range(len(vectors)), key=alike.__getitem__, default=0)
     return vectors[best] if vectors and alike[best] > MOSTLY else None
 
 
+def _is_vector(shape: Sequence[int]) -> bool:
+    """Whether a parameter has entries along one dimension at most."""
+    return sum(n != 1 for n in shape) <= 1
+
+
 def _signs(state: Mapping[str, Tensor], own: Scaled) -> Tensor:
-    """For every unit the sign of its entries on one axis."""
-    sums = sums_of(in_double(state[own.axis.parameter].to("cpu")), own)
+    """For every unit the sign of its entries on one axis, positive for zeros."""
+    sums = _sums(state, own)
     return torch.where(sums < 0, -1.0, 1.0).double()
+
+
+def _sums(state: Mapping[str, Tensor], own: Scaled) -> Tensor:
+    """For every unit the sum of its entries on one axis."""
+    return sums_of(in_double(state[own.axis.parameter].to("cpu")), own)
 
 
 def _rebased(group: Prepared, gains: Sequence[Scaling], part: Align | Zip, run: Run, reference: int) -> Prepared:

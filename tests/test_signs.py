@@ -40,6 +40,23 @@ def cnn(norm: Callable[[int], nn.Module] | None) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(40, 4))
 
 
+def apart() -> nn.Module:
+    """A convolution of each channel by itself, and a BatchNorm that a layer reads as it is."""
+    first, norm, own, between = nn.Conv2d(3, 8, 1), trained(8), nn.Conv2d(8, 8, 3, groups=8), trained(8)
+    return nn.Sequential(
+        first, norm, nn.ReLU(), own, between, nn.Conv2d(8, 10, 1), nn.GELU(), nn.Flatten(), nn.Linear(360, 4)
+    )
+
+
+def unshifted() -> nn.Module:
+    """Biases of zeros tell no signs."""
+    net = mlp(nn.Tanh)
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    return net
+
+
 class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -65,6 +82,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "CNN": (lambda: cnn(None), (4, 3, 8, 8), 0, 1),
     "CNN, BatchNorm": (lambda: cnn(trained), (4, 3, 8, 8), 1, 1),
     "CNN, BatchNorm with shifts and means of zero": (lambda: cnn(nn.BatchNorm2d), (4, 3, 8, 8), 1, 1),
+    "CNN, BatchNorm between two convolutions": (apart, (4, 3, 8, 8), 1, 1),
+    "MLP, tanh, biases of zeros": (unshifted, (16, 6), 1, 0),
     "gate": (Gated, (16, 6), 1, 1),
     "bilinear gate": (Bilinear, (16, 6), 2, 2),
 }
@@ -122,6 +141,37 @@ def test_what_was_planted_is_found_exactly(name: str, data: bool) -> None:
     words = " and ".join(word for word, count in (("signs", signs), ("scales", scales)) if count)
     assert set(fxmerge.report(merged).bases.values()) == {words}
     assert fxmerge.report(merged).images, "units are permuted, too"
+
+
+class Scaled(nn.Module):
+    """A block that ends with a gain for each channel, behind a LayerNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.own, self.norm = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.LayerNorm(8)
+        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 4)
+        self.scale = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norm(self.own(x).permute(0, 2, 3, 1))
+        y = self.down(nn.functional.gelu(self.up(y))).permute(0, 3, 1, 2)
+        z: Tensor = self.head((x + self.scale * y).tanh().mean((2, 3)))
+        return z
+
+
+def test_an_aligned_model_has_the_gains_of_the_canonical_one() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    net = fxmerge.canonicalize(Scaled().double(), (x,))
+    change = find_symmetry(net, (x,)).sample(torch.Generator().manual_seed(1))
+    assert change.scaling.factors, "gains and the layers beside them have signs and scales"
+    twin = copy.deepcopy(net)
+    twin.load_state_dict(change.apply(net.state_dict()))
+    recipe = Recipe(match=Align(1.0, continuous=True), fit=None)
+    found = fxmerge.align(twin, net, recipe=recipe, example=(x,)).state_dict()
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(found[name], value)
 
 
 def test_three_models_are_brought_together() -> None:
