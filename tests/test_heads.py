@@ -177,7 +177,7 @@ def seeds(count: int) -> list[int]:
     return [next(plain) for _ in range(count)]
 
 
-@pytest.mark.parametrize("seed", examples(seeds, quick=2, count=24))
+@pytest.mark.parametrize("seed", examples(seeds, quick=2, count=40))
 def test_random_architectures_at_random_cuts(seed: int) -> None:
     net, args = build(random_recipe(Random(seed)))
     net, args = net.double().eval(), tuple(a.double() for a in args)

@@ -50,7 +50,7 @@ def test_the_incomplete_are_networks() -> None:
     assert NETWORKS.keys() >= INCOMPLETE.keys()
 
 
-@pytest.mark.parametrize("seed", examples(range, quick=25, count=120))
+@pytest.mark.parametrize("seed", examples(range, quick=25, count=200))
 def test_changes_of_basis_of_random_architectures(seed: int) -> None:
     recipe = random_recipe(Random(seed))
     model, args = generic(*build(recipe, seed), seed)

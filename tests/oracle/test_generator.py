@@ -22,7 +22,7 @@ from tests.slow import but_slow, examples
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("seed", examples(range, quick=6, count=120))
+@pytest.mark.parametrize("seed", examples(range, quick=6, count=200))
 def test_symmetry_of_random_architectures(seed: int) -> None:
     recipe = random_recipe(Random(seed))
     finding = examine(recipe)
