@@ -182,13 +182,13 @@ def _product(one: Exponents, other: Exponents) -> Exponents:
 
 def _beside(signs: Sequence[Exponents], gains: Mapping[Exponents, Scaled]) -> tuple[Exponents, ...]:
     """All signs but those of gains. Such as change a gain, too, are put together with its own, so that it stays."""
-    found = []
+    others = []
     for sign in (one for one in signs if one not in gains):
         for own, gain in gains.items():
             if any((name, dim) == (gain.axis.parameter, gain.axis.dim) and power % 2 for name, dim, _, power in sign):
                 sign = _product(sign, own)
-        found.append(sign)
-    return tuple(found)
+        others.append(sign)
+    return tuple(others)
 
 
 def _gain(group: Prepared, number: int, sign: Exponents) -> Scaled | None:

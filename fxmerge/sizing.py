@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxmerge.emit.bake import bake
 from fxmerge.emit.config import config_for
 from fxmerge.emit.costs import flops_of
-from fxmerge.emit.proof import outputs, outputs_of_lowest, same_when_repeated, spread
+from fxmerge.emit.proof import outputs, outputs_of_lowest, same_when_repeated, spread, unequal
 from fxmerge.emit.resize import resize, rewritten, write
 from fxmerge.emit.sizes import CannotResizeError
 from fxmerge.errors import OptionError
@@ -232,23 +231,11 @@ def _same_when_left_out(group: Prepared, widths: Mapping[int, int], numbers: Seq
     merge of such units but that the graph is the one of a network with fewer."""
     symmetry, call = group.symmetry, group.job.example
     units = alike(symmetry, {n: widths[n] for n in numbers}, _consumed(group))
-    small = _unequal(symmetry, numbers, units.apply(group.job.states[0]))
+    small = unequal(symmetry, numbers, units.apply(group.job.states[0]))
     into = resized(group, group.propagation.program, group.propagation, units, small)
     left_out = {n: np.delete(np.arange(symmetry.units[n].size), units.kept[n]) for n in numbers}
     lowest = outputs_of_lowest(group.propagation, symmetry, left_out, spread(units, small), call)
     return agree(lowest, outputs(into, small, call))
-
-
-def _unequal(symmetry: Symmetry, numbers: Collection[int], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state in which no two units of some classes are equal: of equal scores, a graph with fewer units may choose
-    others."""
-    generator, changed = torch.Generator().manual_seed(0), dict(state)
-    for axis in symmetry.layout:
-        own = changed[axis.parameter]
-        if not axis.classes.isdisjoint(numbers) and own.is_floating_point():
-            factor = torch.randn(own.shape, generator=generator).mul_(0.1).add_(1)
-            changed.update(dict.fromkeys((axis.parameter, *axis.aliases), own * factor.to(own)))
-    return changed
 
 
 def check_joined(group: Prepared, run: Run) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -91,3 +92,15 @@ def same_when_repeated(
 def spread(units: UnitMap, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`UnitMap.spread`, in float64 where entries are shared out: a third of a number may not be one in less."""
     return units.spread({name: in_double(own) if name in units.shared_out else own for name, own in state.items()})
+
+
+def unequal(symmetry: Symmetry, numbers: Collection[int], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state in which no two units of some classes are equal: of equal scores, a graph with fewer units may choose
+    others."""
+    generator, changed = torch.Generator().manual_seed(0), dict(state)
+    for axis in symmetry.layout:
+        own = changed[axis.parameter]
+        if not axis.classes.isdisjoint(numbers) and own.is_floating_point():
+            factor = torch.randn(own.shape, generator=generator).mul_(0.1).add_(1)
+            changed.update(dict.fromkeys((axis.parameter, *axis.aliases), own * factor.to(own)))
+    return changed

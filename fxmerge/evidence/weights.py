@@ -21,10 +21,10 @@ along it."""
 
 ROOM, LEAST_ROOM = 2**30, 2**28
 """Bytes of similarities, and of the parameters that they were found from, which a search keeps beside those that it
-works on: the most, and the least that is the most; see `room_for`."""
+works on: the most, and the least that is the most; see `most_kept`."""
 
 
-def room_for(a: Mapping[str, Tensor], *, mixes: bool) -> int:
+def most_kept(a: Mapping[str, Tensor], *, mixes: bool) -> int:
     """How many bytes a search keeps at most, for a model of some parameters.
 
     Where units only change places it is half as many as these have. Where they are mixed it is more: a mix changes all

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.evidence import weights
-from fxmerge.evidence.weights import Placing, Similarities, Slices, Stamps, room_for
+from fxmerge.evidence.weights import Placing, Similarities, Slices, Stamps, most_kept
 from fxmerge.matching import signs
 from fxmerge.matching.assignment import Scores, descendants
 from fxmerge.matching.descent import rises
@@ -82,7 +82,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         self._count, self.matrices = count(1), dict(self.symmetry.identity_basis().matrices)
-        self.similarities = Similarities(self.a, self.scales, room_for(self.a, mixes=bool(self.matrices)))
+        self.similarities = Similarities(self.a, self.scales, most_kept(self.a, mixes=bool(self.matrices)))
         scaling, kinds = self.symmetry.identity_scaling(), self.symmetry.kinds
         self.flipped = {n: factors for n, factors in scaling.factors.items() if kinds[n].signs}
         self.value = {n: self._match(n, self.b) for n in self.scales}

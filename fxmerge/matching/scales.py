@@ -51,12 +51,12 @@ def least_scales(symmetry: Group, state: Mapping[str, Tensor], numbers: Collecti
     for n in numbers:
         starts[n], count = count, count + len(symmetry.kinds[n].stretches) * symmetry.units[n].size
     logs = _minimum(_Problem.of(symmetry, state, starts, count))
-    found = {}
+    factors = {}
     for n, start in starts.items():
         shape = len(symmetry.kinds[n].stretches), symmetry.units[n].size
         own = torch.from_numpy(np.exp(logs[start : start + shape[0] * shape[1]])).reshape(shape)
-        found[n] = torch.cat([torch.ones(len(symmetry.kinds[n].signs), shape[1], dtype=torch.float64), own])
-    return found
+        factors[n] = torch.cat([torch.ones(len(symmetry.kinds[n].signs), shape[1], dtype=torch.float64), own])
+    return factors
 
 
 @dataclass(frozen=True)
@@ -154,11 +154,11 @@ class _Point:
     def hessian(self, direction: Numbers) -> Numbers:
         """The product of the Hessian with a direction."""
         along = self.powers @ direction
-        found = self.sums * along
+        changes = self.sums * along
         for one, other, both in self.pairs:
-            found[one] += both @ along[other]
-            found[other] += along[one] @ both
-        product: Numbers = 4 * (self.turned @ found)
+            changes[one] += both @ along[other]
+            changes[other] += along[one] @ both
+        product: Numbers = 4 * (self.turned @ changes)
         return product
 
 

@@ -161,7 +161,7 @@ class ZipProblem:
         """1 over the root of the size of the merged unit that each unit goes into; where rows have units of their own,
         of its part in a row."""
         factor = np.ones(len(axis.index))
-        row = _rows(axis)
+        row = axis.rows
         for number, slots in axis.roles:
             row_of = np.unique(row[slots], return_inverse=True)[1] * self.widths[number]
             sizes = np.bincount(np.concatenate([row_of + own[number] for own in self.labels]))
@@ -384,15 +384,6 @@ def match_zip(
         symmetry.names, symmetry.layout, consumed, tuple(map(tuple, problem.labels)), tuple(problem.widths), kept
     )
     return ZipMatch(units, trace, _within(symmetry, problem, classes))
-
-
-def _rows(axis: AxisLayout) -> Ids:
-    """For every slot of an axis, the number of the first row in which it is."""
-    rows = np.moveaxis(axis.slot, axis.dims.index(axis.dim), -1).reshape(-1, axis.slot.shape[axis.dims.index(axis.dim)])
-    found = np.zeros(len(axis.index), np.int64)
-    number = np.broadcast_to(np.arange(len(rows))[:, None], rows.shape)[::-1]
-    found[rows[::-1][rows[::-1] >= 0]] = number[rows[::-1] >= 0]
-    return found
 
 
 def _within(symmetry: Symmetry, problem: ZipProblem, classes: Sequence[int]) -> dict[str, int]:

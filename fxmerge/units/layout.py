@@ -51,6 +51,16 @@ class AxisLayout:
         index[self.slot[holds]] = np.broadcast_to(along, self.slot.shape)[holds]
         return index
 
+    @cached_property
+    def rows(self) -> Ids:
+        """For every slot, the number of the first row in which it is."""
+        dim = self.dims.index(self.dim)
+        slots = np.moveaxis(self.slot, dim, -1).reshape(-1, self.slot.shape[dim])[::-1]
+        rows = np.zeros(len(self.index), np.int64)
+        number = np.broadcast_to(np.arange(len(slots))[::-1, None], slots.shape)
+        rows[slots[slots >= 0]] = number[slots >= 0]
+        return rows
+
     @property
     def even(self) -> bool:
         """Whether all rows are of one length, as those of a tensor must be."""

@@ -328,14 +328,9 @@ class UnitMap:
     @cached_property
     def shared_out(self) -> frozenset[str]:
         """The parameters that read merged units, of which `spread` divides the entries by numbers of members."""
-        found = set[str]()
-        for name, axes in self._axes.items():
-            for axis in (axis for axis in axes if (name, axis.dim) in self.consumed):
-                for own in self.maps:
-                    members = _members(axis, axis.target(own, self._into[name, axis.dim]), self._into[name, axis.dim])
-                    if (members > 1).any():
-                        found |= {name, *axis.aliases}
-        return frozenset(found)
+        merged = {n for own in self.maps for n, units in enumerate(own) if len(np.unique(units)) < len(units)}
+        axes = [a for a in self.layout if (a.parameter, a.dim) in self.consumed and not merged.isdisjoint(a.classes)]
+        return frozenset(name for axis in axes for name in (axis.parameter, *axis.aliases))
 
     # ---------------------------------------------------------------------- activations
 
